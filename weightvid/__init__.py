@@ -1,0 +1,1 @@
+"""Neural-network weights as HEVC video."""
