@@ -72,11 +72,12 @@ def int8_per_channel(tensor: Array) -> Int8Tensor:
     >>> int8_per_channel(np.array([[1.0, -2.0], [0.0, 0.0]], np.float32)).levels.tolist()
     [[64, -127], [0, 0]]
     """
-    rows = tensor.astype(np.float32).reshape(tensor.shape[0], -1)
-    scales = np.abs(rows).max(axis=1, initial=0.0) / np.float32(127)
+    values = tensor.astype(np.float32)
+    within_channel = tuple(range(1, tensor.ndim))
+    scales = np.abs(values).max(axis=within_channel, initial=0, keepdims=True) / np.float32(127)
     divisors = np.where(scales > 0, scales, np.float32(1))
-    levels = np.rint(rows / divisors[:, np.newaxis]).clip(-127, 127).astype(np.int8)
-    return Int8Tensor(levels.reshape(tensor.shape), scales)
+    levels = np.rint(values / divisors).clip(-127, 127).astype(np.int8)
+    return Int8Tensor(levels, scales.reshape(-1))
 
 
 def int8_dequantize(quantized: Int8Tensor) -> npt.NDArray[np.float32]:
@@ -151,8 +152,11 @@ def fp16_zstd(tensors: Mapping[str, Array]) -> Baseline | None:
 
 
 def _is_weight(tensor: Array) -> bool:
-    """Whether the int8 baseline quantizes the tensor: at least 2-D, floats, all finite."""
-    return tensor.ndim >= 2 and tensor.dtype.kind == "f" and bool(np.isfinite(tensor).all())
+    """Whether the int8 baseline quantizes the tensor: at least 2-D, finite as float32."""
+    if tensor.ndim < 2 or tensor.dtype.kind != "f":
+        return False
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(tensor.astype(np.float32)).all())
 
 
 def _to_half(tensor: Array) -> Array:
