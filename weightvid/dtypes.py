@@ -6,6 +6,7 @@ same size); :func:`to_float32` and :func:`from_float32` convert the four packabl
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import numpy as np
@@ -26,6 +27,9 @@ STORED: Final[dict[str, np.dtype[np.generic]]] = {
     "F8_E8M0": np.dtype("u1"),
     "F8_E4M3FNUZ": np.dtype("u1"),
     "F8_E5M2FNUZ": np.dtype("u1"),
+    "F6_E2M3": np.dtype("u1"),
+    "F6_E3M2": np.dtype("u1"),
+    "F4": np.dtype("u1"),
     "C64": np.dtype("<c8"),
     "C128": np.dtype("<c16"),
     "C32": np.dtype("<u4"),
@@ -45,12 +49,29 @@ PACKABLE: Final = frozenset({"F64", "F32", "F16", "BF16"})
 
 #: dtypes whose numpy array is raw bits, because numpy has no such type.
 RAW_BITS: Final = frozenset(
-    {"BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C32"}
+    {
+        "BF16",
+        "F8_E4M3",
+        "F8_E5M2",
+        "F8_E8M0",
+        "F8_E4M3FNUZ",
+        "F8_E5M2FNUZ",
+        "F6_E2M3",
+        "F6_E3M2",
+        "F4",
+        "C32",
+    }
 )
+
+#: dtype name -> bits per element, where files hold elements smaller than a byte. The stored array
+#: has one element per byte (low bits); files pack them, the first element in the lowest bits.
+SUB_BYTE: Final[dict[str, int]] = {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 
 #: prefix of element types only numpy has (strings, dates, big-endian, long double, ...).
 NUMPY_PREFIX: Final = "npy:"
-_NUMPY_KINDS: Final = frozenset("biufcSUmMV")
+_MAX_ITEM_BYTES: Final = 65536
+#: byte order, kind, item size, unit of a date: what ``numpy.dtype.str`` writes.
+_NUMPY_DESCR: Final = re.compile(r"[<>|][biufcSUmMV][0-9]{1,5}(\[[0-9A-Za-zμ]{1,16}\])?")
 
 
 def stored_dtype(name: str) -> np.dtype[np.generic]:
@@ -69,13 +90,14 @@ def stored_dtype(name: str) -> np.dtype[np.generic]:
     known = STORED.get(name)
     if known is not None:
         return known
-    if name.startswith(NUMPY_PREFIX) and len(name) <= 64:
+    descr = name[len(NUMPY_PREFIX) :]
+    if name.startswith(NUMPY_PREFIX) and _NUMPY_DESCR.fullmatch(descr):
         try:
-            dtype = np.dtype(name[len(NUMPY_PREFIX) :])
-        except (TypeError, ValueError, SyntaxError):
+            dtype = np.dtype(descr)
+        except (TypeError, ValueError):
             dtype = np.dtype(object)
-        plain = dtype.fields is None and dtype.subdtype is None
-        if dtype.kind in _NUMPY_KINDS and plain and 0 < dtype.itemsize <= 65536:
+        # Only numpy's own spelling, so that a type has one name.
+        if dtype.str == descr and 0 < dtype.itemsize <= _MAX_ITEM_BYTES:
             return dtype
     raise CheckpointError(f"unknown element type {name!r}")
 
@@ -91,9 +113,50 @@ def name_of(dtype: np.dtype[np.generic]) -> str:
     for name, stored in STORED.items():
         if name not in RAW_BITS and stored == dtype:
             return name
-    if dtype.kind not in _NUMPY_KINDS or dtype.fields is not None or dtype.subdtype is not None:
+    name = NUMPY_PREFIX + dtype.str
+    try:
+        plain = dtype.fields is None and dtype.subdtype is None and stored_dtype(name) == dtype
+    except CheckpointError:
+        plain = False
+    if not plain:
         raise CheckpointError(f"arrays of dtype {dtype} cannot be stored")
-    return NUMPY_PREFIX + dtype.str
+    return name
+
+
+def pack_bits(array: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.uint8]:
+    """Bytes of a sub-byte tensor as files hold them (padded with zero bits to a whole byte).
+
+    Parameters
+    ----------
+    array : ndarray of uint8
+        Stored elements, one per byte.
+    name : str
+        A key of :data:`SUB_BYTE`.
+
+    Examples
+    --------
+    >>> pack_bits(np.array([1, 2], np.uint8), "F4")
+    array([33], dtype=uint8)
+    """
+    width = SUB_BYTE[name]
+    flat = array.reshape(-1).view(np.uint8)
+    if flat.size and int(flat.max()) >> width:
+        raise CheckpointError(f"an element of dtype {name} has more than {width} bits")
+    bits = np.unpackbits(flat[:, None], axis=1, count=width, bitorder="little")
+    return np.packbits(bits.reshape(-1), bitorder="little")
+
+
+def unpack_bits(packed: npt.NDArray[np.uint8], name: str, size: int) -> npt.NDArray[np.uint8]:
+    """Stored elements (one per byte) of a sub-byte tensor of ``size`` elements.
+
+    Examples
+    --------
+    >>> unpack_bits(np.array([33], np.uint8), "F4", 2)
+    array([1, 2], dtype=uint8)
+    """
+    width = SUB_BYTE[name]
+    bits = np.unpackbits(packed, count=size * width, bitorder="little")
+    return np.packbits(bits.reshape(size, width), axis=1, bitorder="little").reshape(size)
 
 
 def to_float32(array: npt.NDArray[np.generic], name: str) -> FloatArray:

@@ -1,1 +1,88 @@
-"""The checkpoint room."""
+"""Checkpoints in and out: one reader and one writer per file kind.
+
+A kind is a row of the table in :mod:`weightvid.checkpoint.kinds` and a module that offers
+``open_reader(path)`` and ``open_writer(path, contents, *, force)``; it is imported when a file of
+that kind is opened, so torch is needed for torch files alone.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import cast
+
+from weightvid.checkpoint.base import CheckpointReader, CheckpointWriter, Contents, TensorSpec
+from weightvid.checkpoint.kinds import KINDS, Kind, kind_for_output, kind_of_file
+from weightvid.checkpoint.mapping import from_mapping
+
+__all__ = [
+    "KINDS",
+    "CheckpointReader",
+    "CheckpointWriter",
+    "Contents",
+    "Kind",
+    "TensorSpec",
+    "create_checkpoint",
+    "from_mapping",
+    "open_checkpoint",
+]
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
+    """Open a checkpoint; its content decides the kind, whatever its name says.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A regular file: safetensors, PyTorch or NumPy npz.
+
+    Returns
+    -------
+    CheckpointReader
+        A context manager. No weight has been read yet (legacy torch pickles are read whole).
+
+    Raises
+    ------
+    CheckpointError
+        No such file, not a checkpoint of a known kind, or a damaged one.
+    """
+    kind = kind_of_file(Path(path))
+    return cast(CheckpointReader, import_module(kind.module).open_reader(Path(path)))
+
+
+def create_checkpoint(
+    path: str | os.PathLike[str],
+    contents: Contents,
+    *,
+    force: bool = False,
+    kind: str | None = None,
+) -> CheckpointWriter:
+    """Start writing a checkpoint; use it as a context manager.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Destination: a regular file or absent.
+    contents : Contents
+        Every tensor and alias that will be written.
+    force : bool
+        Replace a file that exists.
+    kind : str or None
+        ``"safetensors"``, ``"torch"`` or ``"npz"``; None goes by the suffix.
+
+    Returns
+    -------
+    CheckpointWriter
+        Its ``notes`` say what the kind cannot hold and what is written instead.
+
+    Raises
+    ------
+    CheckpointError
+        Unknown kind, or contents that it cannot hold. Nothing has been written.
+    OutputError
+        The destination exists or cannot be written.
+    """
+    chosen = kind_for_output(Path(path), kind)
+    opener = import_module(chosen.module).open_writer
+    return cast(CheckpointWriter, opener(Path(path), contents, force=force))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import TracebackType
@@ -12,7 +13,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.atomic import AtomicFile
 from weightvid.dtypes import stored_dtype
+from weightvid.errors import CheckpointError, TensorNotFoundError
 
 Array = npt.NDArray[np.generic]
 
@@ -32,7 +35,7 @@ class TensorSpec:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the tensor's elements in its own dtype."""
+        """Bytes of the tensor's stored elements (one byte each for the sub-byte types)."""
         return self.size * stored_dtype(self.dtype).itemsize
 
 
@@ -49,7 +52,8 @@ class Contents:
     metadata : mapping of str to str
         Free text pairs of the file (``__metadata__`` of safetensors).
     skipped : tuple of str
-        Entries that are no tensors, each as ``"name (type)"``: they cannot be stored.
+        Entries that cannot be stored (no tensors, or tensors of an unsupported make), each as
+        ``"name (what it is)"``.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -59,42 +63,75 @@ class Contents:
 
 
 class CheckpointReader(ABC):
-    """A source of tensors that are read one at a time."""
+    """A source of tensors that are read one at a time (by one thread).
+
+    Parameters
+    ----------
+    contents : Contents
+        What the source holds.
+    """
 
     contents: Contents
 
-    @abstractmethod
+    def __init__(self, contents: Contents) -> None:
+        self.contents = contents
+        self._specs = {spec.name: spec for spec in contents.tensors}
+        self._closed = False
+
+    def spec(self, name: str) -> TensorSpec:
+        """Spec of a tensor; an alias answers with the tensor it stands for.
+
+        Raises
+        ------
+        TensorNotFoundError
+            No such tensor.
+        """
+        spec = self._specs.get(self.contents.aliases.get(name, name))
+        if spec is None:
+            raise TensorNotFoundError(f"the checkpoint has no tensor {name!r}")
+        return spec
+
     def read(self, name: str) -> Array:
         """Stored elements of one tensor.
 
         Parameters
         ----------
         name : str
-            A name in ``contents.tensors``.
+            A name in ``contents.tensors`` or ``contents.aliases``.
 
         Returns
         -------
         ndarray
-            C-contiguous, little-endian, of the tensor's shape and ``stored_dtype``; read-only
-            or a fresh copy: callers must not write into it.
+            C-contiguous, of the tensor's shape and ``stored_dtype``; read-only or a fresh copy:
+            callers must not write into it.
 
         Raises
         ------
         TensorNotFoundError
             No such tensor.
         CheckpointError
-            The file is damaged there.
+            The file is damaged there, or the reader is closed.
         """
+        if self._closed:
+            raise CheckpointError("the checkpoint is closed")
+        return self._read(self.spec(name))
+
+    @abstractmethod
+    def _read(self, spec: TensorSpec) -> Array:
+        """Elements of a tensor that is known to exist."""
 
     def close(self) -> None:
-        """Release the file. Reading afterwards is an error."""
-        return
+        """Release the file. Reading afterwards is an error; arrays already read stay valid."""
+        self._closed = True
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -104,31 +141,168 @@ class CheckpointWriter(ABC):
 
     Used as a context manager: a clean exit finishes the file under its real name; an exception
     (KeyboardInterrupt included) removes every trace of it.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Destination, a regular file or absent.
+    contents : Contents
+        What will be written; ``skipped`` is ignored.
+    force : bool
+        Replace a file that exists.
+
+    Attributes
+    ----------
+    notes : tuple of str
+        What this file kind cannot hold as it is, and what is written instead; known at once.
+
+    Raises
+    ------
+    CheckpointError
+        The kind cannot hold these contents; nothing has been written.
+    OutputError
+        The destination exists or cannot be written.
     """
 
-    @abstractmethod
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self, path: str | os.PathLike[str], contents: Contents, *, force: bool = False
+    ) -> None:
+        check_contents(contents)
+        self.contents = contents
+        self._todo = {spec.name: spec for spec in contents.tensors}
+        self._aliases_of: dict[str, list[str]] = {}
+        for alias, name in contents.aliases.items():
+            self._aliases_of.setdefault(name, []).append(alias)
+        self._output = AtomicFile(path, force=force)
+
     def write(self, name: str, array: Array) -> None:
-        """Add one tensor of ``contents.tensors``: stored elements, in its own dtype and shape."""
+        """Add one tensor of ``contents.tensors``: stored elements, in its own dtype and shape.
 
-    @abstractmethod
+        Raises
+        ------
+        TensorNotFoundError
+            The contents name no such tensor.
+        CheckpointError
+            Another dtype or shape than announced, or written before.
+        OutputError
+            Disk full or the like.
+        """
+        spec = self._todo.get(name)
+        if spec is None:
+            known = any(name == spec.name for spec in self.contents.tensors)
+            if known:
+                raise CheckpointError(f"tensor {name!r} was written before")
+            raise TensorNotFoundError(f"the output has no tensor {name!r}")
+        if array.shape != spec.shape or array.dtype != stored_dtype(spec.dtype):
+            raise CheckpointError(
+                f"tensor {name!r} was announced as {spec.dtype} {list(spec.shape)}, "
+                f"but an array of {array.dtype} {list(array.shape)} came"
+            )
+        self._write(spec, array if array.flags.c_contiguous else array.copy(order="C"))
+        del self._todo[name]
+
     def commit(self) -> None:
-        """Write what is left (aliases too), flush to disk, and rename into place."""
+        """Write what is left (aliases too), flush to disk, and rename into place.
+
+        Raises
+        ------
+        CheckpointError
+            A tensor is missing.
+        OutputError
+            Disk full or the like. Either way nothing is left behind.
+        """
+        try:
+            if self._todo:
+                raise CheckpointError(f"tensors never written: {shorten(self._todo)}")
+            self._finish()
+        except BaseException:
+            self.abort()
+            raise
+        self._output.commit()
+
+    def abort(self) -> None:
+        """Remove the temporary file; does nothing after :meth:`commit`."""
+        self._output.abort()
 
     @abstractmethod
-    def abort(self) -> None:
-        """Remove the temporary file."""
+    def _write(self, spec: TensorSpec, array: Array) -> None:
+        """Write one checked, C-contiguous tensor (and its aliases, if they need bytes)."""
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """Write what comes after the last tensor."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
-            try:
-                self.commit()
-            except BaseException:
-                self.abort()
-                raise
+            self.commit()
         else:
             self.abort()
+
+
+def check_contents(contents: Contents) -> None:
+    """Refuse contents no file could hold.
+
+    Raises
+    ------
+    CheckpointError
+        A name twice, an alias of nothing, an unknown dtype, an impossible shape.
+    """
+    names: set[str] = set()
+    for spec in contents.tensors:
+        if spec.name in names:
+            raise CheckpointError(f"two tensors are named {spec.name!r}")
+        names.add(spec.name)
+        check_spec(spec)
+    for alias, name in contents.aliases.items():
+        if alias in names:
+            raise CheckpointError(f"{alias!r} is the name of a tensor and of an alias")
+        if name not in names:
+            raise CheckpointError(f"alias {alias!r} stands for {name!r}, which is no tensor")
+
+
+def check_spec(spec: TensorSpec) -> None:
+    """Refuse a dtype we don't know and a shape numpy cannot have; allocates nothing.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the tensor.
+    """
+    dtype = stored_dtype(spec.dtype)
+    try:
+        np.broadcast_to(np.zeros((), dtype), spec.shape)
+    except (ValueError, TypeError, OverflowError, MemoryError):
+        raise CheckpointError(
+            f"tensor {spec.name!r} has the impossible shape {shorten(spec.shape)}"
+        ) from None
+
+
+def raw_bytes(array: Array) -> npt.NDArray[np.uint8]:
+    """Bytes of a C-contiguous array as a flat view (numpy lends no buffer of dates or empties)."""
+    if array.size == 0:
+        return np.empty(0, np.uint8)
+    return array.reshape(-1).view(np.uint8)
+
+
+def shorten(items: Iterable[object], limit: int = 8) -> str:
+    """The first few items, comma-separated, and how many more there are."""
+    listed = [str(item) for item in items]
+    more = f", ... ({len(listed)} in all)" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def tied_note(contents: Contents) -> tuple[str, ...]:
+    """Note of the writers whose format cannot share storage."""
+    if not contents.aliases:
+        return ()
+    return (f"tied tensors are written as full copies: {shorten(contents.aliases)}",)

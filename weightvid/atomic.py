@@ -1,0 +1,214 @@
+"""Output files that appear whole under their real name, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import secrets
+import stat
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Final
+
+from weightvid.errors import OutputError
+
+#: errno of ``link`` on file systems that have no hard links (FAT, some network mounts).
+_NO_LINKS: Final = frozenset(
+    getattr(errno, name)
+    for name in ("EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EINVAL")
+    if hasattr(errno, name)
+)
+_BUFFER_BYTES: Final = 1 << 16
+
+
+class AtomicFile:
+    """A file being written under a hidden temporary name beside its destination.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Destination. A symbolic link is followed: the file it points at is replaced.
+    force : bool
+        Replace a file that exists.
+
+    Attributes
+    ----------
+    file : binary file object
+        Open for writing and reading back (``w+b``). A failing write raises
+        :class:`~weightvid.errors.OutputError` naming the destination.
+
+    Raises
+    ------
+    OutputError
+        The destination exists (without ``force``), is no regular file, or cannot be written.
+    """
+
+    file: IO[bytes]
+
+    def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        self._shown = os.fspath(path)
+        self._force = force
+        self._target = _resolve(self._shown, force)
+        # The name is random, so it never needs to be long enough to hold the target's own name.
+        self._temporary = self._target.parent / f".weightvid-{secrets.token_hex(8)}.tmp"
+        # Registered before the file exists: whatever happens from here on, it gets removed.
+        self._cleanup = weakref.finalize(self, _remove, self._temporary)
+        try:
+            raw = _OutputFile(self._temporary, self._shown)
+        except OSError as error:
+            self._cleanup()
+            raise output_error(self._shown, error) from None
+        self.file = io.BufferedRandom(raw, _BUFFER_BYTES)
+
+    @property
+    def temporary(self) -> Path:
+        """Where the bytes lie until :meth:`commit` (for a check by another program)."""
+        return self._temporary
+
+    def commit(self) -> None:
+        """Flush to disk and rename into place; on failure nothing is left.
+
+        Raises
+        ------
+        OutputError
+            The disk is full, or (without ``force``) somebody made the destination meanwhile.
+        """
+        if not self._cleanup.alive:
+            raise OutputError(f"the output {self._shown} was finished already")
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self._rename()
+        except OutputError:
+            self.abort()
+            raise
+        except OSError as error:
+            self.abort()
+            raise output_error(self._shown, error) from None
+        except BaseException:
+            self.abort()
+            raise
+        self._cleanup()
+        _sync_folder(self._target.parent)
+
+    def abort(self) -> None:
+        """Close and remove the temporary file. Does nothing after :meth:`commit`."""
+        # A full disk makes the close fail again on what is still buffered; nobody wants it now.
+        with suppress(OSError, ValueError):
+            self.file.close()
+        self._cleanup()
+
+    def _rename(self) -> None:
+        if not self._force:
+            try:
+                os.link(self._temporary, self._target)
+            except FileExistsError:
+                raise _exists(self._shown) from None
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                if self._target.exists():
+                    raise _exists(self._shown) from None
+            else:
+                return
+        self._temporary.replace(self._target)
+
+
+@contextmanager
+def atomic_output(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[IO[bytes]]:
+    """Binary file (``w+b``) that is renamed to ``path`` at a clean exit and removed otherwise.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Destination; must be absent (unless ``force``) or a regular file.
+    force : bool
+        Replace a file that exists.
+
+    Yields
+    ------
+    binary file object
+        In the same folder under a hidden temporary name; its mode follows the umask.
+
+    Raises
+    ------
+    OutputError
+        The destination exists, is no regular file, or cannot be written (disk full, ...).
+    """
+    output = AtomicFile(path, force=force)
+    try:
+        yield output.file
+    except BaseException:
+        output.abort()
+        raise
+    output.commit()
+
+
+def output_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
+    """Say that ``path`` cannot be written, and why; ``errno`` is carried over."""
+    shown = os.fspath(path)
+    made = OutputError(f"cannot write {shown}: {error.strerror or error}")
+    made.errno = error.errno
+    return made
+
+
+class _OutputFile(io.FileIO):
+    """Raw file whose failing writes name the destination, whoever calls them."""
+
+    def __init__(self, temporary: Path, shown: str) -> None:
+        super().__init__(temporary, "x+")
+        self._shown = shown
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise output_error(self._shown, error) from None
+
+
+def _resolve(shown: str, force: bool) -> Path:
+    """Real destination of ``shown``, checked to be writable in principle."""
+    try:
+        target = Path(os.path.realpath(shown))
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return target
+    except ValueError as error:  # a zero byte in the name
+        raise OutputError(f"cannot write {shown!r}: {error}") from None
+    except OSError as error:
+        raise output_error(shown, error) from None
+    if stat.S_ISDIR(mode):
+        raise OutputError(f"cannot write {shown}: it is a folder; name a file in it")
+    if not stat.S_ISREG(mode):
+        raise OutputError(
+            f"cannot write {shown}: the output needs a regular file (it is written under a "
+            "temporary name, checked, and renamed), not a pipe or a device"
+        )
+    if not force:
+        raise _exists(shown)
+    return target
+
+
+def _exists(shown: str) -> OutputError:
+    made = OutputError(f"{shown} exists already; use --force (force=True) to replace it")
+    made.errno = errno.EEXIST
+    return made
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system can (Windows cannot open folders)."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
