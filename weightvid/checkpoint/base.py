@@ -6,7 +6,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from types import TracebackType
 from typing import Self
 
@@ -16,27 +15,9 @@ import numpy.typing as npt
 from weightvid.atomic import AtomicFile
 from weightvid.dtypes import stored_dtype
 from weightvid.errors import CheckpointError, TensorNotFoundError
+from weightvid.spec import TensorSpec
 
 Array = npt.NDArray[np.generic]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Name, element type (as in :mod:`weightvid.dtypes`) and shape of one tensor."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Number of elements (1 for a 0-d tensor)."""
-        return prod(self.shape)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the tensor's stored elements (one byte each for the sub-byte types)."""
-        return self.size * stored_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +236,8 @@ def check_contents(contents: Contents) -> None:
     Raises
     ------
     CheckpointError
-        A name twice, an alias of nothing, an unknown dtype, an impossible shape.
+        A name twice, an alias of nothing, an unknown dtype, an impossible shape, metadata that
+        is no text.
     """
     names: set[str] = set()
     for spec in contents.tensors:
@@ -268,6 +250,9 @@ def check_contents(contents: Contents) -> None:
             raise CheckpointError(f"{alias!r} is the name of a tensor and of an alias")
         if name not in names:
             raise CheckpointError(f"alias {alias!r} stands for {name!r}, which is no tensor")
+    for key, value in contents.metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise CheckpointError(f"metadata must be text pairs, not {key!r}: {value!r}")
 
 
 def check_spec(spec: TensorSpec) -> None:

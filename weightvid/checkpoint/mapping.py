@@ -10,11 +10,11 @@ from weightvid.checkpoint.base import (
     Array,
     CheckpointReader,
     Contents,
-    TensorSpec,
     check_contents,
 )
 from weightvid.dtypes import name_of, stored_dtype
 from weightvid.errors import CheckpointError
+from weightvid.spec import TensorSpec
 
 
 def from_mapping(

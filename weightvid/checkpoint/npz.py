@@ -23,7 +23,6 @@ from weightvid.checkpoint.base import (
     CheckpointReader,
     CheckpointWriter,
     Contents,
-    TensorSpec,
     check_contents,
     check_spec,
     raw_bytes,
@@ -32,6 +31,7 @@ from weightvid.checkpoint.base import (
 )
 from weightvid.dtypes import RAW_BITS, name_of, stored_dtype, to_float32
 from weightvid.errors import CheckpointError
+from weightvid.spec import TensorSpec
 
 _MEMBER_SUFFIX: Final = ".npy"
 #: deflate cannot do better than 1032:1 (bz2 and lzma are not read: numpy does not write them);

@@ -22,13 +22,13 @@ from weightvid.checkpoint.base import (
     CheckpointReader,
     CheckpointWriter,
     Contents,
-    TensorSpec,
     check_contents,
     raw_bytes,
     tied_note,
 )
 from weightvid.dtypes import STORED, SUB_BYTE, pack_bits, stored_dtype, unpack_bits
 from weightvid.errors import CheckpointError
+from weightvid.spec import TensorSpec
 
 #: dtype names the format has (library version 0.8).
 HELD: Final = frozenset(STORED) - {"C128", "C32"}

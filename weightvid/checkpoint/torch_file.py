@@ -23,13 +23,13 @@ from weightvid.checkpoint.base import (
     CheckpointReader,
     CheckpointWriter,
     Contents,
-    TensorSpec,
     check_contents,
     shorten,
 )
 from weightvid.checkpoint.state_dict import find_tensors
 from weightvid.dtypes import SUB_BYTE, pack_bits, stored_dtype, unpack_bits
 from weightvid.errors import CheckpointError, OutputError
+from weightvid.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch

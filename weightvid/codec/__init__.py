@@ -1,1 +1,1 @@
-"""The codec room."""
+"""Video coding: frames to packets (:mod:`.encode`) and packets to frames (:mod:`.decode`)."""

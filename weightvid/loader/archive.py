@@ -1,0 +1,479 @@
+"""The archive as its users see it: names, one tensor, all in file order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from weightvid import tile
+from weightvid.codec.decode import DecoderSettings, HevcDecoder
+from weightvid.container import reader
+from weightvid.container.exact import parse_exact
+from weightvid.container.reader import ExactPayload, Fragment, Head, Source
+from weightvid.container.records import Header, Index, Sidecar, check_frame, parse_sidecar
+from weightvid.dtypes import to_float32
+from weightvid.errors import CodecError, FormatError, TensorNotFoundError, TruncatedError
+from weightvid.loader.assemble import Array, Assembler, ExactAssembler, Quantized
+from weightvid.quantize import Params
+from weightvid.spec import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """A quantized tensor for integer kernels.
+
+    Attributes
+    ----------
+    levels : ndarray of int8, int16 or int32, of the tensor's shape
+    params : Params
+        The quantizer; for a uniform one without shifts, ``weight = level * params.step``.
+    """
+
+    levels: npt.NDArray[np.integer]
+    params: Params
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What the archive says of one tensor without decoding it.
+
+    Attributes
+    ----------
+    name : str
+    dtype : str
+        Element type as safetensors spells it.
+    shape : tuple of int
+    coding : str
+        ``video``, ``plain`` (levels in an exact box) or ``exact``.
+    alias_of : str or None
+        The tensor whose storage this name shares.
+    params : Params or None
+        The quantizer; None for exact tensors.
+    frames : range
+        Frames on which the tensor lies.
+    escapes : int
+        Levels listed exactly beside the frames.
+    sqnr_db : float or None
+    sha256 : str
+        Hex SHA-256 of the dequantized elements; empty for exact tensors.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    coding: str
+    alias_of: str | None = None
+    params: Params | None = None
+    frames: range = range(0)
+    escapes: int = 0
+    sqnr_db: float | None = None
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A finished tensor on its way to the user."""
+
+    tensor: int
+    value: Array | Quantized
+
+    def stored(self, check: bool) -> Array:
+        if isinstance(self.value, Quantized):
+            return self.value.stored(check)
+        return self.value
+
+
+def open_archive(
+    source: str | os.PathLike[str] | BinaryIO, *, threads: int = 0, check_tensors: bool = False
+) -> Archive:
+    """Open an archive for reading.
+
+    Parameters
+    ----------
+    source : path or binary file object
+        A file object that cannot seek (a pipe, a download) can only be iterated over, once.
+    threads : int
+        Frames decoded at the same time; 0: one per core.
+    check_tensors : bool
+        Check the SHA-256 of every dequantized tensor too. That of every frame with its sidecar,
+        and of every box, is always checked.
+
+    Raises
+    ------
+    FormatError
+        The file is no archive, is damaged, or needs a newer reader; ``error.code`` says which.
+    OSError
+        The file cannot be opened.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        stream: BinaryIO = Path(source).open("rb")  # noqa: SIM115 - the archive closes it
+        try:
+            return Archive(stream, threads, check_tensors, owned=True)
+        except BaseException:
+            stream.close()
+            raise
+    return Archive(source, threads, check_tensors, owned=False)
+
+
+class Archive:
+    """An open archive; made by :func:`open_archive`. Not for use by two threads at once.
+
+    Attributes
+    ----------
+    names : tuple of str
+        All tensor names, aliases included, in the order of the source.
+    complete : bool or None
+        Whether the file has its index; None when that cannot be known yet (a pipe).
+    """
+
+    def __init__(self, stream: BinaryIO, threads: int, check_tensors: bool, owned: bool) -> None:
+        self._stream = stream
+        self._owned = owned
+        self._threads = threads
+        self._check = check_tensors
+        self._source = Source(stream)
+        self._random = self._source.seekable()
+        self._used = False
+        file_bytes = self._source.size() if self._random else 0
+        if self._random:
+            reader.prefetch_head(self._source, file_bytes)
+        self._head: Head = reader.read_head(self._source)
+        self._index: Index | None = None
+        self._columns: dict[int, int] = {}
+        self.complete: bool | None = None
+        if self._random:
+            self._index = reader.read_tail_index(self._source, self._head, file_bytes)
+            self.complete = self._index is not None
+            if self._index is None:
+                self._index = self._rebuild()
+            self._columns = self._place(self._index)
+        header = self._head.header
+        self._ids = {spec.name: i for i, spec in enumerate(header.tensors)}
+        self.names: tuple[str, ...] = (*self._ids, *header.aliases)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, if it was opened here."""
+        if self._owned:
+            self._stream.close()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ids or name in self.header.aliases
+
+    @property
+    def header(self) -> Header:
+        """The model header."""
+        return self._head.header
+
+    @property
+    def track(self) -> Any:
+        """The video track: frame size and ``hvcC`` record."""
+        return self._head.track
+
+    @property
+    def index(self) -> Index:
+        """Where everything lies; rebuilt from what is there if the file is cut short."""
+        return self._need_index()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes asked of the file so far."""
+        return self._source.bytes_read
+
+    @property
+    def reads(self) -> int:
+        """Range reads asked of the file so far."""
+        return self._source.reads
+
+    def _rebuild(self) -> Index:
+        frames, exact, ribbon = [], [], []
+        self._source.seek(self._head.size)
+        try:
+            for event in reader.read_events(self._source, self._head):
+                if isinstance(event, Fragment):
+                    frames.append(event.entry)
+                    ribbon += [start.tensor for start in event.sidecar.starts]
+                elif isinstance(event, ExactPayload):
+                    exact.append(event.entry(self.header.tensors))
+        except FormatError:
+            pass
+        return Index(tuple(ribbon), tuple(frames), tuple(exact))
+
+    def _place(self, index: Index) -> dict[int, int]:
+        specs = [self.header.tensors[i] for i in index.ribbon]
+        edges = tile.starts(tile.matrix_shape(spec.shape) for spec in specs)
+        capacity = len(index.frames) * self.header.geometry.columns
+        if self.complete and edges[-1] > capacity:
+            raise FormatError("the index lists more tensors than frames hold", code="index")
+        return dict(zip(index.ribbon, edges, strict=False))
+
+    def _need_index(self) -> Index:
+        if self._index is None:
+            raise FormatError(
+                "this source cannot seek: iterate over the archive instead", code="not-seekable"
+            )
+        return self._index
+
+    def _id(self, name: str) -> int:
+        number = self._ids.get(self.header.aliases.get(name, name))
+        if number is None:
+            raise TensorNotFoundError(f"the archive has no tensor {name!r}")
+        return number
+
+    def spec(self, name: str) -> TensorSpec:
+        """Name, dtype and shape of a tensor; an alias answers with its target."""
+        return self.header.tensors[self._id(name)]
+
+    def frames_of(self, name: str) -> range:
+        """Numbers of the frames on which a tensor lies; empty for exact and plain ones."""
+        number = self._id(name)
+        column = self._columns.get(number)
+        if column is None:
+            return range(0)
+        count = tile.ribbon_columns(*tile.matrix_shape(self.header.tensors[number].shape))
+        each = self.header.geometry.columns
+        return range(column // each, (column + count - 1) // each + 1)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype, quantizer and place of a tensor; reads at most two sidecars."""
+        number = self._id(name)
+        index = self._need_index()
+        spec = self.header.tensors[number]
+        alias = self.header.aliases.get(name)
+        frames = self.frames_of(name)
+        if not frames:
+            return self._info_boxed(name, number, alias)
+        if frames[-1] >= len(index.frames):
+            raise self._missing([number])
+        first, last = self._sidecar(frames[0]), self._sidecar(frames[-1])
+        start = next((s for s in first.starts if s.tensor == number), None)
+        end = next((e for e in last.ends if e.tensor == number), None)
+        if start is None or end is None:
+            raise FormatError(f"the index misplaces tensor {name!r}", code="index", tensor=name)
+        return TensorInfo(
+            name=name, dtype=spec.dtype, shape=spec.shape, coding="video", alias_of=alias,
+            params=start.params, frames=frames, escapes=len(start.escapes.index),
+            sqnr_db=end.sqnr_db, sha256=end.sha256.hex(),
+        )  # fmt: skip
+
+    def _info_boxed(self, name: str, number: int, alias: str | None) -> TensorInfo:
+        spec = self.header.tensors[number]
+        for entry in self._need_index().exact:
+            if number in entry.tensors:
+                box = reader.read_exact(self._source, entry).box
+                items = parse_exact(box.payload, self.header.tensors)
+                plain = next(i for i in items if i.tensor == number).plain
+                if plain is None:
+                    return TensorInfo(name, spec.dtype, spec.shape, "exact", alias)
+                return TensorInfo(
+                    name, spec.dtype, spec.shape, "plain", alias, plain.params, range(0), 0,
+                    plain.sqnr_db, plain.sha256.hex(),
+                )  # fmt: skip
+        raise self._missing([number])
+
+    def _sidecar(self, number: int) -> Sidecar:
+        entry = self._need_index().frames[number]
+        self._source.seek(entry.offset)
+        box = reader.read_box(self._source)
+        if box is None or box.size != entry.sidecar_bytes:
+            raise FormatError("the index points to no sidecar", code="index", offset=entry.offset)
+        return parse_sidecar(box.payload, self.header.tensors)
+
+    def __getitem__(self, name: str) -> Array:
+        """Dequantized tensor: BF16 comes as float32, float8 and complex32 as raw bits."""
+        number = self._id(name)
+        return self._natural(number, self._load(number).stored(self._check))
+
+    def stored(self, name: str) -> Array:
+        """Dequantized tensor in its own dtype; raw bits where numpy lacks the dtype."""
+        return self._load(self._id(name)).stored(self._check)
+
+    def levels(self, name: str) -> Levels:
+        """Integer levels of a quantized tensor, without dequantizing.
+
+        Raises
+        ------
+        TensorNotFoundError
+            The tensor is stored exactly and has no levels.
+        """
+        found = self._load(self._id(name)).value
+        if not isinstance(found, Quantized):
+            raise TensorNotFoundError(f"tensor {name!r} is stored exactly and has no levels")
+        return Levels(found.true_levels().reshape(found.spec.shape), found.params)
+
+    def _natural(self, number: int, stored: Array) -> Array:
+        if self.header.tensors[number].dtype == "BF16":
+            return to_float32(stored, "BF16")
+        return stored
+
+    def _load(self, number: int) -> _Found:
+        index = self._need_index()
+        name = self.header.tensors[number].name
+        frames = self.frames_of(name)
+        if not frames:
+            return self._load_boxed(number)
+        if frames[-1] >= len(index.frames):
+            raise self._missing([number])
+        assembler = Assembler(
+            self.header.tensors, self.header.geometry, {number: self._columns[number]}
+        )
+        events = self._fragments(frames)
+        for found in self._decode(events, assembler):
+            return found
+        raise FormatError(f"tensor {name!r} never ends", code="index", tensor=name)
+
+    def _fragments(self, frames: range) -> Iterator[Fragment]:
+        entries = [self._need_index().frames[number] for number in frames]
+        for number, entry in zip(frames, entries, strict=True):
+            # One range read for all frames that lie together, in bounded windows.
+            window_end = entry.end
+            for later in entries[number - frames[0] + 1 :]:
+                if later.offset != window_end or later.end - entry.offset > reader.WINDOW_BYTES:
+                    break
+                window_end = later.end
+            self._source.seek(entry.offset)
+            if not self._source.buffered(entry.end - entry.offset):
+                self._source.prefetch(window_end - entry.offset)
+            fragment = reader.read_fragment(self._source, entry, self._head)
+            if fragment.sidecar.frame != number:
+                raise FormatError(
+                    f"the index points to frame {fragment.sidecar.frame} for frame {number}",
+                    code="index",
+                    offset=entry.offset,
+                )
+            yield fragment
+
+    def _load_boxed(self, number: int) -> _Found:
+        assembler = ExactAssembler(self.header.tensors)
+        for entry in self._need_index().exact:
+            if number not in entry.tensors:
+                continue
+            box = reader.read_exact(self._source, entry).box
+            for item in parse_exact(box.payload, self.header.tensors):
+                if item.tensor == number and (done := assembler.add(item)):
+                    return _Found(*done)
+        raise self._missing([number])
+
+    def __iter__(self) -> Iterator[tuple[str, Array]]:
+        """All tensors, in file order, as their frames arrive: pairs of name and array.
+
+        Each alias follows its target, with the same array. A truncated file gives every tensor
+        whose frames are whole, and then raises :class:`~weightvid.errors.TruncatedError`.
+        """
+        for number, found in self._iterate():
+            array = self._natural(number, found.stored(self._check))
+            yield from ((name, array) for name in self._names_of(number))
+
+    def iter_stored(self) -> Iterator[tuple[TensorSpec, Array]]:
+        """Distinct tensors in file order, in their own dtypes (see :meth:`stored`)."""
+        for number, found in self._iterate():
+            yield self.header.tensors[number], found.stored(self._check)
+
+    def iter_quantized(self) -> Iterator[tuple[TensorSpec, Array | Quantized]]:
+        """Distinct tensors in file order, before dequantization."""
+        for number, found in self._iterate():
+            yield self.header.tensors[number], found.value
+
+    def _names_of(self, number: int) -> list[str]:
+        name = self.header.tensors[number].name
+        return [name, *(a for a, target in self.header.aliases.items() if target == name)]
+
+    def _iterate(self) -> Iterator[tuple[int, _Found]]:
+        if self._random:
+            self._source.seek(self._head.size)
+        elif self._used:
+            raise FormatError("this source has been read and cannot seek", code="not-seekable")
+        self._used = True
+        left = dict.fromkeys(range(len(self.header.tensors)))
+        assembler = Assembler(self.header.tensors, self.header.geometry)
+        events = reader.read_events(self._source, self._head)
+        try:
+            for found in self._decode(events, assembler):
+                left.pop(found.tensor, None)
+                yield found.tensor, found
+        except TruncatedError:
+            raise self._missing(list(left)) from None
+        if left:
+            raise self._missing(list(left))
+
+    def _missing(self, numbers: Iterable[int]) -> TruncatedError:
+        names = tuple(self.header.tensors[n].name for n in numbers)
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        what = f"missing: {shown}" if names else "every tensor is there, but the index is not"
+        return TruncatedError(
+            f"the archive is incomplete; {what}", offset=self._source.position, missing=names
+        )
+
+    def _decode(
+        self, events: Iterable[Fragment | ExactPayload | Index], assembler: Assembler
+    ) -> Iterator[_Found]:
+        """Run events through the decoder, keeping their order."""
+        waiting: deque[Fragment | ExactPayload] = deque()
+        exact = ExactAssembler(self.header.tensors)
+        failure: list[FormatError] = []
+        geometry = self.header.geometry
+        decoder = HevcDecoder(
+            DecoderSettings(self._head.track.hvcc, geometry.width, geometry.height, self._threads)
+        )
+        packets = _packets(events, waiting, failure)
+        try:
+            for number, luma in decoder.decode(packets):
+                yield from self._boxed(waiting, exact)
+                fragment = waiting.popleft()
+                if not isinstance(fragment, Fragment) or fragment.sidecar.frame != number:
+                    raise FormatError(f"frame {number} comes out of order", code="order")
+                check_frame(fragment.payload, luma, number)
+                for done in assembler.add(fragment.sidecar, luma):
+                    yield _Found(*done)
+        except CodecError as error:
+            raise FormatError(str(error), code="packet") from None
+        yield from self._boxed(waiting, exact)
+        if failure:
+            raise failure[0]
+
+    def _boxed(
+        self, waiting: deque[Fragment | ExactPayload], exact: ExactAssembler
+    ) -> Iterator[_Found]:
+        while waiting and isinstance(event := waiting[0], ExactPayload):
+            waiting.popleft()
+            for item in parse_exact(event.box.payload, self.header.tensors):
+                if done := exact.add(item):
+                    yield _Found(*done)
+
+
+def _packets(
+    events: Iterable[Fragment | ExactPayload | Index],
+    waiting: deque[Fragment | ExactPayload],
+    failure: list[FormatError],
+) -> Iterator[tuple[int, bytes]]:
+    """Packets for the decoder; a defect ends them, so that what came before is still decoded."""
+    try:
+        for event in events:
+            if isinstance(event, Index):
+                continue
+            waiting.append(event)
+            if isinstance(event, Fragment):
+                yield event.sidecar.frame, event.packet
+    except FormatError as error:
+        failure.append(error)

@@ -1,0 +1,347 @@
+"""Checkpoint to archive.
+
+Two passes over the source, one tensor in memory at a time: a survey (statistics, from which the
+steps follow), then quantizing, tiling and encoding. The archive is written under a temporary name,
+decoded and checked against its own hashes, and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from time import perf_counter
+from typing import BinaryIO, Final, cast
+
+from weightvid import allocate, tile
+from weightvid.atomic import AtomicFile
+from weightvid.checkpoint import CheckpointReader, open_checkpoint
+from weightvid.codec import bitstream
+from weightvid.codec.encode import DEFAULT_PRESET, EncoderSettings, HevcEncoder
+from weightvid.container.records import Header
+from weightvid.container.writer import ArchiveWriter
+from weightvid.dtypes import PACKABLE
+from weightvid.errors import CheckpointError, FormatError, QuantizationError
+from weightvid.loader import open_archive
+from weightvid.packing.exact import ExactWriter
+from weightvid.packing.frames import FrameWriter
+from weightvid.packing.quantized import CodedTensor, code_tensor, sqnr_db
+from weightvid.progress import Progress, Report, quiet
+from weightvid.quantize import Params, UniformParams
+from weightvid.quantize.stats import TensorStats, tensor_stats
+from weightvid.spec import TensorSpec
+from weightvid.version import __version__
+
+#: smaller tensors are kept exactly: a frame's share and a sidecar entry would cost more.
+MIN_WEIGHTS: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """Settings of one packing.
+
+    Attributes
+    ----------
+    recipe : str
+        ``balanced``, ``small`` or ``fine``.
+    step_factor : float or None
+        k of the step rule, instead of the recipe's.
+    keep : tuple of str
+        Shell-style patterns of tensor names that are kept exactly.
+    preset : str
+        x265's preset.
+    jobs : int
+        Encoders side by side; 0: one per core.
+    force : bool
+        Replace an existing file.
+    verify : bool
+        Decode the archive and check it before it gets its name.
+    """
+
+    recipe: str = allocate.DEFAULT_RECIPE
+    step_factor: float | None = None
+    keep: tuple[str, ...] = ()
+    preset: str = DEFAULT_PRESET
+    jobs: int = 0
+    force: bool = False
+    verify: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PackReport:
+    """What a packing did.
+
+    Attributes
+    ----------
+    file_bytes, source_bytes : int
+        Of the archive, and of all tensors of the source.
+    weights : int
+        Elements of all floating-point tensors of the source.
+    coded_weights : int
+        Those coded as video.
+    stream_bytes : int
+        Of the packets alone.
+    sqnr_db : float or None
+        Over all quantized tensors.
+    frames : int
+    width, height : int
+        Of a frame, in samples.
+    skipped : tuple of str
+        Entries of the source that are no tensors.
+    unused_keeps : tuple of str
+        Patterns of ``keep`` that no tensor matches.
+    seconds : float
+    """
+
+    file_bytes: int
+    source_bytes: int
+    weights: int
+    coded_weights: int
+    stream_bytes: int
+    sqnr_db: float | None
+    frames: int
+    width: int
+    height: int
+    skipped: tuple[str, ...]
+    unused_keeps: tuple[str, ...]
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 x whole file / weights; 0 without weights."""
+        return 8 * self.file_bytes / self.weights if self.weights else 0.0
+
+    @property
+    def stream_bits_per_weight(self) -> float:
+        """8 x packets / weights coded as video; 0 without any."""
+        return 8 * self.stream_bytes / self.coded_weights if self.coded_weights else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be done with each tensor.
+
+    Attributes
+    ----------
+    params : dict of int to Params
+        Quantizer of each tensor that becomes video, by id; the others are kept exactly.
+    geometry : FrameGeometry
+    """
+
+    params: dict[int, Params]
+    geometry: tile.FrameGeometry
+
+
+@dataclass(slots=True)
+class _Totals:
+    noise: float = 0.0
+    power: float = 0.0
+    coded: int = 0
+    stages: dict[str, int] = field(default_factory=dict)
+
+
+def pack_checkpoint(
+    source: str | os.PathLike[str] | CheckpointReader,
+    destination: str | os.PathLike[str],
+    options: PackOptions | None = None,
+    progress: Report = quiet,
+) -> PackReport:
+    """Pack a checkpoint into an archive.
+
+    Parameters
+    ----------
+    source : path or CheckpointReader
+    destination : path
+        Appears whole, or not at all.
+    options : PackOptions
+    progress : callable
+        Told about the stages ``survey``, ``encode`` and ``verify``.
+
+    Raises
+    ------
+    CheckpointError, QuantizationError, CodecError, OutputError
+    """
+    chosen = options or PackOptions()
+    if isinstance(source, CheckpointReader):
+        return _pack(source, destination, chosen, progress)
+    if Path(destination).exists() and os.path.realpath(source) == os.path.realpath(destination):
+        raise CheckpointError(f"{destination} is the source itself")
+    with open_checkpoint(source) as reader:
+        return _pack(reader, destination, chosen, progress)
+
+
+def _pack(
+    reader: CheckpointReader,
+    destination: str | os.PathLike[str],
+    options: PackOptions,
+    progress: Report,
+) -> PackReport:
+    began = perf_counter()
+    _check(options)
+    output = AtomicFile(destination, force=options.force)
+    try:
+        plan = make_plan(reader, options, progress)
+        totals = _Totals()
+        stream = cast(BinaryIO, output.file)
+        frames, stream_bytes = _write(reader, stream, plan, options, totals, progress)
+        file_bytes = stream.tell()
+        if options.verify:
+            _verify(stream, reader, progress)
+    except BaseException:
+        output.abort()
+        raise
+    output.commit()
+    tensors = reader.contents.tensors
+    return PackReport(
+        file_bytes=file_bytes,
+        source_bytes=sum(spec.stored_bytes for spec in tensors),
+        weights=sum(spec.size for spec in tensors if spec.dtype in PACKABLE),
+        coded_weights=totals.coded,
+        stream_bytes=stream_bytes,
+        sqnr_db=sqnr_db(totals.power, totals.noise),
+        frames=frames,
+        width=plan.geometry.width,
+        height=plan.geometry.height,
+        skipped=reader.contents.skipped,
+        unused_keeps=tuple(
+            pattern
+            for pattern in options.keep
+            if not any(fnmatchcase(spec.name, pattern) for spec in tensors)
+        ),
+        seconds=perf_counter() - began,
+    )
+
+
+def _check(options: PackOptions) -> None:
+    allocate.recipe(options.recipe)
+    if options.step_factor is not None:
+        allocate.steps([], options.step_factor)
+    EncoderSettings(tile.MIN_FRAME_PX, tile.MIN_FRAME_PX, options.preset)
+    if options.jobs < 0:
+        raise QuantizationError(f"the number of jobs must not be negative, as {options.jobs} is")
+
+
+def make_plan(reader: CheckpointReader, options: PackOptions, progress: Report = quiet) -> Plan:
+    """Survey a checkpoint and choose the quantizer of each tensor that is worth a video."""
+    specs = reader.contents.tensors
+    total = sum(spec.size for spec in specs)
+    worth: dict[int, TensorStats] = {}
+    done = 0
+    for number, spec in enumerate(specs):
+        progress(Progress("survey", done, total))
+        if _may_code(spec, options.keep):
+            stats = tensor_stats(reader.read(spec.name), spec)
+            if stats.finite and stats.sigma > 0:
+                worth[number] = stats
+        done += spec.size
+    progress(Progress("survey", total, total))
+    factor = options.step_factor or allocate.recipe(options.recipe).step_factor
+    params: dict[int, Params] = {}
+    for (number, _), step in zip(
+        worth.items(), allocate.steps(list(worth.values()), factor), strict=True
+    ):
+        try:
+            params[number] = UniformParams(step)
+        except QuantizationError:
+            continue  # weights of a size that no ordinary float32 step fits: kept exactly
+    shapes = (tile.matrix_shape(specs[number].shape) for number in params)
+    return Plan(params, tile.choose_geometry(tile.starts(shapes)[-1]))
+
+
+def _may_code(spec: TensorSpec, keep: tuple[str, ...]) -> bool:
+    return (
+        spec.dtype in PACKABLE
+        and len(spec.shape) >= 2
+        and spec.size >= MIN_WEIGHTS
+        and not any(fnmatchcase(spec.name, pattern) for pattern in keep)
+    )
+
+
+def _write(
+    reader: CheckpointReader,
+    stream: BinaryIO,
+    plan: Plan,
+    options: PackOptions,
+    totals: _Totals,
+    progress: Report,
+) -> tuple[int, int]:
+    """Write the archive; returns the number of frames and the bytes of their packets."""
+    contents = reader.contents
+    settings = EncoderSettings(plan.geometry.width, plan.geometry.height, options.preset)
+    header = Header(
+        plan.geometry,
+        tuple(contents.tensors),
+        contents.aliases,
+        contents.metadata,
+        {"generator": f"weightvid {__version__}", "recipe": _recipe_text(options)},
+    )
+    hvcc = bitstream.hvcc(HevcEncoder(settings).parameter_sets)
+    writer = ArchiveWriter(stream, header, hvcc)
+    exact = ExactWriter(writer, contents.tensors)
+    jobs = options.jobs or os.cpu_count() or 1
+    total = sum(contents.tensors[number].size for number in plan.params)
+    written = _counter(total, progress)
+    frames = FrameWriter(writer, settings, jobs, written)
+    try:
+        for number, spec in enumerate(contents.tensors):
+            params = plan.params.get(number)
+            if params is None:
+                exact.add(number, reader.read(spec.name))
+                continue
+            frames.add(number, _code(reader, spec, params, totals))
+        frames.flush()
+        exact.flush()
+    finally:
+        frames.close()
+    index = writer.finish()
+    overhead = sum(writer.fragment_overhead for _ in index.frames)
+    return len(index.frames), sum(f.fragment_bytes for f in index.frames) - overhead
+
+
+def _code(
+    reader: CheckpointReader, spec: TensorSpec, params: Params, totals: _Totals
+) -> CodedTensor:
+    try:
+        coded = code_tensor(reader.read(spec.name), spec, params)
+    except QuantizationError as error:
+        raise QuantizationError(f"tensor {spec.name!r}: {error}") from None
+    totals.noise += coded.noise
+    totals.power += coded.power
+    totals.coded += spec.size
+    return coded
+
+
+def _counter(total: int, progress: Report) -> Callable[[int], None]:
+    done = 0
+
+    def written(samples: int) -> None:
+        nonlocal done
+        done = min(total, done + samples)
+        progress(Progress("encode", done, total))
+
+    return written
+
+
+def _recipe_text(options: PackOptions) -> str:
+    if options.step_factor is None:
+        return options.recipe
+    return f"step {options.step_factor:g}"
+
+
+def _verify(stream: BinaryIO, reader: CheckpointReader, progress: Report) -> None:
+    stream.seek(0)
+    specs = reader.contents.tensors
+    total = sum(spec.size for spec in specs)
+    done = 0
+    try:
+        with open_archive(stream, check_tensors=True) as archive:
+            for spec, _ in archive.iter_stored():
+                done += spec.size
+                progress(Progress("verify", done, total))
+    except FormatError as error:
+        raise FormatError(
+            f"the archive does not decode to what was packed, and has been discarded: {error}",
+            code=error.code,
+        ) from error
