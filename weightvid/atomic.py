@@ -55,7 +55,7 @@ class AtomicFile:
         # The name is random, so it never needs to be long enough to hold the target's own name.
         self._temporary = self._target.parent / f".weightvid-{secrets.token_hex(8)}.tmp"
         # Registered before the file exists: whatever happens from here on, it gets removed.
-        self._cleanup = weakref.finalize(self, _remove, self._temporary)
+        self._cleanup = weakref.finalize(self, _remove, self._temporary, os.getpid())
         try:
             raw = _OutputFile(self._temporary, self._shown)
         except OSError as error:
@@ -199,9 +199,11 @@ def _exists(shown: str) -> OutputError:
     return made
 
 
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
+def _remove(path: Path, owner: int) -> None:
+    # A forked worker inherits the finalizer, but the file is its parent's.
+    if os.getpid() == owner:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

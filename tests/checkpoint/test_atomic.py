@@ -150,6 +150,26 @@ def test_dropped_without_commit(tmp_path: Path) -> None:
     assert listing(tmp_path) == []
 
 
+def test_a_forked_child_leaves_the_file_alone(tmp_path: Path) -> None:
+    code = """
+    import os, sys
+    from weightvid.atomic import AtomicFile
+    output = AtomicFile("out")
+    child = os.fork()
+    if child == 0:
+        sys.exit(0)
+    os.waitpid(child, 0)
+    output.commit()
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(atomic.__file__).parents[1])},
+        check=True,
+    )
+    assert listing(tmp_path) == ["out"]
+
+
 def test_commit_twice_and_abort_after_commit(tmp_path: Path) -> None:
     output = AtomicFile(tmp_path / "out")
     output.commit()

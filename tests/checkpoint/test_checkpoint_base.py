@@ -133,6 +133,7 @@ class TestWriters:
         (Contents((TensorSpec("a", "F32", (2**40, 2**40, 0)),)), "impossible shape"),
         (Contents((TensorSpec("a", "F32", ()),), {"a": "a"}), "alias"),
         (Contents((TensorSpec("a", "F32", ()),), {"b": "c"}), "no tensor"),
+        (Contents((), metadata={"epoch": 3}), "text pairs"),  # type: ignore[dict-item]
     ],
 )
 def test_impossible_contents(tmp_path: Path, contents: Contents, said: str) -> None:
