@@ -174,7 +174,8 @@ def _resolve(shown: str, force: bool) -> Path:
     """Real destination of ``shown``, checked to be writable in principle."""
     try:
         target = Path(os.path.realpath(shown))
-        mode = target.stat().st_mode
+        # Not of the target: /dev/stdout on a pipe resolves to a path that does not exist.
+        mode = Path(shown).stat().st_mode
     except FileNotFoundError:
         return target
     except ValueError as error:  # a zero byte in the name

@@ -135,6 +135,32 @@ def test_destinations_that_are_no_files(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["pipe", "plain"]
 
 
+def test_standard_output_on_a_pipe() -> None:
+    code = """
+    from weightvid.atomic import AtomicFile
+    try:
+        AtomicFile("/dev/stdout", force=True)
+    except OSError as error:
+        print(error)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(Path(atomic.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "/dev/stdout: the output needs a regular file" in ran.stdout
+
+
+def test_a_dangling_link_gets_its_target(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with atomic_output(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "target").read_bytes() == b"new"
+    assert (tmp_path / "link").is_symlink()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_no_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

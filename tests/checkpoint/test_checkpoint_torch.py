@@ -331,6 +331,12 @@ class TestConversion:
             from_stored(np.zeros(2, np.float32), "BF16")
         with pytest.raises(CheckpointError, match="meta tensor"):
             to_stored(torch.empty(2, device="meta"))
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            fake = torch.empty(2)
+        with pytest.raises(CheckpointError, match="FakeTensor"):
+            to_stored(fake)
 
 
 def test_metadata_has_no_home(tmp_path: Path) -> None:

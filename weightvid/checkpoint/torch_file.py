@@ -139,17 +139,13 @@ def to_stored(tensor: torch.Tensor) -> tuple[str, Array]:
     problem = _unsupported(tensor)
     if problem is not None:
         raise CheckpointError(f"a {problem} cannot be stored")
-    torch = import_torch()
     name = _name_of()[tensor.dtype]
-    stored = stored_dtype(name)
-    with warnings.catch_warnings():
-        # complex32 warns that it is experimental; nothing is computed with it here.
-        warnings.simplefilter("ignore")
-        plain = tensor.detach().cpu()
-        plain = plain.resolve_conj().resolve_neg()
-        if stored.kind == "u" and not name.startswith("U"):
-            plain = plain.view(getattr(torch, _BIT_TYPES[stored.itemsize]))
-        array: Array = plain.contiguous().numpy().view(stored)
+    try:
+        array = _elements(tensor, name)
+    except (RuntimeError, TypeError, MemoryError) as error:
+        # Tensor subclasses (distributed, fake, wrapped) may lack any of the steps.
+        kind = type(tensor).__name__
+        raise CheckpointError(f"cannot read a {kind}'s elements: {_first_line(error)}") from None
     if name in SUB_BYTE:
         size = array.size * 8 // SUB_BYTE[name]
         shape = _shape(tensor, name)
@@ -335,6 +331,21 @@ def _unsupported(tensor: Any) -> str | None:
     if tensor.dtype not in _name_of():
         return f"tensor of {tensor.dtype}"
     return None
+
+
+def _elements(tensor: Any, name: str) -> Array:
+    """Stored elements of a strided tensor; sub-byte types still packed."""
+    torch = import_torch()
+    stored = stored_dtype(name)
+    with warnings.catch_warnings():
+        # complex32 warns that it is experimental; nothing is computed with it here.
+        warnings.simplefilter("ignore")
+        plain = tensor.detach().cpu()
+        plain = plain.resolve_conj().resolve_neg()
+        if stored.kind == "u" and not name.startswith("U"):
+            plain = plain.view(getattr(torch, _BIT_TYPES[stored.itemsize]))
+        array: Array = plain.contiguous().numpy().view(stored)
+    return array
 
 
 def _look(tensor: Any) -> tuple[object, ...]:
