@@ -255,6 +255,15 @@ class Archive:
         each = self.header.geometry.columns
         return range(column // each, (column + count - 1) // each + 1)
 
+    def tiles_of(self, name: str) -> list[tile.Tile]:
+        """Rectangles on which a tensor lies, in samples; empty for exact and plain ones."""
+        number = self._id(name)
+        column = self._columns.get(number)
+        if column is None:
+            return []
+        shape = tile.matrix_shape(self.header.tensors[number].shape)
+        return tile.tiles(column, tile.ribbon_columns(*shape), self.header.geometry)
+
     def info(self, name: str) -> TensorInfo:
         """Shape, dtype, quantizer and place of a tensor; reads at most two sidecars."""
         number = self._id(name)
@@ -395,6 +404,63 @@ class Archive:
         for number, found in self._iterate():
             yield self.header.tensors[number], found.value
 
+    def iter_selected(self, names: Iterable[str]) -> Iterator[tuple[TensorSpec, Array]]:
+        """Some distinct tensors in their own dtypes, from their own frames; needs a seekable file.
+
+        Those on frames come first, in ribbon order. Tensors of a truncated file that are not
+        whole are named in a TruncatedError at the end.
+        """
+        index = self._need_index()
+        wanted = {self._id(name) for name in names}
+        columns = {n: self._columns[n] for n in index.ribbon if n in wanted & self._columns.keys()}
+        spans = {n: self.frames_of(self.header.tensors[n].name) for n in columns}
+        whole = {n for n, span in spans.items() if span[-1] < len(index.frames)}
+        frames = sorted({frame for n in whole for frame in spans[n]})
+        assembler = Assembler(
+            self.header.tensors, self.header.geometry, {n: columns[n] for n in whole}
+        )
+        events = (event for run in _runs(frames) for event in self._fragments(run))
+        for found in self._decode(events, assembler):
+            wanted.discard(found.tensor)
+            yield self.header.tensors[found.tensor], found.stored(self._check)
+        parts = ExactAssembler(self.header.tensors)
+        for entry in index.exact:
+            if not wanted.isdisjoint(entry.tensors):
+                box = reader.read_exact(self._source, entry).box
+                for item in parse_exact(box.payload, self.header.tensors):
+                    if item.tensor in wanted and (done := parts.add(item)):
+                        wanted.discard(done[0])
+                        yield self.header.tensors[done[0]], _Found(*done).stored(self._check)
+        if wanted:
+            raise self._missing(sorted(wanted))
+
+    def frames(self, numbers: range) -> Iterator[tuple[Sidecar, npt.NDArray[np.uint8]]]:
+        """Decode consecutive frames: each with its sidecar and its luma, shape (height, width).
+
+        The array is a view that is valid until the next frame is asked for.
+        """
+        count = len(self._need_index().frames)
+        if numbers and not 0 <= numbers[0] <= numbers[-1] < count:
+            raise TensorNotFoundError(f"the archive has frames 0 to {count - 1}")
+        geometry = self.header.geometry
+        decoder = HevcDecoder(
+            DecoderSettings(self._head.track.hvcc, geometry.width, geometry.height, self._threads)
+        )
+        waiting: deque[Fragment | ExactPayload] = deque()
+        failure: list[FormatError] = []
+        try:
+            for number, luma in decoder.decode(
+                _packets(self._fragments(numbers), waiting, failure)
+            ):
+                fragment = waiting.popleft()
+                if isinstance(fragment, Fragment):
+                    check_frame(fragment.payload, luma, number)
+                    yield fragment.sidecar, luma
+        except CodecError as error:
+            raise FormatError(str(error), code="packet") from None
+        if failure:
+            raise failure[0]
+
     def _names_of(self, number: int) -> list[str]:
         name = self.header.tensors[number].name
         return [name, *(a for a, target in self.header.aliases.items() if target == name)]
@@ -460,6 +526,15 @@ class Archive:
             for item in parse_exact(event.box.payload, self.header.tensors):
                 if done := exact.add(item):
                     yield _Found(*done)
+
+
+def _runs(numbers: list[int]) -> Iterator[range]:
+    """Ascending numbers as ranges without gaps."""
+    begin = 0
+    for end in range(1, len(numbers) + 1):
+        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
+            yield range(numbers[begin], numbers[end - 1] + 1)
+            begin = end
 
 
 def _packets(
