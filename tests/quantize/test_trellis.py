@@ -29,11 +29,11 @@ def level_matrices(draw: st.DrawFn) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=150)
-@given(level_matrices(), st.sampled_from(TRELLIS_STATES), st.sampled_from([0, 1]))
-def test_fast_equals_reference(levels: np.ndarray, states: int, axis: int) -> None:
-    index = dequantize_index(levels, states, axis)
+@given(level_matrices(), st.sampled_from(TRELLIS_STATES), st.sampled_from([0, 1]), st.booleans())
+def test_fast_equals_reference(levels: np.ndarray, states: int, axis: int, zero: bool) -> None:
+    index = dequantize_index(levels, states, axis, zero)
     assert index.dtype == np.int32
-    assert np.array_equal(index, dequantize_index_reference(levels, states, axis))
+    assert np.array_equal(index, dequantize_index_reference(levels, states, axis, zero))
 
 
 @settings(deadline=None, max_examples=50)
@@ -46,9 +46,9 @@ def test_columns_in_chunks(levels: np.ndarray, states: int, cuts: list[int]) -> 
 
 def test_chunks_longer_than_the_period() -> None:
     levels = np.random.default_rng(3).integers(-9, 10, (3000, 3))
-    whole = dequantize_index(levels, 64, 0)
-    assert np.array_equal(whole, dequantize_index_reference(levels, 64, 0))
-    decoder = ColumnDequantizer(3, 64)
+    whole = dequantize_index(levels, 64, 0, True)
+    assert np.array_equal(whole, dequantize_index_reference(levels, 64, 0, True))
+    decoder = ColumnDequantizer(3, 64, True)
     parts = [decoder.feed(part) for part in np.split(levels, [5, 1000, 1001, 2417])]
     assert np.array_equal(np.concatenate(parts), whole)
 
@@ -75,6 +75,18 @@ def test_machine_is_linear_and_invertible(states: int) -> None:
     for parity in range(2):
         assert {trellis.next_state(s, parity) for s in range(states)} == set(range(states))
     assert sum(trellis.quantizer(state) for state in range(states)) == states // 2
+
+
+def test_masks_of_the_specification() -> None:
+    table = {
+        4: (0b10, 0b01),
+        8: (0b101, 0b010),
+        16: (0b1100, 0b0001),
+        32: (0b11000, 0b00101),
+        64: (0b110101, 0b011101),
+    }
+    for states, masks in table.items():
+        assert (machine(states).feedback, machine(states).output) == masks
 
 
 def test_tables_of_the_specification() -> None:

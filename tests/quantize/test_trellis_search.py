@@ -11,35 +11,30 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from weightvid.errors import QuantizationError
-from weightvid.quantize import rdoq, trellis_search
+from weightvid.quantize import rdoq, trellis_search, trellis_viterbi
 from weightvid.quantize.params import MAX_LEVEL, TRELLIS_STATES
 from weightvid.quantize.rate import RateModel, entropy_bits
 from weightvid.quantize.trellis import dequantize_index, dequantize_index_reference
 from weightvid.quantize.trellis_search import TrellisConfig, TrellisJob, quantize, quantize_many
 
 
-def _cost(
-    weights: np.ndarray, levels: np.ndarray, config: TrellisConfig, model: RateModel
-) -> float:
-    """What the encoder minimises, for step 1/2, from the reference dequantizer."""
-    values = dequantize_index_reference(levels, config.states) * 0.5
-    return float(((weights - values) ** 2).sum() + 4.0 * config.lam * model.of(levels).sum())
-
-
 @pytest.mark.parametrize("states", TRELLIS_STATES)
 @pytest.mark.parametrize("lam", [0.0, 0.09, 0.4])
-def test_no_sequence_is_cheaper(states: int, lam: float) -> None:
+@pytest.mark.parametrize("zero", [False, True])
+def test_no_sequence_is_cheaper(states: int, lam: float, zero: bool) -> None:
     config = TrellisConfig(states=states, lam=lam)
     model = RateModel.laplacian(0.8)
-    weights = np.random.default_rng(states).normal(0, 1.6, (12, 5)).astype(np.float32)
+
+    def costs(run: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """What the encoder minimises, for step 1/2 and many candidate rows of levels."""
+        values = dequantize_index_reference(levels, states, 1, zero) * 0.5
+        return ((run - values) ** 2).sum(axis=1) + 4.0 * lam * model.of(levels).sum(axis=1)
+
     every = np.array(list(itertools.product(range(-2, 3), repeat=5)))
-    # The dequantizer does not depend on the row: all sequences are rows of one matrix.
-    values = dequantize_index(every, states) * 0.5
-    rate = 4.0 * lam * model.of(every).sum(axis=1)
-    for run in weights:
-        best = float((((run - values) ** 2).sum(axis=1) + rate).min())
-        found = quantize(run[None], 0.5, config, model)
-        assert _cost(run[None], found, config, model) <= best + 0.02
+    for run in np.random.default_rng(states).normal(0, 1.6, (12, 5)).astype(np.float32):
+        found = quantize(run[None], 0.5, config, model, zero)
+        # Costs are looked up by cells of 1/32, so a level may be off by a hair at a threshold.
+        assert costs(run, found)[0] <= costs(run, every).min() + 0.02
 
 
 @settings(deadline=None, max_examples=60)
@@ -49,14 +44,17 @@ def test_no_sequence_is_cheaper(states: int, lam: float) -> None:
     ),
     st.sampled_from(TRELLIS_STATES),
     st.sampled_from([0, 1]),
+    st.booleans(),
 )
-def test_codeable_values_are_found(levels: np.ndarray, states: int, axis: int) -> None:
+def test_codeable_values_are_found(levels: np.ndarray, states: int, axis: int, zero: bool) -> None:
     """Without a price for bits, weights that some levels hit exactly come back exactly."""
     step = np.float32(0.37)
-    values = dequantize_index(levels, states, axis).astype(np.float32) * step
-    found = quantize(values, float(step), TrellisConfig(states=states, lam=0.0, axis=axis))
+    values = dequantize_index(levels, states, axis, zero).astype(np.float32) * step
+    config = TrellisConfig(states=states, lam=0.0, axis=axis)
+    found = quantize(values, float(step), config, zero=zero)
     assert found.shape == levels.shape
-    assert np.array_equal(dequantize_index(found, states, axis).astype(np.float32) * step, values)
+    back = dequantize_index(found, states, axis, zero).astype(np.float32) * step
+    assert np.array_equal(back, values)
 
 
 def _jobs() -> list[TrellisJob]:
@@ -67,7 +65,10 @@ def _jobs() -> list[TrellisJob]:
         jobs.append(TrellisJob(weights, 0.2))
     spiky = rng.normal(size=(9, 140)).astype(np.float32)
     spiky[2, 5], spiky[8, 139], spiky[0, 0] = 900.0, -333.0, 130.0
-    jobs.append(TrellisJob(spiky, 0.25, RateModel.laplacian(1.1)))
+    jobs.append(TrellisJob(spiky, 0.25, None, RateModel.laplacian(1.1)))
+    sparse = np.where(rng.random((40, 60)) < 0.8, 0.0, rng.normal(size=(40, 60)))
+    jobs.append(TrellisJob(sparse.astype(np.float32), 0.1))
+    jobs.append(TrellisJob(np.zeros((3, 8), np.float32), 0.1, True))
     return jobs
 
 
@@ -75,18 +76,28 @@ def _jobs() -> list[TrellisJob]:
 def test_company_changes_nothing(states: int) -> None:
     config = TrellisConfig(states=states)
     together = quantize_many(_jobs(), config)
-    for job, levels in zip(_jobs(), together, strict=True):
-        assert np.array_equal(levels, quantize(job.weights, job.step, config, job.rate_model))
+    for job, found in zip(_jobs(), together, strict=True):
+        alone = quantize(job.weights, job.step, config, job.rate_model, found.zero)
+        assert np.array_equal(found.levels, alone)
+
+
+def test_numbering_is_chosen() -> None:
+    found = quantize_many(_jobs())
+    assert not found[2].zero
+    assert found[-2].zero
+    assert found[-1].zero
+    assert not found[-1].levels.any()
 
 
 def test_blocks_of_lanes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantize_many(_jobs())
     monkeypatch.setattr(trellis_search, "_LANES", 7)
     monkeypatch.setattr(trellis_search, "_DECISION_BYTES", 1)
-    monkeypatch.setattr(trellis_search, "_CHUNK_WEIGHTS", 32)
+    monkeypatch.setattr(trellis_viterbi, "_CHUNK_WEIGHTS", 32)
     monkeypatch.setattr(trellis_search, "_MIN_LANES", 1)
     for one, other in zip(whole, quantize_many(_jobs()), strict=True):
-        assert np.array_equal(one, other)
+        assert one.zero == other.zero
+        assert np.array_equal(one.levels, other.levels)
 
 
 @pytest.mark.parametrize("states", [4, 8, 32])
@@ -98,7 +109,8 @@ def test_torch_gives_the_same_levels(states: int) -> None:
         quantize_many(_jobs(), config, "torch"),
         strict=True,
     ):
-        assert np.array_equal(one, other)
+        assert one.zero == other.zero
+        assert np.array_equal(one.levels, other.levels)
 
 
 def test_outliers_keep_their_value() -> None:

@@ -1,4 +1,4 @@
-"""The Viterbi search of `weightvid.quantize.trellis_search` in torch; the same levels, bit for bit.
+"""The Viterbi search of `weightvid.quantize.trellis_viterbi` in torch; the same levels.
 
 Only the trellis itself runs here: the costs of the subsets come from the shared numpy code, and the
 forward pass is made of float32 additions, minima and comparisons, in the same order.
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from weightvid.quantize.trellis import Machine
-from weightvid.quantize.trellis_search import (
+from weightvid.quantize.trellis_viterbi import (
     RENORM,
     Branches,
     CostTables,
@@ -26,7 +26,7 @@ from weightvid.quantize.trellis_search import (
 def search_torch(
     lanes: Sequence[FloatMatrix], tables: Sequence[CostTables], trellis: Machine
 ) -> list[npt.NDArray[np.int32]]:
-    """As `weightvid.quantize.trellis_search.search_numpy`."""
+    """As `weightvid.quantize.trellis_viterbi.search_numpy`."""
     block = LaneBlock(lanes, tables)
     branches = Branches.of(trellis)
     states, count = trellis.states, block.count

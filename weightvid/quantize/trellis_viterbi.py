@@ -1,0 +1,278 @@
+"""Trellis-coded quantization: costs of the subsets and the Viterbi search over lanes.
+
+The four subsets a level can come from are Q0 even, Q0 odd, Q1 even and Q1 odd. What the best member
+of each costs depends on the weight alone, so it is one table look-up per subset; the state machine
+then chooses among four numbers per weight. In shift-register numbering, states j and j + S/2 lead
+to 2j and 2j + 1 only, so a step of the search is adds and minima of contiguous halves.
+
+Here weights are in units of two steps. Metrics are float32, and each operation is one IEEE
+operation, so that numpy and torch agree exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from weightvid.quantize.rate import TABLE_MAX, RateModel
+from weightvid.quantize.trellis import Machine
+
+RENORM = 64
+"""The least metric is subtracted after every 64 columns, so that metrics stay small."""
+
+FloatMatrix = npt.NDArray[np.float32]
+
+_CELLS = 32
+_SUBSETS = 4
+_CHUNK_WEIGHTS = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class CostTables:
+    """Best member of each subset, by cell of the weight in units of two steps, 32 cells per unit.
+
+    Attributes
+    ----------
+    point : ndarray of float32, shape (4, cells)
+        ``n / 2``; subsets in the order Q0 even, Q0 odd, Q1 even, Q1 odd.
+    price : ndarray of float32, shape (4, cells)
+        Price of that member, ``4 * lam * bits``.
+    level : ndarray of int16, shape (4, cells)
+        Its level k.
+    middle : int
+        Cell that starts at weight 0.
+    model : RateModel
+        Prices beyond the table.
+    lam : float
+    zero : bool
+        Numbering of the points.
+    peaked : bool
+        Whether some weights lie beyond the table and take the slow, exact way.
+    """
+
+    point: npt.NDArray[np.float32]
+    price: npt.NDArray[np.float32]
+    level: npt.NDArray[np.int16]
+    middle: int
+    model: RateModel
+    lam: float
+    zero: bool
+    peaked: bool
+
+    @classmethod
+    def build(cls, model: RateModel, lam: float, peak: float, zero: bool) -> CostTables:
+        """Tables for magnitudes up to ``peak`` units, at most about ``2 * TABLE_MAX``."""
+        reach = int(min(max(peak, 4.0), 2.0 * TABLE_MAX - 8.0)) + 2
+        centre = (np.arange(-reach * _CELLS, reach * _CELLS) + 0.5) / _CELLS
+        point, price, level = _best_members(centre, model, lam, zero)
+        return cls(
+            point=point.astype(np.float32),
+            price=price.astype(np.float32),
+            level=level.astype(np.int16),
+            middle=reach * _CELLS,
+            model=model,
+            lam=lam,
+            zero=zero,
+            peaked=peak >= reach - 1.0 / _CELLS,
+        )
+
+
+def _best_members(
+    units: npt.NDArray[np.float64], model: RateModel, lam: float, zero: bool
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """``n / 2``, price and level of the cheapest member of each subset, shapes (4, n).
+
+    Candidates: the nearest member, two to either side, and those nearest to level 0.
+    """
+    points, prices, levels = [], [], []
+    around = np.array([[0], [-1], [1], [-2], [2]])
+    for subset in range(_SUBSETS):
+        quantizer, parity = subset >> 1, subset & 1
+        # n / 2 = sign * (2 k + offset)
+        sign, offset = (1.0, float(quantizer)) if zero else (1.0 - 2.0 * quantizer, -0.5)
+        nearest = np.rint((sign * units - offset - 2.0 * parity) * 0.25).astype(np.int64)
+        middle = np.zeros((2, nearest.size), np.int64) - np.array([[0], [parity]])
+        level = 2 * np.concatenate([nearest + around, middle]) + parity
+        point = sign * (2.0 * level + offset)
+        price = 4.0 * lam * model.of(level)
+        best = np.argmin((units - point) ** 2 + price, axis=0)[None]
+        points.append(np.take_along_axis(point, best, 0)[0])
+        prices.append(np.take_along_axis(price, best, 0)[0])
+        levels.append(np.take_along_axis(level, best, 0)[0])
+    return np.stack(points), np.stack(prices), np.stack(levels)
+
+
+@dataclass(slots=True)
+class Branches:
+    """The machine as index tables for a vectorised search; S states, L lanes.
+
+    Attributes
+    ----------
+    entering : ndarray of intp, shape (2 * S,)
+        Subset on the branch into state ``2 j + w`` from ``j + d * S / 2``, in order d, w, j.
+    subset, previous : ndarray, shape (2 * S,)
+        Subset and predecessor of the branch d into a state, at ``2 * state + d``.
+    """
+
+    entering: npt.NDArray[np.intp]
+    subset: npt.NDArray[np.uint8]
+    previous: npt.NDArray[np.intp]
+
+    @classmethod
+    def of(cls, trellis: Machine) -> Branches:
+        """Tables of one machine."""
+        half = trellis.states // 2
+        entering = np.zeros((2, 2, half), np.intp)
+        subset = np.zeros((trellis.states, 2), np.uint8)
+        previous = np.zeros((trellis.states, 2), np.intp)
+        for state in range(trellis.states):
+            for parity in range(2):
+                after = trellis.next_state(state, parity)
+                branch = 2 * trellis.quantizer(state) + parity
+                entering[state // half, after & 1, state % half] = branch
+                subset[after, state // half] = branch
+                previous[after, state // half] = state
+        return cls(entering.ravel(), subset.ravel(), previous.ravel())
+
+
+class LaneBlock:
+    """Weights of a block of runs, column by column, and the costs of their subsets.
+
+    Lanes are runs side by side; runs shorter than the block are padded with columns whose subsets
+    all cost nothing, which leaves the best path through the real columns as it is.
+    """
+
+    def __init__(self, lanes: Sequence[FloatMatrix], tables: Sequence[CostTables]) -> None:
+        self.length = max(part.shape[1] for part in lanes)
+        self.count = sum(part.shape[0] for part in lanes)
+        self._tables = tables
+        self._parts: list[tuple[int, int, int]] = []
+        self.scaled = np.zeros((self.length, self.count), np.float32)
+        self._cells = np.zeros((self.length, self.count), np.uint16)
+        first = 0
+        for part in lanes:
+            runs, size = part.shape
+            self.scaled[:size, first : first + runs] = part.T
+            self._parts.append((first, first + runs, size))
+            first += runs
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Column ranges that keep the costs in cache; each divides the renormalisation period."""
+        columns = RENORM
+        while columns > 4 and columns * self.count > _CHUNK_WEIGHTS:
+            columns //= 2
+        for start in range(0, self.length, columns):
+            yield start, min(start + columns, self.length)
+
+    def costs(self, start: int, stop: int) -> FloatMatrix:
+        """Cost of the best member of each subset for columns start..stop, shape (4, n, lanes)."""
+        cost = np.zeros((_SUBSETS, stop - start, self.count), np.float32)
+        for (first, last, size), table in zip(self._parts, self._tables, strict=True):
+            if size <= start:
+                continue
+            end = min(stop, size)
+            weight = self.scaled[start:end, first:last]
+            position = weight * np.float32(_CELLS)
+            position += np.float32(table.middle)
+            top = 2 * table.middle - 1
+            np.clip(position, np.float32(0), np.float32(top), out=position)
+            cell = position.astype(np.intp)
+            self._cells[start:end, first:last] = cell
+            for subset in range(_SUBSETS):
+                error = np.take(table.point[subset], cell, mode="clip")
+                np.subtract(weight, error, out=error)
+                error *= error
+                price = np.take(table.price[subset], cell, mode="clip")
+                np.add(error, price, out=cost[subset, : end - start, first:last])
+            if table.peaked:
+                far = np.nonzero((cell == 0) | (cell == top))
+                if far[0].size:
+                    cost[:, far[0], far[1] + first] = self._far_costs(weight[far], table)
+        return cost
+
+    @staticmethod
+    def _far_costs(weight: npt.NDArray[np.float32], table: CostTables) -> FloatMatrix:
+        exact = weight.astype(np.float64)
+        point, price, _ = _best_members(exact, table.model, table.lam, table.zero)
+        return ((exact - point) ** 2 + price).astype(np.float32)
+
+    def levels(self, subsets: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.int32]]:
+        """Levels of each part, shape (runs, columns), from the subset of every weight."""
+        found = []
+        for (first, last, size), table in zip(self._parts, self._tables, strict=True):
+            scaled = self.scaled[:size, first:last]
+            subset = subsets[:size, first:last].astype(np.intp)
+            cell = self._cells[:size, first:last]
+            cells = 2 * table.middle
+            level = np.take(table.level.ravel(), subset * cells + cell).astype(np.int32)
+            if table.peaked:
+                far = np.nonzero((cell == 0) | (cell == cells - 1))
+                exact = scaled[far].astype(np.float64)
+                members = _best_members(exact, table.model, table.lam, table.zero)[2]
+                level[far] = np.take_along_axis(members, subset[far][None], 0)[0]
+            found.append(np.ascontiguousarray(level.T))
+        return found
+
+
+def search_numpy(
+    lanes: Sequence[FloatMatrix], tables: Sequence[CostTables], trellis: Machine
+) -> list[npt.NDArray[np.int32]]:
+    """Cheapest levels of runs searched side by side.
+
+    Parameters
+    ----------
+    lanes : sequence of float32 ndarray, shapes (runs, columns)
+        Weights in units of two steps.
+    tables : sequence of CostTables
+        One for each of ``lanes``.
+    trellis : Machine
+    """
+    block = LaneBlock(lanes, tables)
+    branches = Branches.of(trellis)
+    states, count = trellis.states, block.count
+    half = states // 2
+    # Branch metrics in the order d, w, j; metrics in the order of states, 2 j + w.
+    branch = np.empty((2 * states, count), np.float32)
+    by_source = branch.reshape(2, 2, half, count)
+    metric = np.full((states, count), np.float32(np.inf))
+    metric[0] = 0.0
+    after = np.empty_like(metric)
+    taken = np.empty((block.length, states, count), np.bool_)
+    for start, stop in block.chunks():
+        cost = block.costs(start, stop)
+        for column in range(start, stop):
+            np.take(cost[:, column - start], branches.entering, axis=0, out=branch, mode="clip")
+            by_source += metric.reshape(2, 1, half, count)
+            np.minimum(by_source[0], by_source[1], out=after.reshape(half, 2, count).swapaxes(0, 1))
+            np.less(
+                by_source[1],
+                by_source[0],
+                out=taken[column].reshape(half, 2, count).swapaxes(0, 1),
+            )
+            metric, after = after, metric
+        if stop % RENORM == 0:
+            metric -= metric.min(axis=0)
+    subsets = trace_back(taken, np.argmin(metric, axis=0), branches)
+    return block.levels(subsets)
+
+
+def trace_back(
+    taken: npt.NDArray[np.bool_], state: npt.NDArray[np.intp], branches: Branches
+) -> npt.NDArray[np.uint8]:
+    """Subset of every weight along the best paths that end in ``state``, shape (columns, lanes)."""
+    length, _, count = taken.shape
+    lane = np.arange(count)
+    subsets = np.empty((length, count), np.uint8)
+    entry = np.empty(count, np.intp)
+    for column in range(length - 1, -1, -1):
+        np.multiply(state, count, out=entry)
+        entry += lane
+        decision = np.take(taken[column], entry, mode="clip")
+        np.add(state, state, out=entry)
+        entry += decision
+        np.take(branches.subset, entry, out=subsets[column], mode="clip")
+        state = np.take(branches.previous, entry, mode="clip")
+    return subsets
