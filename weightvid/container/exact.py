@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.container.boxes import LIMITS, deflate, from_json, inflate, seal, to_json, unseal
-from weightvid.container.records import bad, integer, items, mapping, parse_params
+from weightvid.container.fields import bad, integer, items, mapping, parse_params
 from weightvid.dtypes import stored_dtype
 from weightvid.errors import FormatError
 from weightvid.quantize.params import Params

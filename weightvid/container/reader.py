@@ -9,16 +9,9 @@ from typing import BinaryIO, Final
 from weightvid.container import boxes, mp4
 from weightvid.container.boxes import BOX_HEADER_BYTES, LIMITS, UUID_HEADER_BYTES
 from weightvid.container.exact import parse_exact
-from weightvid.container.records import (
-    ExactEntry,
-    FrameEntry,
-    Header,
-    Index,
-    Sidecar,
-    parse_header,
-    parse_index,
-    parse_sidecar,
-)
+from weightvid.container.manifest import parse_header, parse_index
+from weightvid.container.records import ExactEntry, FrameEntry, Header, Index, Sidecar
+from weightvid.container.sidecar import parse_sidecar
 from weightvid.errors import FormatError, TruncatedError
 from weightvid.spec import TensorSpec
 

@@ -10,16 +10,9 @@ import numpy.typing as npt
 
 from weightvid.container import boxes, mp4
 from weightvid.container.exact import ExactItem, exact_payload
-from weightvid.container.records import (
-    ExactEntry,
-    FrameEntry,
-    Header,
-    Index,
-    Sidecar,
-    header_payload,
-    index_payload,
-    sidecar_payload,
-)
+from weightvid.container.manifest import header_payload, index_payload
+from weightvid.container.records import ExactEntry, FrameEntry, Header, Index, Sidecar
+from weightvid.container.sidecar import sidecar_payload
 from weightvid.errors import FormatError
 
 

@@ -18,7 +18,8 @@ from weightvid.codec.decode import DecoderSettings, HevcDecoder
 from weightvid.container import reader
 from weightvid.container.exact import parse_exact
 from weightvid.container.reader import ExactPayload, Fragment, Head, Source
-from weightvid.container.records import Header, Index, Sidecar, check_frame, parse_sidecar
+from weightvid.container.records import Header, Index, Sidecar
+from weightvid.container.sidecar import check_frame, parse_sidecar
 from weightvid.dtypes import to_float32
 from weightvid.errors import CodecError, FormatError, TensorNotFoundError, TruncatedError
 from weightvid.loader.assemble import Array, Assembler, ExactAssembler, Quantized
@@ -345,7 +346,7 @@ class Archive:
         if frames[-1] >= len(index.frames):
             raise self._missing([number])
         assembler = Assembler(
-            self.header.tensors, self.header.geometry, {number: self._columns[number]}
+            self.header.tensors, self.header.geometry, self._columns, frozenset({number})
         )
         events = self._fragments(frames)
         for found in self._decode(events, assembler):

@@ -10,18 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
+from weightvid.container.digits import DigitReader
 from weightvid.container.exact import LEVEL_DTYPES, ExactItem, PlainLevels
-from weightvid.container.records import (
-    Escapes,
-    Sidecar,
-    TensorEnd,
-    TensorStart,
-)
+from weightvid.container.records import NO_ESCAPES, Escapes, Sidecar, TensorEnd, TensorStart
 from weightvid.dtypes import PACKABLE, from_float32, stored_dtype
 from weightvid.errors import FormatError
 from weightvid.quantize import Params, TrellisParams, dequantize
 from weightvid.spec import TensorSpec
-from weightvid.tile import ZERO_SAMPLE, FrameGeometry, Samples
+from weightvid.tile import FrameGeometry, Samples
+from weightvid.tile.layout import Segment, cut
 
 Array = npt.NDArray[np.generic]
 Levels = npt.NDArray[np.integer]
@@ -108,8 +105,13 @@ class _Pending:
     spec: TensorSpec
     column: int
     count: int
-    pieces: list[Samples] = field(default_factory=list)
+    segments: list[Segment]
+    pieces: list[npt.NDArray[np.int8]] = field(default_factory=list)
     have: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.column + self.count
 
 
 class Assembler:
@@ -121,8 +123,10 @@ class Assembler:
         All tensors of the archive; ids are places in it.
     geometry : FrameGeometry
     columns : mapping of int to int, or None
-        First ribbon column of each wanted tensor, by id; others are ignored. None: every tensor
-        is wanted, frames come from the first on, and the places follow from the order of starts.
+        First ribbon column of every tensor on the ribbon, by id. None: frames come from the first
+        on, and the places follow from the order of starts.
+    wanted : set of int, or None
+        Ids of the tensors to give; None: all.
     """
 
     def __init__(
@@ -130,30 +134,54 @@ class Assembler:
         tensors: Sequence[TensorSpec],
         geometry: FrameGeometry,
         columns: Mapping[int, int] | None = None,
+        wanted: frozenset[int] | None = None,
     ) -> None:
         self._tensors = tensors
         self._geometry = geometry
         self._columns = columns
+        self._wanted = wanted
         self._cursor = 0
         self._seen: set[int] = set()
         self._pending: dict[int, _Pending] = {}
 
     def add(self, sidecar: Sidecar, luma: Samples) -> Iterator[tuple[int, Quantized]]:
         """Take one frame; give every tensor that is complete with it, with its id."""
+        first = sidecar.frame * self._geometry.columns
+        last = first + self._geometry.columns
+        digits = DigitReader(sidecar.digits, luma.size)
+        if not self._pending:
+            digits.skip(sidecar.carried)
         for start in sidecar.starts:
             self._start(start, sidecar.frame)
-        first = sidecar.frame * self._geometry.columns
-        for entry in self._pending.values():
-            begin = max(entry.column, first)
-            end = min(entry.column + entry.count, first + self._geometry.columns)
-            if end > begin:
-                piece = np.empty((tile.BAND, end - begin), np.uint8)
-                tile.copy_from_frame(luma, begin - first, piece, 0, end - begin)
-                entry.pieces.append(piece)
+        left = len(self._pending) if self._wanted is None else self._count_wanted()
+        for number, entry in self._pending.items():
+            if not left:
+                break
+            begin, end = max(entry.column, first), min(entry.end, last)
+            if end <= begin:
+                raise FormatError(
+                    f"tensor {entry.spec.name!r} should have ended before frame {sidecar.frame}",
+                    code="order",
+                    tensor=entry.spec.name,
+                )
+            samples = tile.sequence_from_frame(luma, begin - first, end - begin)
+            place = (begin - entry.column) * tile.BAND
+            parts = cut(entry.segments, place, place + samples.size)
+            if self._wanted is None or number in self._wanted:
+                entry.pieces += [digits.unfold(samples[a:b], fold) for a, b, fold in parts]
                 entry.have += end - begin
+                left -= 1
+            else:
+                for a, b, fold in parts:
+                    digits.pass_over(samples[a:b], fold)
         for finish in sidecar.ends:
-            if self._columns is None or finish.tensor in self._columns:
+            if self._wanted is None or finish.tensor in self._wanted:
                 yield finish.tensor, self._finish(finish)
+            else:
+                self._pending.pop(finish.tensor, None)
+
+    def _count_wanted(self) -> int:
+        return sum(1 for number in self._pending if number in (self._wanted or ()))
 
     def _start(self, start: TensorStart, frame: int) -> None:
         spec = self._tensors[start.tensor]
@@ -161,14 +189,10 @@ class Assembler:
             raise FormatError(
                 f"tensor {spec.name!r} cannot start here", code="order", tensor=spec.name
             )
-        count = tile.ribbon_columns(*tile.matrix_shape(spec.shape))
-        if self._columns is None:
-            column = self._cursor
-            self._cursor += count
-        elif start.tensor in self._columns:
-            column = self._columns[start.tensor]
-        else:
-            return
+        shape = tile.matrix_shape(spec.shape)
+        count = tile.ribbon_columns(*shape)
+        column = self._cursor if self._columns is None else self._columns.get(start.tensor, -1)
+        self._cursor += count
         if column // self._geometry.columns != frame:
             raise FormatError(
                 f"tensor {spec.name!r} does not start in frame {frame}",
@@ -176,18 +200,19 @@ class Assembler:
                 tensor=spec.name,
             )
         self._seen.add(start.tensor)
-        self._pending[start.tensor] = _Pending(start, spec, column, count)
+        segments = start.layout.segments(*shape)
+        self._pending[start.tensor] = _Pending(start, spec, column, count, segments)
 
     def _finish(self, finish: TensorEnd) -> Quantized:
         entry = self._pending.pop(finish.tensor, None)
         if entry is None or entry.have != entry.count:
             name = self._tensors[finish.tensor].name
             raise FormatError(f"tensor {name!r} ends too early", code="order", tensor=name)
-        ribbon = entry.pieces[0] if len(entry.pieces) == 1 else np.hstack(entry.pieces)
+        sequence = entry.pieces[0] if len(entry.pieces) == 1 else np.concatenate(entry.pieces)
         entry.pieces.clear()
-        samples = tile.from_ribbon(ribbon, *tile.matrix_shape(entry.spec.shape))
-        levels = np.bitwise_xor(samples, np.uint8(ZERO_SAMPLE), out=samples).view(np.int8)
         start = entry.start
+        shape = tile.matrix_shape(entry.spec.shape)
+        levels = tile.from_sequence(sequence, shape, start.layout.order)
         return Quantized(
             entry.spec, levels, start.escapes, start.params, finish.sha256, finish.sqnr_db
         )
@@ -228,5 +253,4 @@ class ExactAssembler:
             )
         stored: Levels = data.view(LEVEL_DTYPES[plain.dtype])
         levels = stored.reshape(tile.matrix_shape(spec.shape))
-        none = Escapes(np.empty(0, np.int64), np.empty(0, np.int32))
-        return Quantized(spec, levels, none, plain.params, plain.sha256, plain.sqnr_db)
+        return Quantized(spec, levels, NO_ESCAPES, plain.params, plain.sha256, plain.sqnr_db)

@@ -8,13 +8,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from weightvid import tile
 from weightvid.codec.encode import EncoderPool, EncoderSettings
+from weightvid.container.digits import DigitWriter, Kind
 from weightvid.container.records import Sidecar, TensorEnd, TensorStart
 from weightvid.container.writer import ArchiveWriter
 from weightvid.packing.quantized import CodedTensor
 from weightvid.tile import BAND, ZERO_SAMPLE, FrameGeometry, Samples
+from weightvid.tile.fold import fold_levels
+from weightvid.tile.layout import Segment, cut
 
 
 @dataclass(slots=True)
@@ -25,6 +29,8 @@ class _Open:
     ribbon: Samples
     starts: list[TensorStart] = field(default_factory=list)
     ends: list[TensorEnd] = field(default_factory=list)
+    digits: DigitWriter = field(default_factory=DigitWriter)
+    carried: dict[Kind, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +79,40 @@ class FrameWriter:
 
     def add(self, tensor: int, coded: CodedTensor) -> None:
         """Lay a tensor on the ribbon behind the last one."""
-        samples = coded.levels.view(np.uint8) ^ np.uint8(ZERO_SAMPLE)
-        ribbon = tile.to_ribbon(samples)
-        del samples
-        self._open.starts.append(TensorStart(tensor, coded.params, coded.escapes))
-        at, count = 0, ribbon.shape[1]
+        rows, columns = coded.levels.shape
+        layout = coded.layout
+        sequence = tile.to_sequence(coded.levels, layout.order)
+        segments = layout.segments(rows, columns)
+        self._open.starts.append(TensorStart(tensor, coded.params, coded.escapes, layout))
+        at, count = 0, tile.ribbon_columns(rows, columns)
         while at < count:
             run = min(count - at, self._geometry.columns - self._filled)
+            samples = self._fold(sequence, segments, at * BAND, (at + run) * BAND)
             place = slice(self._filled, self._filled + run)
-            self._open.ribbon[:, place] = ribbon[:, at : at + run]
+            self._open.ribbon[:, place] = samples.reshape(run, BAND).T
+            if at:
+                self._open.carried = self._open.digits.counts()
             at, self._filled = at + run, self._filled + run
             if at == count:
                 self._open.ends.append(TensorEnd(tensor, coded.sha256, coded.sqnr_db))
             if self._filled == self._geometry.columns:
                 self._submit()
 
+    def _fold(
+        self, sequence: npt.NDArray[np.int8], segments: list[Segment], begin: int, end: int
+    ) -> Samples:
+        samples = np.full(end - begin, ZERO_SAMPLE, np.uint8)
+        for first, last, fold in cut(segments, begin, end):
+            part, core, tail = fold_levels(sequence[begin + first : begin + last], fold)
+            samples[first:last] = part
+            self._open.digits.add(fold, core, tail)
+        return samples
+
     def _submit(self) -> None:
         done = self._open
-        sidecar = Sidecar(done.number, tuple(done.starts), tuple(done.ends))
+        sidecar = Sidecar(
+            done.number, tuple(done.starts), tuple(done.ends), done.digits.streams(), done.carried
+        )
         luma = tile.frame_from_ribbon(done.ribbon, self._geometry)
         packet = self._executor.submit(self._encoders.encode, luma)
         self._waiting.append(_Waiting(sidecar, luma, packet))

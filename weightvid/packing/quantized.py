@@ -14,8 +14,10 @@ from weightvid import tile
 from weightvid.container.records import Escapes
 from weightvid.dtypes import from_float32, to_float32
 from weightvid.errors import QuantizationError
+from weightvid.packing.layout import choose_layout, kernel_size
 from weightvid.quantize import Params, TrellisParams, dequantize, uniform
 from weightvid.spec import TensorSpec
+from weightvid.tile import Layout
 
 #: largest magnitude of a level that a sample can carry; sample 0 is never used.
 SAMPLE_LEVEL: Final = 127
@@ -34,6 +36,8 @@ class CodedTensor:
         Levels, those beyond the sample range clipped to it.
     escapes : Escapes
         The levels that were clipped.
+    layout : Layout
+        How the levels will lie on the ribbon.
     sha256 : bytes
         Of the dequantized stored elements.
     noise, power : float
@@ -44,6 +48,7 @@ class CodedTensor:
     params: Params
     levels: npt.NDArray[np.int8]
     escapes: Escapes
+    layout: Layout
     sha256: bytes
     noise: float
     power: float
@@ -107,4 +112,5 @@ def code_tensor(array: npt.NDArray[np.generic], spec: TensorSpec, params: Params
     index = np.concatenate([i for i, _ in found]) if found else np.empty(0, np.int64)
     level = np.concatenate([v for _, v in found]) if found else np.empty(0, np.int32)
     escapes = Escapes(index.astype(np.int64), level.astype(np.int32))
-    return CodedTensor(spec, params, levels, escapes, digest.digest(), noise, power)
+    layout = choose_layout(levels, kernel_size(spec.shape))
+    return CodedTensor(spec, params, levels, escapes, layout, digest.digest(), noise, power)

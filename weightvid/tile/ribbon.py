@@ -1,13 +1,9 @@
-"""Tensors to frames and back: the ribbon layout.
+"""The ribbon: sequences of samples to frames and back.
 
-A tensor is a matrix of R x C levels (first axis: rows; all others flattened: columns). The whole
-archive is one endless **ribbon**, :data:`BAND` = 64 samples high. A matrix is cut into groups of
-64 rows, and each group is laid on the ribbon column by column: element (i, j) of group
-g = i // 64, which has r = min(64, R - 64 g) rows, is number ``s = 64 g C + j r + (i - 64 g)`` of
-its tensor, and lies in ribbon column ``s // 64``, ribbon row ``s % 64``, counted from the tensor's
-first column. A full group is thus simply the 64 x C sub-matrix, and a short one folds up without
-padding. Each tensor starts at a multiple of :data:`ALIGN` = 4 columns, the width of a coefficient
-group of HEVC.
+The whole archive is one endless **ribbon**, :data:`BAND` = 64 samples high. The levels of a tensor
+come as a **sequence** (see :mod:`weightvid.tile.order`); number s of it lies in ribbon column
+``s // 64``, ribbon row ``s % 64``, counted from the tensor's first column. Each tensor starts at a
+multiple of :data:`ALIGN` = 4 columns, the width of a coefficient group of HEVC.
 
 A frame of W x H samples shows H / 64 bands of W ribbon columns each, from top to bottom. So the
 place of every tensor follows from the shapes alone, and coding order follows the ribbon.
@@ -93,46 +89,6 @@ def starts(shapes: Iterable[tuple[int, int]]) -> list[int]:
     return edges
 
 
-def to_ribbon(matrix: Samples) -> Samples:
-    """Lay an R x C matrix of samples on its piece of ribbon.
-
-    Parameters
-    ----------
-    matrix : ndarray of uint8, shape (R, C)
-
-    Returns
-    -------
-    ndarray of uint8, shape (64, ribbon_columns(R, C))
-        Unused samples are :data:`ZERO_SAMPLE`.
-    """
-    rows, columns = matrix.shape
-    ribbon = np.full((BAND, ribbon_columns(rows, columns)), ZERO_SAMPLE, np.uint8)
-    groups, rest = divmod(rows, BAND)
-    full = groups * columns
-    if groups:
-        blocks = matrix[: groups * BAND].reshape(groups, BAND, columns)
-        ribbon[:, :full].reshape(BAND, groups, columns)[...] = blocks.transpose(1, 0, 2)
-    if rest:
-        tail = np.full((ribbon.shape[1] - full) * BAND, ZERO_SAMPLE, np.uint8)
-        tail[: rest * columns] = matrix[groups * BAND :].T.reshape(-1)
-        ribbon[:, full:] = tail.reshape(-1, BAND).T
-    return ribbon
-
-
-def from_ribbon(ribbon: Samples, rows: int, columns: int) -> Samples:
-    """Undo :func:`to_ribbon`: the R x C matrix of samples."""
-    matrix = np.empty((rows, columns), np.uint8)
-    groups, rest = divmod(rows, BAND)
-    full = groups * columns
-    if groups:
-        blocks = ribbon[:, :full].reshape(BAND, groups, columns).transpose(1, 0, 2)
-        matrix[: groups * BAND].reshape(groups, BAND, columns)[...] = blocks
-    if rest:
-        tail = ribbon[:, full:].T.reshape(-1)[: rest * columns]
-        matrix[groups * BAND :] = tail.reshape(columns, rest).T
-    return matrix
-
-
 def frame_from_ribbon(piece: Samples, geometry: FrameGeometry) -> Samples:
     """Picture of ``geometry.columns`` ribbon columns: (64, columns) to (height, width)."""
     bands = geometry.height // BAND
@@ -140,39 +96,27 @@ def frame_from_ribbon(piece: Samples, geometry: FrameGeometry) -> Samples:
     return np.ascontiguousarray(cut.transpose(1, 0, 2)).reshape(geometry.height, geometry.width)
 
 
-def copy_from_frame(frame: Samples, first: int, ribbon: Samples, at: int, count: int) -> None:
-    """Copy ``count`` ribbon columns from ``first`` of a frame to ``ribbon``, from its ``at``."""
-    width = frame.shape[1]
-    while count:
-        band, x = divmod(first, width)
-        run = min(count, width - x)
-        ribbon[:, at : at + run] = frame[band * BAND : (band + 1) * BAND, x : x + run]
-        first, at, count = first + run, at + run, count - run
+def sequence_from_frame(frame: Samples, first: int, count: int) -> Samples:
+    """Samples of ``count`` ribbon columns of a frame from column ``first``, in sequence order.
 
-
-def place(row: int, column: int, rows: int, columns: int) -> tuple[int, int]:
-    """Ribbon (column, row) of matrix element (row, column), from the tensor's first column."""
-    group = row // BAND
-    height = min(BAND, rows - group * BAND)
-    number = group * BAND * columns + column * height + row - group * BAND
-    return divmod(number, BAND)
-
-
-def element(ribbon_column: int, ribbon_row: int, rows: int, columns: int) -> tuple[int, int]:
-    """Matrix (row, column) at a place of the tensor's ribbon; the inverse of :func:`place`.
-
-    Raises
-    ------
-    IndexError
-        The place is padding.
+    Returns
+    -------
+    ndarray of uint8, shape (64 * count,)
     """
-    number = ribbon_column * BAND + ribbon_row
-    if not 0 <= number < rows * columns:
-        raise IndexError(f"ribbon place ({ribbon_column}, {ribbon_row}) is padding")
-    group = min(number // (BAND * columns), rows // BAND)
-    height = min(BAND, rows - group * BAND)
-    column, row = divmod(number - group * BAND * columns, height)
-    return group * BAND + row, column
+    width = frame.shape[1]
+    columns = np.empty((count, BAND), np.uint8)
+    at = 0
+    while at < count:
+        band, x = divmod(first + at, width)
+        run = min(count - at, width - x)
+        columns[at : at + run] = frame[band * BAND : (band + 1) * BAND, x : x + run].T
+        at += run
+    return columns.reshape(-1)
+
+
+def place(number: int) -> tuple[int, int]:
+    """Ribbon (column, row) of a number of the sequence, from the tensor's first column."""
+    return divmod(number, BAND)
 
 
 def tiles(first: int, count: int, geometry: FrameGeometry) -> list[Tile]:

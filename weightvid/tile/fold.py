@@ -1,0 +1,175 @@
+"""Folding levels into samples: what the video carries, and what it leaves to digits.
+
+HEVC codes large magnitudes with Rice codes that know little of the data, and small dense noise with
+more syntax than it is worth. A fold (core b, width w) leaves to the video what it is good at:
+
+* ``|q| <= b``, the **core**: the sample is 128, and ``q + b`` becomes a digit of radix 2 b + 1;
+* beyond, the **tail**: the sample is ``128 + sgn(q) * t`` with ``t = ceil((|q| - b) / w)``, and
+  ``(|q| - b - 1) mod w`` becomes a digit of radix w (none if w = 1).
+
+Fold (0, 1) is the plain mapping ``128 + q``. Digits of one radix are packed, as many as fit into a
+byte, the first in the lowest place, and deflated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from weightvid.errors import QuantizationError
+from weightvid.tile.ribbon import ZERO_SAMPLE, Samples
+
+Levels = npt.NDArray[np.int8]
+Digits = npt.NDArray[np.uint8]
+
+MAX_CORE: Final = 15
+MAX_WIDTH: Final = 4
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Fold:
+    """How levels become samples.
+
+    Attributes
+    ----------
+    core : int
+        Levels up to this magnitude become digits; 0..15.
+    width : int
+        Magnitudes beyond the core that share a sample; 1..4.
+    """
+
+    core: int = 0
+    width: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.core <= MAX_CORE or not 1 <= self.width <= MAX_WIDTH:
+            raise QuantizationError(f"fold ({self.core}, {self.width}) is out of range")
+
+    def to_byte(self) -> int:
+        """``4 * core + width - 1``."""
+        return 4 * self.core + self.width - 1
+
+    @classmethod
+    def from_byte(cls, code: int) -> Fold:
+        """Undo :meth:`to_byte`."""
+        return cls(code >> 2, (code & 3) + 1)
+
+
+PLAIN: Final = Fold()
+
+
+def digits_per_byte(radix: int) -> int:
+    """How many digits of a radix (2..31) fit into a byte.
+
+    Examples
+    --------
+    >>> [digits_per_byte(radix) for radix in (2, 3, 4, 5, 7, 15, 17, 31)]
+    [8, 5, 4, 3, 2, 2, 1, 1]
+    """
+    count = 1
+    while radix ** (count + 1) <= 256:
+        count += 1
+    return count
+
+
+def pack_digits(digits: Digits, radix: int) -> bytes:
+    """Bytes of digits; missing digits of the last byte are 0.
+
+    Examples
+    --------
+    >>> pack_digits(np.array([1, 2, 0, 0, 0, 2], np.uint8), 3)
+    b'\\x07\\x02'
+    """
+    each = digits_per_byte(radix)
+    if each == 1:
+        return digits.tobytes()
+    whole = np.zeros(-(-digits.size // each) * each, np.uint8)
+    whole[: digits.size] = digits
+    packed = np.zeros(whole.size // each, np.uint8)
+    for place in range(each):
+        packed += whole[place::each] * np.uint8(radix**place)
+    return packed.tobytes()
+
+
+@cache
+def _unpack_table(radix: int) -> Digits:
+    each = digits_per_byte(radix)
+    value = np.arange(256)
+    return np.stack([value // radix**p % radix for p in range(each)], axis=1).astype(np.uint8)
+
+
+def unpack_digits(data: bytes, radix: int) -> Digits:
+    """Undo :func:`pack_digits`, up to the digits that filled the last byte."""
+    packed = np.frombuffer(data, np.uint8)
+    return np.take(_unpack_table(radix), packed, axis=0).reshape(-1)
+
+
+@cache
+def _sample_table(fold: Fold) -> Samples:
+    """Sample of each level -127..127, at level + 128."""
+    levels = np.arange(-128, 128)
+    steps = np.maximum(0, -(-(np.abs(levels) - fold.core) // fold.width))
+    return (ZERO_SAMPLE + np.sign(levels) * steps).astype(np.uint8)
+
+
+@cache
+def _level_table(fold: Fold) -> Levels:
+    """Level of smallest magnitude of each sample; 0 for the core.
+
+    Samples that no level of -127..127 gives stand for levels that wrap around; they cannot come
+    from a packer, and the tensor's hash tells.
+    """
+    steps = np.arange(256) - ZERO_SAMPLE
+    magnitude = fold.core + 1 + (np.abs(steps) - 1) * fold.width
+    return np.where(steps == 0, 0, np.sign(steps) * magnitude).astype(np.int8)
+
+
+def fold_levels(levels: Levels, fold: Fold) -> tuple[Samples, Digits, Digits]:
+    """Samples, core digits and tail digits of a piece of a sequence.
+
+    Parameters
+    ----------
+    levels : ndarray of int8, shape (n,)
+        -127..127.
+    fold : Fold
+
+    Returns
+    -------
+    samples : ndarray of uint8, shape (n,)
+    core, tail : ndarray of uint8
+        Empty if the fold has no such digits.
+    """
+    samples = np.take(_sample_table(fold), levels.view(np.uint8) ^ np.uint8(128))
+    core = tail = np.empty(0, np.uint8)
+    if fold.core:
+        inner = levels[samples == ZERO_SAMPLE]
+        core = (inner + np.int8(fold.core)).view(np.uint8)
+    if fold.width > 1:
+        outer = np.abs(levels[samples != ZERO_SAMPLE]).astype(np.uint8)
+        tail = (outer - np.uint8(fold.core + 1)) % np.uint8(fold.width)
+    return samples, core, tail
+
+
+def count_digits(samples: Samples, fold: Fold) -> tuple[int, int]:
+    """How many core and tail digits belong to these samples."""
+    if fold == PLAIN:
+        return 0, 0
+    inner = int(np.count_nonzero(samples == ZERO_SAMPLE))
+    return (inner if fold.core else 0), (samples.size - inner if fold.width > 1 else 0)
+
+
+def unfold(samples: Samples, fold: Fold, core: Digits, tail: Digits) -> Levels:
+    """Undo :func:`fold_levels`; the digits must be as many as :func:`count_digits` says."""
+    levels: Levels = np.take(_level_table(fold), samples)
+    if fold.core:
+        levels[np.flatnonzero(samples == ZERO_SAMPLE)] = core.view(np.int8) - np.int8(fold.core)
+    if fold.width > 1:
+        outer = np.flatnonzero(samples != ZERO_SAMPLE)
+        base = levels[outer]
+        more = tail.view(np.int8)
+        levels[outer] = np.where(base < 0, base - more, base + more)
+    return levels
