@@ -1,10 +1,10 @@
 """How many bits each tensor gets: one quantizer step per tensor.
 
-The default rule is data-free: ``step = k * sigma * sqrt(n / mean n)``, n the number of weights of the
-tensor. With entropy coding the rate of a tensor is about ``n * log2(sigma / step)`` bits, and its
-harm to the output grows about as ``(step / sigma)**2`` whatever its size, so all tensors stand at one
-slope of harm against bits when the steps go with sigma * sqrt(n): large tensors can take coarse
-steps, and small ones (first, last, depthwise) get fine ones, which cost nothing.
+The default rule is data-free: ``step = k * sigma * sqrt(n / mean n)``, n the number of weights of
+the tensor. With entropy coding the rate of a tensor is about ``n * log2(sigma / step)`` bits, and
+its harm to the output grows about as ``(step / sigma)**2`` whatever its size, so all tensors stand
+at one slope of harm against bits when the steps go with sigma * sqrt(n): large tensors can take
+coarse steps, and small ones (first, last, depthwise) get fine ones, which cost nothing.
 """
 
 from __future__ import annotations

@@ -47,6 +47,9 @@ STORED: Final[dict[str, np.dtype[np.generic]]] = {
 #: dtypes that may be quantized and coded as video.
 PACKABLE: Final = frozenset({"F64", "F32", "F16", "BF16"})
 
+#: largest finite value of each packable dtype, as far as float32 reaches.
+LARGEST: Final = {"F64": 3.4e38, "F32": 3.4e38, "F16": 65504.0, "BF16": 3.38e38}
+
 #: dtypes whose numpy array is raw bits, because numpy has no such type.
 RAW_BITS: Final = frozenset(
     {

@@ -22,7 +22,7 @@ from weightvid.codec import bitstream
 from weightvid.codec.encode import DEFAULT_PRESET, EncoderSettings, HevcEncoder
 from weightvid.container.records import Header
 from weightvid.container.writer import ArchiveWriter
-from weightvid.dtypes import PACKABLE
+from weightvid.dtypes import LARGEST, PACKABLE
 from weightvid.errors import CheckpointError, FormatError, QuantizationError
 from weightvid.loader import open_archive
 from weightvid.packing.exact import ExactWriter
@@ -242,6 +242,8 @@ def make_plan(reader: CheckpointReader, options: PackOptions, progress: Report =
     for (number, _), step in zip(
         worth.items(), allocate.steps(list(worth.values()), factor), strict=True
     ):
+        if worth[number].absmax + 2 * step >= LARGEST[specs[number].dtype]:
+            continue  # a dequantized weight might round to infinity: kept exactly
         try:
             params[number] = UniformParams(step)
         except QuantizationError:

@@ -70,7 +70,7 @@ def escape(payload: bytes) -> bytes:
     Examples
     --------
     >>> escape(bytes([1, 0, 0, 0, 0, 1])).hex()
-    '01000003000001'
+    '0100000300000301'
     """
     out, zeros = bytearray(), 0
     for byte in payload:

@@ -123,12 +123,8 @@ class DigitReader:
     def unfold(self, samples: Samples, fold: Fold) -> Levels:
         """Levels of the next samples, shape (n,)."""
         core, tail = count_digits(samples, fold)
-        return unfold(
-            samples,
-            fold,
-            self._take(("core", fold.core), core),
-            self._take(("tail", fold.width), tail),
-        )
+        core_digits = self._take(("core", fold.core), core)
+        return unfold(samples, fold, core_digits, self._take(("tail", fold.width), tail))
 
     def pass_over(self, samples: Samples, fold: Fold) -> None:
         """Take note of the digits of samples that are not wanted."""

@@ -5,6 +5,7 @@ FORMAT.md is the specification.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from weightvid.container.boxes import LIMITS, deflate, from_json, inflate, seal, to_json, unseal
@@ -59,30 +60,42 @@ def parse_header(payload: bytes) -> Header:
             "update weightvid",
             code="version",
         )
-    unknown = [
-        n for n in items(record.get("must_understand", []), 256, what) if n not in UNDERSTOOD
-    ]
+    needed = [str(name) for name in items(record.get("must_understand", []), 256, what)]
+    unknown = [name for name in needed if name not in UNDERSTOOD]
     if unknown:
         raise FormatError(
-            f"the archive needs a reader that knows {', '.join(map(str, unknown))}: "
-            "update weightvid",
+            f"the archive needs a reader that knows {', '.join(unknown)}: update weightvid",
             code="must_understand",
         )
     tensors = tuple(
         _parse_spec(entry) for entry in items(record.get("tensors"), LIMITS.tensors, what)
     )
-    names = {t.name for t in tensors}
-    aliases = mapping(record.get("aliases", {}), what)
-    if len(names) != len(tensors) or any(
-        target not in names or alias in names for alias, target in aliases.items()
-    ):
-        raise bad(what, "tensor names are not unique, or an alias leads nowhere")
+    if len({t.name for t in tensors}) != len(tensors):
+        raise bad(what, "tensor names are not unique")
+    aliases = _parse_aliases(mapping(record.get("aliases", {}), what), tensors)
     metadata = mapping(record.get("metadata", {}), what)
     if any(not isinstance(value, str) for value in metadata.values()):
         raise bad(what, "metadata values must be text")
     about = mapping(record.get("about", {}), what)
     geometry = _parse_track(mapping(record.get("track"), what))
     return Header(geometry, tensors, aliases, metadata, about, (major, minor))
+
+
+def _parse_aliases(aliases: dict[str, Any], tensors: Sequence[TensorSpec]) -> dict[str, str]:
+    what = "the list of aliases"
+    names = {spec.name for spec in tensors}
+    if len(aliases) > LIMITS.tensors:
+        raise FormatError("too many aliases", code="limit")
+    for alias, target in aliases.items():
+        _check_name(alias)
+        if not isinstance(target, str) or target not in names or alias in names:
+            raise bad(what, "an alias leads nowhere, or has the name of a tensor")
+    return aliases
+
+
+def _check_name(name: str) -> None:
+    if len(name.encode("utf-8", "surrogatepass")) > LIMITS.name_bytes:
+        raise FormatError("a tensor name is too long", code="limit")
 
 
 def _parse_track(track: dict[str, Any]) -> FrameGeometry:
@@ -100,8 +113,7 @@ def _parse_spec(entry: object) -> TensorSpec:
     if len(fields) != 3 or not isinstance(fields[0], str) or not isinstance(fields[1], str):
         raise bad(what, "an entry must be [name, dtype, shape]")
     name, dtype, shape = fields
-    if len(name.encode("utf-8", "surrogatepass")) > LIMITS.name_bytes:
-        raise FormatError("a tensor name is too long", code="limit")
+    _check_name(name)
     dims = tuple(integer(d, 0, LIMITS.tensor_elements, what) for d in items(shape, _MAX_DIMS, what))
     spec = TensorSpec(name, dtype, dims)
     try:

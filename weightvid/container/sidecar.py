@@ -150,12 +150,16 @@ def _parse_start(record: dict[str, Any], blob: _Blob, tensors: Sequence[TensorSp
         if energies:
             if columns % energies:
                 raise bad(what, "column energies do not divide the columns")
-            order = EnergyOrder(*(np.frombuffer(blob.take(n), np.uint8) for n in (rows, energies)))
+            order = EnergyOrder(_energies(blob, rows), _energies(blob, energies))
         classes = 1 if order is None else order.classes
         folds = tuple(Fold.from_byte(code) for code in blob.take(classes))
         return TensorStart(tensor, params, escapes, Layout(order, folds))
     except QuantizationError as error:
         raise bad(what, str(error)) from None
+
+
+def _energies(blob: _Blob, count: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(blob.take(count), np.uint8)
 
 
 def _parse_escapes(blob: _Blob, count: int, size: int) -> Escapes:

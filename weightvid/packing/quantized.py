@@ -67,9 +67,9 @@ def sqnr_db(power: float, noise: float) -> float | None:
     >>> sqnr_db(100.0, 1.0)
     20.0
     """
-    if noise <= 0:
+    if not (noise > 0 and power > 0):
         return None
-    return 10 * log10(power / noise) if power > 0 else float("-inf")
+    return 10 * log10(power / noise)
 
 
 def code_tensor(array: npt.NDArray[np.generic], spec: TensorSpec, params: Params) -> CodedTensor:

@@ -55,8 +55,8 @@ def reconstruction_index(levels: IntArray, params: UniformParams) -> npt.NDArray
         return wide
     table = np.array((0, *params.shifts), np.int32)
     shift = table[np.minimum(np.abs(wide), 3)]
-    index: npt.NDArray[np.int32] = wide * np.int32(SHIFT_UNITS) - np.sign(wide) * shift
-    return index
+    index = wide * np.int32(SHIFT_UNITS) - np.sign(wide) * shift
+    return index.astype(np.int32, copy=False)
 
 
 def dequantize(levels: IntArray, params: UniformParams) -> FloatArray:

@@ -1,8 +1,8 @@
 """Tensors to frames and back, without loss.
 
-A tensor is a matrix of levels (first axis: rows, all others flattened: columns). Its levels are put
-in **order** (:mod:`.order`), **folded** into samples (:mod:`.fold`) and laid on the **ribbon**, which
-is cut into frames (:mod:`.ribbon`).
+A tensor is a matrix of levels (first axis: rows, all others flattened: columns). Its levels are
+put in **order** (:mod:`.order`), **folded** into samples (:mod:`.fold`) and laid on the
+**ribbon**, which is cut into frames (:mod:`.ribbon`).
 """
 
 from weightvid.tile.fold import PLAIN, Fold

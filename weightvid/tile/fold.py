@@ -81,8 +81,8 @@ def pack_digits(digits: Digits, radix: int) -> bytes:
 
     Examples
     --------
-    >>> pack_digits(np.array([1, 2, 0, 0, 0, 2], np.uint8), 3)
-    b'\\x07\\x02'
+    >>> pack_digits(np.array([1, 2, 0, 0, 0, 2], np.uint8), 3).hex()
+    '0702'
     """
     each = digits_per_byte(radix)
     if each == 1:
@@ -113,7 +113,8 @@ def _sample_table(fold: Fold) -> Samples:
     """Sample of each level -127..127, at level + 128."""
     levels = np.arange(-128, 128)
     steps = np.maximum(0, -(-(np.abs(levels) - fold.core) // fold.width))
-    return (ZERO_SAMPLE + np.sign(levels) * steps).astype(np.uint8)
+    table: Samples = (ZERO_SAMPLE + np.sign(levels) * steps).astype(np.uint8)
+    return table
 
 
 @cache
