@@ -413,17 +413,15 @@ class Archive:
         """
         index = self._need_index()
         wanted = {self._id(name) for name in names}
-        columns = {n: self._columns[n] for n in index.ribbon if n in wanted & self._columns.keys()}
-        spans = {n: self.frames_of(self.header.tensors[n].name) for n in columns}
-        whole = {n for n, span in spans.items() if span[-1] < len(index.frames)}
-        frames = sorted({frame for n in whole for frame in spans[n]})
-        assembler = Assembler(
-            self.header.tensors, self.header.geometry, {n: columns[n] for n in whole}
-        )
-        events = (event for run in _runs(frames) for event in self._fragments(run))
-        for found in self._decode(events, assembler):
-            wanted.discard(found.tensor)
-            yield self.header.tensors[found.tensor], found.stored(self._check)
+        spans = {n: self.frames_of(self.header.tensors[n].name) for n in index.ribbon}
+        spans = {n: s for n, s in spans.items() if n in wanted and s[-1] < len(index.frames)}
+        for run in _runs(sorted({frame for span in spans.values() for frame in span})):
+            assembler = Assembler(
+                self.header.tensors, self.header.geometry, self._columns, frozenset(spans)
+            )
+            for found in self._decode(self._fragments(run), assembler):
+                wanted.discard(found.tensor)
+                yield self.header.tensors[found.tensor], found.stored(self._check)
         parts = ExactAssembler(self.header.tensors)
         for entry in index.exact:
             if not wanted.isdisjoint(entry.tensors):

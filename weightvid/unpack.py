@@ -1,0 +1,322 @@
+"""Archive to checkpoint, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from time import perf_counter
+from typing import IO, BinaryIO, Final, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from weightvid.checkpoint import Contents, create_checkpoint
+from weightvid.container.records import Header
+from weightvid.dtypes import PACKABLE, from_float32, stored_dtype, to_float32
+from weightvid.errors import CheckpointError, TensorNotFoundError, TruncatedError
+from weightvid.loader import Archive, open_archive
+from weightvid.loader.assemble import Quantized
+from weightvid.progress import Progress, Report, quiet
+from weightvid.salvage import Salvage
+from weightvid.spec import TensorSpec
+
+Array = npt.NDArray[np.generic]
+
+#: floating-point types that ``UnpackOptions.dtype`` may name.
+OUTPUT_DTYPES: Final = ("F32", "F16", "BF16", "F64")
+
+
+@dataclass(frozen=True, slots=True)
+class UnpackOptions:
+    """Settings of one unpacking.
+
+    Attributes
+    ----------
+    tensors : tuple of str
+        Shell-style patterns of the names wanted; empty: all. The pattern of a tensor brings its
+        aliases along; a pattern of an alias alone brings the tensor's data under that name.
+    dtype : str or None
+        F32, F16, BF16 or F64: every F64, F32, F16 and BF16 tensor is converted to it (nearest,
+        ties to even). None: each has the type it had in the source.
+    kind : str or None
+        ``safetensors``, ``torch`` or ``npz``; None: by the destination's suffix.
+    force : bool
+        Replace an existing file.
+    threads : int
+        Frames decoded at the same time; 0: one per core.
+    partial : bool
+        Write what is whole of an archive that is cut short or damaged.
+    """
+
+    tensors: tuple[str, ...] = ()
+    dtype: str | None = None
+    kind: str | None = None
+    force: bool = False
+    threads: int = 0
+    partial: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UnpackReport:
+    """What an unpacking did.
+
+    Attributes
+    ----------
+    tensors : int
+        Distinct tensors written.
+    weights : int
+        Their elements.
+    file_bytes : int
+        Of the checkpoint.
+    aliases : tuple of str
+        Further names written for those tensors.
+    converted : tuple of str
+        Tensors that changed their type, as asked.
+    notes : tuple of str
+        What the output's kind cannot hold as it is, and what was written instead.
+    missing : tuple of str
+        Tensors asked for that the archive does not hold whole (``partial`` only).
+    defect : str or None
+        Why they are missing.
+    seconds : float
+    """
+
+    tensors: int
+    weights: int
+    file_bytes: int
+    aliases: tuple[str, ...]
+    converted: tuple[str, ...]
+    notes: tuple[str, ...]
+    missing: tuple[str, ...]
+    defect: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """Which tensors are wanted, and under which names they are written.
+
+    Attributes
+    ----------
+    names : mapping of str to str
+        Name in the archive of each distinct tensor wanted -> its name in the output.
+    aliases : mapping of str to str
+        Further name in the output -> name in the output.
+    """
+
+    names: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def without(self, missing: tuple[str, ...]) -> _Selection:
+        names = {name: out for name, out in self.names.items() if name not in missing}
+        kept = set(names.values())
+        return _Selection(names, {a: out for a, out in self.aliases.items() if out in kept})
+
+
+def unpack_archive(
+    archive: str | os.PathLike[str] | BinaryIO,
+    destination: str | os.PathLike[str],
+    options: UnpackOptions | None = None,
+    progress: Report = quiet,
+) -> UnpackReport:
+    """Unpack an archive into a checkpoint.
+
+    Every hash is checked, that of each tensor included.
+
+    Parameters
+    ----------
+    archive : path or binary file object
+        A pipe is read once, in order; with ``partial`` it is first copied to a temporary file.
+    destination : path
+        Appears whole, or not at all.
+    options : UnpackOptions
+    progress : callable
+        Told about the stage ``decode`` (and, with ``partial``, ``check`` before it).
+
+    Raises
+    ------
+    FormatError
+        The archive is damaged; without ``partial``, also when tensors asked for are missing
+        (:class:`~weightvid.errors.TruncatedError` with their names).
+    TensorNotFoundError
+        A pattern matches no tensor.
+    CheckpointError, OutputError
+        The checkpoint cannot hold these tensors, or cannot be written.
+    """
+    began = perf_counter()
+    chosen = options or UnpackOptions()
+    if chosen.dtype is not None and chosen.dtype not in OUTPUT_DTYPES:
+        raise CheckpointError(
+            f"cannot convert to {chosen.dtype!r}; known are {', '.join(OUTPUT_DTYPES)}"
+        )
+    if isinstance(archive, (str, os.PathLike)):
+        _refuse_same_file(archive, destination)
+    elif chosen.partial and not archive.seekable():
+        with tempfile.TemporaryFile() as spool:
+            shutil.copyfileobj(archive, cast("IO[bytes]", spool))
+            spool.seek(0)
+            report = unpack_archive(cast(BinaryIO, spool), destination, chosen, progress)
+        return replace(report, seconds=perf_counter() - began)
+    with open_archive(archive, threads=chosen.threads, check_tensors=True) as opened:
+        report = _unpack(opened, Path(destination), chosen, progress)
+    return replace(report, seconds=perf_counter() - began)
+
+
+def _refuse_same_file(archive: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
+    if Path(destination).exists() and os.path.realpath(archive) == os.path.realpath(destination):
+        raise CheckpointError(f"{os.fspath(destination)} is the archive itself")
+
+
+def _unpack(
+    archive: Archive, destination: Path, options: UnpackOptions, progress: Report
+) -> UnpackReport:
+    selection = _select(archive.header, options.tensors)
+    missing: tuple[str, ...] = ()
+    defect: str | None = None
+    if options.partial:
+        absent, defect = _find_missing(archive, progress)
+        missing = tuple(selection.names[name] for name in absent if name in selection.names)
+        selection = selection.without(absent)
+    contents, converted = _contents(archive.header, selection, options.dtype)
+    total = sum(spec.size for spec in contents.tensors)
+    with create_checkpoint(destination, contents, force=options.force, kind=options.kind) as writer:
+        done = 0
+        for spec, array in _read(archive, selection, sequential=not missing):
+            output = selection.names[spec.name]
+            dtype = options.dtype if output in converted else None
+            writer.write(output, array if dtype is None else convert(array, spec, dtype))
+            done += spec.size
+            progress(Progress("decode", done, total))
+        notes = writer.notes
+    return UnpackReport(
+        tensors=len(contents.tensors),
+        weights=total,
+        file_bytes=destination.stat().st_size,
+        aliases=tuple(selection.aliases),
+        converted=converted,
+        notes=notes,
+        missing=missing,
+        defect=defect if missing else None,
+        seconds=0.0,
+    )
+
+
+def _select(header: Header, patterns: tuple[str, ...]) -> _Selection:
+    if not patterns:
+        return _Selection({spec.name: spec.name for spec in header.tensors}, header.aliases)
+    all_names = [*(spec.name for spec in header.tensors), *header.aliases]
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in all_names if fnmatchcase(name, pattern)}
+        if not found:
+            raise TensorNotFoundError(f"no tensor of the archive matches {pattern!r}")
+        matched |= found
+    names: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    for spec in header.tensors:
+        others = [alias for alias, target in header.aliases.items() if target == spec.name]
+        if spec.name in matched:
+            group = [spec.name, *others]
+        else:
+            group = [alias for alias in others if alias in matched]
+        if group:
+            names[spec.name] = group[0]
+            aliases |= dict.fromkeys(group[1:], group[0])
+    return _Selection(names, aliases)
+
+
+def _find_missing(archive: Archive, progress: Report) -> tuple[tuple[str, ...], str | None]:
+    """Decode everything once; what is not whole, and the first defect."""
+    salvage = Salvage(archive)
+    total = sum(spec.size for spec in archive.header.tensors)
+    done = 0
+    for spec, _ in salvage:
+        done += spec.size
+        progress(Progress("check", done, total))
+    return salvage.missing, None if salvage.defect is None else str(salvage.defect)
+
+
+def _contents(
+    header: Header, selection: _Selection, dtype: str | None
+) -> tuple[Contents, tuple[str, ...]]:
+    specs = []
+    converted = []
+    for spec in header.tensors:
+        if spec.name not in selection.names:
+            continue
+        output = replace(spec, name=selection.names[spec.name])
+        if dtype is not None and spec.dtype in PACKABLE and spec.dtype != dtype:
+            output = replace(output, dtype=dtype)
+            converted.append(output.name)
+        specs.append(output)
+    return Contents(tuple(specs), selection.aliases, header.metadata), tuple(converted)
+
+
+def _read(
+    archive: Archive, selection: _Selection, *, sequential: bool
+) -> Iterator[tuple[TensorSpec, Array]]:
+    """Wanted tensors; decodes nothing else where that can be helped."""
+    everything = len(selection.names) == len(archive.header.tensors)
+    if archive.complete is not None and not (everything and sequential):
+        yield from archive.iter_selected(selection.names)
+        return
+    left = set(selection.names)
+    try:
+        for spec, value in archive.iter_quantized():
+            if spec.name in left:
+                left.discard(spec.name)
+                yield spec, value.stored(check=True) if isinstance(value, Quantized) else value
+            if not left and not everything:
+                return  # the rest of a pipe need not arrive
+    except TruncatedError as error:
+        lost = tuple(name for name in error.missing if name in left)
+        raise TruncatedError(str(error), offset=error.offset, missing=lost) from None
+
+
+def convert(array: Array, spec: TensorSpec, dtype: str) -> Array:
+    """Stored elements in another floating-point type, rounded to nearest, ties to even.
+
+    Parameters
+    ----------
+    array : ndarray
+        Stored elements of ``spec``, whose dtype is F64, F32, F16 or BF16.
+    spec : TensorSpec
+    dtype : str
+        One of :data:`OUTPUT_DTYPES`. BF16 from F64 goes by way of F32.
+
+    Raises
+    ------
+    CheckpointError
+        A finite element would become infinite.
+
+    Examples
+    --------
+    >>> convert(np.array([1.5, 0.1]), TensorSpec("w", "F64", (2,)), "F16")
+    array([1.5, 0.1], dtype=float16)
+    """
+    values = to_float32(array, "BF16") if spec.dtype == "BF16" else array
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype == "BF16":
+            narrow = values.astype(np.float32)
+            made = from_float32(narrow, "BF16")
+            # Rounding by addition would carry a NaN's mantissa into its sign.
+            nan = np.isnan(narrow)
+            if nan.any():
+                made[nan] = (narrow.view(np.uint32)[nan] >> np.uint32(16)).astype(
+                    np.uint16
+                ) | np.uint16(0x40)
+            after: Array = to_float32(made, "BF16")
+        else:
+            made = after = values.astype(stored_dtype(dtype))
+    lost = np.isfinite(values) & ~np.isfinite(after)
+    if lost.any():
+        raise CheckpointError(
+            f"tensor {spec.name!r} does not fit {dtype}: {int(lost.sum())} of its elements "
+            f"would become infinite (largest magnitude {float(np.abs(values[lost]).max()):.6g})"
+        )
+    return made

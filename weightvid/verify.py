@@ -1,0 +1,302 @@
+"""Check an archive's hashes, and compare it with the checkpoint it was made from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import log10
+from time import perf_counter
+from typing import BinaryIO, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from weightvid.checkpoint import CheckpointReader, open_checkpoint
+from weightvid.dtypes import PACKABLE, to_float32
+from weightvid.errors import TensorNotFoundError
+from weightvid.loader import Archive, open_archive
+from weightvid.progress import Progress, Report, quiet
+from weightvid.salvage import Salvage
+from weightvid.spec import TensorSpec
+
+Array = npt.NDArray[np.generic]
+
+_BLOCK: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """The first thing found wrong.
+
+    Attributes
+    ----------
+    code : str
+        Stable name of the defect, as listed in FORMAT.md.
+    message : str
+    offset : int or None
+        Byte offset in the archive, if known.
+    """
+
+    code: str
+    message: str
+    offset: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorComparison:
+    """One tensor of the archive beside the checkpoint's.
+
+    Attributes
+    ----------
+    name, dtype : str
+    weights : int
+    exact : bool
+        Equal bit for bit.
+    sqnr_db : float or None
+        10 log10(sum x^2 / sum (x - x')^2); None for equal tensors and for types without values
+        that can be compared (then ``exact`` says all).
+    max_abs_error : float or None
+        Largest |x - x'|; None for such types.
+    """
+
+    name: str
+    dtype: str
+    weights: int
+    exact: bool
+    sqnr_db: float | None
+    max_abs_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An archive beside a checkpoint.
+
+    Attributes
+    ----------
+    tensors : tuple of TensorComparison
+        Distinct tensors that both have, with one dtype and shape.
+    missing : tuple of str
+        Names of the checkpoint that the archive lacks.
+    extra : tuple of str
+        Names of the archive that the checkpoint lacks.
+    mismatched : tuple of str
+        Tensors of another dtype or shape, each with both.
+    sqnr_db : float or None
+        Over all quantized floating-point tensors together; None if there is no error at all.
+    max_abs_error : float
+        Of all tensors.
+    """
+
+    tensors: tuple[TensorComparison, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    sqnr_db: float | None
+    max_abs_error: float
+
+    @property
+    def same_model(self) -> bool:
+        """Whether both have the same names, dtypes and shapes."""
+        return not (self.missing or self.extra or self.mismatched)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a check found.
+
+    Attributes
+    ----------
+    tensors, tensors_whole : int
+        Distinct tensors listed in the header, and those whose every hash matches.
+    weights : int
+        Elements of the whole ones.
+    frames : int or None
+        Frames listed in the index; None when read from a pipe.
+    file_bytes : int
+        Bytes read from the archive, which is all of them if it is sound.
+    defect : Defect or None
+        The first thing found wrong.
+    affected : tuple of str
+        Tensors that are missing or damaged.
+    comparison : Comparison or None
+        Only with ``against``.
+    seconds : float
+    """
+
+    tensors: int
+    tensors_whole: int
+    weights: int
+    frames: int | None
+    file_bytes: int
+    defect: Defect | None
+    affected: tuple[str, ...]
+    comparison: Comparison | None
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """No defect, and the same names, dtypes and shapes as the checkpoint, if there is one."""
+        return self.defect is None and (self.comparison is None or self.comparison.same_model)
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Totals over the tensors compared so far."""
+
+    power: float = 0.0
+    noise: float = 0.0
+    largest: float = 0.0
+
+
+def verify_archive(
+    archive: str | os.PathLike[str] | BinaryIO,
+    against: str | os.PathLike[str] | None = None,
+    progress: Report = quiet,
+    *,
+    threads: int = 0,
+) -> VerifyReport:
+    """Decode an archive and check the hash of every frame, box and tensor.
+
+    Parameters
+    ----------
+    archive : path or binary file object
+        May be a pipe.
+    against : path or None
+        Checkpoint to compare with.
+    progress : callable
+        Told about the stage ``verify``.
+    threads : int
+        Frames decoded at the same time; 0: one per core.
+
+    Raises
+    ------
+    FormatError
+        Only for a file whose head cannot be read; later defects are in the report.
+    CheckpointError
+        The checkpoint cannot be read.
+    """
+    began = perf_counter()
+    with open_archive(archive, threads=threads, check_tensors=True) as opened:
+        salvage = Salvage(opened)
+        if against is None:
+            whole, comparison = list(_walk(opened, salvage, progress)), None
+        else:
+            with open_checkpoint(against) as reader:
+                whole, comparison = _compare(opened, salvage, reader, progress)
+        defect = None
+        if salvage.defect is not None:
+            defect = Defect(salvage.defect.code, str(salvage.defect), salvage.defect.offset)
+        return VerifyReport(
+            tensors=len(opened.header.tensors),
+            tensors_whole=len(whole),
+            weights=sum(spec.size for spec in whole),
+            frames=None if opened.complete is None else len(opened.index.frames),
+            file_bytes=_size(archive, opened),
+            defect=defect,
+            affected=salvage.missing,
+            comparison=comparison,
+            seconds=perf_counter() - began,
+        )
+
+
+def _size(archive: str | os.PathLike[str] | BinaryIO, opened: Archive) -> int:
+    if isinstance(archive, (str, os.PathLike)):
+        return os.stat(archive).st_size  # noqa: PTH116 - a path of any make
+    if opened.complete is None:
+        return opened.bytes_read
+    return archive.seek(0, os.SEEK_END)
+
+
+def _walk(archive: Archive, salvage: Salvage, progress: Report) -> Iterator[TensorSpec]:
+    for spec, _ in _tracked(archive, salvage, progress):
+        yield spec
+
+
+def _tracked(
+    archive: Archive, salvage: Salvage, progress: Report
+) -> Iterator[tuple[TensorSpec, Array]]:
+    total = sum(spec.size for spec in archive.header.tensors)
+    done = 0
+    for spec, array in salvage:
+        yield spec, array
+        done += spec.size
+        progress(Progress("verify", done, total))
+
+
+def _compare(
+    archive: Archive, salvage: Salvage, reader: CheckpointReader, progress: Report
+) -> tuple[list[TensorSpec], Comparison]:
+    sums = _Sums()
+    whole, rows, mismatched = [], [], []
+    for spec, array in _tracked(archive, salvage, progress):
+        whole.append(spec)
+        try:
+            other = reader.spec(spec.name)
+        except TensorNotFoundError:
+            continue
+        if (other.dtype, other.shape) != (spec.dtype, spec.shape):
+            mismatched.append(
+                f"{spec.name}: {spec.dtype} {list(spec.shape)} in the archive, "
+                f"{other.dtype} {list(other.shape)} in the checkpoint"
+            )
+            continue
+        rows.append(_compare_tensor(spec, array, reader.read(spec.name), sums))
+    ours = set(archive.names)
+    theirs = [*(spec.name for spec in reader.contents.tensors), *reader.contents.aliases]
+    return whole, Comparison(
+        tensors=tuple(rows),
+        missing=tuple(name for name in theirs if name not in ours),
+        extra=tuple(name for name in archive.names if name not in set(theirs)),
+        mismatched=tuple(mismatched),
+        sqnr_db=_sqnr_db(sums.power, sums.noise),
+        max_abs_error=sums.largest,
+    )
+
+
+def _compare_tensor(
+    spec: TensorSpec, array: Array, original: Array, sums: _Sums
+) -> TensorComparison:
+    ours, theirs = array.reshape(-1), original.reshape(-1)
+    equal = True
+    power = noise = largest = 0.0
+    for begin in range(0, ours.size, _BLOCK):
+        a, b = ours[begin : begin + _BLOCK], theirs[begin : begin + _BLOCK]
+        same = np.array_equal(_bits(a), _bits(b))
+        equal = equal and same
+        if spec.dtype not in PACKABLE:
+            continue
+        x = _values(b, spec.dtype)
+        power += float(np.vdot(x, x))
+        if not same:
+            x -= _values(a, spec.dtype)
+            noise += float(np.vdot(x, x))
+            largest = max(largest, float(np.abs(x).max()))
+    if spec.dtype not in PACKABLE:
+        return TensorComparison(spec.name, spec.dtype, spec.size, equal, None, None)
+    if not equal:
+        sums.power += power
+        sums.noise += noise
+    sums.largest = max(sums.largest, largest)
+    return TensorComparison(
+        spec.name, spec.dtype, spec.size, equal, _sqnr_db(power, noise), largest
+    )
+
+
+def _bits(array: Array) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).view(np.uint8)
+
+
+def _values(array: Array, dtype: str) -> npt.NDArray[np.float64]:
+    """Values in double precision; NaN and infinities, which are stored exactly, count as zero."""
+    values = to_float32(array, "BF16") if dtype == "BF16" else array
+    with np.errstate(invalid="ignore"):
+        wide = values.astype(np.float64)
+    wide[~np.isfinite(wide)] = 0.0
+    return wide
+
+
+def _sqnr_db(power: float, noise: float) -> float | None:
+    if noise <= 0:
+        return None
+    return 10 * log10(power / noise) if power > 0 else float("-inf")
