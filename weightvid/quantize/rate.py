@@ -82,6 +82,46 @@ class RateModel:
         return bits
 
 
+def lower_envelope(
+    points: list[float], prices: list[float]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]:
+    """Which point is cheapest where, by ``(x - point)^2 + price``.
+
+    Parameters
+    ----------
+    points : list of float
+        Ascending, at least one.
+    prices : list of float
+        Same length.
+
+    Returns
+    -------
+    threshold : ndarray of float64, shape (n - 1,)
+        Places where the cheapest point changes, ascending.
+    winner : ndarray of intp, shape (n,)
+        Positions in ``points``; ``winner[i]`` is cheapest between ``threshold[i - 1]`` and
+        ``threshold[i]``. Points too dear to be ever cheapest are left out.
+
+    >>> [part.tolist() for part in lower_envelope([0.0, 1.0, 2.0], [0.0, 9.0, 1.0])]
+    [[1.25], [0, 2]]
+    """
+    # Less x^2, each cost is a line in x, so the envelope can be built from left to right.
+    winner = [0]
+    threshold: list[float] = []
+    for k in range(1, len(points)):
+        while True:
+            j = winner[-1]
+            slope = (prices[k] - prices[j]) / (points[k] - points[j])
+            meet = 0.5 * (points[k] + points[j] + slope)
+            if not threshold or meet > threshold[-1]:
+                break
+            winner.pop()
+            threshold.pop()
+        winner.append(k)
+        threshold.append(meet)
+    return np.array(threshold, np.float64), np.array(winner, np.intp)
+
+
 def entropy_bits(levels: IntArray) -> float:
     """Zero-order entropy of levels in bits per level (0 for an empty array).
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from weightvid.errors import QuantizationError
 from weightvid.quantize.params import MAX_LEVEL, SHIFT_UNITS
-from weightvid.quantize.rate import TABLE_MAX, IntArray, RateModel, check_range
+from weightvid.quantize.rate import TABLE_MAX, IntArray, RateModel, check_range, lower_envelope
 
 LAM = 0.1
 """Default price of a bit, in squared steps of the plain quantizer; see tools/results/trellis.md."""
@@ -48,21 +48,11 @@ def thresholds(model: RateModel, lam: float) -> tuple[npt.NDArray[np.float64], I
     >>> thresholds(RateModel.laplacian(1.0), 0.0)[0][125:129].tolist()
     [-1.5, -0.5, 0.5, 1.5]
     """
-    # cost_k(x) - x^2 is a line in x, so the best levels are a lower envelope, built left to right.
-    price = (lam * model.bits).tolist()
-    level: list[int] = [-TABLE_MAX]
-    threshold: list[float] = []
-    for k in range(1 - TABLE_MAX, TABLE_MAX + 1):
-        while True:
-            j = level[-1]
-            meet = 0.5 * (k + j + (price[k + TABLE_MAX] - price[j + TABLE_MAX]) / (k - j))
-            if not threshold or meet > threshold[-1]:
-                break
-            level.pop()
-            threshold.pop()
-        level.append(k)
-        threshold.append(meet)
-    return np.array(threshold), np.array(level, np.int64)
+    levels = np.arange(-TABLE_MAX, TABLE_MAX + 1)
+    threshold, winner = lower_envelope(
+        levels.astype(np.float64).tolist(), (lam * model.bits).tolist()
+    )
+    return threshold, levels[winner]
 
 
 def quantize(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.quantize.rate import TABLE_MAX, RateModel
+from weightvid.quantize.rate import TABLE_MAX, RateModel, lower_envelope
 from weightvid.quantize.trellis import Machine
 
 RENORM = 64
@@ -67,7 +67,18 @@ class CostTables:
         """Tables for magnitudes up to ``peak`` units, at most about ``2 * TABLE_MAX``."""
         reach = int(min(max(peak, 4.0), 2.0 * TABLE_MAX - 8.0)) + 2
         centre = (np.arange(-reach * _CELLS, reach * _CELLS) + 0.5) / _CELLS
-        point, price, level = _best_members(centre, model, lam, zero)
+        level = np.empty((_SUBSETS, centre.size), np.int64)
+        point = np.empty(level.shape)
+        far = reach // 4 + 2
+        for subset in range(_SUBSETS):
+            sign, offset = _numbering(subset, zero)
+            members = int(sign) * np.arange(-2 * far, 2 * far + 1, 2) + (subset & 1)
+            places = sign * (2.0 * members + offset)
+            prices = 4.0 * lam * model.of(members)
+            threshold, winner = lower_envelope(places.tolist(), prices.tolist())
+            best = winner[np.searchsorted(threshold, centre)]
+            level[subset], point[subset] = members[best], places[best]
+        price = 4.0 * lam * model.of(level)
         return cls(
             point=point.astype(np.float32),
             price=price.astype(np.float32),
@@ -80,19 +91,24 @@ class CostTables:
         )
 
 
+def _numbering(subset: int, zero: bool) -> tuple[float, float]:
+    """``n / 2 = sign * (2 k + offset)``: sign and offset of the quantizer of a subset."""
+    quantizer = float(subset >> 1)
+    return (1.0, quantizer) if zero else (1.0 - 2.0 * quantizer, -0.5)
+
+
 def _best_members(
     units: npt.NDArray[np.float64], model: RateModel, lam: float, zero: bool
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """``n / 2``, price and level of the cheapest member of each subset, shapes (4, n).
+    """``n / 2``, price and level of the cheapest member of each subset for any weights, (4, n).
 
     Candidates: the nearest member, two to either side, and those nearest to level 0.
     """
     points, prices, levels = [], [], []
     around = np.array([[0], [-1], [1], [-2], [2]])
     for subset in range(_SUBSETS):
-        quantizer, parity = subset >> 1, subset & 1
-        # n / 2 = sign * (2 k + offset)
-        sign, offset = (1.0, float(quantizer)) if zero else (1.0 - 2.0 * quantizer, -0.5)
+        parity = subset & 1
+        sign, offset = _numbering(subset, zero)
         nearest = np.rint((sign * units - offset - 2.0 * parity) * 0.25).astype(np.int64)
         middle = np.zeros((2, nearest.size), np.int64) - np.array([[0], [parity]])
         level = 2 * np.concatenate([nearest + around, middle]) + parity
