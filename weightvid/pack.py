@@ -8,9 +8,11 @@ decoded and checked against its own hashes, and renamed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import BinaryIO, Final, cast
@@ -27,9 +29,10 @@ from weightvid.errors import CheckpointError, FormatError, QuantizationError
 from weightvid.loader import open_archive
 from weightvid.packing.exact import ExactWriter
 from weightvid.packing.frames import FrameWriter
-from weightvid.packing.quantized import CodedTensor, code_tensor, sqnr_db
+from weightvid.packing.quantized import CodedTensor, sqnr_db
+from weightvid.packing.quantizer import Request, code_tensors
 from weightvid.progress import Progress, Report, quiet
-from weightvid.quantize import Params, UniformParams
+from weightvid.quantize import Params, TrellisParams, UniformParams
 from weightvid.quantize.stats import TensorStats, tensor_stats
 from weightvid.spec import TensorSpec
 from weightvid.version import __version__
@@ -48,6 +51,8 @@ class PackOptions:
         ``balanced``, ``small`` or ``fine``.
     step_factor : float or None
         k of the step rule, instead of the recipe's.
+    states : int
+        States of the trellis: 4, 8, 16, 32 or 64; 0: the plain uniform quantizer.
     keep : tuple of str
         Shell-style patterns of tensor names that are kept exactly.
     preset : str
@@ -62,6 +67,7 @@ class PackOptions:
 
     recipe: str = allocate.DEFAULT_RECIPE
     step_factor: float | None = None
+    states: int = 8
     keep: tuple[str, ...] = ()
     preset: str = DEFAULT_PRESET
     jobs: int = 0
@@ -139,7 +145,11 @@ class _Totals:
     noise: float = 0.0
     power: float = 0.0
     coded: int = 0
-    stages: dict[str, int] = field(default_factory=dict)
+
+    def add(self, coded: CodedTensor) -> None:
+        self.noise += coded.noise
+        self.power += coded.power
+        self.coded += coded.spec.size
 
 
 def pack_checkpoint(
@@ -219,6 +229,8 @@ def _check(options: PackOptions) -> None:
     if options.step_factor is not None:
         allocate.steps([], options.step_factor)
     EncoderSettings(tile.MIN_FRAME_PX, tile.MIN_FRAME_PX, options.preset)
+    if options.states:
+        TrellisParams(1.0, options.states)
     if options.jobs < 0:
         raise QuantizationError(f"the number of jobs must not be negative, as {options.jobs} is")
 
@@ -245,7 +257,9 @@ def make_plan(reader: CheckpointReader, options: PackOptions, progress: Report =
         if worth[number].absmax + 2 * step >= LARGEST[specs[number].dtype]:
             continue  # a dequantized weight might round to infinity: kept exactly
         try:
-            params[number] = UniformParams(step)
+            params[number] = (
+                TrellisParams(step, options.states) if options.states else UniformParams(step)
+            )
         except QuantizationError:
             continue  # weights of a size that no ordinary float32 step fits: kept exactly
     shapes = (tile.matrix_shape(specs[number].shape) for number in params)
@@ -285,34 +299,31 @@ def _write(
     jobs = options.jobs or os.cpu_count() or 1
     total = sum(contents.tensors[number].size for number in plan.params)
     written = _counter(total, progress)
-    frames = FrameWriter(writer, settings, jobs, written)
-    try:
-        for number, spec in enumerate(contents.tensors):
-            params = plan.params.get(number)
-            if params is None:
-                exact.add(number, reader.read(spec.name))
-                continue
-            frames.add(number, _code(reader, spec, params, totals))
-        frames.flush()
-        exact.flush()
-    finally:
-        frames.close()
+    with ThreadPoolExecutor(jobs, "weightvid-pack") as executor:
+        frames = FrameWriter(writer, settings, executor, jobs, written)
+        requests = _requests(reader, plan, exact)
+        try:
+            for number, coded in code_tensors(requests, executor, jobs):
+                totals.add(coded)
+                frames.add(number, coded)
+            frames.flush()
+            exact.flush()
+        except BaseException:
+            executor.shutdown(wait=True, cancel_futures=True)
+            raise
     index = writer.finish()
     overhead = sum(writer.fragment_overhead for _ in index.frames)
     return len(index.frames), sum(f.fragment_bytes for f in index.frames) - overhead
 
 
-def _code(
-    reader: CheckpointReader, spec: TensorSpec, params: Params, totals: _Totals
-) -> CodedTensor:
-    try:
-        coded = code_tensor(reader.read(spec.name), spec, params)
-    except QuantizationError as error:
-        raise QuantizationError(f"tensor {spec.name!r}: {error}") from None
-    totals.noise += coded.noise
-    totals.power += coded.power
-    totals.coded += spec.size
-    return coded
+def _requests(reader: CheckpointReader, plan: Plan, exact: ExactWriter) -> Iterator[Request]:
+    """Tensors to be quantized, in order; the others are handed to the exact writer on the way."""
+    for number, spec in enumerate(reader.contents.tensors):
+        params = plan.params.get(number)
+        if params is None:
+            exact.add(number, reader.read(spec.name))
+        else:
+            yield Request(number, spec, params, partial(reader.read, spec.name))
 
 
 def _counter(total: int, progress: Report) -> Callable[[int], None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,8 +51,10 @@ class FrameWriter:
     ----------
     writer : ArchiveWriter
     settings : EncoderSettings
+    executor : Executor
+        Of threads; each opens an encoder of its own.
     workers : int
-        Encoders that run side by side; at least 1.
+        Number of its threads.
     written : callable or None
         Called with the number of samples of each frame that has been written.
     """
@@ -61,13 +63,14 @@ class FrameWriter:
         self,
         writer: ArchiveWriter,
         settings: EncoderSettings,
+        executor: Executor,
         workers: int,
         written: Callable[[int], None] | None = None,
     ) -> None:
         self._writer = writer
         self._geometry = FrameGeometry(settings.width, settings.height)
         self._encoders = EncoderPool(settings)
-        self._executor = ThreadPoolExecutor(workers, "weightvid-encode")
+        self._executor = executor
         self._ahead = workers + 1
         self._waiting: deque[_Waiting] = deque()
         self._written = written
@@ -132,9 +135,3 @@ class FrameWriter:
             self._submit()
         while self._waiting:
             self._write_first()
-
-    def close(self) -> None:
-        """Stop the encoders; frames not yet written are dropped."""
-        for waiting in self._waiting:
-            waiting.packet.cancel()
-        self._executor.shutdown(wait=True, cancel_futures=True)

@@ -40,13 +40,13 @@ def choose_layout(levels: Levels, kernel: int) -> Layout:
     kernel : int
         Columns that share one energy; divides C.
     """
-    rows, columns = levels.shape
-    magnitude = np.abs(levels).astype(np.float32)
-    mean = float(magnitude.mean())
+    columns = levels.shape[1]
+    magnitude = np.abs(levels).view(np.uint8)
+    per_row = magnitude.mean(axis=1)
+    mean = float(per_row.mean())
     if mean <= 0:
         return Layout()
-    per_row = magnitude.mean(axis=1)
-    per_column = magnitude.reshape(rows, columns // kernel, kernel).mean(axis=(0, 2))
+    per_column = magnitude.mean(axis=0).reshape(columns // kernel, kernel).mean(axis=1)
     order = EnergyOrder(_energies(per_row, mean), _energies(per_column, mean))
     folds = [Fold()] * order.classes
     for energy, mean_magnitude in _class_means(magnitude, order, columns):
@@ -55,7 +55,7 @@ def choose_layout(levels: Levels, kernel: int) -> Layout:
 
 
 def _class_means(
-    magnitude: npt.NDArray[np.float32], order: EnergyOrder, columns: int
+    magnitude: npt.NDArray[np.uint8], order: EnergyOrder, columns: int
 ) -> list[tuple[int, float]]:
     row_order, column_order = order.permutations(columns)
     ordered = np.take(magnitude[row_order], column_order, axis=1)
@@ -68,7 +68,7 @@ def _class_means(
     return [(energy, total[energy] / count[energy]) for energy in total]
 
 
-def _energies(means: npt.NDArray[np.float32], mean: float) -> Energies:
+def _energies(means: npt.NDArray[np.float64], mean: float) -> Energies:
     octaves = np.log2(np.maximum(means, mean * 1e-9) / mean) / _CLASS_OCTAVES
     energies = np.clip(np.rint(octaves), -_REACH, _REACH).astype(np.int16)
     energies -= energies.min()

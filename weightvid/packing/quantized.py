@@ -1,8 +1,9 @@
-"""One tensor: weights to samples, with everything its sidecar will say."""
+"""Tensors to levels, with everything their sidecars will say."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log10
 from typing import Final
@@ -13,9 +14,8 @@ import numpy.typing as npt
 from weightvid import tile
 from weightvid.container.records import Escapes
 from weightvid.dtypes import from_float32, to_float32
-from weightvid.errors import QuantizationError
 from weightvid.packing.layout import choose_layout, kernel_size
-from weightvid.quantize import Params, TrellisParams, dequantize, uniform
+from weightvid.quantize import Params, dequantize
 from weightvid.spec import TensorSpec
 from weightvid.tile import Layout
 
@@ -72,45 +72,65 @@ def sqnr_db(power: float, noise: float) -> float | None:
     return 10 * log10(power / noise)
 
 
-def code_tensor(array: npt.NDArray[np.generic], spec: TensorSpec, params: Params) -> CodedTensor:
-    """Quantize one tensor, in blocks of rows.
+def split_levels(
+    levels: npt.NDArray[np.int32],
+) -> tuple[npt.NDArray[np.int8], Escapes]:
+    """Clip true levels of a matrix to the sample range, and list those that were clipped."""
+    outside = np.flatnonzero((levels > SAMPLE_LEVEL) | (levels < -SAMPLE_LEVEL))
+    escapes = Escapes(outside.astype(np.int64), levels.reshape(-1)[outside])
+    clipped = np.clip(levels, -SAMPLE_LEVEL, SAMPLE_LEVEL) if len(outside) else levels
+    return clipped.astype(np.int8), escapes
+
+
+def join_escapes(parts: Sequence[Escapes], sizes: Sequence[int]) -> Escapes:
+    """Escapes of consecutive blocks of these numbers of weights, counted from the first."""
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    index = [part.index + start for part, start in zip(parts, starts, strict=False)]
+    return Escapes(np.concatenate(index), np.concatenate([part.level for part in parts]))
+
+
+def finish_tensor(
+    array: npt.NDArray[np.generic],
+    spec: TensorSpec,
+    params: Params,
+    levels: npt.NDArray[np.int8],
+    escapes: Escapes,
+) -> CodedTensor:
+    """Dequantize as a reader will, hash, measure, and choose the layout.
 
     Parameters
     ----------
     array : ndarray
-        Stored elements of ``spec``.
+        Stored elements of the tensor.
     spec : TensorSpec
     params : Params
-
-    Raises
-    ------
-    QuantizationError
-        A weight is not finite, or the step is so fine that levels overflow.
+    levels : ndarray of int8, shape (R, C)
+    escapes : Escapes
     """
-    if isinstance(params, TrellisParams):
-        raise QuantizationError("trellis-coded packing is not part of this recipe")
-    matrix = array.reshape(tile.matrix_shape(spec.shape))
+    matrix = array.reshape(levels.shape)
     rows, columns = matrix.shape
-    levels = np.empty((rows, columns), np.int8)
     digest = hashlib.sha256()
-    found: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]] = []
     noise = power = 0.0
-    step = max(1, _BLOCK // columns)
+    step = rows if getattr(params, "axis", 1) == 0 else max(1, _BLOCK // columns)
     for begin in range(0, rows, step):
         end = min(rows, begin + step)
-        weights = to_float32(matrix[begin:end], spec.dtype)
-        exact = uniform.quantize(weights, params.step)
-        np.clip(exact, -SAMPLE_LEVEL, SAMPLE_LEVEL, out=levels[begin:end], casting="unsafe")
-        outside = np.flatnonzero(np.abs(exact) > SAMPLE_LEVEL)
-        if len(outside):
-            found.append((outside + begin * columns, exact.reshape(-1)[outside]))
+        exact = levels[begin:end]
+        first = int(np.searchsorted(escapes.index, begin * columns))
+        last = int(np.searchsorted(escapes.index, end * columns))
+        if first < last:
+            exact = exact.astype(np.int32)
+            places = escapes.index[first:last] - begin * columns
+            exact.reshape(-1)[places] = escapes.level[first:last]
         stored = from_float32(dequantize(exact, params), spec.dtype)
         digest.update(np.ascontiguousarray(stored).data)
-        error = to_float32(stored, spec.dtype).astype(np.float64) - weights
-        noise += float(np.vdot(error, error))
-        power += float(np.vdot(weights, weights.astype(np.float64)))
-    index = np.concatenate([i for i, _ in found]) if found else np.empty(0, np.int64)
-    level = np.concatenate([v for _, v in found]) if found else np.empty(0, np.int32)
-    escapes = Escapes(index.astype(np.int64), level.astype(np.int32))
+        weights = to_float32(matrix[begin:end], spec.dtype).astype(np.float64)
+        power += float(np.vdot(weights, weights))
+        weights -= to_float32(stored, spec.dtype)
+        noise += float(np.vdot(weights, weights))
     layout = choose_layout(levels, kernel_size(spec.shape))
     return CodedTensor(spec, params, levels, escapes, layout, digest.digest(), noise, power)
+
+
+def matrix_of(array: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:
+    """The 2-D view of a tensor's stored elements."""
+    return array.reshape(tile.matrix_shape(spec.shape))

@@ -32,6 +32,6 @@ def dequantize(levels: npt.NDArray[np.integer], params: Params) -> npt.NDArray[n
     if isinstance(params, TrellisParams):
         from weightvid.quantize import trellis
 
-        index = trellis.dequantize_index(levels, params.states, params.axis)
+        index = trellis.dequantize_index(levels, params.states, params.axis, params.zero)
         return np.multiply(index, params.unit, dtype=np.float32, casting="unsafe")
     return uniform.dequantize(levels, params)

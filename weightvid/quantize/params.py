@@ -103,16 +103,20 @@ class TrellisParams:
     Attributes
     ----------
     step : float
-        Half the distance of neighbouring points of one scalar quantizer; float32; > 0.
+        Distance of neighbouring points of one scalar quantizer, as a plain quantizer of about
+        that rate has it; a quarter of it is exactly representable as float32; > 0.
     states : int
         4, 8, 16, 32 or 64.
     axis : int
         1: a run is a row of the level matrix; 0: a column.
+    zero : bool
+        Numbering of the points, see :mod:`weightvid.quantize.trellis`: whether one has a zero.
     """
 
     step: float
     states: int = 8
     axis: int = 1
+    zero: bool = False
 
     def __post_init__(self) -> None:
         check_step(self.step)
@@ -124,13 +128,15 @@ class TrellisParams:
     @property
     def unit(self) -> np.float32:
         """What one reconstruction index is worth."""
-        return np.float32(self.step)
+        return np.float32(self.step / 4)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without defaults."""
         record: dict[str, Any] = {"step": step_to_text(self.step), "states": self.states}
         if self.axis != 1:
             record["axis"] = self.axis
+        if self.zero:
+            record["zero"] = 1
         return record
 
 
@@ -147,10 +153,10 @@ def params_from_dict(record: Mapping[str, Any]) -> Params:
     """
     step = _step_from_text(record.get("step"))
     if "states" in record:
-        states, axis = record["states"], record.get("axis", 1)
-        if type(states) is not int or type(axis) is not int:
-            raise QuantizationError("trellis states and axis must be integers")
-        return TrellisParams(step, states, axis)
+        numbers = [record["states"], record.get("axis", 1), record.get("zero", 0)]
+        if any(type(number) is not int for number in numbers) or numbers[2] not in (0, 1):
+            raise QuantizationError("trellis states, axis and zero must be integers")
+        return TrellisParams(step, numbers[0], numbers[1], bool(numbers[2]))
     shifts = record.get("shifts")
     if shifts is None:
         return UniformParams(step)
