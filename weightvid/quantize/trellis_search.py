@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from weightvid.errors import QuantizationError
 from weightvid.quantize.params import MAX_LEVEL
-from weightvid.quantize.rate import RateModel, check_range, entropy_bits
+from weightvid.quantize.rate import RateModel, check_range, sign_coded_bits
 from weightvid.quantize.trellis import DEFAULT_STATES, Machine, dequantize_index, machine
 from weightvid.quantize.trellis_viterbi import CostTables, FloatMatrix, search_numpy
 
-LAM = 0.09
+LAM = 0.11
 """Default price of a bit in squares of ``4 * step``; see tools/results/trellis.md."""
 
 _LANES = 2048
@@ -185,12 +185,12 @@ def _first_model(runs: FloatMatrix, zero: bool) -> RateModel:
 
 
 def _trial_cost(task: _Task, levels: npt.NDArray[np.int32], config: TrellisConfig) -> float:
-    """Squared error plus priced entropy, per weight."""
+    """Squared error plus priced bits, per weight."""
     if not levels.size:
         return 0.0
     index = dequantize_index(levels, config.states, 1, task.zero)
     error = task.runs - index.astype(np.float32) * np.float32(0.5)
-    return float(np.square(error).mean(dtype=np.float64)) + 4.0 * LAM * entropy_bits(levels)
+    return float(np.square(error).mean(dtype=np.float64)) + 4.0 * LAM * sign_coded_bits(levels)
 
 
 def _normalise(job: TrellisJob, axis: int) -> FloatMatrix:
