@@ -1,0 +1,126 @@
+"""``weightvid inspect``: what is in an archive."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weightvid.cli import output
+from weightvid.cli.options import ArchivePath, Json
+
+if TYPE_CHECKING:
+    from weightvid.summary import ArchiveSummary, TensorSummary
+
+#: what the parts of the byte account are, in words.
+_PARTS = {
+    "ftyp": "file type",
+    "moov": "track description",
+    "header": "model header",
+    "sidecars": "frame sidecars: quantizers, orders, hashes",
+    "digits": "digits stored beside the frames",
+    "fragment_boxes": "boxes around the packets",
+    "packets": "HEVC packets",
+    "exact_tensors": "exact tensors",
+    "plain_tensors": "levels stored without video",
+    "index": "index",
+    "mfra": "MP4's own index",
+    "other": "other",
+}
+
+
+def inspect(
+    archive: ArchivePath,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", "-t", help="List every tensor, too.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show what is in an archive, without decoding it.
+
+    [bold]weightvid inspect model.mp4[/bold]
+    [bold]weightvid inspect model.mp4 --tensors[/bold]
+    [bold]weightvid inspect model.mp4 --json | jq '.tensors[] | select(.coding == "video")'[/bold]
+    """
+    from weightvid.summary import summarize_archive
+
+    summary = summarize_archive(archive)
+    if json:
+        output.emit_json(
+            summary,
+            archive=str(archive),
+            bits_per_weight=summary.bits_per_weight,
+            stream_bits_per_weight=summary.stream_bits_per_weight,
+        )
+        return
+    if tensors:
+        _list(summary)
+    _account(summary)
+    _facts(summary, str(archive))
+    if not summary.complete:
+        missing = [tensor.name for tensor in summary.tensors if tensor.coding == "missing"]
+        output.warn(f"the archive is cut short; missing: {output.some(missing) or 'its index'}")
+
+
+def _facts(summary: ArchiveSummary, path: str) -> None:
+    video = summary.video
+    kinds: dict[str, int] = {}
+    for tensor in summary.tensors:
+        kind = "tied" if tensor.alias_of else tensor.coding
+        kinds[kind] = kinds.get(kind, 0) + 1
+    rows = [
+        ("archive", f"{path}, format {summary.format_version}"),
+        ("size", f"{output.size(summary.file_bytes)} ({output.count(summary.file_bytes)} bytes)"),
+        ("weights", f"{output.count(summary.weights)}, of which "
+                    f"{output.count(summary.coded_weights)} as video"),
+        ("bits per weight", f"{summary.bits_per_weight:.3f} (whole file)"),
+        ("", f"{summary.stream_bits_per_weight:.3f} (the video's weights in its stream)"),
+        ("tensors", ", ".join(f"{number} {kind}" for kind, number in kinds.items())),
+        ("video", f"{video.codec}, {video.profile} profile, {video.tier} tier, "
+                  f"level {video.level}"),
+        ("frames", f"{video.frames} of {video.width} x {video.height}"),
+    ]  # fmt: skip
+    rows += [(f"{key}", str(value)) for key, value in summary.about.items()]
+    rows += [(f"metadata {key}", _cut(value)) for key, value in summary.metadata.items()]
+    output.facts(rows)
+
+
+def _cut(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def _account(summary: ArchiveSummary) -> None:
+    rows = [
+        (_PARTS[part], output.count(number), f"{100 * number / summary.file_bytes:.2f} %")
+        for part, number in summary.account.items()
+        if number
+    ]
+    rows.append(("whole file", output.count(summary.file_bytes), "100.00 %"))
+    output.table(("part", ">bytes", ">share"), rows)
+
+
+def _list(summary: ArchiveSummary) -> None:
+    output.table(
+        ("tensor", "dtype", "shape", "coding", ">step", ">bits/w", ">SQNR dB", ">escapes",
+         ">frames"),
+        [_row(tensor) for tensor in summary.tensors],
+    )  # fmt: skip
+
+
+def _row(tensor: TensorSummary) -> tuple[str, ...]:
+    frames = ""
+    if tensor.frames is not None:
+        first, last = tensor.frames
+        frames = str(first) if first == last else f"{first}-{last}"
+    coding = tensor.coding if tensor.quantizer is None else f"{tensor.coding}, {tensor.quantizer}"
+    return (
+        tensor.name,
+        tensor.dtype,
+        " x ".join(map(str, tensor.shape)) or "scalar",
+        f"= {tensor.alias_of}" if tensor.alias_of else coding,
+        output.number(tensor.step, 6),
+        "" if tensor.bits_per_weight is None else f"{tensor.bits_per_weight:.2f}",
+        "" if tensor.sqnr_db is None else f"{tensor.sqnr_db:.2f}",
+        output.count(tensor.escapes) if tensor.escapes else "",
+        frames,
+    )

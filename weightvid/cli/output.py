@@ -1,0 +1,169 @@
+"""What verbs print: tables and JSON on stdout, warnings and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from weightvid.progress import Progress, Report, quiet
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: width of a table that goes to a file or a pipe.
+_PLAIN_WIDTH = 160
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console that guesses no markup and no emoji in names."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PLAIN_WIDTH
+    return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
+
+
+def emit_json(record: Any, **more: Any) -> None:
+    """Print one JSON object: a dataclass (or mapping) and further keys."""
+    fields = asdict(record) if is_dataclass(record) and not isinstance(record, type) else record
+    text = json.dumps(_plain({**fields, **more}), ensure_ascii=False, allow_nan=False)
+    # Names may hold lone surrogates, which no UTF-8 stream takes.
+    typer.echo(text.encode("utf-8", "backslashreplace").decode())
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinities; tuples become lists by themselves."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> None:
+    """Print names and values in two columns."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, printable(value))
+    console().print(table)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; columns whose title starts with ``>`` are aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in columns:
+        right = title.startswith(">")
+        made.add_column(
+            title.removeprefix(">"),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="fold",
+        )
+    for row in rows:
+        made.add_row(*map(printable, row))
+    console().print(made)
+
+
+def printable(text: str) -> str:
+    """Text without control characters and lone surrogates: names come from files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    typer.echo(f"warning: {printable(message)}", err=True)
+
+
+def some(names: Sequence[str], limit: int = 8) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def size(number: float) -> str:
+    """Bytes for people.
+
+    Examples
+    --------
+    >>> size(999), size(9_416_741)
+    ('999 B', '9.42 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5 or unit == "GB":
+            break
+        number /= 1000
+    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
+
+
+def count(number: int) -> str:
+    """A number with its thousands set apart.
+
+    Examples
+    --------
+    >>> count(22713728)
+    '22,713,728'
+    """
+    return f"{number:,}"
+
+
+def db(value: float | None) -> str:
+    """An SQNR; no noise has none."""
+    return "no error" if value is None else f"{value:.2f} dB"
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number with so many significant digits; nothing for None.
+
+    Examples
+    --------
+    >>> number(0.00318908, 3), number(28.556, 2), number(None, 2)
+    ('0.00319', '29', '')
+    """
+    return "" if value is None else f"{value:.{digits}g}"
+
+
+@contextmanager
+def progress_bars() -> Iterator[Report]:
+    """Progress bars on stderr, one for each stage, where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield quiet
+        return
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    bars = Bars(
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console(stderr=True),
+    )
+    tasks: dict[str, Any] = {}
+
+    def report(progress: Progress) -> None:
+        if progress.stage not in tasks:
+            tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, rate="")
+        task = bars.tasks[tasks[progress.stage]]
+        speed = task.finished_speed or task.speed
+        rate = "" if not speed else f"{speed / 1e6:.1f} M weights/s"
+        bars.update(task.id, completed=progress.done, total=progress.total, rate=rate)
+
+    with bars:
+        yield report

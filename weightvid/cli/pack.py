@@ -1,0 +1,133 @@
+"""``weightvid pack``: checkpoint to archive."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weightvid.cli import output
+from weightvid.cli.options import Force, Json, usage_error
+
+if TYPE_CHECKING:
+    from weightvid.checkpoint import CheckpointReader
+    from weightvid.pack import PackOptions, PackReport
+
+ARCHIVE_SUFFIX = ".mp4"
+
+
+def pack(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A .safetensors, .pt/.pth/.bin or .npz file.")
+    ],
+    archive: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="ARCHIVE", help="Default: MODEL's name with .mp4, beside it."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="balanced (default): no visible loss of accuracy; small; fine.",
+        ),
+    ] = None,
+    step: Annotated[
+        float | None,
+        typer.Option(
+            metavar="K",
+            help="Quantizer step of a tensor of average size, in sigmas, instead of a recipe's.",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Keep these tensors bit for bit. May be repeated."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="x265's preset, ultrafast (default) to placebo."),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=0, help="Encoders side by side; 0: one per core.")
+    ] = 0,
+    force: Force = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Don't decode the archive before it gets its name.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Pack a checkpoint into an archive.
+
+    The archive is decoded and checked before it appears under its name.
+
+    [bold]weightvid pack model.safetensors -o model.mp4[/bold]
+    [bold]weightvid pack model.pt --recipe small --keep "head.*"[/bold]
+    """
+    from weightvid.allocate import DEFAULT_RECIPE, RECIPES
+    from weightvid.checkpoint import open_checkpoint
+    from weightvid.codec.encode import DEFAULT_PRESET
+    from weightvid.pack import PackOptions, pack_checkpoint
+
+    if recipe is not None and recipe not in RECIPES:
+        usage_error(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}", "--recipe")
+    if recipe is not None and step is not None:
+        usage_error("--step replaces a recipe's step; give one of both", "--step")
+    if step is not None and not 0 < step < float("inf"):
+        usage_error(f"{step} is not a positive number", "--step")
+    options = PackOptions(
+        recipe=recipe or DEFAULT_RECIPE,
+        step_factor=step,
+        keep=tuple(keep or ()),
+        preset=preset or DEFAULT_PRESET,
+        jobs=jobs,
+        force=force,
+        verify=not no_verify,
+    )
+    destination = archive or model.with_suffix(ARCHIVE_SUFFIX)
+    if destination.exists() and destination.resolve() == model.resolve():
+        usage_error(f"{destination} is the model itself", "--output")
+    with open_checkpoint(model) as reader:
+        _check_keeps(reader, options)
+        with output.progress_bars() as report:
+            made = pack_checkpoint(reader, destination, options, report)
+    for entry in made.skipped:
+        output.warn(f"not packed: {entry}")
+    if json:
+        output.emit_json(
+            made,
+            archive=str(destination),
+            source=str(model),
+            bits_per_weight=made.bits_per_weight,
+            stream_bits_per_weight=made.stream_bits_per_weight,
+        )
+    else:
+        _show(made, destination, options)
+
+
+def _check_keeps(reader: CheckpointReader, options: PackOptions) -> None:
+    for pattern in options.keep:
+        if not any(fnmatchcase(spec.name, pattern) for spec in reader.contents.tensors):
+            tied = [a for a in reader.contents.aliases if fnmatchcase(a, pattern)]
+            hint = f"; {tied[0]} is stored as {reader.contents.aliases[tied[0]]}" if tied else ""
+            usage_error(f"no tensor matches {pattern!r}{hint}", "--keep")
+
+
+def _show(made: PackReport, destination: Path, options: PackOptions) -> None:
+    ratio = made.source_bytes / made.file_bytes
+    rows = [
+        ("archive", str(destination)),
+        ("size", f"{output.size(made.file_bytes)} of {output.size(made.source_bytes)}"
+                 f" (1/{ratio:.1f})"),
+        ("weights", f"{output.count(made.weights)}, of which {output.count(made.coded_weights)}"
+                    " as video"),
+        ("bits per weight", f"{made.bits_per_weight:.3f} (whole file)"),
+        ("", f"{made.stream_bits_per_weight:.3f} (the video's weights in its stream)"),
+        ("SQNR", output.db(made.sqnr_db)),
+        ("frames", f"{made.frames} of {made.width} x {made.height}"),
+        ("verified", "every hash" if options.verify else "no"),
+        ("time", f"{made.seconds:.1f} s"),
+    ]  # fmt: skip
+    output.facts(rows)
