@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from weightvid.container.boxes import LIMITS, deflate, from_json, inflate, seal, to_json, unseal
 from weightvid.container.fields import bad, integer, items, mapping, parse_params
+from weightvid.container.records import TENSOR_HASH_BYTES
 from weightvid.dtypes import stored_dtype
 from weightvid.errors import FormatError
 from weightvid.quantize.params import Params
@@ -254,11 +255,11 @@ def _parse_item(entry: object, tensors: Sequence[TensorSpec]) -> ExactItem:
         levels, sha256, sqnr = record["levels"], record.get("sha256"), record.get("sqnr_db")
         if levels not in LEVEL_DTYPES or (sqnr is not None and type(sqnr) not in (int, float)):
             raise bad(what, "levels must be I8, I16 or I32, and sqnr_db a number")
-        if not isinstance(sha256, str) or len(sha256) != 64:
-            raise bad(what, "sha256 must be 64 hex digits")
+        if not isinstance(sha256, str) or len(sha256) != 2 * TENSOR_HASH_BYTES:
+            raise bad(what, "sha256 must be 32 hex digits")
         try:
             digest = bytes.fromhex(sha256)
         except ValueError:
-            raise bad(what, "sha256 must be 64 hex digits") from None
+            raise bad(what, "sha256 must be 32 hex digits") from None
         plain = PlainLevels(levels, parse_params(record, what), digest, sqnr)
     return ExactItem(tensor, first, count, np.empty(0, np.uint8), plain)

@@ -18,6 +18,9 @@ from weightvid.spec import TensorSpec
 from weightvid.tile import PLAIN_LAYOUT, FrameGeometry, Layout
 
 VERSION: Final = (1, 0)
+#: of the SHA-256 of a tensor, the first 16 bytes are kept: in a small archive of many tensors the
+#: hashes would otherwise be the largest part of the metadata.
+TENSOR_HASH_BYTES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,8 @@ class TensorEnd:
     tensor : int
         Id.
     sha256 : bytes
-        Of the dequantized elements, little-endian, in the tensor's own dtype, row-major.
+        First 16 bytes of the SHA-256 of the dequantized elements: little-endian, in the tensor's
+        own dtype, row-major.
     sqnr_db : float or None
         Signal-to-quantization-noise ratio; None when there is no noise.
     """

@@ -15,7 +15,14 @@ import numpy.typing as npt
 from weightvid.container.boxes import DIGEST_BYTES, LIMITS, deflate, from_json, inflate, to_json
 from weightvid.container.digits import Kind
 from weightvid.container.fields import bad, exactly, integer, items, mapping, parse_params
-from weightvid.container.records import NO_ESCAPES, Escapes, Sidecar, TensorEnd, TensorStart
+from weightvid.container.records import (
+    NO_ESCAPES,
+    TENSOR_HASH_BYTES,
+    Escapes,
+    Sidecar,
+    TensorEnd,
+    TensorStart,
+)
 from weightvid.errors import FormatError, QuantizationError
 from weightvid.quantize.params import MAX_LEVEL
 from weightvid.spec import TensorSpec
@@ -131,7 +138,7 @@ def _parse_end(record: dict[str, Any], blob: _Blob, tensors: Sequence[TensorSpec
     sqnr = record.get("sqnr_db")
     if sqnr is not None and type(sqnr) not in (int, float):
         raise bad(what, "sqnr_db must be a number")
-    return TensorEnd(tensor, blob.take(32), sqnr)
+    return TensorEnd(tensor, blob.take(TENSOR_HASH_BYTES), sqnr)
 
 
 def _parse_start(record: dict[str, Any], blob: _Blob, tensors: Sequence[TensorSpec]) -> TensorStart:

@@ -64,7 +64,8 @@ class TensorInfo:
         Levels listed exactly beside the frames.
     sqnr_db : float or None
     sha256 : str
-        Hex SHA-256 of the dequantized elements; empty for exact tensors.
+        First 16 bytes, in hex, of the SHA-256 of the dequantized elements; empty for exact
+        tensors.
     """
 
     name: str

@@ -12,7 +12,14 @@ import numpy.typing as npt
 from weightvid import tile
 from weightvid.container.digits import DigitReader
 from weightvid.container.exact import LEVEL_DTYPES, ExactItem, PlainLevels
-from weightvid.container.records import NO_ESCAPES, Escapes, Sidecar, TensorEnd, TensorStart
+from weightvid.container.records import (
+    NO_ESCAPES,
+    TENSOR_HASH_BYTES,
+    Escapes,
+    Sidecar,
+    TensorEnd,
+    TensorStart,
+)
 from weightvid.dtypes import PACKABLE, from_float32, stored_dtype
 from weightvid.errors import FormatError
 from weightvid.quantize import Params, TrellisParams, dequantize
@@ -88,7 +95,7 @@ class Quantized:
             out[begin:end] = from_float32(dequantize(levels, self.params), self.spec.dtype)
             if check:
                 digest.update(out[begin:end].data)
-        if check and digest.digest() != self.sha256:
+        if check and digest.digest()[:TENSOR_HASH_BYTES] != self.sha256:
             raise FormatError(
                 f"tensor {self.spec.name!r} does not match its SHA-256",
                 code="tensor-digest",

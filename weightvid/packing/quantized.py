@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
-from weightvid.container.records import Escapes
+from weightvid.container.records import TENSOR_HASH_BYTES, Escapes
 from weightvid.dtypes import from_float32, to_float32
 from weightvid.packing.layout import choose_layout, kernel_size
 from weightvid.quantize import Params, dequantize
@@ -39,7 +39,7 @@ class CodedTensor:
     layout : Layout
         How the levels will lie on the ribbon.
     sha256 : bytes
-        Of the dequantized stored elements.
+        First 16 bytes of the SHA-256 of the dequantized stored elements.
     noise, power : float
         Sums of squares of the error and of the weights.
     """
@@ -128,7 +128,8 @@ def finish_tensor(
         weights -= to_float32(stored, spec.dtype)
         noise += float(np.vdot(weights, weights))
     layout = choose_layout(levels, kernel_size(spec.shape))
-    return CodedTensor(spec, params, levels, escapes, layout, digest.digest(), noise, power)
+    sha256 = digest.digest()[:TENSOR_HASH_BYTES]
+    return CodedTensor(spec, params, levels, escapes, layout, sha256, noise, power)
 
 
 def matrix_of(array: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:
