@@ -108,7 +108,7 @@ def preview_archive(
         count = len(opened.index.frames)
         for run in numbers:
             for sidecar, luma in opened.frames(run):
-                title = f"{Path(archive).name}   frame {sidecar.frame} of 0..{count - 1}"
+                title = f"{Path(archive).name}   frame {sidecar.frame} of {count}"
                 picture = draw(luma, tiles[sidecar.frame], title, chosen.scale)
                 path = target / f"frame-{sidecar.frame:04d}.png"
                 data = imageio.imwrite("<bytes>", picture, extension=".png")
@@ -202,7 +202,7 @@ def draw(luma: Samples, tiles: list[tuple[str, Tile]], title: str, scale: int = 
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = luma.shape
-    zoom = scale or max(1, min(_MAX_SCALE, _TARGET_PX // max(height, width)))
+    zoom = scale or max(1, min(_MAX_SCALE, round(_TARGET_PX / max(height, width))))
     largest = colour_range(luma)
     table = colours(largest)
     picture = table[luma]
@@ -236,7 +236,7 @@ def _borders(pen: Any, tiles: list[tuple[str, Tile]], zoom: int) -> None:
             by_name[name] = tile
         for tile in by_name.values():
             x = tile.x * zoom if place == 0 else (tile.x + tile.width) * zoom - 1
-            pen.line((x, tile.y * zoom, x, (tile.y + BAND) * zoom - 1), fill=_INK, width=2)
+            pen.line((x, tile.y * zoom, x, (tile.y + BAND) * zoom - 1), fill=_INK)
 
 
 def _labelled(tiles: list[tuple[str, Tile]]) -> list[tuple[str, Tile]]:
@@ -279,11 +279,12 @@ def _area(tile: Tile, zoom: int, size: tuple[int, int]) -> tuple[int, int, int, 
 
 
 def _fit(name: str, space: float, font: Any) -> str:
-    """The name, or its end behind an ellipsis; empty if not even four letters fit."""
+    """The name, without ``.weight`` if need be, or its end; empty if not even four letters fit."""
     if font.getlength(name) <= space:
         return name
-    for cut in range(1, len(name) - 3):
-        text = "…" + name[cut:]
+    short = name.removesuffix(".weight")
+    for cut in range(len(short) - 3):
+        text = "…" * bool(cut) + short[cut:]
         if font.getlength(text) <= space:
             return text
     return ""
