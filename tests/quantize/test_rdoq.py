@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from weightvid.errors import QuantizationError
 from weightvid.quantize import rdoq, uniform
 from weightvid.quantize.params import UniformParams
-from weightvid.quantize.rate import TABLE_MAX, RateModel, entropy_bits
+from weightvid.quantize.rate import TABLE_MAX, RateModel, entropy_bits, sign_coded_bits
 
 
 @settings(deadline=None, max_examples=60)
@@ -105,3 +105,11 @@ def test_rate_model_is_a_code() -> None:
     assert model.of(levels).mean() == pytest.approx(entropy_bits(levels), rel=0.02)
     assert entropy_bits(np.zeros(0, np.int32)) == 0.0
     assert entropy_bits(np.array([-(1 << 22), 1 << 22])) == 1.0
+
+
+def test_signs_cost_one_bit() -> None:
+    levels = np.random.default_rng(6).integers(0, 4, 4000)
+    model = RateModel.from_levels(levels)
+    assert np.array_equal(model.bits, model.bits[::-1])
+    assert model.of(levels).mean() == pytest.approx(sign_coded_bits(levels), rel=0.01)
+    assert sign_coded_bits(np.zeros(0, np.int32)) == 0.0

@@ -70,8 +70,8 @@ class RateModel:
         prior = cls.laplacian(mean)
         clipped = np.clip(flat, -TABLE_MAX, TABLE_MAX) + TABLE_MAX
         counts = np.bincount(clipped, minlength=2 * TABLE_MAX + 1)
-        counts = 0.5 * (counts + counts[::-1])
-        share = (counts + _PRIOR_WEIGHT * np.exp2(-prior.bits)) / (flat.size + _PRIOR_WEIGHT)
+        folded = 0.5 * (counts + counts[::-1])
+        share = (folded + _PRIOR_WEIGHT * np.exp2(-prior.bits)) / (flat.size + _PRIOR_WEIGHT)
         bits = -np.log2(np.maximum(share, 1e-300))
         return cls(bits=bits, tail_bits=prior.tail_bits)
 

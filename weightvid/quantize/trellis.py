@@ -49,10 +49,10 @@ in a search over polynomials of their degree, 0.01 dB ahead of his.
 
 VVC and MPEG NNC number the points of Q1 by ``2 k - sgn(k)`` (in units of two steps) and give both
 quantizers a zero. That spoils the distances of the subsets around zero and, where the entropy coder
-does not know the state, mixes two unlike distributions of k: against the numberings above it costs
-1 % of the bits at 3 and 4 % at 2 bits per weight. The first numbering makes the two quantizers
-mirror images, so both have the same distribution; the second keeps a zero, which pays for tensors
-with many weights far below the step and above about 2 bits per weight.
+does not know the state, mixes two unlike distributions of k: it costs about 1 % of the bits at 3
+and 3 % at 2 bits per weight. The first numbering above makes the two quantizers mirror images, so
+both have the same distribution; the second keeps a zero, which pays above about 2 bits per weight
+for tensors with many weights far below the step (whole rows of them, or sparse tensors).
 
 Both equations are linear over GF(2), so no loop over levels is needed: the state after eight levels
 is ``M s xor U[byte of parities]``. M is invertible with a small period, so in the rotating frame
