@@ -124,19 +124,36 @@ def unseal(payload: bytes, what: str) -> bytes:
 
 
 def to_json(record: Any) -> bytes:
-    """Compact JSON (RFC 8259), UTF-8, keys in the order given, no NaN or Infinity."""
-    return json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode(
-        "utf-8", "surrogatepass"
-    )
+    r"""Compact JSON (RFC 8259), UTF-8, keys in the order given, no NaN or Infinity.
+
+    Lone surrogates have no UTF-8; a text that holds one is written with escapes throughout.
+
+    Examples
+    --------
+    >>> to_json({"\u00e9": 1}), to_json({"\ud800": 1})
+    (b'{"\xc3\xa9":1}', b'{"\\ud800":1}')
+    """
+    compact = (",", ":")
+    text = json.dumps(record, separators=compact, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(record, separators=compact, allow_nan=False).encode()
 
 
 def from_json(text: bytes, what: str) -> Any:
-    """Parse JSON; any defect is a FormatError with the code ``json``."""
+    """Parse JSON; any defect, a name given twice included, is a FormatError with code ``json``."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name is given twice in one object")
+        return found
+
     try:
-        return json.loads(text.decode("utf-8", "surrogatepass"), parse_constant=refuse)
+        return json.loads(text.decode(), parse_constant=refuse, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{what} is not valid JSON: {error}", code="json") from None

@@ -123,9 +123,11 @@ def parse_sidecar(payload: bytes, tensors: Sequence[TensorSpec]) -> Sidecar:
     carried: dict[Kind, int] = {}
     streams = _Blob(payload, split + size)
     for key, most in (("core", MAX_CORE), ("tail", MAX_WIDTH)):
+        least = 1 if key == "core" else 2
         for entry in items(record.get(key, []), most, what):
             number, stream_bytes, count = exactly(entry, 3, what)
-            kind = (key, integer(number, 1 if key == "core" else 2, most, what))
+            kind = (key, integer(number, least, most, what))
+            least = kind[1] + 1
             digits[kind] = streams.take(integer(stream_bytes, 0, LIMITS.box_bytes, what))
             carried[kind] = integer(count, 0, LIMITS.frame_px**2, what)
     streams.finish()
