@@ -35,6 +35,19 @@ class DecoderSettings:
     threads: int = 0
 
 
+def _packet(data: bytes, number: int) -> av.Packet[Any]:
+    """Packet in FFmpeg's own memory.
+
+    A packet around a Python object is freed under Python's lock. A decoding thread would wait for
+    that lock while the thread that drops the decoder holds it and waits for the decoding thread.
+    """
+    if not data:
+        raise CodecError(f"frame {number} has no packet")
+    packet: av.Packet[Any] = av.Packet(len(data))
+    packet.update(data)
+    return packet
+
+
 class HevcDecoder:
     """Decodes whole IDR pictures in order; several frames may be on their way at a time."""
 
@@ -69,7 +82,7 @@ class HevcDecoder:
         """
         pending: list[int] = []
         for number, data in packets:
-            packet: av.Packet[Any] = av.Packet(data)
+            packet = _packet(data, number)
             packet.pts = packet.dts = number
             pending.append(number)
             for frame in self._run(packet, number):
