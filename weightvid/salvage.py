@@ -16,6 +16,24 @@ from weightvid.spec import TensorSpec
 Array = npt.NDArray[np.generic]
 
 
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """The first thing found wrong.
+
+    Attributes
+    ----------
+    code : str
+        Stable name of the defect, as listed in FORMAT.md.
+    message : str
+    offset : int or None
+        Byte offset in the archive, if known.
+    """
+
+    code: str
+    message: str
+    offset: int | None = None
+
+
 @dataclass(slots=True)
 class Salvage:
     """Iterates over the tensors of an archive that are whole, and remembers what was wrong.
@@ -30,14 +48,14 @@ class Salvage:
 
     Attributes
     ----------
-    defect : FormatError or None
+    defect : Defect or None
         The first defect met.
     missing : tuple of str
         Distinct tensors that did not come whole; known after the iteration.
     """
 
     archive: Archive
-    defect: FormatError | None = None
+    defect: Defect | None = None
     missing: tuple[str, ...] = ()
     _left: dict[str, None] = field(default_factory=dict)
 
@@ -48,7 +66,7 @@ class Salvage:
         try:
             yield from self._counted(self.archive.iter_stored())
         except FormatError as error:
-            self.defect = error
+            self.defect = Defect(error.code, str(error), error.offset)
             if self.archive.complete:
                 yield from self._one_by_one()
         self.missing = tuple(self._left)

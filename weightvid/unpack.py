@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.checkpoint import Contents, create_checkpoint
+from weightvid.checkpoint.base import shorten
 from weightvid.container.records import Header
 from weightvid.dtypes import PACKABLE, from_float32, stored_dtype, to_float32
 from weightvid.errors import CheckpointError, TensorNotFoundError, TruncatedError
 from weightvid.loader import Archive, open_archive
 from weightvid.loader.assemble import Quantized
 from weightvid.progress import Progress, Report, quiet
-from weightvid.salvage import Salvage
+from weightvid.salvage import Defect, Salvage
 from weightvid.spec import TensorSpec
 
 Array = npt.NDArray[np.generic]
@@ -81,7 +82,7 @@ class UnpackReport:
         What the output's kind cannot hold as it is, and what was written instead.
     missing : tuple of str
         Tensors asked for that the archive does not hold whole (``partial`` only).
-    defect : str or None
+    defect : Defect or None
         Why they are missing.
     seconds : float
     """
@@ -93,7 +94,7 @@ class UnpackReport:
     converted: tuple[str, ...]
     notes: tuple[str, ...]
     missing: tuple[str, ...]
-    defect: str | None
+    defect: Defect | None
     seconds: float
 
 
@@ -177,7 +178,7 @@ def _unpack(
 ) -> UnpackReport:
     selection = _select(archive.header, options.tensors)
     missing: tuple[str, ...] = ()
-    defect: str | None = None
+    defect: Defect | None = None
     if options.partial:
         absent, defect = _find_missing(archive, progress)
         missing = tuple(selection.names[name] for name in absent if name in selection.names)
@@ -230,7 +231,7 @@ def _select(header: Header, patterns: tuple[str, ...]) -> _Selection:
     return _Selection(names, aliases)
 
 
-def _find_missing(archive: Archive, progress: Report) -> tuple[tuple[str, ...], str | None]:
+def _find_missing(archive: Archive, progress: Report) -> tuple[tuple[str, ...], Defect | None]:
     """Decode everything once; what is not whole, and the first defect."""
     salvage = Salvage(archive)
     total = sum(spec.size for spec in archive.header.tensors)
@@ -238,7 +239,7 @@ def _find_missing(archive: Archive, progress: Report) -> tuple[tuple[str, ...], 
     for spec, _ in salvage:
         done += spec.size
         progress(Progress("check", done, total))
-    return salvage.missing, None if salvage.defect is None else str(salvage.defect)
+    return salvage.missing, salvage.defect
 
 
 def _contents(
@@ -274,8 +275,14 @@ def _read(
             if not left and not everything:
                 return  # the rest of a pipe need not arrive
     except TruncatedError as error:
+        if everything:
+            raise
         lost = tuple(name for name in error.missing if name in left)
-        raise TruncatedError(str(error), offset=error.offset, missing=lost) from None
+        raise TruncatedError(
+            f"the archive is incomplete; missing: {shorten(lost)}",
+            offset=error.offset,
+            missing=lost,
+        ) from None
 
 
 def convert(array: Array, spec: TensorSpec, dtype: str) -> Array:

@@ -17,30 +17,12 @@ from weightvid.dtypes import PACKABLE, to_float32
 from weightvid.errors import TensorNotFoundError
 from weightvid.loader import Archive, open_archive
 from weightvid.progress import Progress, Report, quiet
-from weightvid.salvage import Salvage
+from weightvid.salvage import Defect, Salvage
 from weightvid.spec import TensorSpec
 
 Array = npt.NDArray[np.generic]
 
 _BLOCK: Final = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Defect:
-    """The first thing found wrong.
-
-    Attributes
-    ----------
-    code : str
-        Stable name of the defect, as listed in FORMAT.md.
-    message : str
-    offset : int or None
-        Byte offset in the archive, if known.
-    """
-
-    code: str
-    message: str
-    offset: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,16 +166,13 @@ def verify_archive(
         else:
             with open_checkpoint(against) as reader:
                 whole, comparison = _compare(opened, salvage, reader, progress)
-        defect = None
-        if salvage.defect is not None:
-            defect = Defect(salvage.defect.code, str(salvage.defect), salvage.defect.offset)
         return VerifyReport(
             tensors=len(opened.header.tensors),
             tensors_whole=len(whole),
             weights=sum(spec.size for spec in whole),
             frames=None if opened.complete is None else len(opened.index.frames),
             file_bytes=_size(archive, opened),
-            defect=defect,
+            defect=salvage.defect,
             affected=salvage.missing,
             comparison=comparison,
             seconds=perf_counter() - began,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from weightvid.cli import demo, inspect, pack, preview, unpack, verify
+from weightvid.cli import demo, inspect, output, pack, preview, unpack, verify
 from weightvid.errors import WeightvidError
 from weightvid.version import __version__
 
@@ -32,10 +32,13 @@ class _Guard(TyperGroup):
             # Whoever read our output has gone (`| head`): nobody is left to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except (WeightvidError, OSError) as error:
-            _fail(str(error) or type(error).__name__)
+        except WeightvidError as error:
+            _fail(str(error))
+        except OSError as error:
+            named = f"{error.filename}: " if error.filename else ""
+            _fail(f"{named}{error.strerror or error}")
         except MemoryError:
-            _fail("out of memory: a tensor of this size does not fit (--jobs 1 needs less)")
+            _fail("out of memory; fewer --jobs or --threads need less")
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -43,8 +46,7 @@ class _Guard(TyperGroup):
 
 
 def _fail(message: str) -> NoReturn:
-    line = " ".join(message.split())
-    typer.echo(f"error: {line}", err=True)
+    output.error(message)
     raise typer.Exit(1) from None
 
 

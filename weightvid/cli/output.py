@@ -17,6 +17,8 @@ from weightvid.progress import Progress, Report, quiet
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from weightvid.salvage import Defect
+
 #: width of a table that goes to a file or a pipe.
 _PLAIN_WIDTH = 160
 
@@ -88,6 +90,18 @@ def printable(text: str) -> str:
 def warn(message: str) -> None:
     """One line on stderr."""
     typer.echo(f"warning: {printable(message)}", err=True)
+
+
+def error(message: str) -> None:
+    """One line on stderr about what makes the verb fail."""
+    typer.echo(f"error: {printable(' '.join(message.split()))}", err=True)
+
+
+def cause(defect: Defect) -> str:
+    """A defect in words; the names that an incomplete archive lacks are told elsewhere."""
+    if defect.code == "truncated":
+        return f"the archive is cut short (at byte {defect.offset}) [truncated]"
+    return defect.message
 
 
 def some(names: Sequence[str], limit: int = 8) -> str:

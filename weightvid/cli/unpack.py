@@ -101,8 +101,8 @@ def _show(made: UnpackReport, destination: Path) -> None:
 
 def _complain(made: UnpackReport) -> None:
     number = len(made.missing)
-    typer.echo(
-        f"error: {number} tensor{'s are' if number > 1 else ' is'} missing: "
-        f"{output.printable(output.some(made.missing))} ({made.defect})",
-        err=True,
+    output.error(
+        f"{number} tensor{'s are' if number > 1 else ' is'} missing: {output.some(made.missing)}"
     )
+    if made.defect is not None:
+        output.error(output.cause(made.defect))

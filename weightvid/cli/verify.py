@@ -92,7 +92,7 @@ def _compare(comparison: Comparison) -> None:
 def _complain(found: VerifyReport) -> None:
     problems = []
     if found.defect is not None:
-        problems.append(found.defect.message)
+        problems.append(output.cause(found.defect))
     if found.affected:
         problems.append(f"missing or damaged: {output.some(found.affected)}")
     if found.comparison is not None:
@@ -105,4 +105,4 @@ def _complain(found: VerifyReport) -> None:
             if names:
                 problems.append(f"{what}: {output.some(names)}")
     for problem in problems:
-        typer.echo(f"error: {output.printable(problem)}", err=True)
+        output.error(problem)
