@@ -28,7 +28,7 @@ LAM = 0.11
 _LANES = 2048
 _MIN_LANES = 256
 _DECISION_BYTES = 1 << 26
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +205,7 @@ def _normalise(job: TrellisJob, axis: int) -> FloatMatrix:
 
 
 def _sample_runs(runs: FloatMatrix) -> FloatMatrix:
-    """About 65,536 weights of evenly spaced runs (starts of runs, when they are very long)."""
+    """About 16,384 weights of evenly spaced runs (starts of runs, when they are very long)."""
     if runs.size <= _SAMPLE:
         return runs
     length = min(runs.shape[1], _SAMPLE // 16)
