@@ -1,0 +1,121 @@
+"""Hashes, and the comparison with a checkpoint."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_models
+
+from weightvid.errors import FormatError
+from weightvid.loader import open_archive
+from weightvid.verify import verify_archive
+
+
+def save(arrays: small_models.Arrays, path: Path) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_models.pack(small_models.small(), tmp_path_factory.mktemp("small") / "s.mp4")
+
+
+def test_sound_archive(archive: Path) -> None:
+    report = verify_archive(archive)
+    assert report.ok
+    assert report.tensors == report.tensors_whole == len(small_models.small()) - 1
+    assert report.frames == 1
+    assert report.file_bytes == archive.stat().st_size
+    assert report.affected == ()
+    assert report.comparison is None
+
+
+def test_pipe(archive: Path) -> None:
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+    report = verify_archive(Pipe(archive.read_bytes()))
+    assert report.ok
+    assert report.frames is None
+
+
+def test_comparison_is_what_numpy_computes(archive: Path, tmp_path: Path) -> None:
+    source = small_models.small()
+    comparison = verify_archive(archive, save(source, tmp_path / "m.npz")).comparison
+    assert comparison is not None
+    assert comparison.same_model
+    rows = {row.name: row for row in comparison.tensors}
+    noise = power = largest = 0.0
+    with open_archive(archive) as opened:
+        for name, row in rows.items():
+            if row.exact:
+                assert opened.stored(name).tobytes() == source[name].tobytes()
+                assert row.sqnr_db is None
+                continue
+            error = opened[name].astype(np.float64) - source[name].astype(np.float64)
+            own_noise, own_power = (error**2).sum(), (source[name].astype(np.float64) ** 2).sum()
+            assert row.sqnr_db == pytest.approx(10 * np.log10(own_power / own_noise))
+            assert row.max_abs_error == np.abs(error).max()
+            noise, power = noise + own_noise, power + own_power
+            largest = max(largest, float(np.abs(error).max()))
+    assert {name for name, row in rows.items() if row.exact} >= {"conv.bias", "count", "empty"}
+    assert not rows["conv.weight"].exact
+    assert comparison.sqnr_db == pytest.approx(10 * np.log10(power / noise))
+    assert comparison.max_abs_error == largest
+
+
+def test_another_model_is_told(archive: Path, tmp_path: Path) -> None:
+    source = small_models.small()
+    del source["mask"]
+    source["conv.bias"] = source["conv.bias"].astype(np.float64)
+    source["new"] = np.zeros(3)
+    report = verify_archive(archive, save(source, tmp_path / "m.npz"))
+    assert not report.ok
+    assert report.defect is None
+    assert report.comparison is not None
+    assert report.comparison.missing == ("new",)
+    assert report.comparison.extra == ("mask",)
+    assert [text.split(":")[0] for text in report.comparison.mismatched] == ["conv.bias"]
+
+
+def test_infinities_do_not_spoil_the_sums(tmp_path: Path) -> None:
+    odd = {"odd": np.array([np.inf, np.nan, 1.0], np.float32), "w": small_models.weights(1, 40, 40)}
+    path = small_models.pack(odd, tmp_path / "odd.mp4")
+    comparison = verify_archive(path, save(odd, tmp_path / "m.npz")).comparison
+    assert comparison is not None
+    assert next(row for row in comparison.tensors if row.name == "odd").exact
+    assert comparison.sqnr_db is not None
+    assert np.isfinite(comparison.sqnr_db)
+
+
+def test_damage_names_what_it_affects(tmp_path: Path) -> None:
+    path = small_models.pack(small_models.several_frames(), tmp_path / "l.mp4")
+    with open_archive(path) as opened:
+        middle = opened.index.frames[0].end - 1000
+    data = bytearray(path.read_bytes())
+    data[middle] ^= 0x55
+    report = verify_archive(io.BytesIO(data))
+    assert not report.ok
+    assert report.defect is not None
+    assert report.defect.code in ("digest", "packet")
+    assert report.affected == ("a.weight", "b.weight")
+    assert report.tensors_whole == 2
+
+
+def test_cut_archive(archive: Path) -> None:
+    report = verify_archive(io.BytesIO(archive.read_bytes()[:-300]))
+    assert report.defect is not None
+    assert report.defect.code == "truncated"
+    assert not report.ok
+
+
+def test_something_else_raises(tmp_path: Path) -> None:
+    path = tmp_path / "x.mp4"
+    path.write_bytes(b"no archive at all")
+    with pytest.raises(FormatError):
+        verify_archive(path)
