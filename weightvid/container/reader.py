@@ -166,15 +166,22 @@ def _wanted(kind: bytes) -> bool:
     return kind in boxes.OUR_UUIDS or kind in (b"moov", b"moof", b"mdat", b"ftyp")
 
 
-def read_box(source: Source) -> Box | None:
+def read_box(source: Source, expected: bytes | None = None) -> Box | None:
     """Next top-level box of a stream; None at a clean end.
+
+    Parameters
+    ----------
+    source : Source
+    expected : bytes or None
+        The only kind that the first box of an archive may have.
 
     Raises
     ------
     TruncatedError
         The file ends inside the box.
     FormatError
-        ``box-size``: an impossible size; ``limit``: larger than any that is read.
+        ``box-size``: an impossible size; ``limit``: larger than any that is read;
+        ``not-an-archive``: another kind than expected.
     """
     offset = source.position
     head = source.read(BOX_HEADER_BYTES)
@@ -183,8 +190,13 @@ def read_box(source: Source) -> Box | None:
     if len(head) < BOX_HEADER_BYTES:
         raise TruncatedError("the file ends inside a box", offset=offset)
     size, kind, taken = int.from_bytes(head[:4], "big"), head[4:8], BOX_HEADER_BYTES
+    if expected is not None and kind != expected:
+        raise FormatError("this is not a weightvid archive: no ftyp box", code="not-an-archive")
     if size == 1:
-        size, taken = int.from_bytes(source.read(8), "big"), taken + 8
+        large = source.read(8)
+        if len(large) < 8:
+            raise TruncatedError("the file ends inside a box", offset=offset)
+        size, taken = int.from_bytes(large, "big"), taken + 8
     if kind == b"uuid":
         kind, taken = source.read(16), taken + 16
         if len(kind) < 16:
@@ -222,9 +234,9 @@ def read_head(source: Source) -> Head:
         ``not-an-archive``: the file is something else; ``truncated``; and all of
         :func:`~weightvid.container.records.parse_header` and ``moov``.
     """
-    first = read_box(source) if source.position == 0 else None
-    if first is None or first.kind != b"ftyp":
-        raise FormatError("this is not a weightvid archive: no ftyp box", code="not-an-archive")
+    first = read_box(source, b"ftyp")
+    if first is None:
+        raise FormatError("this is not a weightvid archive: it is empty", code="not-an-archive")
     brands = [first.payload[i : i + 4] for i in (0, *range(8, len(first.payload), 4))]
     if mp4.BRAND not in brands:
         raise FormatError(
