@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from weightvid.checkpoint.mapping import from_mapping
 from weightvid.dtypes import to_float32
 from weightvid.pack import PackOptions, pack_checkpoint
+from weightvid.tile import FrameGeometry
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -133,3 +136,15 @@ def same(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> bool:
         and found.shape == expected.shape
         and found.tobytes() == expected.tobytes()
     )
+
+
+@contextmanager
+def small_frames(width: int = 256, height: int = 256) -> Iterator[None]:
+    """Archives packed meanwhile have frames of this size, so that small models fill several."""
+
+    def choose(_: int) -> FrameGeometry:
+        return FrameGeometry(width, height)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("weightvid.tile.choose_geometry", choose)
+        yield
