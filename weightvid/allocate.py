@@ -33,19 +33,22 @@ class Recipe:
     name : str
     step_factor : float
         k of the step rule, in sigmas of a tensor of average size.
+    mantissa_bits : int
+        Stored mantissa bits that biases, norms and statistics keep; 23: all.
     """
 
     name: str
     step_factor: float
+    mantissa_bits: int
 
 
 RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
     {
         recipe.name: recipe
         for recipe in (
-            Recipe("fine", 0.10),
-            Recipe("balanced", 0.22),
-            Recipe("small", 0.45),
+            Recipe("fine", 0.10, 23),
+            Recipe("balanced", 0.22, 11),
+            Recipe("small", 0.45, 11),
         )
     }
 )

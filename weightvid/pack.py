@@ -15,7 +15,9 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final, cast
+
+import numpy as np
 
 from weightvid import allocate, tile
 from weightvid.atomic import AtomicFile
@@ -33,12 +35,19 @@ from weightvid.packing.quantized import CodedTensor, sqnr_db
 from weightvid.packing.quantizer import Request, code_tensors
 from weightvid.progress import Progress, Report, quiet
 from weightvid.quantize import Params, TrellisParams, UniformParams
+from weightvid.quantize.mantissa import FULL_BITS, round_mantissa
 from weightvid.quantize.stats import TensorStats, tensor_stats
 from weightvid.spec import TensorSpec
 from weightvid.version import __version__
 
 #: smaller tensors are kept exactly: a frame's share and a sidecar entry would cost more.
 MIN_WEIGHTS: Final = 256
+#: last parts of the names of 1-D tensors whose mantissas may be shortened. Others, such as rotary
+#: frequencies or lookup tables, may be multiplied by large numbers, and stay as they are.
+ROUNDED_NAMES: Final = frozenset(
+    {"weight", "bias", "running_mean", "running_var", "gamma", "beta", "LayerNorm", "scale"}
+)
+MIN_MANTISSA_BITS: Final = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,9 @@ class PackOptions:
         k of the step rule, instead of the recipe's.
     states : int
         States of the trellis: 4, 8, 16, 32 or 64; 0: the plain uniform quantizer.
+    mantissa_bits : int or None
+        Mantissa bits that 1-D float32 biases, norms and statistics keep, 11..23, instead of the
+        recipe's.
     keep : tuple of str
         Shell-style patterns of tensor names that are kept exactly.
     preset : str
@@ -68,11 +80,19 @@ class PackOptions:
     recipe: str = allocate.DEFAULT_RECIPE
     step_factor: float | None = None
     states: int = 8
+    mantissa_bits: int | None = None
     keep: tuple[str, ...] = ()
     preset: str = DEFAULT_PRESET
     jobs: int = 0
     force: bool = False
     verify: bool = True
+
+    @property
+    def kept_mantissa_bits(self) -> int:
+        """Mantissa bits of 1-D weights: the option, or else the recipe's."""
+        if self.mantissa_bits is not None:
+            return self.mantissa_bits
+        return allocate.recipe(self.recipe).mantissa_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +251,10 @@ def _check(options: PackOptions) -> None:
     EncoderSettings(tile.MIN_FRAME_PX, tile.MIN_FRAME_PX, options.preset)
     if options.states:
         TrellisParams(1.0, options.states)
+    if not MIN_MANTISSA_BITS <= options.kept_mantissa_bits <= FULL_BITS:
+        raise QuantizationError(
+            f"mantissas keep {MIN_MANTISSA_BITS}..{FULL_BITS} bits, not {options.mantissa_bits}"
+        )
     if options.jobs < 0:
         raise QuantizationError(f"the number of jobs must not be negative, as {options.jobs} is")
 
@@ -291,7 +315,7 @@ def _write(
         tuple(contents.tensors),
         contents.aliases,
         contents.metadata,
-        {"generator": f"weightvid {__version__}", "recipe": _recipe_text(options)},
+        _about(options),
     )
     hvcc = bitstream.hvcc(HevcEncoder(settings).parameter_sets)
     writer = ArchiveWriter(stream, header, hvcc)
@@ -301,11 +325,18 @@ def _write(
     written = _counter(total, progress)
     with ThreadPoolExecutor(jobs, "weightvid-pack") as executor:
         frames = FrameWriter(writer, settings, executor, jobs, written)
-        requests = _requests(reader, plan, exact)
+        requests = _requests(reader, plan, exact, options)
         try:
-            for number, coded in code_tensors(requests, executor, jobs):
-                totals.add(coded)
-                frames.add(number, coded)
+            for coded in code_tensors(requests, executor, jobs):
+                number, tensor = coded.number, coded.tensor
+                if coded.choice.coding == "exact":
+                    exact.add(number, reader.read(tensor.spec.name))
+                    continue
+                totals.add(tensor)
+                if coded.choice.coding == "plain":
+                    exact.add_plain(number, tensor, coded.choice.video_bytes)
+                else:
+                    frames.add(number, tensor)
             frames.flush()
             exact.flush()
         except BaseException:
@@ -316,12 +347,28 @@ def _write(
     return len(index.frames), sum(f.fragment_bytes for f in index.frames) - overhead
 
 
-def _requests(reader: CheckpointReader, plan: Plan, exact: ExactWriter) -> Iterator[Request]:
+def _may_round(spec: TensorSpec, keep: tuple[str, ...]) -> bool:
+    """Whether a tensor is a bias, a norm or a statistic, by its name, and not to be kept."""
+    return (
+        spec.dtype == "F32"
+        and len(spec.shape) == 1
+        and spec.name.rpartition(".")[2] in ROUNDED_NAMES
+        and not any(fnmatchcase(spec.name, pattern) for pattern in keep)
+    )
+
+
+def _requests(
+    reader: CheckpointReader, plan: Plan, exact: ExactWriter, options: PackOptions
+) -> Iterator[Request]:
     """Tensors to be quantized, in order; the others are handed to the exact writer on the way."""
+    keep, rounded = options.keep, options.kept_mantissa_bits
     for number, spec in enumerate(reader.contents.tensors):
         params = plan.params.get(number)
         if params is None:
-            exact.add(number, reader.read(spec.name))
+            array = reader.read(spec.name)
+            if rounded < FULL_BITS and _may_round(spec, keep):
+                array = round_mantissa(array.astype(np.float32, copy=False), rounded)
+            exact.add(number, array)
         else:
             yield Request(number, spec, params, partial(reader.read, spec.name))
 
@@ -337,10 +384,15 @@ def _counter(total: int, progress: Report) -> Callable[[int], None]:
     return written
 
 
-def _recipe_text(options: PackOptions) -> str:
-    if options.step_factor is None:
-        return options.recipe
-    return f"step {options.step_factor:g}"
+def _about(options: PackOptions) -> dict[str, Any]:
+    """What the header tells people about the making of the archive."""
+    recipe = options.recipe
+    if options.step_factor is not None:
+        recipe = f"step {options.step_factor:g}"
+    about: dict[str, Any] = {"generator": f"weightvid {__version__}", "recipe": recipe}
+    if options.kept_mantissa_bits < FULL_BITS:
+        about["mantissa_bits"] = options.kept_mantissa_bits
+    return about
 
 
 def _verify(stream: BinaryIO, reader: CheckpointReader, progress: Report) -> None:

@@ -51,12 +51,15 @@ class PlainLevels:
     sha256 : bytes
         Of the dequantized elements, as in :class:`~weightvid.container.records.TensorEnd`.
     sqnr_db : float or None
+    video_bytes : int
+        What the tensor would have taken as video, by the packer's estimate; for people.
     """
 
     dtype: str
     params: Params
     sha256: bytes
     sqnr_db: float | None
+    video_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +99,20 @@ def _filters(size: int) -> list[dict[str, int]]:
     ]
 
 
+def deflate_raw(data: bytes, strategy: int = zlib.Z_DEFAULT_STRATEGY, level: int = 9) -> bytes:
+    """Raw deflate (RFC 1951)."""
+    packer = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy)
+    return packer.compress(data) + packer.flush()
+
+
 def compress(data: bytes) -> tuple[str, bytes]:
     """Smallest of raw bytes, raw deflate and raw LZMA2, with its name."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
-    flat = packer.compress(data) + packer.flush()
-    choices = [("raw", data), ("deflate", flat)]
-    choices.append(("lzma2", lzma.compress(data, lzma.FORMAT_RAW, filters=_filters(len(data)))))
+    choices = [
+        ("raw", data),
+        ("deflate", deflate_raw(data)),
+        ("deflate", deflate_raw(data, zlib.Z_HUFFMAN_ONLY)),
+        ("lzma2", lzma.compress(data, lzma.FORMAT_RAW, filters=_filters(len(data)))),
+    ]
     return min(choices, key=lambda choice: len(choice[1]))
 
 
@@ -178,6 +189,8 @@ def _item_record(item: ExactItem, tensors: Sequence[TensorSpec]) -> dict[str, An
         record["sha256"] = item.plain.sha256.hex()
         if item.plain.sqnr_db is not None:
             record["sqnr_db"] = round(item.plain.sqnr_db, 2)
+        if item.plain.video_bytes:
+            record["video_bytes"] = item.plain.video_bytes
     return record
 
 
@@ -253,7 +266,11 @@ def _parse_item(entry: object, tensors: Sequence[TensorSpec]) -> ExactItem:
     plain = None
     if "levels" in record:
         levels, sha256, sqnr = record["levels"], record.get("sha256"), record.get("sqnr_db")
-        if levels not in LEVEL_DTYPES or (sqnr is not None and type(sqnr) not in (int, float)):
+        if (
+            not isinstance(levels, str)
+            or levels not in LEVEL_DTYPES
+            or (sqnr is not None and type(sqnr) not in (int, float))
+        ):
             raise bad(what, "levels must be I8, I16 or I32, and sqnr_db a number")
         if not isinstance(sha256, str) or len(sha256) != 2 * TENSOR_HASH_BYTES:
             raise bad(what, "sha256 must be 32 hex digits")
@@ -261,5 +278,6 @@ def _parse_item(entry: object, tensors: Sequence[TensorSpec]) -> ExactItem:
             digest = bytes.fromhex(sha256)
         except ValueError:
             raise bad(what, "sha256 must be 32 hex digits") from None
-        plain = PlainLevels(levels, parse_params(record, what), digest, sqnr)
+        video = integer(record.get("video_bytes", 0), 0, 1 << 62, what)
+        plain = PlainLevels(levels, parse_params(record, what), digest, sqnr, video)
     return ExactItem(tensor, first, count, np.empty(0, np.uint8), plain)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.container.exact import PART_BYTES, ExactItem
+from weightvid.container.exact import LEVEL_DTYPES, PART_BYTES, ExactItem, PlainLevels
 from weightvid.container.writer import ArchiveWriter
 from weightvid.dtypes import stored_dtype
+from weightvid.packing.quantized import CodedTensor
 from weightvid.spec import TensorSpec
 
 
@@ -40,6 +41,18 @@ class ExactWriter:
             # Small pieces are copied, so that they don't keep a whole file mapping alive.
             self._add(ExactItem(tensor, first, count, piece.copy()))
 
+    def add_plain(self, tensor: int, coded: CodedTensor, video_bytes: int) -> None:
+        """Store a quantized tensor's levels without video."""
+        levels = coded.true_levels()
+        peak = int(np.abs(levels.astype(np.int32)).max(initial=0))
+        name = "I8" if peak < 1 << 7 else "I16" if peak < 1 << 15 else "I32"
+        flat = np.ascontiguousarray(levels.astype(LEVEL_DTYPES[name])).reshape(-1)
+        plain = PlainLevels(name, coded.params, coded.sha256, coded.sqnr_db, video_bytes)
+        part = PART_BYTES // flat.itemsize
+        for first in range(0, flat.size, part):
+            piece = flat[first : first + part]
+            self._add(ExactItem(tensor, first, piece.size, piece.view(np.uint8), plain))
+
     def _add(self, item: ExactItem) -> None:
         if self._bytes + item.data.nbytes > PART_BYTES:
             self.flush()
@@ -53,9 +66,9 @@ class ExactWriter:
             self._writer.write_exact(self._items)
         self._items, self._bytes = [], 0
 
-    def _likeness(self, item: ExactItem) -> tuple[int, str, str, int, int]:
+    def _likeness(self, item: ExactItem) -> tuple[int, bool, str, str, int, int]:
         spec = self._tensors[item.tensor]
         owner, _, kind = spec.name.rpartition(".")
         family = "".join(c for c in owner.rpartition(".")[2] if not c.isdigit())
-        itemsize = stored_dtype(spec.dtype).itemsize
-        return itemsize, kind, family, item.tensor, item.first
+        itemsize = item.data.nbytes // max(1, item.count)
+        return itemsize, item.plain is not None, kind, family, item.tensor, item.first

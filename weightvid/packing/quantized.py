@@ -58,6 +58,14 @@ class CodedTensor:
         """Signal-to-quantization-noise ratio; None without noise."""
         return sqnr_db(self.power, self.noise)
 
+    def true_levels(self) -> npt.NDArray[np.integer]:
+        """Levels with the outliers in place, shape (R, C); int32 if there are any."""
+        if not len(self.escapes.index):
+            return self.levels
+        wide = self.levels.astype(np.int32)
+        wide.reshape(-1)[self.escapes.index] = self.escapes.level
+        return wide
+
 
 def sqnr_db(power: float, noise: float) -> float | None:
     """10 log10(power / noise); None without noise.

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from weightvid.container.records import Escapes
 from weightvid.dtypes import to_float32
 from weightvid.errors import QuantizationError
+from weightvid.packing.plain import Choice, choose_coding
 from weightvid.packing.quantized import (
     CodedTensor,
     finish_tensor,
@@ -110,15 +111,29 @@ def _fit(matrix: Array, spec: TensorSpec, params: Params) -> _Fitted:
     return _Fitted(piece.params, RateModel.from_levels(piece.levels))
 
 
-def _code_batch(batch: list[tuple[Request, Array]]) -> list[tuple[int, CodedTensor]]:
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A tensor that has been quantized: its id, the result, and how it is best stored."""
+
+    number: int
+    tensor: CodedTensor
+    choice: Choice
+
+
+def _finish(request: Request, array: Array, piece: _Piece) -> Coded:
+    tensor = finish_tensor(array, request.spec, piece.params, piece.levels, piece.escapes)
+    return Coded(request.number, tensor, choose_coding(tensor, array))
+
+
+def _code_batch(batch: list[tuple[Request, Array]]) -> list[Coded]:
     """Code small tensors together."""
     blocks: list[tuple[Matrix, _Fitted | Params]] = []
     for request, array in batch:
         matrix = to_float32(matrix_of(array, request.spec), request.spec.dtype)
         blocks.append((matrix, request.params))
     return [
-        (request.number, finish_tensor(array, request.spec, p.params, p.levels, p.escapes))
-        for (request, array), p in zip(batch, _quantize(blocks), strict=True)
+        _finish(request, array, piece)
+        for (request, array), piece in zip(batch, _quantize(blocks), strict=True)
     ]
 
 
@@ -127,13 +142,13 @@ def _code_rows(rows: Array, dtype: str, fitted: _Fitted) -> _Piece:
     return piece
 
 
-def _join(array: Array, spec: TensorSpec, pieces: list[_Piece]) -> CodedTensor:
+def _join(request: Request, array: Array, pieces: list[_Piece]) -> Coded:
     levels = np.concatenate([piece.levels for piece in pieces])
     sizes = [piece.levels.size for piece in pieces]
     escapes = join_escapes([piece.escapes for piece in pieces], sizes)
-    params = pieces[0].params
+    whole = _Piece(pieces[0].params, levels, escapes)
     pieces.clear()
-    return finish_tensor(array, spec, params, levels, escapes)
+    return _finish(request, array, whole)
 
 
 @dataclass(slots=True)
@@ -141,12 +156,10 @@ class _Running:
     """Work that has been handed out, in order."""
 
     weights: int
-    result: Callable[[], list[tuple[int, CodedTensor]]]
+    result: Callable[[], list[Coded]]
 
 
-def code_tensors(
-    requests: Iterable[Request], executor: Executor, workers: int
-) -> Iterator[tuple[int, CodedTensor]]:
+def code_tensors(requests: Iterable[Request], executor: Executor, workers: int) -> Iterator[Coded]:
     """Quantize tensors, in order; at most a few batches more than there are workers are held.
 
     Parameters
@@ -159,7 +172,7 @@ def code_tensors(
 
     Yields
     ------
-    (int, CodedTensor)
+    Coded
 
     Raises
     ------
@@ -190,7 +203,7 @@ def _batches(requests: Iterable[Request]) -> Iterator[list[Request]]:
         yield batch
 
 
-def _start(batch: list[Request], executor: Executor) -> Callable[[], list[tuple[int, CodedTensor]]]:
+def _start(batch: list[Request], executor: Executor) -> Callable[[], list[Coded]]:
     arrays = [request.read() for request in batch]
     if len(batch) > 1 or batch[0].spec.size <= BATCH_WEIGHTS:
         pairs = list(zip(batch, arrays, strict=True))
@@ -206,10 +219,10 @@ def _start(batch: list[Request], executor: Executor) -> Callable[[], list[tuple[
     rows = [matrix[begin : begin + step] for begin in range(0, len(matrix), step)]
     futures = [executor.submit(_code_rows, r, request.spec.dtype, fitted) for r in rows]
 
-    def result() -> list[tuple[int, CodedTensor]]:
+    def result() -> list[Coded]:
         pieces = [_named(piece, batch) for piece in futures]
         futures.clear()
-        return [(request.number, _join(array, request.spec, pieces))]
+        return [_join(request, array, pieces)]
 
     return result
 
