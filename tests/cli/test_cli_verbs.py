@@ -1,0 +1,185 @@
+"""Each verb: what it writes, prints and returns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import schemas
+import small_models
+from running import Run
+
+from weightvid.loader import open_archive
+from weightvid.version import __version__
+
+
+def test_pack_writes_beside_the_model_by_default(run: Run, model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "net.npz"
+    source.write_bytes(model.read_bytes())
+    output = run("pack", source).stdout
+    assert "bits per weight" in output
+    with open_archive(tmp_path / "net.mp4") as archive:
+        assert archive.complete
+        assert archive.header.about["recipe"] == "balanced"
+
+
+def test_pack_json(run_json: Run, model: Path, tmp_path: Path) -> None:
+    record = run_json("pack", model, "-o", tmp_path / "m.mp4", "--recipe", "small", "-j", 1)
+    schemas.check(record, schemas.PACK)
+    assert record["archive"] == str(tmp_path / "m.mp4")
+    assert record["file_bytes"] == (tmp_path / "m.mp4").stat().st_size
+    assert record["bits_per_weight"] == 8 * record["file_bytes"] / record["weights"]
+
+
+def test_pack_keeps_tensors(run: Run, model: Path, tmp_path: Path) -> None:
+    run("pack", model, "-o", tmp_path / "m.mp4", "--keep", "conv.*", "--keep", "half.*")
+    with open_archive(tmp_path / "m.mp4") as archive:
+        assert archive.info("conv.weight").coding == "exact"
+        assert archive.info("half.weight").coding == "exact"
+        assert archive.info("embed.weight").coding != "exact"
+
+
+def test_pack_step(run: Run, model: Path, tmp_path: Path) -> None:
+    run("pack", model, "-o", tmp_path / "c.mp4", "--step", 1.0)
+    run("pack", model, "-o", tmp_path / "f.mp4", "--step", 0.1)
+    assert (tmp_path / "c.mp4").stat().st_size < (tmp_path / "f.mp4").stat().st_size
+
+
+def test_pack_names_what_it_skips(run: Run, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.randn(40, 40), "epoch": 3}, tmp_path / "m.pt")
+    result = run("pack", tmp_path / "m.pt")
+    assert "warning: not packed: epoch" in result.stderr
+    assert "epoch" not in result.stdout
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_unpack(run: Run, run_json: Run, archive: Path, tmp_path: Path, suffix: str) -> None:
+    output = tmp_path / f"m{suffix}"
+    assert "tensors" in run("unpack", archive, "-o", output).stdout
+    record = run_json("unpack", archive, "-o", output, "--force")
+    schemas.check(record, schemas.UNPACK)
+    assert record["ok"]
+    assert record["file_bytes"] == output.stat().st_size
+
+
+def test_unpack_selection_and_type(run: Run, archive: Path, tmp_path: Path) -> None:
+    run("unpack", archive, "-o", tmp_path / "m.npz", "--tensor", "conv.*", "--dtype", "f16")
+    with np.load(tmp_path / "m.npz") as found:
+        assert set(found) == {"conv.weight", "conv.bias"}
+        assert found["conv.weight"].dtype == np.float16
+
+
+def test_unpack_partial(run: Run, run_json: Run, archive: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(archive.read_bytes()[:-400])
+    result = run("unpack", cut, "-o", tmp_path / "m.npz", status=1)
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "m.npz").exists()
+    record = run_json("unpack", cut, "-o", tmp_path / "m.npz", "--partial", status=1)
+    schemas.check(record, schemas.UNPACK)
+    assert not record["ok"]
+    with np.load(tmp_path / "m.npz") as found:
+        assert not set(found) & set(record["missing"])
+        assert len(set(found) | set(record["missing"])) == len(small_models.small())
+
+
+def test_inspect(run: Run, run_json: Run, archive: Path) -> None:
+    output = run("inspect", archive, "--tensors").stdout
+    for text in ("conv.weight", "= embed.weight", "HEVC packets", "Main profile", "whole file"):
+        assert text in output
+    record = run_json("inspect", archive)
+    schemas.check(record, schemas.INSPECT)
+    assert sum(record["account"].values()) == archive.stat().st_size == record["file_bytes"]
+    assert all(type(number) is int for number in record["account"].values())
+
+
+def test_inspect_warns_of_a_cut_archive(run: Run, archive: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(archive.read_bytes()[:-400])
+    assert "cut short" in run("inspect", cut).stderr
+
+
+def test_verify(run: Run, run_json: Run, archive: Path, model: Path) -> None:
+    assert "ok" in run("verify", archive).stdout
+    record = run_json("verify", archive)
+    schemas.check(record, schemas.VERIFY)
+    record = run_json("verify", archive, "--against", model)
+    schemas.check(record, schemas.VERIFY)
+    assert record["comparison"]["sqnr_db"] > 10
+    assert "conv.weight" in run("verify", archive, "--against", model).stdout
+
+
+def test_verify_of_damage(run: Run, run_json: Run, archive: Path, tmp_path: Path) -> None:
+    data = bytearray(archive.read_bytes())
+    with open_archive(archive) as opened:
+        data[opened.index.frames[0].end - 50] ^= 1
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(data)
+    result = run("verify", bad, status=1)
+    assert "FAILED" in result.stdout
+    assert "conv.weight" in result.stderr
+    record = run_json("verify", bad, status=1)
+    schemas.check(record, schemas.VERIFY)
+    assert not record["ok"]
+    assert "conv.weight" in record["affected"]
+    assert "conv.bias" not in record["affected"]
+
+
+def test_verify_against_another_model(run: Run, archive: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "other.npz", alien=np.zeros(3))
+    result = run("verify", archive, "--against", tmp_path / "other.npz", status=1)
+    assert "alien" in result.stderr
+
+
+def test_preview(run: Run, run_json: Run, archive: Path, tmp_path: Path) -> None:
+    pytest.importorskip("imageio")
+    output = run("preview", archive, "-o", tmp_path / "p").stdout
+    assert output.split() == [str(tmp_path / "p" / "frame-0000.png")]
+    record = run_json("preview", archive, "-o", tmp_path / "q", "--tensor", "conv.weight")
+    schemas.check(record, schemas.PREVIEW)
+    assert Path(record["pictures"][0]).is_file()
+
+
+def test_demo(run: Run, run_json: Run, tmp_path: Path) -> None:
+    record = run_json("demo", "-o", tmp_path)
+    schemas.check(record, schemas.DEMO)
+    rows = {row["name"]: row for row in record["rows"]}
+    assert rows["weightvid"]["file_bytes"] < rows["int8+xz"]["file_bytes"]
+    assert rows["weightvid"]["correct"] >= rows["fp32"]["correct"] - 3
+    assert "weightvid" in run("demo", "-o", tmp_path).stdout
+
+
+def test_names_from_files_cannot_drive_the_terminal(run: Run, tmp_path: Path) -> None:
+    odd = {"evil\x1b[2J\n": small_models.weights(1, 30, 30), "[bold]x": np.zeros(3)}
+    path = small_models.pack(odd, tmp_path / "odd.mp4")
+    output = run("inspect", path, "-t").stdout
+    assert "\x1b" not in output
+    assert "evil\\x1b[2J\\n" in output
+    assert "[bold]x" in output
+
+
+def test_json_has_no_infinity(run: Run, tmp_path: Path) -> None:
+    path = small_models.pack({"w": small_models.weights(1, 30, 30)}, tmp_path / "w.mp4")
+    np.savez(tmp_path / "zero.npz", w=np.zeros((30, 30), np.float32))
+    result = run("verify", path, "--against", tmp_path / "zero.npz", "--json")
+
+    def refuse(constant: str) -> Any:
+        raise AssertionError(constant)
+
+    record = json.loads(result.stdout, parse_constant=refuse)
+    assert record["comparison"]["tensors"][0]["sqnr_db"] is None
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").stdout == f"weightvid {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", ["pack", "unpack", "inspect", "verify", "preview", "demo"])
+def test_help_teaches_by_example(run: Run, verb: str) -> None:
+    assert f"weightvid {verb} " in run(verb, "--help").stdout.replace("demo\n", "demo ") + " "
+    assert verb in run("--help").stdout
