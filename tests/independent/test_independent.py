@@ -1,0 +1,185 @@
+"""The reader written from FORMAT.md gives the bytes that weightvid gives."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from independent import cases, container, reader, video
+
+from weightvid.checkpoint.mapping import from_mapping
+from weightvid.errors import TruncatedError
+from weightvid.loader import open_archive
+from weightvid.pack import PackOptions, pack_checkpoint
+
+HERE = Path(__file__).parent
+FORMAT = HERE.parent.parent / "FORMAT.md"
+
+
+def packed(folder: Path, options: PackOptions) -> bytes:
+    """An archive by weightvid's own packer, choosing for itself."""
+    rng = np.random.default_rng(5)
+    spread = np.exp(rng.standard_normal(60))[:, None]
+    weights = rng.standard_normal((60, 70)) * spread
+    weights[3, 3] = 300.0
+    tied = rng.standard_normal((20, 30)).astype(np.float16)
+    arrays = {
+        "w": weights.astype(np.float32),
+        "bias": rng.standard_normal(60).astype(np.float32),
+        "conv": (rng.standard_normal((8, 9, 3, 3)) * 0.1).astype(np.float64),
+        "half": tied,
+        "tied": tied,
+        "steps": np.array(1234, np.int64),
+        "nan": np.full((20, 20), np.nan, np.float32),
+        "zero": np.zeros((30, 30), np.float32),
+    }
+    path = folder / "model.mp4"
+    pack_checkpoint(from_mapping(arrays, metadata={"a": "b"}), path, options)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module", params=[*cases.CASES, "packed", "packed-uniform"])
+def archive(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Every archive in turn."""
+    if request.param in cases.CASES:
+        return cases.CASES[request.param]()
+    states = 0 if request.param == "packed-uniform" else 8
+    return packed(tmp_path_factory.mktemp("packed"), PackOptions(states=states, jobs=1))
+
+
+def test_every_tensor_has_the_same_bytes(archive: bytes) -> None:
+    found = reader.read_stream(archive)
+    assert found.missing == []
+    with open_archive(io.BytesIO(archive), check_tensors=True) as ours:
+        assert set(found.tensors) == set(ours.names)
+        assert found.header["weightvid"] == list(ours.header.version)
+        for name in ours.names:
+            tensor, spec = found.tensors[name], ours.spec(name)
+            assert (tensor.spec.dtype, tensor.spec.shape) == (spec.dtype, spec.shape)
+            assert tensor.data == ours.stored(name).tobytes(), name
+
+
+def test_levels_are_the_same(archive: bytes) -> None:
+    found = reader.read_stream(archive)
+    with open_archive(io.BytesIO(archive)) as ours:
+        for name, tensor in found.tensors.items():
+            if tensor.levels is not None:
+                levels = ours.levels(name).levels.reshape(-1).tolist()
+                assert levels == tensor.levels, name
+
+
+def test_one_tensor_at_a_time_is_the_same(archive: bytes) -> None:
+    whole = reader.read_stream(archive)
+    for name, tensor in whole.tensors.items():
+        assert reader.read_one(archive, name).data == tensor.data, name
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs the ffmpeg program")
+def test_ffmpeg_program_decodes_the_same(archive: bytes) -> None:
+    found = reader.read_stream(archive, video.by_ffmpeg)
+    for name, tensor in reader.read_stream(archive).tensors.items():
+        assert found.tensors[name].data == tensor.data
+
+
+@pytest.mark.parametrize("name", ["layout", "mixed", "exact"])
+def test_truncated_at_every_box(name: str) -> None:
+    data = cases.CASES[name]()
+    edges = [end for _, _, end in container.boxes(data)]
+    head = [kind for kind, _, _ in container.boxes(data)].index(b"weightvid-header")
+    for end in edges[head:-2]:
+        for cut in (end, end + 11):
+            found = reader.read_stream(data[:cut])
+            with open_archive(io.BytesIO(data[:cut])) as ours:
+                given = {}
+                with pytest.raises(TruncatedError) as error:
+                    for spec, array in ours.iter_stored():
+                        given[spec.name] = array.tobytes()
+            assert list(error.value.missing) == found.missing
+            stored = {n: t.data for n, t in found.tensors.items() if n == t.spec.name}
+            assert given == stored
+
+
+def test_damage_is_found() -> None:
+    data = bytearray(cases.mixed())
+    for kind, begin, end in list(container.boxes(bytes(data))):
+        if kind.startswith(b"weightvid-") and kind != b"weightvid-index\0":
+            broken = bytearray(data)
+            broken[(begin + end) // 2] ^= 1
+            with pytest.raises(container.Bad):
+                reader.read_stream(bytes(broken))
+
+
+def test_cases_cover_the_format() -> None:
+    """Digits are carried over frames, and every codec of exact boxes is used."""
+    seen = set()
+    for make in cases.CASES.values():
+        data = make()
+        header = next(p for k, *p in container.boxes(data) if k == b"weightvid-header")
+        tensors = container.read_header(data[slice(*header)])["tensors"]
+        specs = [container.Spec(n, d, tuple(s)) for n, d, s in tensors]
+        for kind, begin, end in container.boxes(data):
+            if kind == b"weightvid-frame\0":
+                card = container.read_sidecar(data[begin:end], specs)
+                seen |= {kind for (kind, _), count in card.carried.items() if count}
+                seen |= {key for start in card.starts for key in start.record}
+            elif kind == b"weightvid-exact\0":
+                size = int.from_bytes(data[begin + 32 : begin + 36], "big")
+                record = container.parse_json(
+                    container.inflate(data[begin + 36 : begin + 36 + size])
+                )
+                seen |= {code for code, _ in record["streams"]}
+                seen |= {key for item in record["items"] for key in item}
+    wanted = {"core", "tail", "escapes", "order", "step", "shifts", "states", "axis", "zero"}
+    assert seen >= wanted | {"raw", "deflate", "lzma2", "first", "count", "levels", "sha256"}
+
+
+@pytest.mark.parametrize("module", ["reader", "container", "weights", "video"])
+def test_reader_imports_the_standard_library_alone(module: str) -> None:
+    names = set()
+    for node in ast.walk(ast.parse((HERE / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    assert names - sys.stdlib_module_names <= {"independent"} | (
+        {"av"} if module == "video" else set()
+    )
+
+
+def test_document_lists_every_error_code() -> None:
+    sources = (HERE.parent.parent / "weightvid").rglob("*.py")
+    used = {c for p in sources for c in re.findall(r'code="([^"]+)"', p.read_text("utf-8"))}
+    used |= {"schema"}
+    table = FORMAT.read_text(encoding="utf-8").partition("### 13.3")[2].partition("## 14")[0]
+    assert set(re.findall(r"^\| `([a-z_-]+)` \|", table, re.MULTILINE)) == used
+
+
+def test_document_has_the_machines_of_the_reader() -> None:
+    from independent.weights import TRELLIS
+
+    text = FORMAT.read_text(encoding="utf-8")
+    for states, (feedback, output) in TRELLIS.items():
+        bits = states.bit_length() - 1
+        assert f"| {states} | 0b{feedback:0{bits}b} | 0b{output:0{bits}b} |" in text
+
+
+def test_examples_of_the_document() -> None:
+    from independent import weights
+
+    spec = container.Spec("m", "F32", (3, 4))
+    start = container.Start({}, {}, bytes([0, 1, 0]), bytes([0, 1]), [(0, 1)] * 3)
+    numbers = [(i, j) for i, j, _ in weights.sequence_of(start, spec)]
+    assert numbers == [
+        (1, 2), (1, 3), (1, 0), (1, 1), (0, 2), (0, 3), (2, 2), (2, 3),
+        (0, 0), (0, 1), (2, 0), (2, 1),
+    ]  # fmt: skip
+    run = [1, 1, -2, 0, 3]
+    assert weights.trellis(run, (1, 5), {"states": 4}) == [3, -3, 9, 1, -11]
+    assert weights.trellis(run, (1, 5), {"states": 4, "zero": 1}) == [4, 6, -6, 2, 14]
+    assert weights.shifted(-1, [40, 10, 0]) == -216
