@@ -27,6 +27,19 @@ _PARTS = {
     "mfra": "MP4's own index",
     "other": "other",
 }
+#: title, and whether a narrow terminal shows it too.
+_COLUMNS = (
+    ("tensor", True),
+    ("dtype", True),
+    ("shape", True),
+    ("coding", True),
+    (">step", False),
+    (">bits/w", True),
+    (">SQNR dB", True),
+    (">escapes", False),
+    (">frames", True),
+)
+_WIDE = 100
 
 
 def inspect(
@@ -100,25 +113,32 @@ def _account(summary: ArchiveSummary) -> None:
 
 
 def _list(summary: ArchiveSummary) -> None:
-    output.table(
-        ("tensor", "dtype", "shape", "coding", ">step", ">bits/w", ">SQNR dB", ">escapes",
-         ">frames"),
-        [_row(tensor) for tensor in summary.tensors],
-    )  # fmt: skip
+    wide = output.console().width >= _WIDE
+    columns = tuple(title for title, always in _COLUMNS if wide or always)
+    rows = [
+        tuple(
+            cell for cell, (_, always) in zip(_row(tensor), _COLUMNS, strict=True) if wide or always
+        )
+        for tensor in summary.tensors
+    ]
+    output.table(columns, rows)
 
 
 def _row(tensor: TensorSummary) -> tuple[str, ...]:
+    """Cells of all of ``_COLUMNS``."""
     frames = ""
     if tensor.frames is not None:
         first, last = tensor.frames
         frames = str(first) if first == last else f"{first}-{last}"
-    coding = tensor.coding if tensor.quantizer is None else f"{tensor.coding}, {tensor.quantizer}"
+    coding = tensor.coding
+    if tensor.quantizer is not None:
+        coding = tensor.quantizer if coding == "video" else f"{coding} {tensor.quantizer}"
     return (
-        tensor.name,
+        f"{tensor.name} = {tensor.alias_of}" if tensor.alias_of else tensor.name,
         tensor.dtype,
         " x ".join(map(str, tensor.shape)) or "scalar",
-        f"= {tensor.alias_of}" if tensor.alias_of else coding,
-        output.number(tensor.step, 6),
+        "tied" if tensor.alias_of else coding,
+        output.number(tensor.step, 4),
         "" if tensor.bits_per_weight is None else f"{tensor.bits_per_weight:.2f}",
         "" if tensor.sqnr_db is None else f"{tensor.sqnr_db:.2f}",
         output.count(tensor.escapes) if tensor.escapes else "",

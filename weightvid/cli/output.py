@@ -64,17 +64,19 @@ def facts(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; columns whose title starts with ``>`` are aligned to the right."""
+    """Print a table; columns whose title starts with ``>`` are aligned to the right.
+
+    The first column is folded where the terminal is narrow; the others never are.
+    """
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in columns:
-        right = title.startswith(">")
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, title in enumerate(columns):
         made.add_column(
             title.removeprefix(">"),
-            justify="right" if right else "left",
-            no_wrap=right,
+            justify="right" if title.startswith(">") else "left",
+            no_wrap=place > 0,
             overflow="fold",
         )
     for row in rows:
