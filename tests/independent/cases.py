@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.checkpoint.mapping import from_mapping
 from weightvid.codec import bitstream
 from weightvid.codec.encode import EncoderSettings, HevcEncoder
 from weightvid.container.exact import LEVEL_DTYPES, ExactItem, PlainLevels
 from weightvid.container.records import TENSOR_HASH_BYTES, Header
 from weightvid.container.writer import ArchiveWriter
 from weightvid.dtypes import STORED, from_float32
+from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.packing.frames import FrameWriter
 from weightvid.packing.quantized import CodedTensor, split_levels
 from weightvid.quantize import Params, TrellisParams, UniformParams, dequantize
@@ -132,7 +136,8 @@ def build(
 def levels(seed: int, *shape: int, sigma: float = 2.0) -> Matrix:
     """Levels of about normal spread, as a matrix."""
     drawn = np.random.default_rng(seed).standard_normal(matrix_shape(shape)) * sigma
-    return np.rint(drawn).astype(np.int32)
+    found: Matrix = np.rint(drawn).astype(np.int32)
+    return found
 
 
 def _spread(seed: int, rows: npt.ArrayLike, columns: npt.ArrayLike, kernel: int = 1) -> Matrix:
@@ -140,7 +145,8 @@ def _spread(seed: int, rows: npt.ArrayLike, columns: npt.ArrayLike, kernel: int 
     across = np.repeat(np.asarray(columns), kernel)
     sigma = 0.4 * 2.0 ** ((np.asarray(rows)[:, None] + across) / 4)
     drawn = np.random.default_rng(seed).standard_normal(sigma.shape) * sigma
-    return np.clip(np.rint(drawn), -127, 127).astype(np.int32)
+    found: Matrix = np.clip(np.rint(drawn), -127, 127).astype(np.int32)
+    return found
 
 
 def _energies(seed: int, count: int, most: int) -> npt.NDArray[np.uint8]:
@@ -235,10 +241,8 @@ def layout() -> bytes:
     ]
     for fold in (Fold(1, 1), Fold(0, 2), Fold(15, 4), Fold(7, 1)):
         spec = TensorSpec(f"fold.{fold.core}.{fold.width}", "F32", (8, 16))
-        entries.append(
-            Coded(spec, levels(20 + fold.to_byte(), 8, 16, sigma=30), layout=Layout(None, (fold,)))
-        )
-        entries[-1].levels.clip(-127, 127, out=entries[-1].levels)
+        wide = np.clip(levels(20 + fold.to_byte(), 8, 16, sigma=30), -127, 127)
+        entries.append(Coded(spec, wide, layout=Layout(None, (fold,))))
     return build(entries)
 
 
@@ -313,6 +317,35 @@ def nothing() -> bytes:
     return build([])
 
 
+def packed(states: int = 8) -> bytes:
+    """What weightvid's own packer makes of a small checkpoint, choosing for itself."""
+    rng = np.random.default_rng(5)
+    weights = rng.standard_normal((60, 70)) * np.exp(rng.standard_normal(60))[:, None]
+    weights[3, 3] = 300.0
+    tied = rng.standard_normal((20, 30)).astype(np.float16)
+    arrays: dict[str, Array] = {
+        "w": weights.astype(np.float32),
+        "bias": rng.standard_normal(60).astype(np.float32),
+        "conv": (rng.standard_normal((8, 9, 3, 3)) * 0.1).astype(np.float64),
+        "half": tied,
+        "tied": tied,
+        "steps": np.array(1234, np.int64),
+        "nan": np.full((20, 20), np.nan, np.float32),
+        "zero": np.zeros((30, 30), np.float32),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.mp4"
+        options = PackOptions(states=states, jobs=1)
+        pack_checkpoint(from_mapping(arrays, metadata={"a": "b"}), path, options)
+        return path.read_bytes()
+
+
+def truncated() -> bytes:
+    """An archive that ends within its second frame."""
+    whole = layout()
+    return whole[: whole.rindex(b"weightvid-frame\0") - 100]
+
+
 #: name -> archive maker; those of the golden archives have the same names.
 CASES = {
     "tiny": tiny,
@@ -322,4 +355,5 @@ CASES = {
     "exact": exact,
     "mixed": mixed,
     "nothing": nothing,
+    "packed": packed,
 }

@@ -114,11 +114,11 @@ class Ribbon:
                 piece += bytes(luma[(top + r) * self.width + x] for r in range(64))
             self.lay(entry, piece, digits)
         for number, tensor_hash in card.ends:
-            entry = self.open.pop(number, None)
-            if entry is None and column is not None:
+            if number not in self.open:
+                if column is None:
+                    raise Bad("order")
                 continue  # began before the frames that are read
-            if entry is None:
-                raise Bad("order")
+            entry = self.open.pop(number)
             spec = self.specs[number]
             if len(entry.levels) != spec.size:
                 raise Bad("order", spec.name)

@@ -9,48 +9,22 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from independent import cases, container, reader, video
 
-from weightvid.checkpoint.mapping import from_mapping
 from weightvid.errors import TruncatedError
 from weightvid.loader import open_archive
-from weightvid.pack import PackOptions, pack_checkpoint
 
 HERE = Path(__file__).parent
 FORMAT = HERE.parent.parent / "FORMAT.md"
 
 
-def packed(folder: Path, options: PackOptions) -> bytes:
-    """An archive by weightvid's own packer, choosing for itself."""
-    rng = np.random.default_rng(5)
-    spread = np.exp(rng.standard_normal(60))[:, None]
-    weights = rng.standard_normal((60, 70)) * spread
-    weights[3, 3] = 300.0
-    tied = rng.standard_normal((20, 30)).astype(np.float16)
-    arrays = {
-        "w": weights.astype(np.float32),
-        "bias": rng.standard_normal(60).astype(np.float32),
-        "conv": (rng.standard_normal((8, 9, 3, 3)) * 0.1).astype(np.float64),
-        "half": tied,
-        "tied": tied,
-        "steps": np.array(1234, np.int64),
-        "nan": np.full((20, 20), np.nan, np.float32),
-        "zero": np.zeros((30, 30), np.float32),
-    }
-    path = folder / "model.mp4"
-    pack_checkpoint(from_mapping(arrays, metadata={"a": "b"}), path, options)
-    return path.read_bytes()
-
-
-@pytest.fixture(scope="module", params=[*cases.CASES, "packed", "packed-uniform"])
-def archive(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+@pytest.fixture(scope="module", params=[*cases.CASES, "packed-uniform"])
+def archive(request: pytest.FixtureRequest) -> bytes:
     """Every archive in turn."""
-    if request.param in cases.CASES:
-        return cases.CASES[request.param]()
-    states = 0 if request.param == "packed-uniform" else 8
-    return packed(tmp_path_factory.mktemp("packed"), PackOptions(states=states, jobs=1))
+    if request.param == "packed-uniform":
+        return cases.packed(states=0)
+    return cases.CASES[request.param]()
 
 
 def test_every_tensor_has_the_same_bytes(archive: bytes) -> None:

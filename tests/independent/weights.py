@@ -99,9 +99,10 @@ def ribbon_columns(spec: Spec) -> int:
 def binary32(value: float) -> float:
     """To nearest binary32, ties to even."""
     try:
-        return struct.unpack("<f", struct.pack("<f", value))[0]
+        (found,) = struct.unpack("<f", struct.pack("<f", value))
     except OverflowError:
         return float("inf") if value > 0 else float("-inf")
+    return float(found)
 
 
 def dequantize(levels: list[int], spec: Spec, record: dict[str, Any]) -> bytes:

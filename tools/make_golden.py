@@ -1,0 +1,50 @@
+"""Golden archives of the format, and the generated parts of FORMAT.md.
+
+The golden archives of a released format never change; ``--write`` is for a format under work.
+``--document`` renews the tables and the dump in FORMAT.md. Without either, says what differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def golden() -> Any:
+    """The module of the tests that knows the archives."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    return importlib.import_module("independent.golden")
+
+
+def main() -> int:
+    """Run the tool; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="make the golden archives anew")
+    parser.add_argument("--document", action="store_true", help="renew the parts of FORMAT.md")
+    options = parser.parse_args()
+    module = golden()
+    if options.write:
+        module.write()
+    if options.document:
+        text = module.DOCUMENT.read_text(encoding="utf-8")
+        module.DOCUMENT.write_text(module.generated(text), encoding="utf-8")
+    differing = 0
+    for name, make in module.MAKERS.items():
+        path = module.FOLDER / f"{name}.mp4"
+        same = path.is_file() and path.read_bytes() == make()
+        print(f"{name}: {'as made now' if same else 'differs from what would be made now'}")
+        differing += not same
+    text = module.DOCUMENT.read_text(encoding="utf-8")
+    if text != module.generated(text):
+        print("FORMAT.md: its generated parts are out of date")
+        differing += 1
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
