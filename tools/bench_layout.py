@@ -2,8 +2,8 @@
 
 Each idea turns the levels of a checkpoint into frames (and, for some, a stream of digits beside
 them), codes them with lossless x265 and counts everything a decoder needs. Overheads are in percent
-over H0, the sum of the zero-order entropies of the tensors' levels. The prediction of each idea was
-written down before its first measurement, as a change against the plain ribbon.
+over H0, the sum of the zero-order entropies of the tensors' levels. An idea's prediction is the
+change against the plain ribbon that theory, bounds or earlier figures let expect.
 
     python tools/bench_layout.py --name resnet --out tools/results model.safetensors
 
@@ -314,7 +314,7 @@ def markdown(results: dict[str, dict[str, object]]) -> str:
         "",
         "Percent over the sum of the tensors' H0, permutations and digits counted, at the bits per",
         "weight in the column; `sigma` is step = k sigma sqrt(n), `global` one step. `predicted`",
-        "is the change against the plain ribbon, in points, as written down before measuring;",
+        "is the change against the plain ribbon, in points, that was expected (see the notes);",
         "`measured` its mean over the columns. `video` is the share of the bytes that is HEVC.",
         '"The same" refers to class order, core 1.0 sigma.',
     ]

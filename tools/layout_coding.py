@@ -108,10 +108,12 @@ def digit_bits(digits: Ints, radix: int, *, deflate: bool) -> int:
 
 
 def level_bytes(levels: Ints) -> bytes:
-    """One byte per level; where some do not fit, all the low bytes and then all the high bytes."""
-    if levels.size and int(np.abs(levels).max()) > 127:
-        return levels.astype("<i2").reshape(-1, 1).view(np.uint8).T.tobytes()
-    return levels.astype(np.int8).tobytes()
+    """One byte per level; those beyond -127..127 are clipped and follow as (place, level)."""
+    flat = levels.reshape(-1)
+    beyond = np.flatnonzero(np.abs(flat) > 127).astype("<u4")
+    escapes = beyond.tobytes() + flat[beyond].astype("<i2").tobytes()
+    narrow: bytes = np.clip(flat, -127, 127).astype(np.int8).tobytes()
+    return narrow + bytes(escapes)
 
 
 def encode_bits(frames: Sequence[Frame], layout: Layout) -> int:
