@@ -100,7 +100,8 @@ def stored_dtype(name: str) -> np.dtype[np.generic]:
         except (TypeError, ValueError):
             dtype = np.dtype(object)
         # Only numpy's own spelling, so that a type has one name.
-        if dtype.str == descr and 0 < dtype.itemsize <= _MAX_ITEM_BYTES:
+        listed = any(dtype == stored for key, stored in STORED.items() if key not in RAW_BITS)
+        if dtype.str == descr and 0 < dtype.itemsize <= _MAX_ITEM_BYTES and not listed:
             return dtype
     raise CheckpointError(f"unknown element type {name!r}")
 

@@ -107,6 +107,18 @@ class DigitReader:
         for kind, count in counts.items():
             self._at[kind] = self._at.get(kind, 0) + count
 
+    def check_carried(self, counts: Mapping[Kind, int]) -> None:
+        """Compare what has been taken so far with what the sidecar says was carried over.
+
+        Raises
+        ------
+        FormatError
+            ``digits``: they differ.
+        """
+        taken = {kind: count for kind, count in self._at.items() if count}
+        if taken != {kind: count for kind, count in counts.items() if count}:
+            raise FormatError("a frame's carried digits are miscounted", code="digits")
+
     def _take(self, kind: Kind, count: int) -> Digits:
         if not count:
             return _NO_DIGITS

@@ -213,10 +213,13 @@ class Archive:
         self._source.seek(self._head.size)
         try:
             for event in reader.read_events(self._source, self._head):
+                if isinstance(event, Index):
+                    self.complete = True  # only the MP4's own mfra is missing
+                    return event
                 if isinstance(event, Fragment):
                     frames.append(event.entry)
                     ribbon += [start.tensor for start in event.sidecar.starts]
-                elif isinstance(event, ExactPayload):
+                else:
                     exact.append(event.entry(self.header.tensors))
         except FormatError:
             pass
@@ -476,7 +479,10 @@ class Archive:
         events = reader.read_events(self._source, self._head)
         try:
             for found in self._decode(events, assembler):
-                left.pop(found.tensor, None)
+                if found.tensor not in left:
+                    name = self.header.tensors[found.tensor].name
+                    raise FormatError(f"tensor {name!r} comes twice", code="order", tensor=name)
+                del left[found.tensor]
                 yield found.tensor, found
         except TruncatedError:
             raise self._missing(list(left)) from None

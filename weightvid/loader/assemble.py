@@ -181,6 +181,8 @@ class Assembler:
             else:
                 for a, b, fold in parts:
                     digits.pass_over(samples[a:b], fold)
+            if entry.column < first:
+                digits.check_carried(sidecar.carried)
         for finish in sidecar.ends:
             if self._wanted is None or finish.tensor in self._wanted:
                 yield finish.tensor, self._finish(finish)

@@ -35,7 +35,7 @@ def round_mantissa(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np
     Examples
     --------
     >>> round_mantissa(np.array([1.2345678], np.float32), 11).tolist()
-    [1.23486328125]
+    [1.234375]
     """
     if not 1 <= bits <= FULL_BITS:
         raise QuantizationError(f"mantissas have 1..{FULL_BITS} bits, not {bits}")

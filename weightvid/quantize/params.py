@@ -7,6 +7,7 @@ float32 multiplication, so that every device computes the same bits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import frexp, isfinite, ldexp
@@ -23,6 +24,7 @@ MAX_LEVEL: Final = 1 << 22
 SHIFT_UNITS: Final = 256
 TRELLIS_STATES: Final = (4, 8, 16, 32, 64)
 _MIN_EXPONENT, _MAX_EXPONENT = -110, 120
+_STEP_TEXT: Final = re.compile(r"0x1(\.[0-9a-f]{1,6})?p(0|-?[1-9][0-9]{0,2})")
 
 
 def round_step(step: float, mantissa_bits: int = 8) -> float:
@@ -45,12 +47,9 @@ def step_to_text(step: float) -> str:
 
 
 def _step_from_text(text: object) -> float:
-    if not isinstance(text, str) or len(text) > 32:
-        raise QuantizationError("a step must be a hex float")
-    try:
-        step = float.fromhex(text)
-    except (ValueError, OverflowError):
-        raise QuantizationError(f"a step must be a hex float, not {text[:32]!r}") from None
+    if not isinstance(text, str) or not _STEP_TEXT.fullmatch(text):
+        raise QuantizationError(f"a step must be a hex float, not {str(text)[:32]!r}")
+    step = float.fromhex(text)
     check_step(step)
     return step
 
@@ -156,6 +155,8 @@ def params_from_dict(record: Mapping[str, Any]) -> Params:
         numbers = [record["states"], record.get("axis", 1), record.get("zero", 0)]
         if any(type(number) is not int for number in numbers) or numbers[2] not in (0, 1):
             raise QuantizationError("trellis states, axis and zero must be integers")
+        if "shifts" in record:
+            raise QuantizationError("a trellis has no centroid shifts")
         return TrellisParams(step, numbers[0], numbers[1], bool(numbers[2]))
     shifts = record.get("shifts")
     if shifts is None:

@@ -37,8 +37,8 @@ def quantize(weights: FloatArray, step: float) -> npt.NDArray[np.int32]:
     >>> quantize(np.array([-0.26, 0.1, 0.5], np.float32), 0.25)
     array([-1,  0,  2], dtype=int32)
     """
-    scaled = weights * np.float32(1.0 / step)
-    np.rint(scaled, out=scaled)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = np.rint(np.asarray(weights, np.float32) * np.float32(1.0 / step))
     peak = float(np.max(np.abs(scaled), initial=0.0))
     if not peak <= MAX_LEVEL:
         raise QuantizationError(
