@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any, BinaryIO, Final, cast
@@ -62,6 +63,9 @@ class PackOptions:
         k of the step rule, instead of the recipe's.
     states : int
         States of the trellis: 4, 8, 16, 32 or 64; 0: the plain uniform quantizer.
+    shaping : bool
+        Round convolutions with noise shaping: smaller errors of the layers' outputs, larger ones
+        of the weights themselves.
     mantissa_bits : int or None
         Mantissa bits that 1-D float32 biases, norms and statistics keep, 11..23, instead of the
         recipe's.
@@ -80,6 +84,7 @@ class PackOptions:
     recipe: str = allocate.DEFAULT_RECIPE
     step_factor: float | None = None
     states: int = 8
+    shaping: bool = True
     mantissa_bits: int | None = None
     keep: tuple[str, ...] = ()
     preset: str = DEFAULT_PRESET
@@ -281,13 +286,22 @@ def make_plan(reader: CheckpointReader, options: PackOptions, progress: Report =
         if worth[number].absmax + 2 * step >= LARGEST[specs[number].dtype]:
             continue  # a dequantized weight might round to infinity: kept exactly
         try:
-            params[number] = (
-                TrellisParams(step, options.states) if options.states else UniformParams(step)
-            )
+            params[number] = _quantizer(step, specs[number], options)
         except QuantizationError:
             continue  # weights of a size that no ordinary float32 step fits: kept exactly
     shapes = (tile.matrix_shape(specs[number].shape) for number in params)
     return Plan(params, tile.choose_geometry(tile.starts(shapes)[-1]))
+
+
+def _quantizer(step: float, spec: TensorSpec, options: PackOptions) -> Params:
+    """Quantizer of a tensor: the trellis, but for convolutions that are rounded with shaping."""
+    if not options.states or (options.shaping and _is_convolution(spec)):
+        return UniformParams(step)
+    return TrellisParams(step, options.states)
+
+
+def _is_convolution(spec: TensorSpec) -> bool:
+    return prod(spec.shape[2:]) > 1
 
 
 def _may_code(spec: TensorSpec, keep: tuple[str, ...]) -> bool:
@@ -370,7 +384,8 @@ def _requests(
                 array = round_mantissa(array.astype(np.float32, copy=False), rounded)
             exact.add(number, array)
         else:
-            yield Request(number, spec, params, partial(reader.read, spec.name))
+            read = partial(reader.read, spec.name)
+            yield Request(number, spec, params, read, options.shaping and _is_convolution(spec))
 
 
 def _counter(total: int, progress: Report) -> Callable[[int], None]:

@@ -9,11 +9,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from independent import cases, container, reader, video
 
 from weightvid.errors import TruncatedError
 from weightvid.loader import open_archive
+from weightvid.quantize import TrellisParams, UniformParams
+from weightvid.spec import TensorSpec
+from weightvid.tile import EnergyOrder, Fold, FrameGeometry, Layout
 
 HERE = Path(__file__).parent
 FORMAT = HERE.parent.parent / "FORMAT.md"
@@ -157,3 +163,49 @@ def test_examples_of_the_document() -> None:
     assert weights.trellis(run, (1, 5), {"states": 4}) == [3, -3, 9, 1, -11]
     assert weights.trellis(run, (1, 5), {"states": 4, "zero": 1}) == [4, 6, -6, 2, 14]
     assert weights.shifted(-1, [40, 10, 0]) == -216
+
+
+@st.composite
+def coded(draw: st.DrawFn, number: int) -> cases.Coded:
+    """A tensor of any shape, spread, order, folds and quantizer."""
+    rows = draw(st.sampled_from([1, 2, 7, 63, 64, 65, 130]))
+    groups, kernel = draw(st.integers(1, 12)), draw(st.sampled_from([1, 3, 9]))
+    columns = groups * kernel
+    seed = draw(st.integers(0, 1 << 16))
+    rng = np.random.default_rng(seed)
+    order = None
+    if draw(st.booleans()):
+        most = draw(st.sampled_from([0, 1, 6, 63]))
+        energies = [rng.integers(0, most + 1, n).astype(np.uint8) for n in (rows, groups)]
+        order = EnergyOrder(*energies)
+    classes = 1 if order is None else order.classes
+    folds = tuple(Fold.from_byte(int(code)) for code in rng.integers(0, 64, classes))
+    sigma = draw(st.sampled_from([0.0, 0.4, 3.0, 40.0, 3000.0]))
+    found = cases.levels(seed, rows, columns, sigma=sigma)
+    step = float(np.float32(draw(st.floats(1e-6, 1e6))))
+    shifts = draw(st.none() | st.tuples(*[st.integers(-128, 127)] * 3))
+    trellis = st.builds(
+        TrellisParams,
+        st.just(step),
+        st.sampled_from([4, 8, 16, 32, 64]),
+        st.integers(0, 1),
+        st.booleans(),
+    )
+    params = draw(st.just(UniformParams(step, shifts)) | trellis)
+    dtype = draw(st.sampled_from(["F32", "F16", "BF16", "F64"]))
+    spec = TensorSpec(f"t{number}", dtype, (rows, groups, kernel))
+    return cases.Coded(spec, found, params, Layout(order, folds))
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data(), st.integers(1, 4), st.sampled_from([(64, 64), (128, 64), (64, 128)]))
+def test_any_tensor_is_the_same(data: st.DataObject, count: int, geometry: tuple[int, int]) -> None:
+    entries = [data.draw(coded(number)) for number in range(count)]
+    archive = cases.build(entries, FrameGeometry(*geometry))
+    found = reader.read_stream(archive)
+    with open_archive(io.BytesIO(archive), check_tensors=True) as ours:
+        for entry in entries:
+            name = entry.spec.name
+            assert found.tensors[name].levels == entry.levels.reshape(-1).tolist()
+            assert found.tensors[name].data == ours.stored(name).tobytes()
+            assert found.tensors[name].data == reader.read_one(archive, name).data

@@ -116,7 +116,7 @@ def finish_tensor(
     escapes : Escapes
     """
     matrix = array.reshape(levels.shape)
-    rows, columns = matrix.shape
+    rows, columns = levels.shape
     digest = hashlib.sha256()
     noise = power = 0.0
     step = rows if getattr(params, "axis", 1) == 0 else max(1, _BLOCK // columns)

@@ -25,7 +25,7 @@ from weightvid.packing.quantized import (
     matrix_of,
     split_levels,
 )
-from weightvid.quantize import Params, TrellisParams, UniformParams, uniform
+from weightvid.quantize import Params, TrellisParams, UniformParams, shaped, uniform
 from weightvid.quantize.rate import RateModel
 from weightvid.quantize.trellis_search import TrellisConfig, TrellisJob, quantize_many
 from weightvid.spec import TensorSpec
@@ -53,12 +53,29 @@ class Request:
         The quantizer; the numbering of a trellis is still free.
     read : callable
         Gives the stored elements.
+    shaped : bool
+        Round with noise shaping, if the quantizer is uniform and the tensor a convolution.
     """
 
     number: int
     spec: TensorSpec
     params: Params
     read: Callable[[], Array]
+    shaped: bool = False
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel positions to be shaped over; empty for no shaping."""
+        return self.spec.shape[2:] if self.shaped else ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """A quantizer for some rows: what is free in it is fitted to them, unless a model is given."""
+
+    params: Params
+    kernel: tuple[int, ...] = ()
+    model: RateModel | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,45 +87,43 @@ class _Piece:
     escapes: Escapes
 
 
-@dataclass(frozen=True, slots=True)
-class _Fitted:
-    """A quantizer with nothing left free."""
-
-    params: Params
-    model: RateModel | None = None
-
-
-def _quantize(blocks: list[tuple[Matrix, _Fitted | Params]]) -> list[_Piece]:
-    """Levels of matrices, each by a fitted quantizer or by one that is fitted to it."""
+def _quantize(blocks: list[tuple[Matrix, _Wish]]) -> list[_Piece]:
+    """Levels of matrices; those of trellises are searched together."""
     pieces: list[_Piece | None] = [None] * len(blocks)
     trellis: dict[TrellisConfig, list[tuple[int, TrellisJob]]] = {}
     for place, (weights, wish) in enumerate(blocks):
-        fitted = wish if isinstance(wish, _Fitted) else None
-        params = wish.params if isinstance(wish, _Fitted) else wish
+        params = wish.params
         if isinstance(params, UniformParams):
-            pieces[place] = _Piece(params, *split_levels(uniform.quantize(weights, params.step)))
+            pieces[place] = _uniform(weights, params, wish.kernel)
             continue
-        zero, model = (params.zero, fitted.model) if fitted else (None, None)
-        job = TrellisJob(weights, params.step / 4, zero, model)
+        zero = None if wish.model is None else params.zero
+        job = TrellisJob(weights, params.step / 4, zero, wish.model)
         config = TrellisConfig(params.states, axis=params.axis)
         trellis.setdefault(config, []).append((place, job))
     for config, jobs in trellis.items():
         found = quantize_many([job for _, job in jobs], config)
         for (place, job), result in zip(jobs, found, strict=True):
-            params = TrellisParams(4 * job.step, config.states, config.axis, result.zero)
-            pieces[place] = _Piece(params, *split_levels(result.levels))
+            chosen = TrellisParams(4 * job.step, config.states, config.axis, result.zero)
+            pieces[place] = _Piece(chosen, *split_levels(result.levels))
     return [piece for piece in pieces if piece is not None]
 
 
-def _fit(matrix: Array, spec: TensorSpec, params: Params) -> _Fitted:
+def _uniform(weights: Matrix, params: UniformParams, kernel: tuple[int, ...]) -> _Piece:
+    if kernel:
+        levels = shaped.quantize(weights, params.step, kernel)
+    else:
+        levels = uniform.quantize(weights, params.step)
+    return _Piece(params, *split_levels(levels))
+
+
+def _fit(matrix: Array, request: Request) -> _Wish:
     """Fit what is free to evenly spaced rows of a tensor."""
-    if isinstance(params, UniformParams):
-        return _Fitted(params)
-    rows, columns = matrix.shape
-    stride = max(1, rows * columns // _SAMPLE_WEIGHTS)
-    sample = to_float32(np.ascontiguousarray(matrix[::stride]), spec.dtype)
-    (piece,) = _quantize([(sample, params)])
-    return _Fitted(piece.params, RateModel.from_levels(piece.levels))
+    if isinstance(request.params, UniformParams):
+        return _Wish(request.params, request.kernel)
+    stride = max(1, matrix.size // _SAMPLE_WEIGHTS)
+    sample = to_float32(np.ascontiguousarray(matrix[::stride]), request.spec.dtype)
+    (piece,) = _quantize([(sample, _Wish(request.params))])
+    return _Wish(piece.params, (), RateModel.from_levels(piece.levels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +142,18 @@ def _finish(request: Request, array: Array, piece: _Piece) -> Coded:
 
 def _code_batch(batch: list[tuple[Request, Array]]) -> list[Coded]:
     """Code small tensors together."""
-    blocks: list[tuple[Matrix, _Fitted | Params]] = []
+    blocks: list[tuple[Matrix, _Wish]] = []
     for request, array in batch:
         matrix = to_float32(matrix_of(array, request.spec), request.spec.dtype)
-        blocks.append((matrix, request.params))
+        blocks.append((matrix, _Wish(request.params, request.kernel)))
     return [
         _finish(request, array, piece)
         for (request, array), piece in zip(batch, _quantize(blocks), strict=True)
     ]
 
 
-def _code_rows(rows: Array, dtype: str, fitted: _Fitted) -> _Piece:
-    (piece,) = _quantize([(to_float32(rows, dtype), fitted)])
+def _code_rows(rows: Array, dtype: str, wish: _Wish) -> _Piece:
+    (piece,) = _quantize([(to_float32(rows, dtype), wish)])
     return piece
 
 
@@ -211,13 +226,13 @@ def _start(batch: list[Request], executor: Executor) -> Callable[[], list[Coded]
         return lambda: _named(future, batch)
     (request,), (array,) = batch, arrays
     matrix = matrix_of(array, request.spec)
-    fitted = _fit(matrix, request.spec, request.params)
-    if isinstance(fitted.params, TrellisParams) and fitted.params.axis == 0:
+    wish = _fit(matrix, request)
+    if isinstance(wish.params, TrellisParams) and wish.params.axis == 0:
         step = len(matrix)
     else:
         step = max(1, BATCH_WEIGHTS // matrix.shape[1])
     rows = [matrix[begin : begin + step] for begin in range(0, len(matrix), step)]
-    futures = [executor.submit(_code_rows, r, request.spec.dtype, fitted) for r in rows]
+    futures = [executor.submit(_code_rows, r, request.spec.dtype, wish) for r in rows]
 
     def result() -> list[Coded]:
         pieces = [_named(piece, batch) for piece in futures]
