@@ -176,8 +176,8 @@ def coded(draw: st.DrawFn, number: int) -> cases.Coded:
     order = None
     if draw(st.booleans()):
         most = draw(st.sampled_from([0, 1, 6, 63]))
-        energies = [rng.integers(0, most + 1, n).astype(np.uint8) for n in (rows, groups)]
-        order = EnergyOrder(*energies)
+        across = rng.integers(0, most + 1, groups).astype(np.uint8)
+        order = EnergyOrder(rng.integers(0, most + 1, rows).astype(np.uint8), across)
     classes = 1 if order is None else order.classes
     folds = tuple(Fold.from_byte(int(code)) for code in rng.integers(0, 64, classes))
     sigma = draw(st.sampled_from([0.0, 0.4, 3.0, 40.0, 3000.0]))
