@@ -1,0 +1,1 @@
+"""What the benchmarks share: models with their evaluations, plain codings, curves and reports."""

@@ -1,0 +1,128 @@
+"""One measured run of weightvid in a process of its own: ``worker.py TASK JSON``.
+
+Prints JSON. Times begin after the imports. Memory is the kernel's high-water mark of this process's
+own memory (``VmHWM``), less what was resident after the imports; ``ru_maxrss`` would begin
+with the parent's, which it inherits through ``vfork``.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+Record = dict[str, Any]
+KIB: Final = 1024
+
+
+def memory_bytes(field: str) -> int:
+    """``VmHWM`` (peak) or ``VmRSS`` (now) of this process; elsewhere than on Linux the peak."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(int(line.split()[1]) * KIB for line in lines if line.startswith(field))
+
+
+def measured(work: Callable[[], Any]) -> Record:
+    """Run it: wall and CPU seconds, memory above what was resident before."""
+    before = memory_bytes("VmRSS")
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return {
+        "wall_s": time.perf_counter() - wall,
+        "cpu_s": time.process_time() - cpu,
+        "import_bytes": before,
+        "peak_bytes": memory_bytes("VmHWM") - before,
+    }
+
+
+def pack(settings: Record) -> Record:
+    """Pack ``source`` to ``archive`` with ``options``."""
+    from safetensors import safe_open  # noqa: F401 - what packing imports is no part of it
+
+    from weightvid.pack import PackOptions, pack_checkpoint
+
+    options = PackOptions(force=True, **settings["options"])
+    return measured(lambda: pack_checkpoint(settings["source"], settings["archive"], options))
+
+
+def unpack(settings: Record) -> Record:
+    """Unpack ``archive`` to ``destination``."""
+    from safetensors import safe_open  # noqa: F401 - as above
+
+    from weightvid.unpack import UnpackOptions, unpack_archive
+
+    options = UnpackOptions(force=True)
+    return measured(lambda: unpack_archive(settings["archive"], settings["destination"], options))
+
+
+def iterate(settings: Record) -> Record:
+    """Every tensor of ``archive`` once, hashes checked, none kept."""
+    from weightvid.loader import open_archive
+
+    def work() -> None:
+        threads = settings.get("threads", 0)
+        with open_archive(settings["archive"], threads=threads, check_tensors=True) as archive:
+            for _ in archive:
+                pass
+
+    return measured(work)
+
+
+def decode(settings: Record) -> Record:
+    """The loader, and FFmpeg alone on the same packets, in turns; ``repeats`` rounds."""
+    import av
+
+    from measure.archives import fragments
+    from weightvid.loader import open_archive
+
+    packets = [fragment.packet for fragment in fragments(Path(settings["archive"]))]
+    with open_archive(settings["archive"]) as archive:
+        extradata = archive.track.hvcc
+
+    def bare() -> None:
+        context: Any = av.CodecContext.create("hevc", "r")
+        context.extradata = extradata
+        context.thread_type, context.thread_count = "FRAME", settings["threads"]
+        frames = 0
+        for packet in [*map(av.Packet, packets), None]:
+            frames += len(context.decode(packet))
+        if frames != len(packets):
+            raise SystemExit(f"{frames} frames from {len(packets)} packets")
+
+    rounds = [(measured(bare), iterate(settings)) for _ in range(settings["repeats"])]
+    return {
+        "bare": [first for first, _ in rounds],
+        "loader": [second for _, second in rounds],
+    }
+
+
+TASKS: Final = {"pack": pack, "unpack": unpack, "iterate": iterate, "decode": decode}
+
+
+def run(task: str, **settings: Any) -> Record:
+    """Run a task in a new process.
+
+    Raises
+    ------
+    SystemExit
+        It failed.
+    """
+    import subprocess
+
+    command = [sys.executable, str(Path(__file__).resolve()), task, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{task} failed: {done.stderr[-2000:]}")
+    found: Record = json.loads(done.stdout)
+    return found
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    print(json.dumps(TASKS[sys.argv[1]](json.loads(sys.argv[2]))))
