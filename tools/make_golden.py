@@ -1,8 +1,8 @@
 """Golden archives of the format, and the generated parts of FORMAT.md.
 
 The golden archives of a released format never change; ``--write`` is for a format under work.
-``--document`` renews the tables and the dump in FORMAT.md. In any case it says which archives today's
-packer and encoder would make otherwise, which is no fault; outdated parts of FORMAT.md are.
+``--document`` renews the tables and the dump in FORMAT.md. In any case it says which archives
+today's packer and encoder would make otherwise, which is no fault; outdated parts of FORMAT.md are.
 """
 
 from __future__ import annotations
