@@ -91,11 +91,11 @@ def save_file(
     chosen = options or PackOptions(force=True)
     if recipe is not None:
         chosen = replace(chosen, recipe=recipe)
-    with _TensorReader(tensors, metadata or {}) as reader:
+    with TensorReader(tensors, metadata or {}) as reader:
         return pack_checkpoint(reader, path, chosen)
 
 
-class _TensorReader(CheckpointReader):
+class TensorReader(CheckpointReader):
     """A mapping of tensors as a checkpoint; each is brought to the CPU when it is read."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

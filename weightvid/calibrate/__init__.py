@@ -1,0 +1,10 @@
+"""Calibration: run a torch module on example inputs and keep what its layers see.
+
+>>> from weightvid.calibrate import calibrate  # doctest: +SKIP
+>>> calibrate(module, batches).save("stats.safetensors")  # doctest: +SKIP
+"""
+
+from weightvid.calibrate.run import CalibrationConfig, calibrate
+from weightvid.calibration import CalibrationStats, load_stats
+
+__all__ = ["CalibrationConfig", "CalibrationStats", "calibrate", "load_stats"]

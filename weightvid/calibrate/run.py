@@ -1,0 +1,322 @@
+"""Running a model on example inputs, in as many passes as memory asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import log10
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from weightvid.calibrate.accumulate import Accumulator, Sums
+from weightvid.calibrate.watch import Seen, Watch
+from weightvid.calibration import CalibrationStats, TensorMoments, model_hash
+from weightvid.checkpoint.base import shorten
+from weightvid.errors import QuantizationError
+from weightvid.progress import Progress, Report, quiet
+from weightvid.quantize import feedback
+from weightvid.quantize.feedback import FeedbackConfig
+from weightvid.torch import TensorReader
+
+#: steps, in sigmas, and rows that the trial on held-back samples is made with.
+_TRIAL_SIGMAS: Final = 0.5
+_TRIAL_ROWS: Final = 64
+_TRIAL_GROUPS: Final = 16
+#: batches that show which tensors are used, and how.
+_LOOK_BATCHES: Final = 2
+#: what the moment must gain on held-back samples to be used.
+_LEAST_GAIN_DB: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationConfig:
+    """How to calibrate.
+
+    Attributes
+    ----------
+    memory_bytes : int
+        Limit of the sums of one pass; more layers take more passes over the inputs. A layer that
+        is larger alone gets no statistics.
+    held_back : float
+        Part of the inputs that the statistics are checked on, 0 to 0.5; 0: no check.
+    dampings : tuple of float
+        Tried on held-back inputs; the first one when there is no check.
+    """
+
+    memory_bytes: int = 1 << 30
+    held_back: float = 0.2
+    dampings: tuple[float, ...] = (0.01, 0.1, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes < 1:
+            raise QuantizationError("the memory limit must be positive")
+        if not 0.0 <= self.held_back <= 0.5:
+            raise QuantizationError(f"the part held back must be 0 to 0.5, not {self.held_back}")
+        if not self.dampings or not all(0.0 < d < np.inf for d in self.dampings):
+            raise QuantizationError("dampings must be positive")
+
+
+def calibrate(
+    module: torch.nn.Module,
+    inputs: Iterable[Any],
+    *,
+    config: CalibrationConfig | None = None,
+    progress: Report = quiet,
+) -> CalibrationStats:
+    """Statistics of a model's layers on example inputs.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        With its weights, on any device. It runs in eval mode; its mode is restored.
+    inputs : iterable
+        Batches: a tensor, a tuple (positional arguments) or a dict (keyword arguments), on any
+        device. Batches of one sample or many; the first axis counts samples.
+    config : CalibrationConfig, optional
+    progress : callable
+        Told about the stages ``calibrate`` (batches) and ``check`` (tensors).
+
+    Returns
+    -------
+    CalibrationStats
+        The same for the same model, inputs, device and version of torch.
+
+    Raises
+    ------
+    QuantizationError
+        No inputs, no layer seen, or activations with NaN or infinity (the layer is named).
+    """
+    chosen = config or CalibrationConfig()
+    batches = list(inputs)
+    if not batches:
+        raise QuantizationError("no example inputs: calibration needs at least one batch")
+    tensors = dict(module.state_dict(keep_vars=True))
+    reader = TensorReader({name: tensor.detach() for name, tensor in tensors.items()}, {})
+    notes: list[str] = []
+    with reader, _ready(module):
+        sizes = {name: len(t) for name, t in tensors.items() if t.ndim >= 1}
+        needed, tables = _look_around(module, batches[:_LOOK_BATCHES], tensors)
+        if not needed:
+            raise QuantizationError(
+                "no layer was seen at work: the module's forward uses none of its own weights "
+                "(compiled and scripted modules cannot be watched)"
+            )
+        passes = _plan(needed, chosen, notes)
+        moments: dict[str, TensorMoments] = {}
+        done, total = 0, len(passes) * len(batches)
+        for names in passes:
+            accumulator = Accumulator(names, sizes)
+            gradients = bool(names & tables)
+            directions = torch.Generator().manual_seed(0)
+            with Watch(tensors, accumulator.add, gradients), torch.set_grad_enabled(gradients):
+                for number, batch in enumerate(batches):
+                    accumulator.held_back = _is_held_back(number, len(batches), chosen.held_back)
+                    result = _call(module, batch)
+                    if gradients:
+                        _send_back(result, directions)
+                    done += 1
+                    progress(Progress("calibrate", done, total))
+            for place, name in enumerate(sorted(names)):
+                moments.update(_finish(name, accumulator, reader.read(name), chosen))
+                progress(Progress("check", place + 1, len(names)))
+        unused = [n for n, m in moments.items() if m.moment is not None and not m.useful]
+        if unused:
+            notes.append(f"no better than plain rounding on held-back inputs: {shorten(unused)}")
+        return CalibrationStats(
+            model_hash(reader, moments),
+            sum(_samples(batch) for batch in batches),
+            {name: moments[name] for name in sorted(moments)},
+            tuple(notes),
+        )
+
+
+@contextmanager
+def _ready(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, and none of the fast paths that hide the layers."""
+    modes = [(m, m.training) for m in module.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        for m, training in modes:
+            stack.callback(setattr, m, "training", training)
+        for parameter in module.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        torch.backends.mha.set_fastpath_enabled(False)
+        module.eval()
+        with torch.no_grad():
+            yield
+
+
+def _call(module: torch.nn.Module, batch: Any) -> Any:
+    device = next((t.device for t in module.parameters()), torch.device("cpu"))
+    moved = _to(batch, device)
+    if isinstance(moved, Mapping):
+        return module(**moved)
+    return module(*moved) if isinstance(moved, tuple) else module(moved)
+
+
+def _send_back(result: Any, directions: torch.Generator) -> None:
+    """Gradients of the output along a random direction, where there is anything to derive."""
+    output = _first_output(result)
+    if output is not None and output.requires_grad:
+        direction = torch.randn(output.shape, generator=directions)
+        (output * direction.to(output)).sum().backward()
+
+
+def _first_output(result: Any) -> torch.Tensor | None:
+    """First floating-point tensor of what a model returns."""
+    if isinstance(result, torch.Tensor):
+        return result if result.is_floating_point() else None
+    items = result.values() if isinstance(result, Mapping) else result
+    if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+        return None
+    return next((t for t in map(_first_output, items) if t is not None), None)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_to(item, device) for item in value)
+    return value
+
+
+def _samples(batch: Any) -> int:
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.ndim else 1
+    items: Sequence[Any] = ()
+    if isinstance(batch, Mapping):
+        items = list(batch.values())
+    elif isinstance(batch, tuple):
+        items = batch
+    return next((_samples(item) for item in items if isinstance(item, torch.Tensor)), 1)
+
+
+def _is_held_back(number: int, count: int, part: float) -> bool:
+    """Evenly spaced batches, the last of each span; none where all would be."""
+    if part <= 0.0 or count < 2:
+        return False
+    span = min(count, max(2, round(1 / part)))
+    return number % span == span - 1
+
+
+def _look_around(
+    module: torch.nn.Module, batches: Sequence[Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, int], frozenset[str]]:
+    """Bytes that the sums of each tensor in use will take, and which ones are embedding tables."""
+    sizes: dict[str, int] = {}
+    tables: set[str] = set()
+
+    def note(seen: Seen) -> None:
+        groups, columns = max(len(seen.inputs), seen.share[1]), seen.inputs.shape[-1]
+        if seen.axis < 0:
+            tables.add(seen.name)
+            groups, columns = 1, tensors[seen.name].shape[-1]
+        # Twice, as some inputs are held back.
+        sizes[seen.name] = 16 * groups * columns * (columns + 1)
+
+    with Watch(tensors, note):
+        for batch in batches:
+            _call(module, batch)
+    return sizes, frozenset(tables)
+
+
+def _plan(
+    sizes: Mapping[str, int], config: CalibrationConfig, notes: list[str]
+) -> list[frozenset[str]]:
+    """Tensors of each pass."""
+    passes: list[list[str]] = []
+    used = 0
+    too_large = []
+    for name, size in sizes.items():
+        if size > config.memory_bytes:
+            too_large.append(name)
+            continue
+        if not passes or used + size > config.memory_bytes:
+            passes.append([])
+            used = 0
+        passes[-1].append(name)
+        used += size
+    if too_large:
+        notes.append(f"beyond the memory limit of one pass: {shorten(too_large)}")
+    if not passes:
+        raise QuantizationError("every layer is beyond the memory limit; raise it")
+    return [frozenset(names) for names in passes]
+
+
+def _finish(
+    name: str,
+    accumulator: Accumulator,
+    array: npt.NDArray[np.generic],
+    config: CalibrationConfig,
+) -> dict[str, TensorMoments]:
+    counts = accumulator.counts.get(name)
+    counted = None if counts is None else counts.numpy().astype(np.int64)
+    fitted, held = accumulator.fitted.pop(name, None), accumulator.held.pop(name, None)
+    if fitted is None:
+        fitted, held = held, None
+    if fitted is None:
+        return {} if counted is None else {name: TensorMoments(None, None, counts=counted)}
+    damping, gain = config.dampings[0], None
+    if held is not None and array.dtype.kind == "f":
+        weights = array.reshape(len(array), -1).astype(np.float32)
+        damping, gain = _try(weights if fitted.axis else weights.T, fitted, held, config.dampings)
+    both = fitted.plus(held)
+    count = np.maximum(np.array(both.rows, np.float64), 1)
+    mean = (both.total.cpu().numpy() / count[:, None]).astype(np.float32)
+    return {
+        name: TensorMoments(
+            moment=both.mean_moment.astype(np.float32),
+            mean=mean,
+            axis=fitted.axis,
+            rows=max(both.rows),
+            damping=damping,
+            gain_db=gain,
+            counts=counted,
+        )
+    }
+
+
+def _try(
+    weights: npt.NDArray[np.float32], fitted: Sums, held: Sums, dampings: Sequence[float]
+) -> tuple[float, float]:
+    """Best damping on held-back inputs (0: none helps), and its gain in decibel."""
+    step = float(np.float32(_TRIAL_SIGMAS * weights.std()))
+    if not (np.isfinite(step) and step > 0.0):
+        return dampings[0], 0.0
+    shares = _shares(weights, fitted)
+    checks = held.mean_moment
+    without = with_best = 0.0
+    best = 0.0
+    trials = list(zip(shares, fitted.mean_moment, checks, strict=True))
+    trials = trials[:: max(1, len(trials) // _TRIAL_GROUPS)]
+    rows = [part[:: max(1, len(part) // _TRIAL_ROWS)] for part, _, _ in trials]
+    for part, (_, _, check) in zip(rows, trials, strict=True):
+        without += feedback.output_error(part - np.rint(part / step) * np.float32(step), check)
+    for damping in dampings:
+        config = FeedbackConfig(damping=damping, lam=0.0)
+        error = 0.0
+        for part, (_, moment, check) in zip(rows, trials, strict=True):
+            levels = feedback.quantize(part, step, moment, config)
+            error += feedback.output_error(part - levels * np.float32(step), check)
+        if not best or error < with_best:
+            best, with_best = damping, error
+    if not (without > 0.0 and with_best > 0.0):
+        return dampings[0], 0.0
+    gain = 10 * log10(without / with_best)
+    return (best if gain >= _LEAST_GAIN_DB else 0.0), round(gain, 2)
+
+
+def _shares(weights: npt.NDArray[np.float32], sums: Sums) -> list[npt.NDArray[np.float32]]:
+    """Weights that each group's inputs meet, inputs along the columns."""
+    groups = len(sums.rows)
+    if sums.axis:
+        return np.split(weights, groups)
+    return np.split(weights, groups, axis=1)
