@@ -8,46 +8,30 @@ decoded and checked against its own hashes, and renamed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any, BinaryIO, Final, cast
 
-import numpy as np
-
 from weightvid import allocate, tile
 from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
-from weightvid.codec import bitstream
-from weightvid.codec.encode import DEFAULT_PRESET, EncoderSettings, HevcEncoder
+from weightvid.codec.encode import DEFAULT_PRESET, EncoderSettings
 from weightvid.container.records import Header
-from weightvid.container.writer import ArchiveWriter
 from weightvid.dtypes import LARGEST, PACKABLE
 from weightvid.errors import CheckpointError, FormatError, QuantizationError
 from weightvid.loader import open_archive
-from weightvid.packing.exact import ExactWriter
-from weightvid.packing.frames import FrameWriter
-from weightvid.packing.quantized import CodedTensor, sqnr_db
-from weightvid.packing.quantizer import Request, code_tensors
+from weightvid.packing.write import WritePlan, is_convolution, write_archive
 from weightvid.progress import Progress, Report, quiet
 from weightvid.quantize import Params, TrellisParams, UniformParams
-from weightvid.quantize.mantissa import FULL_BITS, round_mantissa
+from weightvid.quantize.mantissa import FULL_BITS
 from weightvid.quantize.stats import TensorStats, tensor_stats
 from weightvid.spec import TensorSpec
 from weightvid.version import __version__
 
 #: smaller tensors are kept exactly: a frame's share and a sidecar entry would cost more.
 MIN_WEIGHTS: Final = 256
-#: last parts of the names of 1-D tensors whose mantissas may be shortened. Others, such as rotary
-#: frequencies or lookup tables, may be multiplied by large numbers, and stay as they are.
-ROUNDED_NAMES: Final = frozenset(
-    {"weight", "bias", "running_mean", "running_var", "gamma", "beta", "LayerNorm", "scale"}
-)
 MIN_MANTISSA_BITS: Final = 11
 
 
@@ -111,9 +95,9 @@ class PackReport:
     weights : int
         Elements of all floating-point tensors of the source.
     coded_weights : int
-        Those coded as video.
+        Those that were quantized.
     stream_bytes : int
-        Of the packets alone.
+        Of the packets and of the digits beside them.
     sqnr_db : float or None
         Over all quantized tensors.
     frames : int
@@ -146,35 +130,8 @@ class PackReport:
 
     @property
     def stream_bits_per_weight(self) -> float:
-        """8 x packets / weights coded as video; 0 without any."""
+        """8 x (packets + digits) / quantized weights; 0 without any."""
         return 8 * self.stream_bytes / self.coded_weights if self.coded_weights else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What will be done with each tensor.
-
-    Attributes
-    ----------
-    params : dict of int to Params
-        Quantizer of each tensor that becomes video, by id; the others are kept exactly.
-    geometry : FrameGeometry
-    """
-
-    params: dict[int, Params]
-    geometry: tile.FrameGeometry
-
-
-@dataclass(slots=True)
-class _Totals:
-    noise: float = 0.0
-    power: float = 0.0
-    coded: int = 0
-
-    def add(self, coded: CodedTensor) -> None:
-        self.noise += coded.noise
-        self.power += coded.power
-        self.coded += coded.spec.size
 
 
 def pack_checkpoint(
@@ -218,9 +175,8 @@ def _pack(
     output = AtomicFile(destination, force=options.force)
     try:
         plan = make_plan(reader, options, progress)
-        totals = _Totals()
         stream = cast(BinaryIO, output.file)
-        frames, stream_bytes = _write(reader, stream, plan, options, totals, progress)
+        written = write_archive(stream, plan, reader.read, progress)
         file_bytes = stream.tell()
         if options.verify:
             _verify(stream, reader, progress)
@@ -233,12 +189,12 @@ def _pack(
         file_bytes=file_bytes,
         source_bytes=sum(spec.stored_bytes for spec in tensors),
         weights=sum(spec.size for spec in tensors if spec.dtype in PACKABLE),
-        coded_weights=totals.coded,
-        stream_bytes=stream_bytes,
-        sqnr_db=sqnr_db(totals.power, totals.noise),
-        frames=frames,
-        width=plan.geometry.width,
-        height=plan.geometry.height,
+        coded_weights=written.weights,
+        stream_bytes=written.packet_bytes + written.digit_bytes,
+        sqnr_db=written.sqnr_db,
+        frames=written.frames,
+        width=plan.header.geometry.width,
+        height=plan.header.geometry.height,
         skipped=reader.contents.skipped,
         unused_keeps=tuple(
             pattern
@@ -264,7 +220,9 @@ def _check(options: PackOptions) -> None:
         raise QuantizationError(f"the number of jobs must not be negative, as {options.jobs} is")
 
 
-def make_plan(reader: CheckpointReader, options: PackOptions, progress: Report = quiet) -> Plan:
+def make_plan(
+    reader: CheckpointReader, options: PackOptions, progress: Report = quiet
+) -> WritePlan:
     """Survey a checkpoint and choose the quantizer of each tensor that is worth a video."""
     specs = reader.contents.tensors
     total = sum(spec.size for spec in specs)
@@ -290,18 +248,29 @@ def make_plan(reader: CheckpointReader, options: PackOptions, progress: Report =
         except QuantizationError:
             continue  # weights of a size that no ordinary float32 step fits: kept exactly
     shapes = (tile.matrix_shape(specs[number].shape) for number in params)
-    return Plan(params, tile.choose_geometry(tile.starts(shapes)[-1]))
+    header = Header(
+        tile.choose_geometry(tile.starts(shapes)[-1]),
+        tuple(specs),
+        reader.contents.aliases,
+        reader.contents.metadata,
+        _about(options),
+    )
+    return WritePlan(
+        header,
+        params,
+        options.preset,
+        options.shaping,
+        options.kept_mantissa_bits,
+        options.keep,
+        options.jobs,
+    )
 
 
 def _quantizer(step: float, spec: TensorSpec, options: PackOptions) -> Params:
     """Quantizer of a tensor: the trellis, but for convolutions that are rounded with shaping."""
-    if not options.states or (options.shaping and _is_convolution(spec)):
+    if not options.states or (options.shaping and is_convolution(spec)):
         return UniformParams(step)
     return TrellisParams(step, options.states)
-
-
-def _is_convolution(spec: TensorSpec) -> bool:
-    return prod(spec.shape[2:]) > 1
 
 
 def _may_code(spec: TensorSpec, keep: tuple[str, ...]) -> bool:
@@ -311,92 +280,6 @@ def _may_code(spec: TensorSpec, keep: tuple[str, ...]) -> bool:
         and spec.size >= MIN_WEIGHTS
         and not any(fnmatchcase(spec.name, pattern) for pattern in keep)
     )
-
-
-def _write(
-    reader: CheckpointReader,
-    stream: BinaryIO,
-    plan: Plan,
-    options: PackOptions,
-    totals: _Totals,
-    progress: Report,
-) -> tuple[int, int]:
-    """Write the archive; returns the number of frames and the bytes of their packets."""
-    contents = reader.contents
-    settings = EncoderSettings(plan.geometry.width, plan.geometry.height, options.preset)
-    header = Header(
-        plan.geometry,
-        tuple(contents.tensors),
-        contents.aliases,
-        contents.metadata,
-        _about(options),
-    )
-    hvcc = bitstream.hvcc(HevcEncoder(settings).parameter_sets)
-    writer = ArchiveWriter(stream, header, hvcc)
-    exact = ExactWriter(writer, contents.tensors)
-    jobs = options.jobs or os.cpu_count() or 1
-    total = sum(contents.tensors[number].size for number in plan.params)
-    written = _counter(total, progress)
-    with ThreadPoolExecutor(jobs, "weightvid-pack") as executor:
-        frames = FrameWriter(writer, settings, executor, jobs, written)
-        requests = _requests(reader, plan, exact, options)
-        try:
-            for coded in code_tensors(requests, executor, jobs):
-                number, tensor = coded.number, coded.tensor
-                if coded.choice.coding == "exact":
-                    exact.add(number, reader.read(tensor.spec.name))
-                    continue
-                totals.add(tensor)
-                if coded.choice.coding == "plain":
-                    exact.add_plain(number, tensor, coded.choice.video_bytes)
-                else:
-                    frames.add(number, tensor)
-            frames.flush()
-            exact.flush()
-        except BaseException:
-            executor.shutdown(wait=True, cancel_futures=True)
-            raise
-    index = writer.finish()
-    overhead = sum(writer.fragment_overhead for _ in index.frames)
-    return len(index.frames), sum(f.fragment_bytes for f in index.frames) - overhead
-
-
-def _may_round(spec: TensorSpec, keep: tuple[str, ...]) -> bool:
-    """Whether a tensor is a bias, a norm or a statistic, by its name, and not to be kept."""
-    return (
-        spec.dtype == "F32"
-        and len(spec.shape) == 1
-        and spec.name.rpartition(".")[2] in ROUNDED_NAMES
-        and not any(fnmatchcase(spec.name, pattern) for pattern in keep)
-    )
-
-
-def _requests(
-    reader: CheckpointReader, plan: Plan, exact: ExactWriter, options: PackOptions
-) -> Iterator[Request]:
-    """Tensors to be quantized, in order; the others are handed to the exact writer on the way."""
-    keep, rounded = options.keep, options.kept_mantissa_bits
-    for number, spec in enumerate(reader.contents.tensors):
-        params = plan.params.get(number)
-        if params is None:
-            array = reader.read(spec.name)
-            if rounded < FULL_BITS and _may_round(spec, keep):
-                array = round_mantissa(array.astype(np.float32, copy=False), rounded)
-            exact.add(number, array)
-        else:
-            read = partial(reader.read, spec.name)
-            yield Request(number, spec, params, read, options.shaping and _is_convolution(spec))
-
-
-def _counter(total: int, progress: Report) -> Callable[[int], None]:
-    done = 0
-
-    def written(samples: int) -> None:
-        nonlocal done
-        done = min(total, done + samples)
-        progress(Progress("encode", done, total))
-
-    return written
 
 
 def _about(options: PackOptions) -> dict[str, Any]:

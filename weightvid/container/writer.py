@@ -26,6 +26,11 @@ class ArchiveWriter:
     header : Header
     hvcc : bytes
         The track's decoder configuration record.
+
+    Attributes
+    ----------
+    digit_bytes : int
+        Of the digits beside the frames written so far.
     """
 
     def __init__(self, stream: BinaryIO, header: Header, hvcc: bytes) -> None:
@@ -35,6 +40,7 @@ class ArchiveWriter:
         self._ribbon: list[int] = []
         self._frames: list[FrameEntry] = []
         self._exact: list[ExactEntry] = []
+        self.digit_bytes = 0
         track = mp4.Track(header.geometry.width, header.geometry.height, hvcc)
         self._write(mp4.ftyp())
         self._write(mp4.moov(track))
@@ -64,6 +70,7 @@ class ArchiveWriter:
         fragment = self._write(mp4.moof(number, len(packet)))
         fragment += self._write(boxes.box(b"mdat", packet))
         self._frames.append(FrameEntry(offset, sidecar_bytes, fragment))
+        self.digit_bytes += sum(map(len, sidecar.digits.values()))
         self._ribbon += [start.tensor for start in sidecar.starts]
 
     def write_exact(self, items: Sequence[ExactItem]) -> None:

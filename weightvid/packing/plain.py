@@ -25,7 +25,7 @@ _PROBE_BYTES: Final = 1 << 18
 #: a quick probe must come this near to the video's size before the slow compressors are tried.
 _PROMISING: Final = 1.1
 #: the plain way must save more than the estimate of the video's size may be off.
-_MARGIN: Final = 0.98
+_MARGIN: Final = 0.95
 
 
 @dataclass(frozen=True, slots=True)
