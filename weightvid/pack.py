@@ -8,6 +8,7 @@ decoded and checked against its own hashes, and renamed.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,12 +17,15 @@ from typing import Any, BinaryIO, Final, cast
 
 from weightvid import allocate, tile
 from weightvid.atomic import AtomicFile
+from weightvid.calibration import CalibrationStats, TensorMoments, load_stats
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
+from weightvid.checkpoint.base import shorten
 from weightvid.codec.encode import DEFAULT_PRESET, EncoderSettings
 from weightvid.container.records import Header
 from weightvid.dtypes import LARGEST, PACKABLE
 from weightvid.errors import CheckpointError, FormatError, QuantizationError
 from weightvid.loader import open_archive
+from weightvid.packing.calibrated import fits
 from weightvid.packing.write import WritePlan, is_convolution, write_archive
 from weightvid.progress import Progress, Report, quiet
 from weightvid.quantize import Params, TrellisParams, UniformParams
@@ -53,6 +57,9 @@ class PackOptions:
     mantissa_bits : int or None
         Mantissa bits that 1-D float32 biases, norms and statistics keep, 11..23, instead of the
         recipe's.
+    calibration : path, CalibrationStats or None
+        Statistics of this very model: its tensors are quantized with error feedback. Tensors
+        without statistics are packed as ever.
     keep : tuple of str
         Shell-style patterns of tensor names that are kept exactly.
     preset : str
@@ -70,6 +77,7 @@ class PackOptions:
     states: int = 8
     shaping: bool = True
     mantissa_bits: int | None = None
+    calibration: str | os.PathLike[str] | CalibrationStats | None = None
     keep: tuple[str, ...] = ()
     preset: str = DEFAULT_PRESET
     jobs: int = 0
@@ -225,6 +233,7 @@ def make_plan(
 ) -> WritePlan:
     """Survey a checkpoint and choose the quantizer of each tensor that is worth a video."""
     specs = reader.contents.tensors
+    calibration = _calibration(reader, options)
     total = sum(spec.size for spec in specs)
     worth: dict[int, TensorStats] = {}
     done = 0
@@ -237,6 +246,7 @@ def make_plan(
         done += spec.size
     progress(Progress("survey", total, total))
     factor = options.step_factor or allocate.recipe(options.recipe).step_factor
+    moments = _moments(reader, calibration)
     params: dict[int, Params] = {}
     for (number, _), step in zip(
         worth.items(), allocate.steps(list(worth.values()), factor), strict=True
@@ -244,7 +254,7 @@ def make_plan(
         if worth[number].absmax + 2 * step >= LARGEST[specs[number].dtype]:
             continue  # a dequantized weight might round to infinity: kept exactly
         try:
-            params[number] = _quantizer(step, specs[number], options)
+            params[number] = _quantizer(step, specs[number], options, number in moments)
         except QuantizationError:
             continue  # weights of a size that no ordinary float32 step fits: kept exactly
     shapes = (tile.matrix_shape(specs[number].shape) for number in params)
@@ -253,7 +263,7 @@ def make_plan(
         tuple(specs),
         reader.contents.aliases,
         reader.contents.metadata,
-        _about(options),
+        {**_about(options), **_about_calibration(calibration, specs, params, moments)},
     )
     return WritePlan(
         header,
@@ -263,12 +273,40 @@ def make_plan(
         options.kept_mantissa_bits,
         options.keep,
         options.jobs,
+        moments,
     )
 
 
-def _quantizer(step: float, spec: TensorSpec, options: PackOptions) -> Params:
+def _calibration(reader: CheckpointReader, options: PackOptions) -> CalibrationStats | None:
+    """The statistics to pack with, known to be of this model."""
+    wanted = options.calibration
+    if wanted is None:
+        return None
+    stats = wanted if isinstance(wanted, CalibrationStats) else load_stats(wanted)
+    stats.check(reader)
+    return stats
+
+
+def _moments(
+    reader: CheckpointReader, calibration: CalibrationStats | None
+) -> dict[int, TensorMoments]:
+    """Useful statistics, by the id of their tensor."""
+    found: dict[int, TensorMoments] = {}
+    if calibration is None:
+        return found
+    numbers = {spec.name: number for number, spec in enumerate(reader.contents.tensors)}
+    for name, moments in calibration.tensors.items():
+        number = numbers[reader.spec(name).name]
+        shape = reader.contents.tensors[number].shape
+        if moments.useful and len(shape) >= 2 and fits(tile.matrix_shape(shape), moments):
+            found.setdefault(number, moments)
+    return found
+
+
+def _quantizer(step: float, spec: TensorSpec, options: PackOptions, calibrated: bool) -> Params:
     """Quantizer of a tensor: the trellis, but for convolutions that are rounded with shaping."""
-    if not options.states or (options.shaping and is_convolution(spec)):
+    shaped = options.shaping and not calibrated and is_convolution(spec)
+    if not options.states or shaped:
         return UniformParams(step)
     return TrellisParams(step, options.states)
 
@@ -290,6 +328,23 @@ def _about(options: PackOptions) -> dict[str, Any]:
     about: dict[str, Any] = {"generator": f"weightvid {__version__}", "recipe": recipe}
     if options.kept_mantissa_bits < FULL_BITS:
         about["mantissa_bits"] = options.kept_mantissa_bits
+    return about
+
+
+def _about_calibration(
+    calibration: CalibrationStats | None,
+    specs: Sequence[TensorSpec],
+    params: Collection[int],
+    moments: Mapping[int, TensorMoments],
+) -> dict[str, Any]:
+    """Which quantized tensors had statistics, and which had none."""
+    if calibration is None:
+        return {}
+    used = sum(number in moments for number in params)
+    about = {"calibration": f"{used} tensors, {calibration.samples} samples"}
+    without = [specs[number].name for number in params if number not in moments]
+    if without:
+        about["uncalibrated"] = shorten(without)
     return about
 
 

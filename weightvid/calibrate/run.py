@@ -18,7 +18,7 @@ from weightvid.calibration import CalibrationStats, TensorMoments, model_hash
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import QuantizationError
 from weightvid.progress import Progress, Report, quiet
-from weightvid.quantize import feedback
+from weightvid.quantize import feedback, shaped
 from weightvid.quantize.feedback import FeedbackConfig
 from weightvid.torch import TensorReader
 
@@ -125,7 +125,7 @@ def calibrate(
                 progress(Progress("check", place + 1, len(names)))
         unused = [n for n, m in moments.items() if m.moment is not None and not m.useful]
         if unused:
-            notes.append(f"no better than plain rounding on held-back inputs: {shorten(unused)}")
+            notes.append(f"no better than without, on held-back inputs: {shorten(unused)}")
         return CalibrationStats(
             model_hash(reader, moments),
             sum(_samples(batch) for batch in batches),
@@ -267,7 +267,9 @@ def _finish(
     damping, gain = config.dampings[0], None
     if held is not None and array.dtype.kind == "f":
         weights = array.reshape(len(array), -1).astype(np.float32)
-        damping, gain = _try(weights if fitted.axis else weights.T, fitted, held, config.dampings)
+        kernel = array.shape[2:] if fitted.axis and np.prod(array.shape[2:]) > 1 else ()
+        turned = weights if fitted.axis else weights.T
+        damping, gain = _try(turned, kernel, fitted, held, config.dampings)
     both = fitted.plus(held)
     count = np.maximum(np.array(both.rows, np.float64), 1)
     mean = (both.total.cpu().numpy() / count[:, None]).astype(np.float32)
@@ -285,9 +287,17 @@ def _finish(
 
 
 def _try(
-    weights: npt.NDArray[np.float32], fitted: Sums, held: Sums, dampings: Sequence[float]
+    weights: npt.NDArray[np.float32],
+    kernel: tuple[int, ...],
+    fitted: Sums,
+    held: Sums,
+    dampings: Sequence[float],
 ) -> tuple[float, float]:
-    """Best damping on held-back inputs (0: none helps), and its gain in decibel."""
+    """Best damping on held-back inputs (0: none helps), and its gain in decibel.
+
+    The rival is what `pack` does without statistics: shaped rounding of convolutions, plain
+    rounding of the others.
+    """
     step = float(np.float32(_TRIAL_SIGMAS * weights.std()))
     if not (np.isfinite(step) and step > 0.0):
         return dampings[0], 0.0
@@ -299,7 +309,8 @@ def _try(
     trials = trials[:: max(1, len(trials) // _TRIAL_GROUPS)]
     rows = [part[:: max(1, len(part) // _TRIAL_ROWS)] for part, _, _ in trials]
     for part, (_, _, check) in zip(rows, trials, strict=True):
-        without += feedback.output_error(part - np.rint(part / step) * np.float32(step), check)
+        levels = shaped.quantize(part, step, kernel) if kernel else np.rint(part / step)
+        without += feedback.output_error(part - levels * np.float32(step), check)
     for damping in dampings:
         config = FeedbackConfig(damping=damping, lam=0.0)
         error = 0.0

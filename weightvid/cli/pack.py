@@ -42,6 +42,13 @@ def pack(
             help="Quantizer step of a tensor of average size, in sigmas, instead of a recipe's.",
         ),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STATS",
+            help="Statistics that [bold]weightvid calibrate[/bold] wrote for this very model.",
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Keep these tensors bit for bit. May be repeated."),
@@ -65,6 +72,7 @@ def pack(
 
     [bold]weightvid pack model.safetensors -o model.mp4[/bold]
     [bold]weightvid pack model.pt --recipe small --keep "head.*"[/bold]
+    [bold]weightvid pack model.pt --calibration stats.safetensors[/bold]
     """
     from weightvid.allocate import DEFAULT_RECIPE, RECIPES
     from weightvid.checkpoint import open_checkpoint
@@ -80,6 +88,7 @@ def pack(
     options = PackOptions(
         recipe=recipe or DEFAULT_RECIPE,
         step_factor=step,
+        calibration=calibration,
         keep=tuple(keep or ()),
         preset=preset or DEFAULT_PRESET,
         jobs=jobs,

@@ -14,9 +14,11 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.calibration import TensorMoments
 from weightvid.container.records import Escapes
 from weightvid.dtypes import to_float32
 from weightvid.errors import QuantizationError
+from weightvid.packing.calibrated import Calibrated, calibrate_quantizer
 from weightvid.packing.plain import Choice, choose_coding
 from weightvid.packing.quantized import (
     CodedTensor,
@@ -55,6 +57,8 @@ class Request:
         Gives the stored elements.
     shaped : bool
         Round with noise shaping, if the quantizer is uniform and the tensor a convolution.
+    moments : TensorMoments or None
+        Calibration statistics; quantize with error feedback.
     """
 
     number: int
@@ -62,6 +66,7 @@ class Request:
     params: Params
     read: Callable[[], Array]
     shaped: bool = False
+    moments: TensorMoments | None = None
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -209,7 +214,8 @@ def _batches(requests: Iterable[Request]) -> Iterator[list[Request]]:
     batch: list[Request] = []
     weights = 0
     for request in requests:
-        if batch and weights + request.spec.size > BATCH_WEIGHTS:
+        alone = request.moments is not None or (bool(batch) and batch[0].moments is not None)
+        if batch and (alone or weights + request.spec.size > BATCH_WEIGHTS):
             yield batch
             batch, weights = [], 0
         batch.append(request)
@@ -220,6 +226,8 @@ def _batches(requests: Iterable[Request]) -> Iterator[list[Request]]:
 
 def _start(batch: list[Request], executor: Executor) -> Callable[[], list[Coded]]:
     arrays = [request.read() for request in batch]
+    if batch[0].moments is not None:
+        return _start_calibrated(batch[0], batch[0].moments, arrays[0], executor)
     if len(batch) > 1 or batch[0].spec.size <= BATCH_WEIGHTS:
         pairs = list(zip(batch, arrays, strict=True))
         future = executor.submit(_code_batch, pairs)
@@ -240,6 +248,43 @@ def _start(batch: list[Request], executor: Executor) -> Callable[[], list[Coded]
         return [_join(request, array, pieces)]
 
     return result
+
+
+def _start_calibrated(
+    request: Request, moments: TensorMoments, array: Array, executor: Executor
+) -> Callable[[], list[Coded]]:
+    """Quantize with error feedback; large tensors in blocks of rows."""
+    matrix = matrix_of(array, request.spec)
+    if matrix.size <= BATCH_WEIGHTS:
+        future = executor.submit(_code_calibrated, request, moments, array)
+        return lambda: _named(future, [request])
+    fitting = executor.submit(
+        lambda: calibrate_quantizer(to_float32(matrix, request.spec.dtype), request.params, moments)
+    )
+    quantizer = _named(fitting, [request])
+    step = max(1, BATCH_WEIGHTS // matrix.shape[1]) if quantizer.divisible else len(matrix)
+    rows = [matrix[begin : begin + step] for begin in range(0, len(matrix), step)]
+    dtype = request.spec.dtype
+    futures = [executor.submit(_calibrated_rows, r, dtype, quantizer) for r in rows]
+
+    def result() -> list[Coded]:
+        pieces = [_named(piece, [request]) for piece in futures]
+        futures.clear()
+        return [_join(request, array, pieces)]
+
+    return result
+
+
+def _code_calibrated(request: Request, moments: TensorMoments, array: Array) -> list[Coded]:
+    matrix = to_float32(matrix_of(array, request.spec), request.spec.dtype)
+    quantizer = calibrate_quantizer(matrix, request.params, moments)
+    piece = _Piece(quantizer.params, *split_levels(quantizer.levels(matrix)))
+    return [_finish(request, array, piece)]
+
+
+def _calibrated_rows(rows: Array, dtype: str, quantizer: Calibrated) -> _Piece:
+    levels = quantizer.levels(to_float32(rows, dtype))
+    return _Piece(quantizer.params, *split_levels(levels))
 
 
 def _named(future: Future[_T], batch: list[Request]) -> _T:

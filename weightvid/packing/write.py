@@ -15,6 +15,7 @@ from typing import BinaryIO, Final
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.calibration import TensorMoments
 from weightvid.codec import bitstream
 from weightvid.codec.encode import EncoderSettings, HevcEncoder
 from weightvid.container.records import Header, Index
@@ -59,6 +60,8 @@ class WritePlan:
         Patterns of names whose tensors keep all their bits.
     jobs : int
         Threads; 0: one per core. Does not change the bytes.
+    moments : mapping of int to TensorMoments
+        Calibration statistics of tensors that are quantized with error feedback, by id.
     """
 
     header: Header
@@ -68,6 +71,7 @@ class WritePlan:
     mantissa_bits: int = FULL_BITS
     keep: tuple[str, ...] = ()
     jobs: int = 0
+    moments: Mapping[int, TensorMoments] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -196,7 +200,8 @@ def _requests(
         params = plan.params.get(number)
         if params is not None:
             shaped = plan.shaping and is_convolution(spec)
-            yield Request(number, spec, params, partial(read, spec.name), shaped)
+            moments = plan.moments.get(number)
+            yield Request(number, spec, params, partial(read, spec.name), shaped, moments)
             continue
         array = read(spec.name)
         if plan.mantissa_bits < FULL_BITS and _may_round(spec, plan.keep):

@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.errors import QuantizationError
 from weightvid.quantize.feedback import (
     Factor,
     FeedbackConfig,
@@ -27,15 +28,95 @@ from weightvid.quantize.feedback import (
     split_groups,
 )
 from weightvid.quantize.params import MAX_LEVEL
-from weightvid.quantize.rate import RateModel, check_range
-from weightvid.quantize.trellis import DEFAULT_STATES, machine
+from weightvid.quantize.rate import RateModel, check_range, sign_coded_bits
+from weightvid.quantize.trellis import DEFAULT_STATES, dequantize_index, machine
+from weightvid.quantize.trellis_search import LAM
 from weightvid.quantize.trellis_viterbi import CostTables
 
 _BLOCK: Final = 16
 _WINDOW: Final = 96
 _LANES: Final = 512
 _SAMPLE: Final = 1 << 15
+_SAMPLE_GROUPS: Final = 64
 _CELLS: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A quantizer fitted to a tensor, so that its rows can be taken apart.
+
+    Attributes
+    ----------
+    step : float
+    states : int
+    table : CostTables
+        Holds the numbering of the points and the price of levels.
+    factors : tuple of Factor
+        One for each group of rows.
+    """
+
+    step: float
+    states: int
+    table: CostTables
+    factors: tuple[Factor, ...]
+
+    @property
+    def zero(self) -> bool:
+        """Numbering of the points."""
+        return self.table.zero
+
+
+def fit(
+    weights: FloatMatrix,
+    step: float,
+    moment: Moment,
+    config: FeedbackConfig | None = None,
+    states: int = DEFAULT_STATES,
+    zero: bool | None = None,
+) -> Fitted:
+    """Factor the moment, and fit numbering and prices to evenly spaced rows.
+
+    Parameters are those of `quantize`; ``zero`` None: the better numbering by trial.
+    """
+    chosen = config or FeedbackConfig()
+    check_range(weights, float(np.float32(step)), 2.0 * MAX_LEVEL)
+    parts = split_groups(weights, moment)
+    stride = max(1, len(parts) // _SAMPLE_GROUPS)
+    factors = tuple(factorize(h, chosen.damping) for _, h in parts)
+    every = max(1, weights.size // stride // _SAMPLE)
+    unit = np.float32(2) * np.float32(step)
+    sample = [
+        (np.asarray(rows[::every], np.float32) / unit, factor)
+        for (rows, _), factor in list(zip(parts, factors, strict=True))[::stride]
+    ]
+    # Feedback moves the targets a little beyond the weights.
+    peak = 1.5 * float(np.abs(weights).max(initial=0.0)) / float(unit)
+    best: CostTables | None = None
+    least = np.inf
+    for numbering in (False, True) if zero is None else (zero,):
+        shift = np.float32(-0.25 if numbering else 0.25)
+        levels = [np.rint(rows * 0.5 + shift).astype(np.int32) for rows, _ in sample]
+        table = CostTables.build(_model(levels), chosen.lam, peak, numbering)
+        if chosen.lam or zero is None:
+            levels = [_search(rows, factor, table, states) for rows, factor in sample]
+            table = CostTables.build(_model(levels), chosen.lam, peak, numbering)
+        cost = 0.0 if zero is not None else _trial_cost(sample, levels, states, numbering)
+        if best is None or cost < least:
+            best, least = table, cost
+    if best is None:
+        raise QuantizationError("nothing to fit a quantizer to")
+    return Fitted(float(np.float32(step)), states, best, factors)
+
+
+def quantize_rows(weights: FloatMatrix, fitted: Fitted, group: int = 0) -> npt.NDArray[np.int32]:
+    """Levels of some rows of a fitted tensor, all of one group; each row is coded alone."""
+    levels = np.empty(weights.shape, np.int32)
+    unit = np.float32(2) * np.float32(fitted.step)
+    for first in range(0, len(weights), _LANES):
+        lanes = np.asarray(weights[first : first + _LANES], np.float32) / unit
+        part = _search(lanes, fitted.factors[group], fitted.table, fitted.states)
+        levels[first : first + len(lanes)] = part
+    return levels
 
 
 def quantize(
@@ -72,35 +153,36 @@ def quantize(
     QuantizationError
         As for `weightvid.quantize.feedback.quantize`.
     """
-    chosen = config or FeedbackConfig()
-    rounded = np.float32(step)
-    check_range(weights, float(rounded), 2.0 * MAX_LEVEL)
-    levels = np.zeros(weights.shape, np.int32)
     if not weights.size:
-        return levels
-    parts = split_groups(np.asarray(weights, np.float32) / (rounded + rounded), moment)
-    factors = [factorize(h, chosen.damping) for _, h in parts]
-    peak = 1.5 * max(float(np.abs(scaled).max()) for scaled, _ in parts)
-    flat = np.concatenate([scaled for scaled, _ in parts])
-    stride = max(1, weights.size // _SAMPLE)
-    shift = np.float32(-0.25 if zero else 0.25)
-    model = RateModel.from_levels(np.rint(flat[::stride] * 0.5 + shift).astype(np.int32))
-    if chosen.lam:
-        table = CostTables.build(model, chosen.lam, peak, zero)
-        sample = max(1, stride // len(parts)) if len(parts) > 1 else stride
-        seen = [
-            _search(np.asarray(scaled[::stride], np.float32), factor, table, states)
-            for (scaled, _), factor in list(zip(parts, factors, strict=True))[::sample]
-        ]
-        model = RateModel.from_levels(np.concatenate([part.ravel() for part in seen]))
-    table = CostTables.build(model, chosen.lam, peak, zero)
-    done = 0
-    for (scaled, _), factor in zip(parts, factors, strict=True):
-        for first in range(0, len(scaled), _LANES):
-            lanes = np.asarray(scaled[first : first + _LANES], np.float32)
-            levels[done : done + len(lanes)] = _search(lanes, factor, table, states)
-            done += len(lanes)
-    return levels
+        return np.zeros(weights.shape, np.int32)
+    fitted = fit(weights, step, moment, config, states, zero)
+    return quantize_groups(weights, fitted)
+
+
+def quantize_groups(weights: FloatMatrix, fitted: Fitted) -> npt.NDArray[np.int32]:
+    """Levels of a whole fitted tensor."""
+    parts = np.split(weights, len(fitted.factors))
+    return np.concatenate([quantize_rows(part, fitted, g) for g, part in enumerate(parts)])
+
+
+def _model(levels: list[npt.NDArray[np.int32]]) -> RateModel:
+    return RateModel.from_levels(np.concatenate([part.ravel() for part in levels]))
+
+
+def _trial_cost(
+    sample: list[tuple[FloatMatrix, Factor]],
+    levels: list[npt.NDArray[np.int32]],
+    states: int,
+    zero: bool,
+) -> float:
+    """Output error in squared plain steps plus priced bits, per weight."""
+    error = 0.0
+    for (rows, factor), part in zip(sample, levels, strict=True):
+        miss = rows - dequantize_index(part, states, 1, zero) * np.float32(0.5)
+        left = (miss @ factor.feedback.T).astype(np.float64) ** 2
+        error += 0.25 * float((left * factor.cost).sum())
+    flat = np.concatenate([part.ravel() for part in levels])
+    return error / flat.size + LAM * sign_coded_bits(flat)
 
 
 @dataclass(frozen=True, slots=True)
