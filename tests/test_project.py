@@ -16,7 +16,7 @@ from weightvid.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-HEAVY = ("torch", "safetensors", "typer", "rich", "imageio", "zstandard", "sklearn", "lzma")
+HEAVY = ("torch", "safetensors", "typer", "rich", "imageio", "zstandard", "sklearn")
 
 
 def imported_by(statement: str) -> set[str]:

@@ -193,7 +193,10 @@ def from_float32(values: FloatArray, name: str) -> npt.NDArray[np.generic]:
     if name == "BF16":
         bits = values.view(np.uint32)
         rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        return (rounded >> np.uint32(16)).astype(np.uint16)
+        # The carry must not run through a NaN: it keeps its upper bits, and one that says NaN.
+        nan = (bits >> np.uint32(16)) | np.uint32(0x40)
+        kept = np.where(np.isnan(values), nan, rounded >> np.uint32(16))
+        return kept.astype(np.uint16)
     if name not in PACKABLE:
         raise CheckpointError(f"{name} is not a packable float type")
     with np.errstate(over="ignore"):

@@ -240,9 +240,9 @@ def read_start(record: dict[str, Any], head: Bytes, specs: list[Spec]) -> Start:
         if place >= spec.size or place in escapes:
             raise Bad("schema")
         escapes[place] = level
-    if "order" not in record:
+    if "energies" not in record:
         return Start(record, escapes, None, None, [(0, 1)])
-    energies, (rows, columns) = record["order"], spec.matrix
+    energies, (rows, columns) = record["energies"], spec.matrix
     row_energy = column_energy = None
     classes = 1
     if energies:

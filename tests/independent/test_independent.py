@@ -115,7 +115,7 @@ def test_cases_cover_the_format() -> None:
                 )
                 seen |= {code for code, _ in record["streams"]}
                 seen |= {key for item in record["items"] for key in item}
-    wanted = {"core", "tail", "escapes", "order", "step", "shifts", "states", "axis", "zero"}
+    wanted = {"core", "tail", "escapes", "energies", "step", "shifts", "states", "axis", "numbering"}
     assert seen >= wanted | {"raw", "deflate", "lzma2", "first", "count", "levels", "sha256"}
 
 
@@ -161,7 +161,7 @@ def test_examples_of_the_document() -> None:
     ]  # fmt: skip
     run = [1, 1, -2, 0, 3]
     assert weights.trellis(run, (1, 5), {"states": 4}) == [3, -3, 9, 1, -11]
-    assert weights.trellis(run, (1, 5), {"states": 4, "zero": 1}) == [4, 6, -6, 2, 14]
+    assert weights.trellis(run, (1, 5), {"states": 4, "numbering": 1}) == [4, 6, -6, 2, 14]
     assert weights.shifted(-1, [40, 10, 0]) == -216
 
 

@@ -145,7 +145,7 @@ def trellis(levels: list[int], matrix: tuple[int, int], record: dict[str, Any]) 
         for place in run:
             k = levels[place]
             second = (state & output).bit_count() & 1
-            if record.get("zero", 0):
+            if record.get("numbering", 0):
                 numbers[place] = 4 * k + 2 if second else 4 * k
             else:
                 numbers[place] = 1 - 4 * k if second else 4 * k - 1

@@ -41,7 +41,7 @@ def sidecar_payload(sidecar: Sidecar, luma: npt.NDArray[np.uint8]) -> bytes:
             blobs.append(start.escapes.level.astype("<i4").tobytes())
         if start.layout != PLAIN_LAYOUT:
             order = start.layout.order
-            entry["order"] = 0 if order is None else len(order.columns)
+            entry["energies"] = 0 if order is None else len(order.columns)
             if order is not None:
                 blobs += [order.rows.tobytes(), order.columns.tobytes()]
             blobs.append(bytes(fold.to_byte() for fold in start.layout.folds))
@@ -150,10 +150,10 @@ def _parse_start(record: dict[str, Any], blob: _Blob, tensors: Sequence[TensorSp
     count = integer(record.get("escapes", 0), 0, spec.size, what)
     params = parse_params(record, what)
     escapes = _parse_escapes(blob, count, spec.size)
-    if "order" not in record:
+    if "energies" not in record:
         return TensorStart(tensor, params, escapes)
     rows, columns = matrix_shape(spec.shape)
-    energies = integer(record["order"], 0, columns, what)
+    energies = integer(record["energies"], 0, columns, what)
     try:
         order = None
         if energies:

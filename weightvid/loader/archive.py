@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
-from weightvid.codec.decode import DecoderSettings, HevcDecoder
 from weightvid.container import reader
 from weightvid.container.exact import parse_exact
-from weightvid.container.reader import ExactPayload, Fragment, Head, Source
+from weightvid.container.reader import Fragment, Head, Source
 from weightvid.container.records import Header, Index, Sidecar
-from weightvid.container.sidecar import check_frame, parse_sidecar
+from weightvid.container.sidecar import parse_sidecar
 from weightvid.dtypes import to_float32
-from weightvid.errors import CodecError, FormatError, TensorNotFoundError, TruncatedError
+from weightvid.errors import FormatError, TensorNotFoundError, TruncatedError
 from weightvid.loader.assemble import Array, Assembler, ExactAssembler, Quantized
+from weightvid.loader.pipeline import Found, Pipeline
 from weightvid.quantize import Params
 from weightvid.spec import TensorSpec
 
@@ -80,19 +79,6 @@ class TensorInfo:
     sha256: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A finished tensor on its way to the user."""
-
-    tensor: int
-    value: Array | Quantized
-
-    def stored(self, check: bool) -> Array:
-        if isinstance(self.value, Quantized):
-            return self.value.stored(check)
-        return self.value
-
-
 def open_archive(
     source: str | os.PathLike[str] | BinaryIO, *, threads: int = 0, check_tensors: bool = False
 ) -> Archive:
@@ -105,8 +91,8 @@ def open_archive(
     threads : int
         Frames decoded at the same time; 0: one per core.
     check_tensors : bool
-        Check the SHA-256 of every dequantized tensor too. That of every frame with its sidecar,
-        and of every box, is always checked.
+        Check the SHA-256 of every dequantized tensor too, and, when all of the file is read, the
+        index. The SHA-256 of every frame with its sidecar, and of every box, is always checked.
 
     Raises
     ------
@@ -148,6 +134,7 @@ class Archive:
         if self._random:
             reader.prefetch_head(self._source, file_bytes)
         self._head: Head = reader.read_head(self._source)
+        self._pipeline = Pipeline(self._head, threads, strict=check_tensors)
         self._index: Index | None = None
         self._columns: dict[int, int] = {}
         self.complete: bool | None = None
@@ -341,7 +328,7 @@ class Archive:
             return to_float32(stored, "BF16")
         return stored
 
-    def _load(self, number: int) -> _Found:
+    def _load(self, number: int) -> Found:
         index = self._need_index()
         name = self.header.tensors[number].name
         frames = self.frames_of(name)
@@ -353,7 +340,7 @@ class Archive:
             self.header.tensors, self.header.geometry, self._columns, frozenset({number})
         )
         events = self._fragments(frames)
-        for found in self._decode(events, assembler):
+        for found in self._pipeline.run(events, assembler):
             return found
         raise FormatError(f"tensor {name!r} never ends", code="index", tensor=name)
 
@@ -378,7 +365,7 @@ class Archive:
                 )
             yield fragment
 
-    def _load_boxed(self, number: int) -> _Found:
+    def _load_boxed(self, number: int) -> Found:
         assembler = ExactAssembler(self.header.tensors)
         for entry in self._need_index().exact:
             if number not in entry.tensors:
@@ -386,7 +373,7 @@ class Archive:
             box = reader.read_exact(self._source, entry).box
             for item in parse_exact(box.payload, self.header.tensors):
                 if item.tensor == number and (done := assembler.add(item)):
-                    return _Found(*done)
+                    return Found(*done)
         raise self._missing([number])
 
     def __iter__(self) -> Iterator[tuple[str, Array]]:
@@ -423,7 +410,7 @@ class Archive:
             assembler = Assembler(
                 self.header.tensors, self.header.geometry, self._columns, frozenset(spans)
             )
-            for found in self._decode(self._fragments(run), assembler):
+            for found in self._pipeline.run(self._fragments(run), assembler):
                 wanted.discard(found.tensor)
                 yield self.header.tensors[found.tensor], found.stored(self._check)
         parts = ExactAssembler(self.header.tensors)
@@ -433,7 +420,7 @@ class Archive:
                 for item in parse_exact(box.payload, self.header.tensors):
                     if item.tensor in wanted and (done := parts.add(item)):
                         wanted.discard(done[0])
-                        yield self.header.tensors[done[0]], _Found(*done).stored(self._check)
+                        yield self.header.tensors[done[0]], Found(*done).stored(self._check)
         if wanted:
             raise self._missing(sorted(wanted))
 
@@ -445,30 +432,13 @@ class Archive:
         count = len(self._need_index().frames)
         if numbers and not 0 <= numbers[0] <= numbers[-1] < count:
             raise TensorNotFoundError(f"the archive has frames 0 to {count - 1}")
-        geometry = self.header.geometry
-        decoder = HevcDecoder(
-            DecoderSettings(self._head.track.hvcc, geometry.width, geometry.height, self._threads)
-        )
-        waiting: deque[Fragment | ExactPayload] = deque()
-        failure: list[FormatError] = []
-        try:
-            for number, luma in decoder.decode(
-                _packets(self._fragments(numbers), waiting, failure)
-            ):
-                fragment = waiting.popleft()
-                if isinstance(fragment, Fragment):
-                    check_frame(fragment.payload, luma, number)
-                    yield fragment.sidecar, luma
-        except CodecError as error:
-            raise FormatError(str(error), code="packet") from None
-        if failure:
-            raise failure[0]
+        yield from self._pipeline.frames(self._fragments(numbers))
 
     def _names_of(self, number: int) -> list[str]:
         name = self.header.tensors[number].name
         return [name, *(a for a, target in self.header.aliases.items() if target == name)]
 
-    def _iterate(self) -> Iterator[tuple[int, _Found]]:
+    def _iterate(self) -> Iterator[tuple[int, Found]]:
         if self._random:
             self._source.seek(self._head.size)
         elif self._used:
@@ -478,7 +448,7 @@ class Archive:
         assembler = Assembler(self.header.tensors, self.header.geometry)
         events = reader.read_events(self._source, self._head)
         try:
-            for found in self._decode(events, assembler):
+            for found in self._pipeline.run(events, assembler):
                 if found.tensor not in left:
                     name = self.header.tensors[found.tensor].name
                     raise FormatError(f"tensor {name!r} comes twice", code="order", tensor=name)
@@ -497,42 +467,6 @@ class Archive:
             f"the archive is incomplete; {what}", offset=self._source.position, missing=names
         )
 
-    def _decode(
-        self, events: Iterable[Fragment | ExactPayload | Index], assembler: Assembler
-    ) -> Iterator[_Found]:
-        """Run events through the decoder, keeping their order."""
-        waiting: deque[Fragment | ExactPayload] = deque()
-        exact = ExactAssembler(self.header.tensors)
-        failure: list[FormatError] = []
-        geometry = self.header.geometry
-        decoder = HevcDecoder(
-            DecoderSettings(self._head.track.hvcc, geometry.width, geometry.height, self._threads)
-        )
-        packets = _packets(events, waiting, failure)
-        try:
-            for number, luma in decoder.decode(packets):
-                yield from self._boxed(waiting, exact)
-                fragment = waiting.popleft()
-                if not isinstance(fragment, Fragment) or fragment.sidecar.frame != number:
-                    raise FormatError(f"frame {number} comes out of order", code="order")
-                check_frame(fragment.payload, luma, number)
-                for done in assembler.add(fragment.sidecar, luma):
-                    yield _Found(*done)
-        except CodecError as error:
-            raise FormatError(str(error), code="packet") from None
-        yield from self._boxed(waiting, exact)
-        if failure:
-            raise failure[0]
-
-    def _boxed(
-        self, waiting: deque[Fragment | ExactPayload], exact: ExactAssembler
-    ) -> Iterator[_Found]:
-        while waiting and isinstance(event := waiting[0], ExactPayload):
-            waiting.popleft()
-            for item in parse_exact(event.box.payload, self.header.tensors):
-                if done := exact.add(item):
-                    yield _Found(*done)
-
 
 def _runs(numbers: list[int]) -> Iterator[range]:
     """Ascending numbers as ranges without gaps."""
@@ -541,20 +475,3 @@ def _runs(numbers: list[int]) -> Iterator[range]:
         if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
             yield range(numbers[begin], numbers[end - 1] + 1)
             begin = end
-
-
-def _packets(
-    events: Iterable[Fragment | ExactPayload | Index],
-    waiting: deque[Fragment | ExactPayload],
-    failure: list[FormatError],
-) -> Iterator[tuple[int, bytes]]:
-    """Packets for the decoder; a defect ends them, so that what came before is still decoded."""
-    try:
-        for event in events:
-            if isinstance(event, Index):
-                continue
-            waiting.append(event)
-            if isinstance(event, Fragment):
-                yield event.sidecar.frame, event.packet
-    except FormatError as error:
-        failure.append(error)

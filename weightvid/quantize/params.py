@@ -135,7 +135,7 @@ class TrellisParams:
         if self.axis != 1:
             record["axis"] = self.axis
         if self.zero:
-            record["zero"] = 1
+            record["numbering"] = 1
         return record
 
 
@@ -152,9 +152,9 @@ def params_from_dict(record: Mapping[str, Any]) -> Params:
     """
     step = _step_from_text(record.get("step"))
     if "states" in record:
-        numbers = [record["states"], record.get("axis", 1), record.get("zero", 0)]
+        numbers = [record["states"], record.get("axis", 1), record.get("numbering", 0)]
         if any(type(number) is not int for number in numbers) or numbers[2] not in (0, 1):
-            raise QuantizationError("trellis states, axis and zero must be integers")
+            raise QuantizationError("trellis states, axis and numbering must be integers")
         if "shifts" in record:
             raise QuantizationError("a trellis has no centroid shifts")
         return TrellisParams(step, numbers[0], numbers[1], bool(numbers[2]))

@@ -1,0 +1,150 @@
+"""From what a reader finds in the file to finished tensors, in order, with the decoder between."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from weightvid.codec.decode import DecoderSettings, HevcDecoder
+from weightvid.container.exact import parse_exact
+from weightvid.container.reader import ExactPayload, Fragment, Head
+from weightvid.container.records import ExactEntry, FrameEntry, Index, Sidecar
+from weightvid.container.sidecar import check_frame
+from weightvid.errors import CodecError, FormatError
+from weightvid.loader.assemble import Array, Assembler, ExactAssembler, Quantized
+from weightvid.tile import Samples
+
+Event = Fragment | ExactPayload | Index
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A finished tensor on its way to the user: its id, and its elements or its levels."""
+
+    tensor: int
+    value: Array | Quantized
+
+    def stored(self, check: bool) -> Array:
+        """Elements in the tensor's own dtype; ``check`` compares a quantized one's hash."""
+        if isinstance(self.value, Quantized):
+            return self.value.stored(check)
+        return self.value
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a stream has shown, to be compared with its index."""
+
+    ribbon: list[int] = field(default_factory=list)
+    frames: list[FrameEntry] = field(default_factory=list)
+    exact: list[ExactEntry] = field(default_factory=list)
+    index: Index | None = None
+
+    def check(self) -> None:
+        if self.index is None:
+            return
+        if self.index != Index(tuple(self.ribbon), tuple(self.frames), tuple(self.exact)):
+            raise FormatError("the index does not match what the file holds", code="index")
+
+
+@dataclass(slots=True)
+class _Run:
+    """The state of one pass."""
+
+    exact: ExactAssembler
+    waiting: deque[Fragment | ExactPayload] = field(default_factory=deque)
+    seen: _Seen = field(default_factory=_Seen)
+    failure: FormatError | None = None
+
+
+class Pipeline:
+    """Decodes frames and assembles tensors.
+
+    Parameters
+    ----------
+    head : Head
+    threads : int
+        Frames decoded at the same time; 0: one per core.
+    strict : bool
+        Compare the index with what came before it. Without, a file whose boxes were moved by a
+        tool that does not know of the index can still be read from front to back.
+    """
+
+    def __init__(self, head: Head, threads: int, strict: bool = False) -> None:
+        self._strict = strict
+        self._tensors = head.header.tensors
+        geometry = head.header.geometry
+        self._settings = DecoderSettings(head.track.hvcc, geometry.width, geometry.height, threads)
+
+    def run(self, events: Iterable[Event], assembler: Assembler) -> Iterator[Found]:
+        """Tensors in the order in which they are complete.
+
+        A defect in the events ends them; what came before it is still decoded and given, and then
+        the defect is raised.
+
+        Raises
+        ------
+        FormatError
+            ``packet``, ``order``, ``digest``, ``digits``, ``index``, and whatever the events raise.
+        """
+        run = _Run(ExactAssembler(self._tensors))
+        for fragment, luma in self._decode(events, run):
+            yield from self._boxed(run)
+            run.waiting.popleft()
+            for done in assembler.add(fragment.sidecar, luma):
+                yield Found(*done)
+        yield from self._boxed(run)
+        if run.failure is not None:
+            raise run.failure
+        if self._strict:
+            run.seen.check()
+
+    def frames(self, events: Iterable[Event]) -> Iterator[tuple[Sidecar, Samples]]:
+        """Each frame's sidecar and luma, shape (height, width); a view until the next is asked."""
+        run = _Run(ExactAssembler(self._tensors))
+        for fragment, luma in self._decode(events, run):
+            run.waiting.popleft()
+            yield fragment.sidecar, luma
+        if run.failure is not None:
+            raise run.failure
+
+    def _decode(self, events: Iterable[Event], run: _Run) -> Iterator[tuple[Fragment, Samples]]:
+        """Decoded frames whose digests match; each still waits in ``run``."""
+        decoder = HevcDecoder(self._settings)
+        try:
+            for number, luma in decoder.decode(_packets(events, run)):
+                fragment = next(e for e in run.waiting if isinstance(e, Fragment))
+                if fragment.sidecar.frame != number:
+                    raise FormatError(f"frame {number} comes out of order", code="order")
+                check_frame(fragment.payload, luma, number)
+                yield fragment, luma
+        except CodecError as error:
+            raise FormatError(str(error), code="packet") from None
+
+    def _boxed(self, run: _Run) -> Iterator[Found]:
+        """Tensors of the boxes that come before the next frame."""
+        while run.waiting and isinstance(event := run.waiting[0], ExactPayload):
+            run.waiting.popleft()
+            items = parse_exact(event.box.payload, self._tensors)
+            ids = tuple(item.tensor for item in items)
+            run.seen.exact.append(ExactEntry(event.box.offset, event.box.size, ids))
+            for item in items:
+                if done := run.exact.add(item):
+                    yield Found(*done)
+
+
+def _packets(events: Iterable[Event], run: _Run) -> Iterator[tuple[int, bytes]]:
+    """Packets for the decoder; all else that happens is noted in ``run``."""
+    try:
+        for event in events:
+            if isinstance(event, Index):
+                run.seen.index = event
+                continue
+            run.waiting.append(event)
+            if isinstance(event, Fragment):
+                run.seen.frames.append(event.entry)
+                run.seen.ribbon += [start.tensor for start in event.sidecar.starts]
+                yield event.sidecar.frame, event.packet
+    except FormatError as error:
+        run.failure = error
