@@ -26,7 +26,7 @@ import measure.models
 from measure import archives, nncodec, plain
 from measure.curves import GaussianBound, bd_rate, crossing
 from measure.evaluation import Model, State
-from measure.rate_report import markdown
+from measure.rate_report import UNSHAPED, markdown, overview
 from measure.report import Cache, Record, code_sha256, machine, versions, write
 
 from weightvid.pack import MIN_MANTISSA_BITS, PackOptions, pack_checkpoint
@@ -101,9 +101,16 @@ class Bench:
             yield self.channel_job(bits)
 
     def variants(self) -> list[tuple[str, Record]]:
-        """weightvid as it is, and each variant of the command line."""
-        given = [(name, _settings(text)) for name, text in self.options.variant]
-        return [("weightvid", _settings(self.options.pack)), *given]
+        """weightvid as it is; without noise shaping; and each variant of the command line.
+
+        Shaping gives away SQNR for the outputs' sake, so rates at equal SQNR need both. It is for
+        convolutions: a model without any is not measured twice.
+        """
+        main = _settings(self.options.pack)
+        found = [("weightvid", main)]
+        if any(t.is_floating_point() and t.dim() > 2 for t in self.model.state.values()):
+            found.append((UNSHAPED, {**main, "shaping": False}))
+        return found + [(name, _settings(text)) for name, text in self.options.variant]
 
     def weightvid_job(self, curve: str, changes: Record) -> Job:
         key = key_of(self.model, "weightvid", {"code": self.code, "options": changes})
@@ -225,6 +232,7 @@ def analysed(model: Model, points: list[Record]) -> Record:
         p["gaussian_bits_per_weight"] = bound.bits(p["sqnr_db"]) / model.floats
     names = list(dict.fromkeys(p["curve"] for p in points))
     names.sort(key=lambda name: (name.startswith(("int ", "one ")), name.startswith("NNCodec")))
+    ours = [name for name in names if not name.startswith(("int ", "one ", "NNCodec"))]
     curves = {
         name: sorted(
             (p for p in points if p["curve"] == name), key=lambda p: float(p["bits_per_weight"])
@@ -243,12 +251,15 @@ def analysed(model: Model, points: list[Record]) -> Record:
             for target in model.targets
         },
         "bd_rate": {
-            name: {
-                quality: bd_rate(_pairs(curve, quality), _pairs(curves["weightvid"], quality))
-                for quality in ("sqnr_db", "loss", "metric")
+            mine: {
+                name: {
+                    quality: bd_rate(_pairs(curve, quality), _pairs(curves[mine], quality))
+                    for quality in ("sqnr_db", "loss", "metric")
+                }
+                for name, curve in curves.items()
+                if name not in ours
             }
-            for name, curve in curves.items()
-            if name != "weightvid"
+            for mine in ours
         },
         "curves": curves,
     }
@@ -306,6 +317,7 @@ def main() -> None:
         extra = "--nncodec PYTHON" if options.nncodec else ""
         extra += f" --pack {options.pack}" if options.pack else ""
         record: dict[str, Any] = {
+            "schema": SCHEMA,
             "command": measure.models.shown_command("bench_rate.py", options, extra),
             "versions": versions()
             | {
@@ -328,6 +340,9 @@ def main() -> None:
             print("no matplotlib: no plot")
         else:
             plot(record, out)
+    known = [json.loads(path.read_text()) for path in sorted(options.out.glob("rate_*.json"))]
+    known = [record for record in known if record.get("schema") == SCHEMA]
+    (options.out / "rate.md").write_text(overview(known), encoding="utf-8")
 
 
 if __name__ == "__main__":

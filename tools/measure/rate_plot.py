@@ -16,6 +16,7 @@ from measure.report import Record
 #: colour, marker and line of each curve (colours: Okabe and Ito's, safe for the colour-blind).
 STYLES: Final[dict[str, tuple[str, str, str]]] = {
     "weightvid": ("#D55E00", "o", "-"),
+    "weightvid unshaped": ("#E69F00", ".", "-"),
     "NNCodec DQ": ("#0072B2", "s", "-"),
     "NNCodec opt_qp": ("#56B4E9", "D", "-"),
     "one global step + xz": ("#777777", "^", "--"),
@@ -23,9 +24,9 @@ STYLES: Final[dict[str, tuple[str, str, str]]] = {
     "int per channel + xz": ("#009E73", "v", "--"),
     "int per channel + zstd": ("#009E73", "x", ":"),
 }
-OTHERS: Final = ("#CC79A7", "#E69F00", "#000000")
+OTHERS: Final = ("#CC79A7", "#000000", "#8B5A2B")
 #: rates that are shown, in bits per weight.
-WIDEST: Final = (1.0, 7.5)
+WIDEST: Final = (1.0, 8.5)
 LEGEND_COLUMNS: Final = 4
 
 
