@@ -1,0 +1,284 @@
+#!/usr/bin/env python3
+"""Size and fidelity of archives with and without calibration.
+
+    python tools/bench_calibration.py --eval-dir EVAL --minilm MINILM.safetensors \
+        --models cifar10_resnet20,minilm_l6 --out tools/results
+
+Whole files count, 8 x bytes over all floats of the model. Curves: ``none`` (what pack does by
+itself), ``calibrated`` and, for the first model, ``noise`` (16 random images as calibration data).
+CNNs are judged by the KL divergence of their logits to the original's on test images, sentence
+embeddings by their mean cosine. Writes calibration.json and, from it, calibration.md; models that
+were measured before and are not measured now are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+import torch
+from safetensors.torch import load_file as load_safetensors
+from torch import nn
+
+from weightvid.calibrate import CalibrationStats, calibrate
+from weightvid.pack import PackOptions, pack_checkpoint
+from weightvid.torch import load_file
+from weightvid.version import __version__
+
+#: images (or spectrograms) to calibrate on.
+IMAGES: Final = 500
+BATCH: Final = 50
+TARGETS: Final = {"kl": (0.05, 0.02, 0.01), "cosine": (0.97, 0.98, 0.99)}
+
+Record = dict[str, Any]
+
+
+class ByName(nn.Module):  # type: ignore[misc]
+    """A model that is a function of named tensors, as a module with these very names."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], forward: Any) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            *path, last = name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if not hasattr(owner, part):
+                    owner.add_module(part, nn.Module())
+                owner = getattr(owner, part)
+            if tensor.is_floating_point():
+                owner.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+            else:
+                owner.register_buffer(last, tensor)
+        self._forward = forward
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """Call the function with all parameters by name, then the inputs."""
+        return self._forward(dict(self.named_parameters()), *inputs)
+
+
+class Model:
+    """A model of the evaluation folder."""
+
+    def __init__(self, name: str, eval_dir: Path, minilm: Path, pairs: int) -> None:
+        self.name = name
+        self.source = minilm if name == "minilm_l6" else eval_dir / name / "model.safetensors"
+        self._eval = _script(eval_dir / name / "eval.py")
+        self._train = eval_dir / "_data" / "cifar10_train1000_lossless.npz"
+        self._lines = eval_dir / "_data" / "calibration_sentences.txt"
+        self._pairs = pairs
+        self.state = load_safetensors(self.source)
+        self.floats = sum(t.numel() for t in self.state.values() if t.is_floating_point())
+        self.measure = "cosine" if name == "minilm_l6" else "kl"
+        self._reference = self._output(self.state)
+
+    def calibration(self) -> tuple[nn.Module, list[Any]]:
+        """Module and example inputs; never test data."""
+        if self.measure == "cosine":
+            lines = self._lines.read_text(encoding="utf-8").split("\n")
+            by_length: dict[int, list[list[int]]] = {}
+            for ids in self._eval.tokens([line for line in lines if line]):
+                by_length.setdefault(len(ids), []).append(ids)
+            batches = []
+            for _, alike in sorted(by_length.items()):
+                for first in range(0, len(alike), BATCH):
+                    ids = torch.tensor(alike[first : first + BATCH])
+                    batches.append((ids, torch.ones_like(ids)))
+            return ByName(self.state, self._eval.forward), batches
+        return self._net(), list(self._images().split(BATCH))
+
+    def noise(self) -> tuple[nn.Module, list[Any]]:
+        """The module and 16 images of random pixels."""
+        like = self._images()
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn((16, *like.shape[1:]), generator=generator)
+        return self._net(), list(images.split(2))
+
+    def loss(self, state: dict[str, torch.Tensor]) -> float:
+        """KL divergence, or one minus the mean cosine."""
+        output = self._output(state)
+        if self.measure == "cosine":
+            return float(1 - (self._reference * output).sum(1).mean())
+        p, q = (torch.log_softmax(z.double(), 1) for z in (self._reference, output))
+        return float((p.exp() * (p - q)).sum(1).mean())
+
+    def _net(self) -> nn.Module:
+        net = self._eval.Net()
+        state = {k: v.float() if v.is_floating_point() else v for k, v in self.state.items()}
+        net.load_state_dict(state, strict=False)
+        made: nn.Module = net.eval()
+        return made
+
+    def _images(self) -> torch.Tensor:
+        # The keyword model comes with test data alone: its first half calibrates.
+        data = self._train if self.name.startswith("cifar") else None
+        images: torch.Tensor = self._eval._data(IMAGES, data)[0]
+        return images
+
+    def _output(self, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        output: torch.Tensor
+        if self.measure == "cosine":
+            output = self._eval.embeddings(state, self._pairs)
+        elif self.name.startswith("cifar"):
+            output = self._eval.logits(state)[0]
+        else:
+            output = self._eval.logits(state)[0][IMAGES:]
+        return output
+
+
+def _script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"eval_{path.parent.name}", path)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def curve(
+    model: Model, factors: Sequence[float], stats: CalibrationStats | None, folder: Path
+) -> list[Record]:
+    """One point for each step factor."""
+    points = []
+    for factor in factors:
+        archive = folder / "model.mp4"
+        options = PackOptions(step_factor=factor, calibration=stats, force=True, verify=False)
+        report = pack_checkpoint(model.source, archive, options)
+        points.append(
+            {
+                "step_factor": factor,
+                "bytes": report.file_bytes,
+                "bits_per_weight": report.bits_per_weight,
+                "loss": model.loss(load_file(archive)),
+                "pack_s": round(report.seconds, 2),
+            }
+        )
+        print(model.name, "with" if stats else "without", points[-1], flush=True)
+    return points
+
+
+def fitted_rate(points: Sequence[Record], loss: float) -> tuple[float, float]:
+    """Bits per weight at a loss: line of rate against log loss near it, and its scatter."""
+    near = sorted(points, key=lambda p: abs(math.log(p["loss"] / loss)))[:6]
+    x = np.log([p["loss"] for p in near])
+    y = np.array([p["bits_per_weight"] for p in near])
+    slope, offset = np.polyfit(x, y, 1)
+    scatter = float((y - slope * x - offset).std(ddof=2)) if len(near) > 2 else 0.0
+    return float(slope * math.log(loss) + offset), scatter
+
+
+def measure(model: Model, points: int, with_noise: bool) -> Record:
+    """All curves of a model."""
+    large = model.floats > 10_000_000
+    finest, coarsest = (0.12, 0.42) if large else (0.2, 0.75)
+    if model.floats < 50_000:
+        finest, coarsest = 0.1, 0.45
+    factors = [round(float(f), 4) for f in np.geomspace(finest, coarsest, points)]
+    began = time.perf_counter()
+    stats = calibrate(*model.calibration())
+    seconds = time.perf_counter() - began
+    record: Record = {
+        "measure": model.measure,
+        "floats": model.floats,
+        "samples": stats.samples,
+        "calibrate_s": round(seconds, 1),
+        "profit": sum(m.useful for m in stats.tensors.values()),
+        "tensors": len(stats.tensors),
+        "curves": {},
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        record["curves"]["calibrated"] = curve(model, factors, stats, folder)
+        finer = [round(0.75 * f, 4) for f in factors]
+        record["curves"]["none"] = curve(model, finer, None, folder)
+        if with_noise:
+            noise = calibrate(*model.noise())
+            record["noise_profit"] = sum(m.useful for m in noise.tensors.values())
+            record["curves"]["noise"] = curve(model, finer, noise, folder)
+    return record
+
+
+def markdown(results: Record) -> str:
+    """The tables."""
+    lines = [
+        "# Archives with and without calibration",
+        "",
+        f"`python tools/bench_calibration.py`, weightvid {results['weightvid']}, torch "
+        f"{results['torch']}. Whole files, 8 x bytes over all floats. Rates at a target are read "
+        "off a line through the six nearest points (rate against the logarithm of the loss); "
+        "± is the scatter of single points about it. CNNs: KL divergence of the logits; MiniLM: "
+        "mean cosine of the embeddings. Calibration data and test data are apart.",
+        "",
+        "| model | target | without | calibrated | saved |",
+        "|---|---|---|---|---|",
+    ]
+    for name, model in results["models"].items():
+        for target in TARGETS[model["measure"]]:
+            loss = target if model["measure"] == "kl" else 1 - target
+            without, a = fitted_rate(model["curves"]["none"], loss)
+            with_, b = fitted_rate(model["curves"]["calibrated"], loss)
+            lines.append(
+                f"| {name} | {model['measure']} {target} | {without:.2f} ± {a:.2f} | "
+                f"{with_:.2f} ± {b:.2f} | {100 * (1 - with_ / without):.0f} % |"
+            )
+    for name, model in results["models"].items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{model['samples']} samples, {model['calibrate_s']} s; {model['profit']} of "
+            f"{model['tensors']} tensors profit.",
+            "",
+            "| curve | step factor | bytes | bits per weight | loss | pack s |",
+            "|---|---|---|---|---|---|",
+        ]
+        for kind, points in model["curves"].items():
+            lines += [
+                f"| {kind} | {p['step_factor']} | {p['bytes']:,} | {p['bits_per_weight']:.3f} | "
+                f"{p['loss']:.4f} | {p['pack_s']} |"
+                for p in points
+            ]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Measure, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--eval-dir", type=Path, required=True)
+    parser.add_argument("--minilm", type=Path, required=True)
+    parser.add_argument(
+        "--models", default="cifar10_resnet20,cifar10_resnet44,mlperf_kws,minilm_l6"
+    )
+    parser.add_argument("--points", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=300, help="sentence pairs MiniLM is judged on")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("tools/results"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    path = arguments.out / "calibration.json"
+    results: Record = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    results.update(
+        weightvid=__version__,
+        torch=torch.__version__,
+        numpy=np.__version__,
+        machine=platform.machine(),
+        pairs=arguments.pairs,
+    )
+    for name in arguments.models.split(","):
+        model = Model(name, arguments.eval_dir, arguments.minilm, arguments.pairs)
+        results["models"][name] = measure(model, arguments.points, name == "cifar10_resnet20")
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        (arguments.out / "calibration.md").write_text(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
