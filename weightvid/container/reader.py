@@ -272,7 +272,14 @@ def read_events(source: Source, head: Head) -> Iterator[Fragment | ExactPayload 
     pending: Box | None = None
     number = -1
     tensors = head.header.tensors
-    while (box := read_box(source)) is not None:
+    at = source.position
+    while True:
+        # Whoever iterates may read single tensors in between, from the same file.
+        source.seek(at)
+        box = read_box(source)
+        at = source.position
+        if box is None:
+            break
         if box.kind == boxes.SIDECAR_UUID:
             pending, number = box, -1
         elif box.kind == b"moof":
