@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import log2, pi, prod, sqrt
 from typing import Final
 
 import numpy as np
@@ -16,6 +16,12 @@ Levels = npt.NDArray[np.int8]
 
 #: one class of energy is this factor in the mean magnitude of levels, as a power of two.
 _CLASS_OCTAVES: Final = 0.25
+#: radius of the core in standard deviations of the class, and from which deviation on two and
+#: three magnitudes of the tail share a sample.
+_CORE_SIGMAS: Final = 1.5
+_WIDER_FROM: Final = (3.0, 8.0)
+#: what an order takes in the sidecar beside its energies and folds.
+_ORDER_BYTES: Final = 8
 #: rows and columns within so many classes of the mean are told apart.
 _REACH: Final = 16
 
@@ -47,16 +53,39 @@ def choose_layout(levels: Levels, kernel: int) -> Layout:
     if mean <= 0:
         return Layout()
     per_column = magnitude.mean(axis=0).reshape(columns // kernel, kernel).mean(axis=1)
+    flat = Layout(None, (fold_for(mean),))
     order = EnergyOrder(_energies(per_row, mean), _energies(per_column, mean))
+    classes = _class_means(magnitude, order, columns)
+    saved = levels.size * _level_bits(mean) - sum(n * _level_bits(m) for _, n, m in classes)
+    if saved <= _side_bits(order):
+        return flat
     folds = [Fold()] * order.classes
-    for energy, mean_magnitude in _class_means(magnitude, order, columns):
+    for energy, _, mean_magnitude in classes:
         folds[energy] = fold_for(mean_magnitude)
     return Layout(order, tuple(folds))
 
 
+def _level_bits(mean: float) -> float:
+    """Entropy of a level whose magnitude is geometric with this mean, and whose sign is random."""
+    if mean <= 0:
+        return 0.0
+    return (1 + mean) * log2(1 + mean) - mean * log2(mean) + mean / (1 + mean)
+
+
+def _side_bits(order: EnergyOrder) -> float:
+    """About what the energies and the folds of an order take in the sidecar."""
+    bits = 8.0 * _ORDER_BYTES + 4.0 * order.classes
+    for energies in (order.rows, order.columns):
+        counts = np.bincount(energies)
+        counts = counts[counts > 0]
+        bits -= 1.05 * float((counts * np.log2(counts / energies.size)).sum())
+    return bits
+
+
 def _class_means(
     magnitude: npt.NDArray[np.uint8], order: EnergyOrder, columns: int
-) -> list[tuple[int, float]]:
+) -> list[tuple[int, int, float]]:
+    """Class, number of levels and mean magnitude of each class that is not empty."""
     row_order, column_order = order.permutations(columns)
     ordered = np.take(magnitude[row_order], column_order, axis=1)
     total: dict[int, float] = {}
@@ -65,7 +94,7 @@ def _class_means(
         part = ordered[rectangle.rows, rectangle.columns]
         total[rectangle.energy] = total.get(rectangle.energy, 0.0) + float(part.sum())
         count[rectangle.energy] = count.get(rectangle.energy, 0) + part.size
-    return [(energy, total[energy] / count[energy]) for energy in total]
+    return [(energy, count[energy], total[energy] / count[energy]) for energy in total]
 
 
 def _energies(means: npt.NDArray[np.float64], mean: float) -> Energies:
@@ -76,10 +105,14 @@ def _energies(means: npt.NDArray[np.float64], mean: float) -> Energies:
 
 
 def fold_for(mean_magnitude: float) -> Fold:
-    """Fold for levels of this mean magnitude (of about Gaussian spread)."""
-    sigma = mean_magnitude * 1.2533
-    if sigma < 0.4:
+    """Fold for levels of this mean magnitude, taken as Gaussian.
+
+    The wider the core, the smaller the file, and the less of it is video: digits cost what they
+    are worth, HEVC's codes a little more (tools/results/layout.md).
+    """
+    sigma = mean_magnitude * sqrt(pi / 2)
+    core = int(_CORE_SIGMAS * sigma + 0.5)
+    if core < 1:
         return Fold()
-    core = min(MAX_CORE, max(1, round(sigma)))
-    width = 1 if sigma < 1.3 else 2 if sigma < 4 else 3
-    return Fold(core, width)
+    width = 1 if sigma < _WIDER_FROM[0] else 2 if sigma < _WIDER_FROM[1] else 3
+    return Fold(min(core, MAX_CORE), width)
