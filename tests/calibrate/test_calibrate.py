@@ -274,3 +274,19 @@ def test_functional_model_next_to_the_module_api():
     stats = calibrate(net, [inputs], config=CalibrationConfig(held_back=0))
     energy = float(net(inputs).detach().double().square().sum())
     assert expanded(net.kernel, stats.tensors["kernel"]) == pytest.approx(energy, rel=1e-5)
+
+
+def test_inputs_unlike_those_of_training_are_not_used():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    smooth = fn.avg_pool2d(torch.randn(64, 3, 20, 20), 5, 1) * 5 + 1
+    net.train()
+    for batch in smooth.split(16) * 20:
+        net(batch)
+    good = calibrate(net, list(smooth[:16].split(3)))
+    assert good.tensors["0.weight"].useful
+    bad = calibrate(net, list(torch.randn(16, 3, 16, 16).split(3)))
+    assert not any(moments.useful for moments in bad.tensors.values())
+    assert "trained on" in bad.notes[0]
+    forced = CalibrationConfig(domain_limit=float("inf"))
+    assert calibrate(net, [torch.randn(16, 3, 16, 16)], config=forced).notes == ()

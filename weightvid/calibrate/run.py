@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log10
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from weightvid.calibrate.accumulate import Accumulator, Sums
+from weightvid.calibrate.domain import NormCheck
 from weightvid.calibrate.watch import Seen, Watch
 from weightvid.calibration import CalibrationStats, TensorMoments, model_hash
 from weightvid.checkpoint.base import shorten
@@ -45,11 +46,15 @@ class CalibrationConfig:
         Part of the inputs that the statistics are checked on, 0 to 0.5; 0: no check.
     dampings : tuple of float
         Tried on held-back inputs; the first one when there is no check.
+    domain_limit : float
+        Divergence in nats of what BatchNorm layers see from what they remember of training,
+        above which the inputs are taken for foreign and the statistics are not used.
     """
 
     memory_bytes: int = 1 << 30
     held_back: float = 0.2
     dampings: tuple[float, ...] = (0.01, 0.1, 1.0)
+    domain_limit: float = 0.1
 
     def __post_init__(self) -> None:
         if self.memory_bytes < 1:
@@ -107,12 +112,15 @@ def calibrate(
             )
         passes = _plan(needed, chosen, notes)
         moments: dict[str, TensorMoments] = {}
+        foreign = False
         done, total = 0, len(passes) * len(batches)
         for names in passes:
             accumulator = Accumulator(names, sizes)
             gradients = bool(names & tables)
             directions = torch.Generator().manual_seed(0)
-            with Watch(tensors, accumulator.add, gradients), torch.set_grad_enabled(gradients):
+            norms = NormCheck() if not done else None
+            watch = Watch(tensors, accumulator.add, gradients, norms)
+            with watch, torch.set_grad_enabled(gradients):
                 for number, batch in enumerate(batches):
                     accumulator.held_back = _is_held_back(number, len(batches), chosen.held_back)
                     result = _call(module, batch)
@@ -120,11 +128,15 @@ def calibrate(
                         _send_back(result, directions)
                     done += 1
                     progress(Progress("calibrate", done, total))
+            if norms is not None:
+                foreign = _is_foreign(norms, chosen, notes)
             for place, name in enumerate(sorted(names)):
                 moments.update(_finish(name, accumulator, reader.read(name), chosen))
                 progress(Progress("check", place + 1, len(names)))
+        if foreign:
+            moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
         unused = [n for n, m in moments.items() if m.moment is not None and not m.useful]
-        if unused:
+        if unused and not foreign:
             notes.append(f"no better than without, on held-back inputs: {shorten(unused)}")
         return CalibrationStats(
             model_hash(reader, moments),
@@ -132,6 +144,19 @@ def calibrate(
             {name: moments[name] for name in sorted(moments)},
             tuple(notes),
         )
+
+
+def _is_foreign(norms: NormCheck, config: CalibrationConfig, notes: list[str]) -> bool:
+    """Whether the inputs are unlike those of training, as far as BatchNorm layers know."""
+    divergence = norms.divergence
+    if divergence is None or divergence <= config.domain_limit:
+        return False
+    notes.append(
+        "the example inputs are unlike those the model was trained on: its BatchNorm layers see "
+        f"other means and variances than they remember ({divergence:.2f} nats apart; up to "
+        f"{config.domain_limit:g} is usual); the statistics will not be used"
+    )
+    return True
 
 
 @contextmanager

@@ -22,6 +22,8 @@ import torch
 from torch.nn import functional as fn
 from torch.overrides import TorchFunctionMode
 
+from weightvid.calibrate.domain import NormCheck
+
 _CHUNK_ELEMENTS: Final = 1 << 23
 _MHA: Final = inspect.signature(fn.multi_head_attention_forward)
 
@@ -62,12 +64,19 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         Receives every `Seen`, piece by piece, on the model's device.
     gradients : bool
         Make what is looked up in embedding tables a leaf of the graph, and report its gradients.
+    norms : NormCheck, optional
+        Looks at the inputs of BatchNorm layers.
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], sink: Sink, gradients: bool = False
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        sink: Sink,
+        gradients: bool = False,
+        norms: NormCheck | None = None,
     ) -> None:
         super().__init__()
+        self._norms = norms
         self._sink = sink
         self._gradients = gradients
         self._names: dict[Any, tuple[str, bool]] = {}
@@ -88,6 +97,8 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         """Look at a call, and let it go on."""
         handler = _HANDLERS.get(func)
         given = kwargs or {}
+        if func is fn.batch_norm and self._norms is not None:
+            self._norms.see(args, given)
         if handler is not None:
             result = handler(self, func, args, given)
             if result is not None:
