@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
@@ -21,6 +21,7 @@ from weightvid.calibration import CalibrationStats, TensorMoments, load_stats
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.checkpoint.base import shorten
 from weightvid.codec.encode import DEFAULT_PRESET, EncoderSettings
+from weightvid.container.files import store_files
 from weightvid.container.records import Header
 from weightvid.dtypes import LARGEST, PACKABLE
 from weightvid.errors import CheckpointError, FormatError, QuantizationError
@@ -70,6 +71,8 @@ class PackOptions:
         Replace an existing file.
     verify : bool
         Decode the archive and check it before it gets its name.
+    side_files : bool
+        Keep the source's small other files (configuration, tokenizer, ...) in the archive.
     """
 
     recipe: str = allocate.DEFAULT_RECIPE
@@ -83,6 +86,7 @@ class PackOptions:
     jobs: int = 0
     force: bool = False
     verify: bool = True
+    side_files: bool = True
 
     @property
     def kept_mantissa_bits(self) -> int:
@@ -116,6 +120,8 @@ class PackReport:
     unused_keeps : tuple of str
         Patterns of ``keep`` that no tensor matches.
     seconds : float
+    side_files : tuple of str
+        Paths of the small other files that the archive keeps.
     """
 
     file_bytes: int
@@ -130,6 +136,7 @@ class PackReport:
     skipped: tuple[str, ...]
     unused_keeps: tuple[str, ...]
     seconds: float
+    side_files: tuple[str, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -182,7 +189,7 @@ def _pack(
     _check(options)
     output = AtomicFile(destination, force=options.force)
     try:
-        plan = make_plan(reader, options, progress)
+        plan = _with_files(make_plan(reader, options, progress), reader, options)
         stream = cast(BinaryIO, output.file)
         written = write_archive(stream, plan, reader.read, progress)
         file_bytes = stream.tell()
@@ -210,7 +217,15 @@ def _pack(
             if not any(fnmatchcase(spec.name, pattern) for spec in tensors)
         ),
         seconds=perf_counter() - began,
+        side_files=tuple(entry.path for entry in plan.header.files),
     )
+
+
+def _with_files(plan: WritePlan, reader: CheckpointReader, options: PackOptions) -> WritePlan:
+    if not options.side_files:
+        return plan
+    entries, boxes = store_files(reader.contents.files)
+    return replace(plan, header=replace(plan.header, files=entries), files=boxes)
 
 
 def _check(options: PackOptions) -> None:

@@ -13,7 +13,7 @@ from weightvid.container import boxes
 from weightvid.container.boxes import BOX_HEADER_BYTES, DIGEST_BYTES, LIMITS, UUID_HEADER_BYTES
 from weightvid.container.exact import LEVEL_DTYPES
 from weightvid.container.fields import integer, items, mapping, parse_params
-from weightvid.container.records import Sidecar, TensorEnd, TensorStart
+from weightvid.container.records import Sidecar, StoredFile, TensorEnd, TensorStart
 from weightvid.container.sidecar import parse_sidecar
 from weightvid.dtypes import PACKABLE, stored_dtype
 from weightvid.errors import FormatError
@@ -23,13 +23,17 @@ from weightvid.spec import TensorSpec
 
 #: parts of the byte account, in file order; ``other`` is what no reader of this version knows.
 ACCOUNT: Final = (
-    "ftyp", "moov", "header", "sidecars", "digits", "fragment_boxes", "packets", "exact_tensors",
-    "plain_tensors", "index", "mfra", "other",
+    "ftyp", "moov", "header", "side_files", "sidecars", "digits", "fragment_boxes", "packets",
+    "exact_tensors", "plain_tensors", "index", "mfra", "other",
 )  # fmt: skip
 #: what the levels of the tensors on frames cost.
 STREAM: Final = ("packets", "digits")
 _BOXES: Final = {b"ftyp": "ftyp", b"moov": "moov", b"moof": "fragment_boxes", b"mfra": "mfra"}
-_UUIDS: Final = {boxes.HEADER_UUID: "header", boxes.INDEX_UUID: "index"}
+_UUIDS: Final = {
+    boxes.HEADER_UUID: "header",
+    boxes.INDEX_UUID: "index",
+    boxes.FILE_UUID: "side_files",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,8 @@ class ArchiveSummary:
         What the packer says of itself: generator, recipe.
     metadata : mapping of str to str
         The source checkpoint's own.
+    files : tuple of StoredFile
+        Small other files of the model.
     """
 
     file_bytes: int
@@ -131,6 +137,7 @@ class ArchiveSummary:
     account: Mapping[str, int]
     about: Mapping[str, Any]
     metadata: Mapping[str, str]
+    files: tuple[StoredFile, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -204,6 +211,7 @@ def summarize_archive(archive: str | os.PathLike[str]) -> ArchiveSummary:
             account=found.account,
             about=dict(header.about),
             metadata=dict(header.metadata),
+            files=header.files,
         )
 
 

@@ -15,16 +15,16 @@ from typing import IO, BinaryIO, Final, cast
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.checkpoint import Contents, create_checkpoint
+from weightvid.checkpoint import Contents, create_checkpoint, kind_for_output
 from weightvid.checkpoint.base import shorten
 from weightvid.container.records import Header
 from weightvid.dtypes import PACKABLE, from_float32, stored_dtype, to_float32
-from weightvid.errors import CheckpointError, TensorNotFoundError, TruncatedError
+from weightvid.errors import CheckpointError, FormatError, TensorNotFoundError, TruncatedError
 from weightvid.loader import Archive, open_archive
 from weightvid.loader.assemble import Quantized
 from weightvid.progress import Progress, Report, quiet
 from weightvid.salvage import Defect, Salvage
-from weightvid.spec import TensorSpec
+from weightvid.spec import SideFile, TensorSpec
 
 Array = npt.NDArray[np.generic]
 
@@ -45,13 +45,16 @@ class UnpackOptions:
         F32, F16, BF16 or F64: every F64, F32, F16 and BF16 tensor is converted to it (nearest,
         ties to even). None: each has the type it had in the source.
     kind : str or None
-        ``safetensors``, ``torch`` or ``npz``; None: by the destination's suffix.
+        ``safetensors``, ``torch``, ``npz``, ``folder``, ...; None: by the destination's suffix, or
+        a folder if it has none.
     force : bool
         Replace an existing file.
     threads : int
         Frames decoded at the same time; 0: one per core.
     partial : bool
         Write what is whole of an archive that is cut short or damaged.
+    side_files : bool
+        Restore the model's small other files, where the kind has a place for them.
     """
 
     tensors: tuple[str, ...] = ()
@@ -60,6 +63,7 @@ class UnpackOptions:
     force: bool = False
     threads: int = 0
     partial: bool = False
+    side_files: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,8 @@ class UnpackReport:
     defect : Defect or None
         Why they are missing.
     seconds : float
+    side_files : tuple of str
+        Paths of the small other files written.
     """
 
     tensors: int
@@ -96,6 +102,7 @@ class UnpackReport:
     missing: tuple[str, ...]
     defect: Defect | None
     seconds: float
+    side_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +184,7 @@ def _unpack(
     archive: Archive, destination: Path, options: UnpackOptions, progress: Report
 ) -> UnpackReport:
     selection = _select(archive.header, options.tensors)
+    files, file_notes = _side_files(archive, destination, options)
     missing: tuple[str, ...] = ()
     defect: Defect | None = None
     if options.partial:
@@ -184,6 +192,7 @@ def _unpack(
         missing = tuple(selection.names[name] for name in absent if name in selection.names)
         selection = selection.without(absent)
     contents, converted = _contents(archive.header, selection, options.dtype)
+    contents = replace(contents, files=files)
     total = sum(spec.size for spec in contents.tensors)
     with create_checkpoint(destination, contents, force=options.force, kind=options.kind) as writer:
         done = 0
@@ -197,14 +206,44 @@ def _unpack(
     return UnpackReport(
         tensors=len(contents.tensors),
         weights=total,
-        file_bytes=destination.stat().st_size,
+        file_bytes=_size(destination),
         aliases=tuple(selection.aliases),
         converted=converted,
-        notes=notes,
+        notes=(*notes, *file_notes),
         missing=missing,
         defect=defect if missing else None,
         seconds=0.0,
+        side_files=tuple(file.path for file in files),
     )
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size
+
+
+def _side_files(
+    archive: Archive, destination: Path, options: UnpackOptions
+) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+    """Side files that the destination takes, and notes about those that it does not get."""
+    roles = kind_for_output(destination, options.kind).roles
+    wanted = [entry.path for entry in archive.files if entry.role in roles]
+    others = [entry.path for entry in archive.files if entry.role == "file" not in roles]
+    notes: tuple[str, ...] = ()
+    if others and options.side_files:
+        notes = (f"side files are written into folders only; left out: {shorten(others)}",)
+    found: list[SideFile] = []
+    if wanted and options.side_files:
+        try:
+            for entry, data in archive.read_files():
+                if entry.role in roles:
+                    found.append(SideFile(entry.path, data, entry.role))
+        except FormatError as error:
+            if not options.partial:
+                raise
+            notes = (*notes, f"side files are damaged; {len(found)} were whole: {error}")
+    return tuple(found), notes
 
 
 def _select(header: Header, patterns: tuple[str, ...]) -> _Selection:

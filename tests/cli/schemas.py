@@ -29,6 +29,7 @@ PACK = {
     "skipped": [str],
     "unused_keeps": [str],
     "seconds": NUMBER,
+    "side_files": [str],
 }
 DEFECT = {"code": str, "message": str, "offset": (int, NoneType)}
 UNPACK = {
@@ -44,6 +45,7 @@ UNPACK = {
     "missing": [str],
     "defect": (NoneType, DEFECT),
     "seconds": NUMBER,
+    "side_files": [str],
 }
 COMPARISON = {
     "tensors": [
@@ -113,6 +115,7 @@ INSPECT = {
     "account": dict,
     "about": dict,
     "metadata": dict,
+    "files": [{"path": str, "role": str, "size": int, "codec": str, "box_bytes": int}],
 }
 PREVIEW = {"archive": str, "pictures": [str]}
 DEMO = {

@@ -26,6 +26,7 @@ __all__ = [
     "TensorSpec",
     "create_checkpoint",
     "from_mapping",
+    "kind_for_output",
     "open_checkpoint",
 ]
 
@@ -36,7 +37,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
     Parameters
     ----------
     path : str or PathLike
-        A regular file: safetensors, PyTorch or NumPy npz.
+        A file, or a Hugging Face folder.
 
     Returns
     -------
@@ -64,13 +65,13 @@ def create_checkpoint(
     Parameters
     ----------
     path : str or PathLike
-        Destination: a regular file or absent.
+        Destination: a regular file, a folder, or absent.
     contents : Contents
         Every tensor and alias that will be written.
     force : bool
         Replace a file that exists.
     kind : str or None
-        ``"safetensors"``, ``"torch"`` or ``"npz"``; None goes by the suffix.
+        A name in :data:`KINDS`; None goes by the suffix; without one it is a folder.
 
     Returns
     -------
@@ -86,4 +87,5 @@ def create_checkpoint(
     """
     chosen = kind_for_output(Path(path), kind)
     opener = import_module(chosen.module).open_writer
-    return cast(CheckpointWriter, opener(Path(path), contents, force=force))
+    variant = {"variant": chosen.variant} if chosen.variant else {}
+    return cast(CheckpointWriter, opener(Path(path), contents, force=force, **variant))

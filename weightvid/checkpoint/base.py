@@ -15,7 +15,7 @@ import numpy.typing as npt
 from weightvid.atomic import AtomicFile
 from weightvid.dtypes import stored_dtype
 from weightvid.errors import CheckpointError, TensorNotFoundError
-from weightvid.spec import TensorSpec
+from weightvid.spec import SideFile, TensorSpec
 
 Array = npt.NDArray[np.generic]
 
@@ -35,12 +35,15 @@ class Contents:
     skipped : tuple of str
         Entries that cannot be stored (no tensors, or tensors of an unsupported make), each as
         ``"name (what it is)"``.
+    files : tuple of SideFile
+        Small other files of the model, and what its kind needs besides the tensors.
     """
 
     tensors: tuple[TensorSpec, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+    files: tuple[SideFile, ...] = ()
 
 
 class CheckpointReader(ABC):
@@ -125,12 +128,8 @@ class CheckpointWriter(ABC):
 
     Parameters
     ----------
-    path : str or PathLike
-        Destination, a regular file or absent.
     contents : Contents
         What will be written; ``skipped`` is ignored.
-    force : bool
-        Replace a file that exists.
 
     Attributes
     ----------
@@ -141,22 +140,17 @@ class CheckpointWriter(ABC):
     ------
     CheckpointError
         The kind cannot hold these contents; nothing has been written.
-    OutputError
-        The destination exists or cannot be written.
     """
 
     notes: tuple[str, ...] = ()
 
-    def __init__(
-        self, path: str | os.PathLike[str], contents: Contents, *, force: bool = False
-    ) -> None:
+    def __init__(self, contents: Contents) -> None:
         check_contents(contents)
         self.contents = contents
         self._todo = {spec.name: spec for spec in contents.tensors}
         self._aliases_of: dict[str, list[str]] = {}
         for alias, name in contents.aliases.items():
             self._aliases_of.setdefault(name, []).append(alias)
-        self._output = AtomicFile(path, force=force)
 
     def write(self, name: str, array: Array) -> None:
         """Add one tensor of ``contents.tensors``: stored elements, in its own dtype and shape.
@@ -201,11 +195,11 @@ class CheckpointWriter(ABC):
         except BaseException:
             self.abort()
             raise
-        self._output.commit()
+        self._publish()
 
+    @abstractmethod
     def abort(self) -> None:
-        """Remove the temporary file; does nothing after :meth:`commit`."""
-        self._output.abort()
+        """Remove what has been written; does nothing after :meth:`commit`."""
 
     @abstractmethod
     def _write(self, spec: TensorSpec, array: Array) -> None:
@@ -214,6 +208,10 @@ class CheckpointWriter(ABC):
     @abstractmethod
     def _finish(self) -> None:
         """Write what comes after the last tensor."""
+
+    @abstractmethod
+    def _publish(self) -> None:
+        """Give the output its name; on failure nothing is left."""
 
     def __enter__(self) -> Self:
         return self
@@ -228,6 +226,37 @@ class CheckpointWriter(ABC):
             self.commit()
         else:
             self.abort()
+
+
+class FileWriter(CheckpointWriter):
+    """A checkpoint that is one file.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Destination, a regular file or absent.
+    contents : Contents
+    force : bool
+        Replace a file that exists.
+
+    Raises
+    ------
+    OutputError
+        The destination exists or cannot be written.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], contents: Contents, *, force: bool = False
+    ) -> None:
+        super().__init__(contents)
+        self._output = AtomicFile(path, force=force)
+
+    def abort(self) -> None:
+        """Remove the temporary file; does nothing after :meth:`commit`."""
+        self._output.abort()
+
+    def _publish(self) -> None:
+        self._output.commit()
 
 
 def check_contents(contents: Contents) -> None:

@@ -59,6 +59,10 @@ class Kind:
         Imported when a file of this kind is opened.
     recognises : callable
         True if the content is of this kind.
+    roles : tuple of str
+        Roles of the side files that a checkpoint of this kind takes back.
+    variant : str
+        Handed to ``open_writer``, where one module writes several kinds; those are never read.
     """
 
     name: str
@@ -66,6 +70,8 @@ class Kind:
     suffixes: tuple[str, ...]
     module: str
     recognises: Callable[[Probe], bool]
+    roles: tuple[str, ...] = ()
+    variant: str = ""
 
 
 def _is_safetensors(probe: Probe) -> bool:
@@ -88,6 +94,11 @@ def _is_npz(probe: Probe) -> bool:
     if not probe.members:
         return probe.members == () and probe.path.suffix.lower() == ".npz"
     return any(name.endswith(".npy") for name in probe.members) and not _has_pickle(probe)
+
+
+def _is_folder(probe: Probe) -> bool:
+    """Any folder: its reader says what is missing in it."""
+    return probe.is_folder
 
 
 def _has_pickle(probe: Probe) -> bool:
@@ -115,6 +126,7 @@ KINDS: Final[tuple[Kind, ...]] = (
         _is_torch,
     ),
     Kind("npz", "NumPy npz", (".npz",), "weightvid.checkpoint.npz", _is_npz),
+    Kind("folder", "Hugging Face folder", (), "weightvid.checkpoint.folder", _is_folder, ("file",)),
 )
 
 #: offset, first bytes there, what the file is and what to do about it.
@@ -150,7 +162,7 @@ def kind_of_file(path: Path) -> Kind:
 
 
 def kind_for_output(path: Path, name: str | None = None) -> Kind:
-    """Kind to write, by name or else by suffix.
+    """Kind to write, by name or else by suffix; without a suffix, a folder.
 
     Raises
     ------
@@ -158,6 +170,8 @@ def kind_for_output(path: Path, name: str | None = None) -> Kind:
         Neither says one we know.
     """
     suffix = path.suffix.lower()
+    if name is None and (path.is_dir() or not suffix):
+        name = "folder"
     for kind in KINDS:
         if (kind.name == name) if name is not None else (suffix in kind.suffixes):
             return kind
@@ -166,7 +180,7 @@ def kind_for_output(path: Path, name: str | None = None) -> Kind:
         raise CheckpointError(f"unknown checkpoint kind {name!r}; known are {names}")
     raise CheckpointError(
         f"cannot tell from the name {path.name!r} what kind of checkpoint to write; "
-        f"use one of {understood()}"
+        f"use one of {understood()}, where a folder has no suffix"
     )
 
 
@@ -176,9 +190,13 @@ def understood() -> str:
     Examples
     --------
     >>> understood()
-    'safetensors (.safetensors), PyTorch (.pt .pth .th .bin), NumPy npz (.npz)'
+    'safetensors (.safetensors), PyTorch (.pt .pth .th .bin), NumPy npz (.npz), Hugging Face folder'
     """
-    return ", ".join(f"{kind.label} ({' '.join(kind.suffixes)})" for kind in KINDS)
+    return ", ".join(
+        f"{kind.label} ({' '.join(kind.suffixes)})" if kind.suffixes else kind.label
+        for kind in KINDS
+        if not kind.variant
+    )
 
 
 def _look(path: Path) -> Probe:
@@ -219,8 +237,6 @@ def _explain(probe: Probe) -> str:
     suffix = probe.path.suffix.lower()
     named = next((kind for kind in KINDS if suffix in kind.suffixes), None)
     known = f"weightvid reads {understood()}"
-    if probe.is_folder:
-        return f"it is a folder; name a file in it ({known})"
     if not probe.head:
         return f"the file is empty ({known})"
     if _is_torchscript(probe):

@@ -23,6 +23,7 @@ from weightvid.checkpoint.base import (
     CheckpointReader,
     CheckpointWriter,
     Contents,
+    FileWriter,
     check_contents,
     check_spec,
     raw_bytes,
@@ -171,7 +172,7 @@ class _NpzReader(CheckpointReader):
         self._archive.close()
 
 
-class _NpzWriter(CheckpointWriter):
+class _NpzWriter(FileWriter):
     """One stored (uncompressed) zip member per tensor, with fixed time stamps."""
 
     def __init__(self, path: Path, contents: Contents, *, force: bool) -> None:

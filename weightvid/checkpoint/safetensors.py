@@ -22,6 +22,7 @@ from weightvid.checkpoint.base import (
     CheckpointReader,
     CheckpointWriter,
     Contents,
+    FileWriter,
     check_contents,
     raw_bytes,
     tied_note,
@@ -103,7 +104,7 @@ class _SafetensorsReader(CheckpointReader):
         self._file.close()
 
 
-class _SafetensorsWriter(CheckpointWriter):
+class _SafetensorsWriter(FileWriter):
     """Header first, then each tensor at its offset, in whatever order they come."""
 
     def __init__(self, path: Path, contents: Contents, *, force: bool) -> None:

@@ -23,6 +23,7 @@ from weightvid.checkpoint.base import (
     CheckpointReader,
     CheckpointWriter,
     Contents,
+    FileWriter,
     check_contents,
     shorten,
 )
@@ -259,7 +260,7 @@ class _TorchReader(CheckpointReader):
         self._tensors = {}
 
 
-class _TorchWriter(CheckpointWriter):
+class _TorchWriter(FileWriter):
     def __init__(self, path: Path, contents: Contents, *, force: bool) -> None:
         check_contents(contents)
         for spec in contents.tensors:

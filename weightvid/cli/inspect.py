@@ -17,6 +17,7 @@ _PARTS = {
     "ftyp": "file type",
     "moov": "track description",
     "header": "model header",
+    "side_files": "side files",
     "sidecars": "frame sidecars: quantizers, orders, hashes",
     "digits": "digits stored beside the frames",
     "fragment_boxes": "boxes around the packets",
@@ -93,6 +94,10 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
                   f"level {video.level}"),
         ("frames", f"{video.frames} of {video.width} x {video.height}"),
     ]  # fmt: skip
+    if summary.files:
+        rows.append(
+            ("side files", ", ".join(f"{f.path} ({output.size(f.size)})" for f in summary.files))
+        )
     rows += [(f"{key}", str(value)) for key, value in summary.about.items()]
     rows += [(f"metadata {key}", _cut(value)) for key, value in summary.metadata.items()]
     output.facts(rows)

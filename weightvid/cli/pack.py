@@ -20,7 +20,11 @@ ARCHIVE_SUFFIX = ".mp4"
 
 def pack(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A .safetensors, .pt/.pth/.bin or .npz file.")
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A .safetensors, .pt/.pth/.bin or .npz file, or a Hugging Face folder.",
+        ),
     ],
     archive: Annotated[
         Path | None,
@@ -64,6 +68,13 @@ def pack(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Don't decode the archive before it gets its name.")
     ] = False,
+    no_side_files: Annotated[
+        bool,
+        typer.Option(
+            "--no-side-files",
+            help="Leave a folder's small other files (configuration, tokenizer) out.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Pack a checkpoint into an archive.
@@ -73,6 +84,7 @@ def pack(
     [bold]weightvid pack model.safetensors -o model.mp4[/bold]
     [bold]weightvid pack model.pt --recipe small --keep "head.*"[/bold]
     [bold]weightvid pack model.pt --calibration stats.safetensors[/bold]
+    [bold]weightvid pack all-MiniLM-L6-v2/ -o minilm.mp4[/bold]
     """
     from weightvid.allocate import DEFAULT_RECIPE, RECIPES
     from weightvid.checkpoint import open_checkpoint
@@ -94,8 +106,9 @@ def pack(
         jobs=jobs,
         force=force,
         verify=not no_verify,
+        side_files=not no_side_files,
     )
-    destination = archive or model.with_suffix(ARCHIVE_SUFFIX)
+    destination = archive or _default_archive(model)
     if destination.exists() and destination.resolve() == model.resolve():
         usage_error(f"{destination} is the model itself", "--output")
     with open_checkpoint(model) as reader:
@@ -114,6 +127,14 @@ def pack(
         )
     else:
         _show(made, destination, options)
+
+
+def _default_archive(model: Path) -> Path:
+    if model.is_dir():
+        # A folder's name may hold dots that begin no suffix.
+        folder = model.resolve()
+        return folder.with_name(f"{folder.name or 'model'}{ARCHIVE_SUFFIX}")
+    return model.with_suffix(ARCHIVE_SUFFIX)
 
 
 def _check_keeps(reader: CheckpointReader, options: PackOptions) -> None:
@@ -135,6 +156,7 @@ def _show(made: PackReport, destination: Path, options: PackOptions) -> None:
         ("bits per weight", f"{made.bits_per_weight:.3f} (whole file)"),
         ("", f"{made.stream_bits_per_weight:.3f} (the video's weights in its stream)"),
         ("SQNR", output.db(made.sqnr_db)),
+        ("side files", str(len(made.side_files))),
         ("frames", f"{made.frames} of {made.width} x {made.height}"),
         ("verified", "every hash" if options.verify else "no"),
         ("time", f"{made.seconds:.1f} s"),

@@ -25,7 +25,7 @@ def unpack(
             "--output",
             "-o",
             metavar="MODEL",
-            help="The suffix decides the kind: .safetensors, .pt/.pth/.bin, .npz.",
+            help="The suffix decides the kind: .safetensors, .pt/.pth/.bin, .npz; none: a folder.",
         ),
     ],
     tensor: Annotated[
@@ -36,6 +36,14 @@ def unpack(
         str | None,
         typer.Option(metavar="TYPE", help="Convert floating-point tensors: F32, F16, BF16, F64."),
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Kind of MODEL, whatever its suffix; folder, for one."),
+    ] = None,
+    no_side_files: Annotated[
+        bool,
+        typer.Option("--no-side-files", help="Restore the weights alone."),
+    ] = False,
     partial: Annotated[
         bool,
         typer.Option(
@@ -50,6 +58,7 @@ def unpack(
     """Unpack an archive into a checkpoint, checking every hash.
 
     [bold]weightvid unpack model.mp4 -o model.safetensors[/bold]
+    [bold]weightvid unpack minilm.mp4 -o minilm/[/bold]
     [bold]weightvid unpack model.mp4 -o head.npz --tensor "head.*" --dtype F16[/bold]
     [bold]curl -s https://example.org/model.mp4 | weightvid unpack - -o model.pt[/bold]
     """
@@ -60,15 +69,17 @@ def unpack(
     if dtype is not None and dtype.upper() not in OUTPUT_DTYPES:
         usage_error(f"{dtype!r} is none of {', '.join(OUTPUT_DTYPES)}", "--dtype")
     try:
-        kind_for_output(destination)
+        kind_for_output(destination, kind)
     except CheckpointError as error:
-        usage_error(str(error), "--output")
+        usage_error(str(error), "--output" if kind is None else "--kind")
     options = UnpackOptions(
         tensors=tuple(tensor or ()),
         dtype=dtype and dtype.upper(),
         force=force,
         threads=threads,
         partial=partial,
+        kind=kind,
+        side_files=not no_side_files,
     )
     source = sys.stdin.buffer if str(archive) == "-" else archive
     with output.progress_bars() as report:
@@ -93,6 +104,8 @@ def _show(made: UnpackReport, destination: Path) -> None:
     ]
     if made.aliases:
         rows.append(("tied", output.some(made.aliases)))
+    if made.side_files:
+        rows.append(("side files", output.some(made.side_files)))
     if made.converted:
         rows.append(("converted", f"{len(made.converted)} tensors"))
     rows.append(("time", f"{made.seconds:.1f} s"))

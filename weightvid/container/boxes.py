@@ -18,6 +18,7 @@ HEADER_UUID: Final = b"weightvid-header"
 SIDECAR_UUID: Final = b"weightvid-frame\x00"
 EXACT_UUID: Final = b"weightvid-exact\x00"
 INDEX_UUID: Final = b"weightvid-index\x00"
+FILE_UUID: Final = b"weightvid-files\x00"
 OUR_UUIDS: Final = frozenset({HEADER_UUID, SIDECAR_UUID, EXACT_UUID, INDEX_UUID})
 
 BOX_HEADER_BYTES: Final = 8

@@ -85,14 +85,17 @@ class ExactItem:
     plain: PlainLevels | None = None
 
 
+def dictionary_bytes(size: int) -> int:
+    """Dictionary of LZMA2, no larger than the data needs (4 KiB..64 MiB, a power of two)."""
+    return min(max(4096, 1 << max(size - 1, 1).bit_length()), 64 << 20)
+
+
 def _filters(size: int) -> list[dict[str, int]]:
-    """LZMA2 with a dictionary no larger than the data needs (4 KiB..64 MiB, a power of two)."""
-    dictionary = min(max(4096, 1 << max(size - 1, 1).bit_length()), 64 << 20)
     return [
         {
             "id": lzma.FILTER_LZMA2,
             "preset": 9 | lzma.PRESET_EXTREME,
-            "dict_size": dictionary,
+            "dict_size": dictionary_bytes(size),
             "lc": 0,
             "pb": 0,
         }

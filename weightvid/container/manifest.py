@@ -10,7 +10,15 @@ from typing import Any, Final
 
 from weightvid.container.boxes import LIMITS, deflate, from_json, inflate, seal, to_json, unseal
 from weightvid.container.fields import bad, exactly, integer, items, mapping
-from weightvid.container.records import VERSION, ExactEntry, FrameEntry, Header, Index
+from weightvid.container.files import file_record, parse_files
+from weightvid.container.records import (
+    FILES_VERSION,
+    VERSION,
+    ExactEntry,
+    FrameEntry,
+    Header,
+    Index,
+)
 from weightvid.errors import CheckpointError, FormatError
 from weightvid.spec import TensorSpec
 from weightvid.tile import BAND, FrameGeometry
@@ -22,8 +30,9 @@ _MAX_DIMS: Final = 32
 
 def header_payload(header: Header) -> bytes:
     """Payload of the header box."""
+    version = max(header.version, FILES_VERSION) if header.files else header.version
     record: dict[str, Any] = {
-        "weightvid": list(header.version),
+        "weightvid": list(version),
         "must_understand": [],
         "track": {
             "codec": "hevc",
@@ -35,6 +44,8 @@ def header_payload(header: Header) -> bytes:
     for key in ("aliases", "metadata", "about"):
         if value := getattr(header, key):
             record[key] = dict(value)
+    if header.files:
+        record["files"] = [file_record(entry) for entry in header.files]
     return seal(deflate(to_json(record)))
 
 
@@ -78,7 +89,8 @@ def parse_header(payload: bytes) -> Header:
         raise bad(what, "metadata values must be text")
     about = mapping(record.get("about", {}), what)
     geometry = _parse_track(mapping(record.get("track"), what))
-    return Header(geometry, tensors, aliases, metadata, about, (major, minor))
+    files = parse_files(record.get("files", []))
+    return Header(geometry, tensors, aliases, metadata, about, (major, minor), files)
 
 
 def _parse_aliases(aliases: dict[str, Any], tensors: Sequence[TensorSpec]) -> dict[str, str]:

@@ -9,8 +9,16 @@ from typing import BinaryIO, Final
 from weightvid.container import boxes, mp4
 from weightvid.container.boxes import BOX_HEADER_BYTES, LIMITS, UUID_HEADER_BYTES
 from weightvid.container.exact import parse_exact
+from weightvid.container.files import open_file
 from weightvid.container.manifest import parse_header, parse_index
-from weightvid.container.records import ExactEntry, FrameEntry, Header, Index, Sidecar
+from weightvid.container.records import (
+    ExactEntry,
+    FrameEntry,
+    Header,
+    Index,
+    Sidecar,
+    StoredFile,
+)
 from weightvid.container.sidecar import parse_sidecar
 from weightvid.errors import FormatError, TruncatedError
 from weightvid.spec import TensorSpec
@@ -166,7 +174,7 @@ def _wanted(kind: bytes) -> bool:
     return kind in boxes.OUR_UUIDS or kind in (b"moov", b"moof", b"mdat", b"ftyp")
 
 
-def read_box(source: Source, expected: bytes | None = None) -> Box | None:
+def read_box(source: Source, expected: bytes | None = None, *, files: bool = False) -> Box | None:
     """Next top-level box of a stream; None at a clean end.
 
     Parameters
@@ -174,6 +182,8 @@ def read_box(source: Source, expected: bytes | None = None) -> Box | None:
     source : Source
     expected : bytes or None
         The only kind that the first box of an archive may have.
+    files : bool
+        Read the boxes of side files, which are skipped otherwise.
 
     Raises
     ------
@@ -204,7 +214,7 @@ def read_box(source: Source, expected: bytes | None = None) -> Box | None:
     if size < taken:
         raise FormatError(f"a box claims a size of {size} bytes", code="box-size", offset=offset)
     payload = b""
-    if _wanted(kind):
+    if _wanted(kind) or (files and kind == boxes.FILE_UUID):
         if size > LIMITS.box_bytes:
             raise FormatError(f"a box claims {size} bytes", code="limit", offset=offset)
         payload = source.read(size - taken)
@@ -324,10 +334,31 @@ def read_fragment(source: Source, entry: FrameEntry, head: Head) -> Fragment:
 def read_exact(source: Source, entry: ExactEntry) -> ExactPayload:
     """Read one box of exact tensors where the index says it lies."""
     source.seek(entry.offset)
+    source.prefetch(entry.box_bytes)
     box = read_box(source)
     if box is None or box.kind != boxes.EXACT_UUID or box.size != entry.box_bytes:
         raise FormatError("the index points to no exact box", code="index", offset=entry.offset)
     return ExactPayload(box)
+
+
+def read_file(source: Source, entry: StoredFile) -> bytes:
+    """Read the side file whose box begins here.
+
+    Raises
+    ------
+    FormatError
+        ``order``: the box is not that of the file; ``digest``, ``stream``, ``truncated``.
+    """
+    source.prefetch(entry.box_bytes)
+    offset = source.position
+    box = read_box(source, files=True)
+    if box is None:
+        raise TruncatedError("the archive ends before its side files", offset=offset)
+    if box.kind != boxes.FILE_UUID or box.size != entry.box_bytes:
+        raise FormatError(
+            f"side file {entry.path!r} is not where it should be", code="order", offset=offset
+        )
+    return open_file(entry, box.payload)
 
 
 def read_tail_index(source: Source, head: Head, file_bytes: int) -> Index | None:

@@ -18,9 +18,34 @@ from weightvid.spec import TensorSpec
 from weightvid.tile import PLAIN_LAYOUT, FrameGeometry, Layout
 
 VERSION: Final = (1, 0)
+#: version written when there are side files.
+FILES_VERSION: Final = (1, 1)
 #: of the SHA-256 of a tensor, the first 16 bytes are kept: in a small archive of many tensors the
 #: hashes would otherwise be the largest part of the metadata.
 TENSOR_HASH_BYTES: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A side file of the archive, as the header lists it.
+
+    Attributes
+    ----------
+    path, role : str
+        As in :class:`~weightvid.spec.SideFile`.
+    size : int
+        Bytes of the file.
+    codec : str
+        How its bytes are compressed: ``raw``, ``deflate`` or ``lzma2``.
+    box_bytes : int
+        Size of its box; the boxes follow the header in the order of the list.
+    """
+
+    path: str
+    role: str
+    size: int
+    codec: str
+    box_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +64,8 @@ class Header:
         The source checkpoint's own text pairs.
     about : mapping
         Free information for people: generator, recipe, source kind.
+    files : tuple of StoredFile
+        Side files; an archive that has some is of format 1.1.
     """
 
     geometry: FrameGeometry
@@ -47,6 +74,7 @@ class Header:
     metadata: Mapping[str, str] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     version: tuple[int, int] = VERSION
+    files: tuple[StoredFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

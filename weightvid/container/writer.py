@@ -26,6 +26,8 @@ class ArchiveWriter:
     header : Header
     hvcc : bytes
         The track's decoder configuration record.
+    files : sequence of bytes
+        Boxes of the side files that the header lists.
 
     Attributes
     ----------
@@ -33,7 +35,9 @@ class ArchiveWriter:
         Of the digits beside the frames written so far.
     """
 
-    def __init__(self, stream: BinaryIO, header: Header, hvcc: bytes) -> None:
+    def __init__(
+        self, stream: BinaryIO, header: Header, hvcc: bytes, files: Sequence[bytes] = ()
+    ) -> None:
         self._stream = stream
         self._tensors = header.tensors
         self._at = 0
@@ -45,6 +49,10 @@ class ArchiveWriter:
         self._write(mp4.ftyp())
         self._write(mp4.moov(track))
         self._write(boxes.uuid_box(boxes.HEADER_UUID, header_payload(header)))
+        if [len(box) for box in files] != [entry.box_bytes for entry in header.files]:
+            raise FormatError("the header lists other side files than are written", code="order")
+        for box in files:
+            self._write(box)
 
     #: bytes of moof and of mdat's header, beside the packet of each frame.
     fragment_overhead = mp4.MOOF_BYTES + boxes.BOX_HEADER_BYTES

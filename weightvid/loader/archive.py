@@ -16,7 +16,7 @@ from weightvid import tile
 from weightvid.container import reader
 from weightvid.container.exact import parse_exact
 from weightvid.container.reader import Fragment, Head, Source
-from weightvid.container.records import Header, Index, Sidecar
+from weightvid.container.records import Header, Index, Sidecar, StoredFile
 from weightvid.container.sidecar import parse_sidecar
 from weightvid.dtypes import to_float32
 from weightvid.errors import FormatError, TensorNotFoundError, TruncatedError
@@ -176,6 +176,39 @@ class Archive:
         return self._head.header
 
     @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """The model's side files (configuration, tokenizer, ...), as the header lists them."""
+        return self.header.files
+
+    def read_file(self, path: str) -> bytes:
+        """One side file; reads its box alone. Needs a seekable file.
+
+        Raises
+        ------
+        TensorNotFoundError
+            The archive has no such file.
+        FormatError
+            ``not-seekable``; ``digest``, ``stream``, ``truncated``: damage.
+        """
+        self._need_index()
+        offset = self._head.size
+        for entry in self.files:
+            if entry.path == path:
+                self._source.seek(offset)
+                return reader.read_file(self._source, entry)
+            offset += entry.box_bytes
+        raise TensorNotFoundError(f"the archive has no side file {path!r}")
+
+    def read_files(self) -> Iterator[tuple[StoredFile, bytes]]:
+        """All side files, in order; from a source that cannot seek, only before the tensors."""
+        if self._random:
+            self._source.seek(self._head.size)
+        elif self._used:
+            raise FormatError("this source has been read and cannot seek", code="not-seekable")
+        for entry in self.files:
+            yield entry, reader.read_file(self._source, entry)
+
+    @property
     def track(self) -> Any:
         """The video track: frame size and ``hvcC`` record."""
         return self._head.track
@@ -296,6 +329,7 @@ class Archive:
     def _sidecar(self, number: int) -> Sidecar:
         entry = self._need_index().frames[number]
         self._source.seek(entry.offset)
+        self._source.prefetch(entry.sidecar_bytes)
         box = reader.read_box(self._source)
         if box is None or box.size != entry.sidecar_bytes:
             raise FormatError("the index points to no sidecar", code="index", offset=entry.offset)

@@ -62,6 +62,8 @@ class WritePlan:
         Threads; 0: one per core. Does not change the bytes.
     moments : mapping of int to TensorMoments
         Calibration statistics of tensors that are quantized with error feedback, by id.
+    files : tuple of bytes
+        Boxes of the side files that the header lists.
     """
 
     header: Header
@@ -72,6 +74,7 @@ class WritePlan:
     keep: tuple[str, ...] = ()
     jobs: int = 0
     moments: Mapping[int, TensorMoments] = field(default_factory=dict)
+    files: tuple[bytes, ...] = ()
 
 
 @dataclass(slots=True)
@@ -160,7 +163,7 @@ def _write(
     geometry, tensors = plan.header.geometry, plan.header.tensors
     settings = EncoderSettings(geometry.width, geometry.height, plan.preset)
     hvcc = bitstream.hvcc(HevcEncoder(settings).parameter_sets)
-    writer = ArchiveWriter(stream, plan.header, hvcc)
+    writer = ArchiveWriter(stream, plan.header, hvcc, plan.files)
     exact = ExactWriter(writer, tensors)
     jobs = plan.jobs or os.cpu_count() or 1
     meter = _Meter(sum(tensors[number].size for number in plan.params), progress)
