@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,8 @@ def check(arrays: dict[str, Array], data: bytes, dtypes: dict[str, str] | None =
             assert hashlib.sha256(stored.tobytes()).hexdigest().startswith(info.sha256)
             exact = to_float32(array, info.dtype).astype(np.float64)
             error = np.abs(values.astype(np.float64) - exact)
-            assert np.all(error <= 0.5001 * info.params.step + np.abs(exact) * 2.0**-20)
+            # Rounding is aware of the rate: it may take the second nearest level, no farther one.
+            assert np.all(error <= 1.001 * info.params.step + np.abs(exact) * 2.0**-20)
 
 
 shapes = st.one_of(
@@ -207,16 +209,19 @@ def test_random_access_equals_sequential() -> None:
         }
 
 
-def test_two_iterations_side_by_side_with_access() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_access_while_iterating(tmp_path: Path, threads: int) -> None:
     """Each iteration keeps its own place in the file."""
-    with open_archive(io.BytesIO(sample())) as archive:
-        names = list(dict(archive))
-        found = []
-        for name, _ in archive:
-            found.append(name)
-            archive.info("c.weight")
-            _ = archive["a.bias"]
-        assert found == names
+    path = tmp_path / "model.mp4"
+    with small_frames():
+        path.write_bytes(packed({f"w{i}": normal(i, 128, 512) for i in range(9)}, PLAIN))
+    with open_archive(path, threads=threads) as archive:
+        expected = dict(archive)
+        for (name, array), (other, _) in zip(archive, archive, strict=True):
+            assert name == other
+            assert same(array, expected[name])
+            assert archive.info("w4").shape == (128, 512)
+            assert same(archive["w7"], expected["w7"])
 
 
 def test_levels_of_exact_tensors_do_not_exist() -> None:
@@ -278,7 +283,7 @@ def test_breaking_off_leaves_nothing_behind() -> None:
             break
 
 
-def test_paths_are_opened_and_closed(tmp_path: Any) -> None:
+def test_paths_are_opened_and_closed(tmp_path: Path) -> None:
     path = tmp_path / "model.mp4"
     path.write_bytes(sample())
     with open_archive(path) as archive:
