@@ -17,6 +17,7 @@ from weightvid.calibrate.domain import NormCheck
 from weightvid.calibrate.watch import Seen, Watch
 from weightvid.calibration import CalibrationStats, TensorMoments, model_hash
 from weightvid.checkpoint.base import shorten
+from weightvid.dtypes import to_float32
 from weightvid.errors import QuantizationError
 from weightvid.progress import Progress, Report, quiet
 from weightvid.quantize import feedback, shaped
@@ -131,7 +132,8 @@ def calibrate(
             if norms is not None:
                 foreign = _is_foreign(norms, chosen, notes)
             for place, name in enumerate(sorted(names)):
-                moments.update(_finish(name, accumulator, reader.read(name), chosen))
+                weights = to_float32(reader.read(name), reader.spec(name).dtype)
+                moments.update(_finish(name, accumulator, weights, chosen))
                 progress(Progress("check", place + 1, len(names)))
         if foreign:
             moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
@@ -279,7 +281,7 @@ def _plan(
 def _finish(
     name: str,
     accumulator: Accumulator,
-    array: npt.NDArray[np.generic],
+    array: npt.NDArray[np.float32],
     config: CalibrationConfig,
 ) -> dict[str, TensorMoments]:
     counts = accumulator.counts.get(name)
@@ -290,8 +292,8 @@ def _finish(
     if fitted is None:
         return {} if counted is None else {name: TensorMoments(None, None, counts=counted)}
     damping, gain = config.dampings[0], None
-    if held is not None and array.dtype.kind == "f":
-        weights = array.reshape(len(array), -1).astype(np.float32)
+    if held is not None:
+        weights = array.reshape(len(array), -1)
         kernel = array.shape[2:] if fitted.axis and np.prod(array.shape[2:]) > 1 else ()
         turned = weights if fitted.axis else weights.T
         damping, gain = _try(turned, kernel, fitted, held, config.dampings)

@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from weightvid.calibrate.domain import NormCheck
 
 _CHUNK_ELEMENTS: Final = 1 << 23
+#: dtypes of weights that may be quantized.
+_DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MHA: Final = inspect.signature(fn.multi_head_attention_forward)
 
 
@@ -81,7 +83,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         self._gradients = gradients
         self._names: dict[Any, tuple[str, bool]] = {}
         for name, tensor in tensors.items():
-            if tensor.ndim < 2 or tensor.is_meta or not tensor.is_floating_point():
+            if tensor.ndim < 2 or tensor.is_meta or tensor.dtype not in _DTYPES:
                 continue
             self._names.setdefault(_look(tensor), (name, False))
             if tensor.ndim == 2:

@@ -36,6 +36,9 @@ from weightvid.quantize.trellis_viterbi import CostTables
 _BLOCK: Final = 16
 _WINDOW: Final = 96
 _LANES: Final = 512
+_MIN_LANES: Final = 64
+#: of the paths of one search: origin, value and error of every column, state and lane.
+_PATH_BYTES: Final = 1 << 27
 _SAMPLE: Final = 1 << 15
 _SAMPLE_GROUPS: Final = 64
 _CELLS: Final = 32
@@ -112,8 +115,10 @@ def quantize_rows(weights: FloatMatrix, fitted: Fitted, group: int = 0) -> npt.N
     """Levels of some rows of a fitted tensor, all of one group; each row is coded alone."""
     levels = np.empty(weights.shape, np.int32)
     unit = np.float32(2) * np.float32(fitted.step)
-    for first in range(0, len(weights), _LANES):
-        lanes = np.asarray(weights[first : first + _LANES], np.float32) / unit
+    count = _PATH_BYTES // (16 * fitted.states * max(1, weights.shape[1]))
+    count = min(_LANES, max(_MIN_LANES, count))
+    for first in range(0, len(weights), count):
+        lanes = np.asarray(weights[first : first + count], np.float32) / unit
         part = _search(lanes, fitted.factors[group], fitted.table, fitted.states)
         levels[first : first + len(lanes)] = part
     return levels
