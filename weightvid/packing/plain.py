@@ -21,9 +21,10 @@ _ENTRY_BYTES: Final = 40
 #: HEVC codes samples this much above their zero-order entropy, class by class.
 _HEVC_OVERHEAD: Final = 1.05
 #: so many bytes of a large tensor tell how well it compresses.
-_PROBE_BYTES: Final = 1 << 18
-#: a quick probe must come this near to the video's size before the slow compressors are tried.
-_PROMISING: Final = 1.1
+_PROBE_BYTES: Final = 1 << 17
+#: matches that save so much speak for repeats, and when they come so near, LZMA is tried.
+_REPEATS: Final = 0.98
+_PROMISING: Final = 1.5
 #: the plain way must save more than the estimate of the video's size may be off.
 _MARGIN: Final = 0.95
 
@@ -57,12 +58,20 @@ def choose_coding(coded: CodedTensor, array: npt.NDArray[np.generic]) -> Choice:
 
 
 def _beats(data: npt.NDArray[np.uint8], rival: int) -> bool:
-    """Whether bytes compressed the plain way take fewer than ``rival``."""
-    if _probe_bytes(data, rival) >= _PROMISING * rival:
-        return False
-    if data.size <= _PROBE_BYTES:
-        return len(compress(data.tobytes())[1]) < rival
-    return len(compress(_probe(data))[1]) * data.size / _PROBE_BYTES < rival
+    """Whether bytes compressed the plain way take fewer than ``rival``.
+
+    Of large data, evenly spaced pieces are tried. LZMA is slow, and without repeats, of which a
+    quick deflate knows, it does no better than Huffman codes.
+    """
+    probe = _probe(data)
+    goal = rival * len(probe) / data.size
+    size = len(deflate_raw(probe, zlib.Z_HUFFMAN_ONLY))
+    matched = len(deflate_raw(probe, level=1))
+    if matched < _REPEATS * size:
+        size = matched
+        if goal <= size < _PROMISING * goal:
+            size = len(compress(probe)[1])
+    return size < goal
 
 
 def _probe(data: npt.NDArray[np.uint8]) -> bytes:
@@ -72,15 +81,6 @@ def _probe(data: npt.NDArray[np.uint8]) -> bytes:
     pieces = 64
     stride, size = data.size // pieces, _PROBE_BYTES // pieces
     return b"".join(data[i * stride : i * stride + size].tobytes() for i in range(pieces))
-
-
-def _probe_bytes(data: npt.NDArray[np.uint8], rival: int) -> float:
-    """Quick estimate of the compressed size of all data."""
-    probe = _probe(data)
-    quick = min(len(deflate_raw(probe, zlib.Z_HUFFMAN_ONLY)), len(deflate_raw(probe, level=1)))
-    if len(probe) == data.size and quick < 2 * rival:
-        quick = min(quick, len(compress(probe)[1]))
-    return quick * data.size / len(probe)
 
 
 def video_bytes(coded: CodedTensor) -> int:

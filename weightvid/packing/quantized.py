@@ -131,10 +131,10 @@ def finish_tensor(
             exact.reshape(-1)[places] = escapes.level[first:last]
         stored = from_float32(dequantize(exact, params), spec.dtype)
         digest.update(np.ascontiguousarray(stored).data)
-        weights = to_float32(matrix[begin:end], spec.dtype).astype(np.float64)
-        power += float(np.vdot(weights, weights))
-        weights -= to_float32(stored, spec.dtype)
-        noise += float(np.vdot(weights, weights))
+        weights = to_float32(matrix[begin:end], spec.dtype)
+        error = weights - to_float32(stored, spec.dtype)
+        power += float(np.square(weights).sum(dtype=np.float64))
+        noise += float(np.square(error).sum(dtype=np.float64))
     layout = choose_layout(levels, kernel_size(spec.shape))
     sha256 = digest.digest()[:TENSOR_HASH_BYTES]
     return CodedTensor(spec, params, levels, escapes, layout, sha256, noise, power)
