@@ -26,7 +26,7 @@ import measure.models
 from measure import archives, nncodec, plain
 from measure.curves import GaussianBound, bd_rate, crossing
 from measure.evaluation import Model, State
-from measure.rate_report import UNSHAPED, markdown, overview
+from measure.rate_report import FOR_SQNR, markdown, overview
 from measure.report import Cache, Record, code_sha256, machine, versions, write
 
 from weightvid.pack import MIN_MANTISSA_BITS, PackOptions, pack_checkpoint
@@ -101,15 +101,18 @@ class Bench:
             yield self.channel_job(bits)
 
     def variants(self) -> list[tuple[str, Record]]:
-        """weightvid as it is; without noise shaping; and each variant of the command line.
+        """weightvid as it is; set for SQNR; and each variant of the command line.
 
-        Shaping gives away SQNR for the outputs' sake, so rates at equal SQNR need both. It is for
-        convolutions: a model without any is not measured twice.
+        Steps and shaping by default give away SQNR for the outputs' sake, so rates at equal SQNR
+        need settings of their own. Shaping is for convolutions: a model without any is not
+        measured twice for its sake.
         """
-        main = _settings(self.options.pack)
+        main, changes = _settings(self.options.pack), _settings(self.options.sqnr_pack)
         found = [("weightvid", main)]
-        if any(t.is_floating_point() and t.dim() > 2 for t in self.model.state.values()):
-            found.append((UNSHAPED, {**main, "shaping": False}))
+        if not any(t.is_floating_point() and t.dim() > 2 for t in self.model.state.values()):
+            changes.pop("shaping", None)
+        if changes:
+            found.append((FOR_SQNR, {**main, **_settings(self.options.sqnr_pack)}))
         return found + [(name, _settings(text)) for name, text in self.options.variant]
 
     def weightvid_job(self, curve: str, changes: Record) -> Job:
@@ -298,6 +301,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--nncodec", type=Path, metavar="PYTHON", help="interpreter that has it (NNCODEC.md)")
     add("--pack", default="", metavar="KEY=VALUE,...", help="further PackOptions")
+    add("--sqnr-pack", default="shaping=false", help="PackOptions of the curve set for SQNR")
     add("--variant", nargs=2, action="append", default=[], metavar=("NAME", "KEY=VALUE,..."))
     add("--stride", type=int, help="measure every N-th point alone")
     add("--samples", type=int, help="evaluate on so many samples")
@@ -327,7 +331,11 @@ def main() -> None:
                 )
             },
             "machine": machine(),
-            "settings": {"pack": options.pack, "variants": dict(options.variant)},
+            "settings": {
+                "pack": options.pack,
+                "sqnr_pack": options.sqnr_pack,
+                "variants": dict(options.variant),
+            },
             **result,
         }
         out = options.out / f"rate_{model.name}"

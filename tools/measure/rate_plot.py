@@ -16,7 +16,7 @@ from measure.report import Record
 #: colour, marker and line of each curve (colours: Okabe and Ito's, safe for the colour-blind).
 STYLES: Final[dict[str, tuple[str, str, str]]] = {
     "weightvid": ("#D55E00", "o", "-"),
-    "weightvid unshaped": ("#E69F00", ".", "-"),
+    "weightvid for SQNR": ("#E69F00", ".", "-"),
     "NNCodec DQ": ("#0072B2", "s", "-"),
     "NNCodec opt_qp": ("#56B4E9", "D", "-"),
     "one global step + xz": ("#777777", "^", "--"),
