@@ -35,6 +35,7 @@ from weightvid.spec import TensorSpec
 _T = TypeVar("_T")
 Array = npt.NDArray[np.generic]
 Matrix = npt.NDArray[np.float32]
+Levels = npt.NDArray[np.int32]
 
 #: tensors are quantized together up to this many weights; larger ones in blocks of about as many.
 BATCH_WEIGHTS: Final = 1 << 20
@@ -93,18 +94,29 @@ class _Piece:
 
 
 def _quantize(blocks: list[tuple[Matrix, _Wish]]) -> list[_Piece]:
-    """Levels of matrices; those of trellises are searched together."""
+    """Levels of matrices; those of trellises are searched together, and shaped ones of a width."""
     pieces: list[_Piece | None] = [None] * len(blocks)
     trellis: dict[TrellisConfig, list[tuple[int, TrellisJob]]] = {}
+    convolutions: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for place, (weights, wish) in enumerate(blocks):
         params = wish.params
         if isinstance(params, UniformParams):
-            pieces[place] = _uniform(weights, params, wish.kernel)
+            if wish.kernel:
+                convolutions.setdefault((weights.shape[1], wish.kernel), []).append(place)
+            else:
+                levels = uniform.quantize(weights, params.step)
+                pieces[place] = _Piece(params, *split_levels(levels))
             continue
         zero = None if wish.model is None else params.zero
         job = TrellisJob(weights, params.step / 4, zero, wish.model)
         config = TrellisConfig(params.states, axis=params.axis)
         trellis.setdefault(config, []).append((place, job))
+    for (_, kernel), places in convolutions.items():
+        wanted = [blocks[place][1].params for place in places]
+        matrices = [blocks[place][0] for place in places]
+        shapes = _shape(matrices, [p.step for p in wanted], kernel)
+        for place, quantizer, levels in zip(places, wanted, shapes, strict=True):
+            pieces[place] = _Piece(quantizer, *split_levels(levels))
     for config, jobs in trellis.items():
         found = quantize_many([job for _, job in jobs], config)
         for (place, job), result in zip(jobs, found, strict=True):
@@ -113,12 +125,11 @@ def _quantize(blocks: list[tuple[Matrix, _Wish]]) -> list[_Piece]:
     return [piece for piece in pieces if piece is not None]
 
 
-def _uniform(weights: Matrix, params: UniformParams, kernel: tuple[int, ...]) -> _Piece:
-    if kernel:
-        levels = shaped.quantize(weights, params.step, kernel)
-    else:
-        levels = uniform.quantize(weights, params.step)
-    return _Piece(params, *split_levels(levels))
+def _shape(matrices: list[Matrix], steps: list[float], kernel: tuple[int, ...]) -> list[Levels]:
+    """Levels of convolutions of one width, all rows together."""
+    scaled = [m / np.float32(step) for m, step in zip(matrices, steps, strict=True)]
+    levels = shaped.quantize(np.concatenate(scaled), 1.0, kernel)
+    return np.split(levels, np.cumsum([len(m) for m in matrices])[:-1])
 
 
 def _fit(matrix: Array, request: Request) -> _Wish:
