@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from weightvid.checkpoint import from_mapping
 from weightvid.pack import PackOptions, pack_checkpoint
@@ -44,7 +45,9 @@ def several_frames() -> Arrays:
 
 
 def pack(arrays: Arrays, path: Path, **more: Any) -> Path:
-    """Pack arrays, with the metadata ``{"format": "test"}``, by the fine recipe."""
+    """Pack arrays as video, whatever their size, with metadata, by the fine recipe."""
     options = PackOptions(recipe="fine", jobs=1, force=True)
-    pack_checkpoint(from_mapping(arrays, metadata={"format": "test"}, **more), path, options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("weightvid.packing.write.TRIAL_WEIGHTS", 0)
+        pack_checkpoint(from_mapping(arrays, metadata={"format": "test"}, **more), path, options)
     return path

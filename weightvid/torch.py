@@ -121,6 +121,7 @@ class TensorReader(CheckpointReader):
         return array
 
     def close(self) -> None:
+        """Let go of the module's tensors."""
         super().close()
         self._tensors = {}
 

@@ -24,7 +24,7 @@ from weightvid.quantize import UniformParams
 Array = np.ndarray[Any, Any]
 
 #: scalar quantization, and every tensor kept as it is unless it becomes video.
-PLAIN = PackOptions(states=0, mantissa_bits=23)
+PLAIN = PackOptions(states=0, shaping=False, mantissa_bits=23)
 
 
 def load(data: bytes) -> dict[str, Array]:

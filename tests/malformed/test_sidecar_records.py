@@ -227,7 +227,9 @@ def read(data: bytes) -> None:
 
 
 def test_the_good_one_is_good() -> None:
-    read(changed(lambda parts: None))
+    with pytest.raises(FormatError) as caught:
+        read(changed(lambda parts: None))
+    assert caught.value.code == "index"  # the last thing that is checked: a sidecar's size changed
     data, _ = good()
     begin, end = next((b, e) for kind, b, e in container.boxes(data) if kind == FRAME)
     specs = [

@@ -171,5 +171,4 @@ def _luma(frame: av.VideoFrame) -> Luma:
     plane = frame.planes[0]
     rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(plane.height, plane.line_size)
     dtype = np.uint8 if frame.format.components[0].bits <= 8 else np.uint16
-    found = cast(Luma, rows.view(dtype)[:, : plane.width].copy())
-    return found
+    return cast(Luma, rows.view(dtype)[:, : plane.width].copy())

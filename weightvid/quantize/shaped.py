@@ -65,7 +65,10 @@ def kernel_coupling(kernel: tuple[int, ...], shaping: Shaping) -> npt.NDArray[np
     """
     places = np.indices(kernel).reshape(len(kernel), -1)
     distance = np.abs(places[:, :, None] - places[:, None, :]).sum(axis=0)
-    return (shaping.spatial * shaping.decay**distance).astype(np.float32)
+    coupling: npt.NDArray[np.float32] = (shaping.spatial * shaping.decay**distance).astype(
+        np.float32
+    )
+    return coupling
 
 
 def quantize(

@@ -38,7 +38,9 @@ def quantize(weights: FloatArray, step: float) -> npt.NDArray[np.int32]:
     array([-1,  0,  2], dtype=int32)
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        scaled = np.rint(np.asarray(weights, np.float32) * np.float32(1.0 / step))
+        scaled: npt.NDArray[np.float32] = np.rint(
+            np.asarray(weights, np.float32) * np.float32(1.0 / step)
+        )
     peak = float(np.max(np.abs(scaled), initial=0.0))
     if not peak <= MAX_LEVEL:
         raise QuantizationError(
