@@ -1,10 +1,17 @@
 """How many bits each tensor gets: one quantizer step per tensor.
 
-The default rule is data-free: ``step = k * sigma * sqrt(n / mean n)``, n the number of weights of
-the tensor. With entropy coding the rate of a tensor is about ``n * log2(sigma / step)`` bits, and
-its harm to the output grows about as ``(step / sigma)**2`` whatever its size, so all tensors stand
-at one slope of harm against bits when the steps go with sigma * sqrt(n): large tensors can take
-coarse steps, and small ones (first, last, depthwise) get fine ones, which cost nothing.
+The rule ``fidelity`` is data-free: ``step = k * sigma * sqrt(n / mean n)``, n the number of weights
+of the tensor. With entropy coding the rate of a tensor is about ``n * log2(sigma / step)`` bits,
+and its harm to the output grows about as ``(step / sigma)**2`` whatever its size, so all tensors
+stand at one slope of harm against bits when the steps go with sigma * sqrt(n): large tensors can
+take coarse steps, and small ones (first, last, depthwise) get fine ones, which cost nothing.
+
+The rule ``sqnr`` is one step for all tensors: no other choice takes fewer bits at an equal squared
+error of the weights themselves.
+
+Whatever the rule, a tensor's **unit** is its step at k = 1 before any limit. Its harm is
+``n * (step / unit)**2`` in units of the rule, so that ``(step / (k * unit))**2`` is its slope of
+harm against bits in units of the model's: 1, unless a limit holds the step.
 """
 
 from __future__ import annotations
@@ -22,9 +29,15 @@ from weightvid.quantize.stats import TensorStats
 #: no tensor gets a step coarser or finer than this many sigmas.
 COARSEST_SIGMAS: Final = 1.5
 FINEST_SIGMAS: Final = 0.04
+#: under ``sqnr``, a tensor of small weights may vanish: that is what one step for all means. At
+#: this many sigmas nearly every level is zero, and a coarser step would save nothing.
+VANISHING_SIGMAS: Final = 4.0
 #: added to a tensor's size over the mean: no step goes to nothing with the size.
 SMALLEST_SHARE: Final = 0.05
 _QUERY_KEY: Final = frozenset({"query", "key", "q_proj", "k_proj", "q", "k", "to_q", "to_k"})
+
+RULES: Final = ("fidelity", "sqnr")
+DEFAULT_RULE: Final = "fidelity"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +85,62 @@ def recipe(name: str) -> Recipe:
     return found
 
 
-def steps(stats: Sequence[TensorStats], step_factor: float) -> list[float]:
+def check_rule(rule: str) -> None:
+    """Refuse an unknown rule.
+
+    Raises
+    ------
+    QuantizationError
+    """
+    if rule not in RULES:
+        raise QuantizationError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
+
+
+def units(stats: Sequence[TensorStats], rule: str = DEFAULT_RULE) -> list[float]:
+    """Step of each tensor at k = 1, before any limit.
+
+    Parameters
+    ----------
+    stats : sequence of TensorStats
+        Tensors that will be quantized, each with sigma > 0.
+    rule : str
+        ``fidelity``: ``f * sigma * sqrt(n / mean n + 0.05)``; f is 2 for the queries and keys of
+        attention, whose errors only move the weights of a softmax, and 1 for all others.
+        ``sqnr``: the root of the mean square of all weights, for every tensor.
+
+    Raises
+    ------
+    QuantizationError
+        Unknown rule.
+    """
+    check_rule(rule)
+    if not stats:
+        return []
+    total = sum(s.spec.size for s in stats)
+    if rule == "sqnr":
+        return [sqrt(sum(s.spec.size * s.rms**2 for s in stats) / total)] * len(stats)
+    mean = total / len(stats)
+    return [
+        s.sigma * _kind_factor(s.spec.name) * sqrt(s.spec.size / mean + SMALLEST_SHARE)
+        for s in stats
+    ]
+
+
+def limits(stats: TensorStats, rule: str = DEFAULT_RULE) -> tuple[float, float]:
+    """Finest and coarsest step that a rule gives a tensor."""
+    coarsest = VANISHING_SIGMAS if rule == "sqnr" else COARSEST_SIGMAS
+    return FINEST_SIGMAS * stats.sigma, coarsest * stats.sigma
+
+
+def limited(step: float, stats: TensorStats, rule: str = DEFAULT_RULE) -> float:
+    """A step within the limits of its tensor, with 8 significant bits."""
+    finest, coarsest = limits(stats, rule)
+    return round_step(min(max(step, finest), coarsest))
+
+
+def steps(
+    stats: Sequence[TensorStats], step_factor: float, rule: str = DEFAULT_RULE
+) -> list[float]:
     """Quantizer step of each tensor.
 
     Parameters
@@ -81,30 +149,34 @@ def steps(stats: Sequence[TensorStats], step_factor: float) -> list[float]:
         Tensors that will be quantized, each with sigma > 0.
     step_factor : float
         k; > 0.
+    rule : str
 
     Returns
     -------
     list of float
-        ``k * f * sigma * sqrt(n / mean n + 0.05)``, kept within 0.04 and 1.5 sigma, with 8
-        significant bits; f is 2 for the queries and keys of attention, whose errors only move the
-        weights of a softmax, and 1 for all others.
+        k times the :func:`units`, within the :func:`limits`, with 8 significant bits.
 
     Raises
     ------
     QuantizationError
-        k is not positive.
+        k is not positive, or the rule unknown.
+    """
+    check_factor(step_factor)
+    return [
+        limited(step_factor * unit, s, rule)
+        for unit, s in zip(units(stats, rule), stats, strict=True)
+    ]
+
+
+def check_factor(step_factor: float) -> None:
+    """Refuse a step factor that is no positive number.
+
+    Raises
+    ------
+    QuantizationError
     """
     if not 0 < step_factor < float("inf"):
         raise QuantizationError(f"the step factor must be positive, not {step_factor}")
-    if not stats:
-        return []
-    mean = sum(s.spec.size for s in stats) / len(stats)
-    found = []
-    for s in stats:
-        sigmas = step_factor * _kind_factor(s.spec.name) * sqrt(s.spec.size / mean + SMALLEST_SHARE)
-        sigmas = min(max(sigmas, FINEST_SIGMAS), COARSEST_SIGMAS)
-        found.append(round_step(s.sigma * sigmas))
-    return found
 
 
 def _kind_factor(name: str) -> float:

@@ -18,6 +18,14 @@ class QuantizationError(WeightvidError, ValueError):
     """Weights or quantizer parameters that cannot be quantized as asked."""
 
 
+class TargetError(WeightvidError, ValueError):
+    """A size, rate or quality that was asked for cannot be reached; the nearest is named."""
+
+
+class EvaluationError(WeightvidError, RuntimeError):
+    """A function that judges a model failed, or returned what cannot be judged."""
+
+
 class FormatError(WeightvidError, ValueError):
     """An archive breaks the format.
 

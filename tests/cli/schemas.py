@@ -30,6 +30,9 @@ PACK = {
     "unused_keeps": [str],
     "seconds": NUMBER,
     "side_files": [str],
+    "step_factor": NUMBER,
+    "encodings": int,
+    "warnings": [str],
 }
 DEFECT = {"code": str, "message": str, "offset": (int, NoneType)}
 UNPACK = {

@@ -1,0 +1,146 @@
+"""Settings of one packing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from weightvid import allocate, tile
+from weightvid.calibration import CalibrationStats
+from weightvid.codec.encode import DEFAULT_PRESET, EncoderSettings
+from weightvid.errors import QuantizationError
+from weightvid.planning.target import Target
+from weightvid.quantize import TrellisParams
+from weightvid.quantize.mantissa import FULL_BITS
+
+MIN_MANTISSA_BITS: Final = 11
+Function = Callable[[dict[str, Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How a model is judged.
+
+    Attributes
+    ----------
+    function : str or callable
+        ``module:function``, ``script.py:function``, or the function itself. It gets a dict of
+        name to tensor (torch tensors if its module imports torch, else numpy arrays) and returns
+        a number, or logits of shape (..., classes), or a tuple of logits and labels.
+    lower_is_better : bool
+        The number is a loss.
+    cache : path or None
+        Folder where finished evaluations are kept; None: the user's cache folder.
+    budget : int or None
+        Evaluations at most; None: about six for each quantized tensor.
+    """
+
+    function: str | Function
+    lower_is_better: bool = False
+    cache: str | os.PathLike[str] | None = None
+    budget: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """Settings of one packing.
+
+    Attributes
+    ----------
+    recipe : str
+        ``balanced``, ``small`` or ``fine``.
+    rule : str
+        ``fidelity``: steps that keep the network's outputs; ``sqnr``: one step for all tensors,
+        without noise shaping, which keeps the weights themselves.
+    step_factor : float or None
+        k of the step rule, instead of the recipe's.
+    target : Target or None
+        Search the step factor for this, instead of taking the recipe's.
+    evaluation : Evaluation or None
+        Measure how sensitive each tensor is, and choose the steps by that.
+    states : int
+        States of the trellis: 4, 8, 16, 32 or 64; 0: the plain uniform quantizer.
+    shaping : bool
+        Round convolutions with noise shaping: smaller errors of the layers' outputs, larger ones
+        of the weights themselves.
+    mantissa_bits : int or None
+        Mantissa bits that 1-D float32 biases, norms and statistics keep, 11..23, instead of the
+        recipe's.
+    calibration : path, CalibrationStats or None
+        Statistics of this very model: its tensors are quantized with error feedback. Tensors
+        without statistics are packed as ever.
+    keep : tuple of str
+        Shell-style patterns of tensor names that are kept exactly.
+    side_files : bool
+        Store the small other files of a folder: configuration, tokenizer.
+    preset : str
+        x265's preset.
+    jobs : int
+        Encoders side by side; 0: one per core.
+    force : bool
+        Replace an existing file.
+    verify : bool
+        Decode the archive and check it before it gets its name.
+    """
+
+    recipe: str = allocate.DEFAULT_RECIPE
+    rule: str = allocate.DEFAULT_RULE
+    step_factor: float | None = None
+    target: Target | None = None
+    evaluation: Evaluation | None = None
+    states: int = 8
+    shaping: bool = True
+    mantissa_bits: int | None = None
+    calibration: str | os.PathLike[str] | CalibrationStats | None = None
+    keep: tuple[str, ...] = ()
+    side_files: bool = True
+    preset: str = DEFAULT_PRESET
+    jobs: int = 0
+    force: bool = False
+    verify: bool = True
+
+    @property
+    def kept_mantissa_bits(self) -> int:
+        """Mantissa bits of 1-D weights: the option, or else the recipe's."""
+        if self.mantissa_bits is not None:
+            return self.mantissa_bits
+        return allocate.recipe(self.recipe).mantissa_bits
+
+    @property
+    def first_factor(self) -> float:
+        """The step factor asked for: the option, or else the recipe's."""
+        return self.step_factor or allocate.recipe(self.recipe).step_factor
+
+    @property
+    def shapes_noise(self) -> bool:
+        """Whether convolutions are rounded with noise shaping."""
+        return self.shaping and self.rule != "sqnr"
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other or themselves.
+
+        Raises
+        ------
+        QuantizationError, CodecError
+        """
+        allocate.recipe(self.recipe)
+        allocate.check_rule(self.rule)
+        if self.step_factor is not None:
+            allocate.check_factor(self.step_factor)
+            if self.target is not None:
+                raise QuantizationError("a target and a step factor exclude each other")
+        if self.target is not None and self.target.measured and self.evaluation is None:
+            raise QuantizationError(f"a target of {self.target.kind} needs an evaluation")
+        if self.evaluation is not None and self.rule == "sqnr":
+            raise QuantizationError("an evaluation and the rule sqnr exclude each other")
+        EncoderSettings(tile.MIN_FRAME_PX, tile.MIN_FRAME_PX, self.preset)
+        if self.states:
+            TrellisParams(1.0, self.states)
+        if not MIN_MANTISSA_BITS <= self.kept_mantissa_bits <= FULL_BITS:
+            raise QuantizationError(
+                f"mantissas keep {MIN_MANTISSA_BITS}..{FULL_BITS} bits, not {self.mantissa_bits}"
+            )
+        if self.jobs < 0:
+            raise QuantizationError(f"the number of jobs must not be negative, as {self.jobs} is")

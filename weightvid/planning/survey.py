@@ -1,0 +1,264 @@
+"""What is known of a checkpoint before anything is quantized, and plans made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+from weightvid import allocate, tile
+from weightvid.calibration import CalibrationStats, TensorMoments, load_stats
+from weightvid.checkpoint import CheckpointReader
+from weightvid.checkpoint.base import shorten
+from weightvid.container.files import store_files
+from weightvid.container.records import Header
+from weightvid.dtypes import LARGEST, PACKABLE
+from weightvid.errors import QuantizationError
+from weightvid.packing.calibrated import fits
+from weightvid.packing.write import WritePlan, is_convolution
+from weightvid.planning.curve import RateCurve, sample_tensor
+from weightvid.planning.options import PackOptions
+from weightvid.progress import Progress, Report, quiet
+from weightvid.quantize import Params, TrellisParams, UniformParams
+from weightvid.quantize.mantissa import FULL_BITS
+from weightvid.quantize.stats import TensorStats, tensor_stats
+from weightvid.spec import TensorSpec
+from weightvid.version import __version__
+
+#: smaller tensors are kept exactly: a frame's share and a sidecar entry would cost more.
+MIN_WEIGHTS: Final = 256
+#: slopes nearer to 1 than this are not stored: 8-bit steps alone move them by 0.8 %.
+_SLOPE_SLACK: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A checkpoint, surveyed.
+
+    Attributes
+    ----------
+    reader : CheckpointReader
+    options : PackOptions
+    stats : mapping of int to TensorStats
+        Of the tensors that are worth quantizing, by id, in order.
+    units : mapping of int to float
+        Step of each at k = 1, before any limit.
+    moments : mapping of int to TensorMoments
+        Useful calibration statistics.
+    calibration : CalibrationStats or None
+    curves : mapping of int to RateCurve
+        Rate against step, from samples; empty unless a target asks for them.
+    """
+
+    reader: CheckpointReader
+    options: PackOptions
+    stats: Mapping[int, TensorStats]
+    units: Mapping[int, float]
+    moments: Mapping[int, TensorMoments] = field(default_factory=dict)
+    calibration: CalibrationStats | None = None
+    curves: Mapping[int, RateCurve] = field(default_factory=dict)
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """All tensors; a tensor's id is its place."""
+        return self.reader.contents.tensors
+
+    @property
+    def weights(self) -> int:
+        """Elements of all floating-point tensors."""
+        return sum(spec.size for spec in self.specs if spec.dtype in PACKABLE)
+
+    def steps(self, factor: float) -> dict[int, float]:
+        """Step of each tensor at a step factor, within its limits."""
+        return {
+            number: allocate.limited(factor * self.units[number], stats, self.options.rule)
+            for number, stats in self.stats.items()
+        }
+
+    def quantizer(self, number: int, step: float) -> Params | None:
+        """Quantizer of a tensor; None if it must be kept exactly at this step.
+
+        The trellis, but for convolutions that are rounded with shaping.
+        """
+        stats, spec = self.stats[number], self.specs[number]
+        if stats.absmax + 2 * step >= LARGEST[spec.dtype]:
+            return None  # a dequantized weight might round to infinity
+        try:
+            if not self.options.states or self.shaped(number):
+                return UniformParams(step)
+            return TrellisParams(step, self.options.states)
+        except QuantizationError:
+            return None  # weights of a size that no ordinary float32 step fits
+
+    def shaped(self, number: int) -> bool:
+        """Whether a tensor is rounded with noise shaping."""
+        convolution = is_convolution(self.specs[number])
+        return self.options.shapes_noise and convolution and number not in self.moments
+
+
+def survey(reader: CheckpointReader, options: PackOptions, progress: Report = quiet) -> Survey:
+    """Read every tensor once.
+
+    Raises
+    ------
+    CheckpointError
+        The source is damaged, or the calibration statistics are of another model.
+    """
+    specs = reader.contents.tensors
+    calibration = _calibration(reader, options)
+    total = sum(spec.size for spec in specs)
+    sampled = options.target is not None or options.evaluation is not None
+    stats: dict[int, TensorStats] = {}
+    curves: dict[int, RateCurve] = {}
+    done = 0
+    for number, spec in enumerate(specs):
+        progress(Progress("survey", done, total))
+        if _may_code(spec, options.keep):
+            array = reader.read(spec.name)
+            found = tensor_stats(array, spec)
+            if found.finite and found.sigma > 0:
+                stats[number] = found
+                if sampled:
+                    curves[number] = RateCurve(sample_tensor(array, spec), spec.size)
+        done += spec.size
+    progress(Progress("survey", total, total))
+    units = dict(zip(stats, allocate.units(list(stats.values()), options.rule), strict=True))
+    return Survey(reader, options, stats, units, _moments(reader, calibration), calibration, curves)
+
+
+def plan_archive(
+    surveyed: Survey, steps: Mapping[int, float], about: Mapping[str, Any] | None = None
+) -> WritePlan:
+    """Plan of the archive with these steps.
+
+    Parameters
+    ----------
+    surveyed : Survey
+    steps : mapping of int to float
+        Of every tensor in ``surveyed.stats``.
+    about : mapping
+        Further entries of the header for people.
+    """
+    options, specs = surveyed.options, surveyed.specs
+    params: dict[int, Params] = {}
+    for number, step in steps.items():
+        quantizer = surveyed.quantizer(number, step)
+        if quantizer is not None:
+            params[number] = quantizer
+    shapes = (tile.matrix_shape(specs[number].shape) for number in params)
+    contents = surveyed.reader.contents
+    entries, boxes = store_files(contents.files) if options.side_files else ((), ())
+    header = Header(
+        tile.choose_geometry(tile.starts(shapes)[-1]),
+        specs,
+        contents.aliases,
+        contents.metadata,
+        {**_about(options), **_about_calibration(surveyed, params), **(about or {})},
+        files=entries,
+    )
+    return WritePlan(
+        header,
+        params,
+        options.preset,
+        options.shapes_noise,
+        options.kept_mantissa_bits,
+        options.keep,
+        options.jobs,
+        surveyed.moments,
+        boxes,
+    )
+
+
+def slopes(
+    steps: Mapping[int, float], units: Mapping[int, float], factor: float
+) -> dict[str, float]:
+    """Slopes of harm against bits, relative to the model's, of the tensors where it isn't 1.
+
+    Parameters
+    ----------
+    steps, units : mapping of int to float
+        By id.
+    factor : float
+        k.
+
+    Returns
+    -------
+    dict of str to float
+        By id as text, three significant digits.
+
+    Examples
+    --------
+    >>> slopes({0: 0.5, 1: 0.25}, {0: 1.0, 1: 1.0}, 0.5)
+    {'1': 0.25}
+    """
+    found = {}
+    for number, step in steps.items():
+        slope = (step / (factor * units[number])) ** 2
+        if abs(slope - 1) > _SLOPE_SLACK:
+            found[str(number)] = float(f"{slope:.3g}")
+    return found
+
+
+def _calibration(reader: CheckpointReader, options: PackOptions) -> CalibrationStats | None:
+    """The statistics to pack with, known to be of this model."""
+    wanted = options.calibration
+    if wanted is None:
+        return None
+    stats = wanted if isinstance(wanted, CalibrationStats) else load_stats(wanted)
+    stats.check(reader)
+    return stats
+
+
+def _moments(
+    reader: CheckpointReader, calibration: CalibrationStats | None
+) -> dict[int, TensorMoments]:
+    """Useful statistics, by the id of their tensor."""
+    found: dict[int, TensorMoments] = {}
+    if calibration is None:
+        return found
+    numbers = {spec.name: number for number, spec in enumerate(reader.contents.tensors)}
+    for name, moments in calibration.tensors.items():
+        number = numbers[reader.spec(name).name]
+        shape = reader.contents.tensors[number].shape
+        if moments.useful and len(shape) >= 2 and fits(tile.matrix_shape(shape), moments):
+            found.setdefault(number, moments)
+    return found
+
+
+def _may_code(spec: TensorSpec, keep: tuple[str, ...]) -> bool:
+    return (
+        spec.dtype in PACKABLE
+        and len(spec.shape) >= 2
+        and spec.size >= MIN_WEIGHTS
+        and not any(fnmatchcase(spec.name, pattern) for pattern in keep)
+    )
+
+
+def _about(options: PackOptions) -> dict[str, Any]:
+    """What the header tells people about the making of the archive."""
+    recipe = options.recipe
+    if options.target is not None:
+        recipe = f"target {options.target.show(options.target.value)}"
+    elif options.step_factor is not None:
+        recipe = f"step {options.step_factor:g}"
+    about: dict[str, Any] = {"generator": f"weightvid {__version__}", "recipe": recipe}
+    if options.rule != allocate.DEFAULT_RULE:
+        about["rule"] = options.rule
+    if options.kept_mantissa_bits < FULL_BITS:
+        about["mantissa_bits"] = options.kept_mantissa_bits
+    return about
+
+
+def _about_calibration(surveyed: Survey, params: Collection[int]) -> dict[str, Any]:
+    """Which quantized tensors had statistics, and which had none."""
+    if surveyed.calibration is None:
+        return {}
+    used = sum(number in surveyed.moments for number in params)
+    about = {"calibration": f"{used} tensors, {surveyed.calibration.samples} samples"}
+    without: Sequence[str] = [
+        surveyed.specs[number].name for number in params if number not in surveyed.moments
+    ]
+    if without:
+        about["uncalibrated"] = shorten(without)
+    return about
