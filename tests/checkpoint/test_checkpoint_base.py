@@ -147,7 +147,7 @@ def test_unknown_output_kind(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="onnxx"):
         create_checkpoint(tmp_path / "x.npz", TWO, kind="onnxx")
     with pytest.raises(CheckpointError, match=r"what kind.*\.safetensors"):
-        create_checkpoint(tmp_path / "x.gguf", TWO)
+        create_checkpoint(tmp_path / "x.tar", TWO)
 
 
 class TestMapping:

@@ -28,7 +28,7 @@ from running import ROOT, Run, Start
         ("pack", "{model}", "--jobs", "-2"),
         ("pack", "{model}", "-o", "{model}"),
         ("unpack", "{archive}"),
-        ("unpack", "{archive}", "-o", "{folder}/m.gguf"),
+        ("unpack", "{archive}", "-o", "{folder}/m.tar"),
         ("unpack", "{archive}", "-o", "{folder}/m.npz", "--dtype", "int4"),
         ("preview", "{archive}", "--frames", "first"),
         ("preview", "{archive}", "--frames", "3-1"),

@@ -96,6 +96,21 @@ def _is_npz(probe: Probe) -> bool:
     return any(name.endswith(".npy") for name in probe.members) and not _has_pickle(probe)
 
 
+def _is_gguf(probe: Probe) -> bool:
+    return probe.head[:4] == b"GGUF"
+
+
+def _is_onnx(probe: Probe) -> bool:
+    """A protobuf message that starts with ``ir_version`` and is named so, or names its producer."""
+    if probe.head[:1] != b"\x08":
+        return False
+    return probe.path.suffix.lower() == ".onnx" or probe.head[2:3] == b"\x12"
+
+
+def _never(probe: Probe) -> bool:
+    return False
+
+
 def _is_folder(probe: Probe) -> bool:
     """Any folder: its reader says what is missing in it."""
     return probe.is_folder
@@ -126,12 +141,25 @@ KINDS: Final[tuple[Kind, ...]] = (
         _is_torch,
     ),
     Kind("npz", "NumPy npz", (".npz",), "weightvid.checkpoint.npz", _is_npz),
+    Kind("gguf", "GGUF", (".gguf",), "weightvid.checkpoint.gguf", _is_gguf, ("gguf-metadata",)),
+    Kind("onnx", "ONNX", (".onnx",), "weightvid.checkpoint.onnx_file", _is_onnx, ("onnx-graph",)),
     Kind("folder", "Hugging Face folder", (), "weightvid.checkpoint.folder", _is_folder, ("file",)),
+    *(
+        Kind(
+            f"gguf-{variant}",
+            "GGUF",
+            (),
+            "weightvid.checkpoint.gguf",
+            _never,
+            ("gguf-metadata",),
+            variant,
+        )
+        for variant in ("f32", "q8_0")
+    ),
 )
 
 #: offset, first bytes there, what the file is and what to do about it.
 _FOREIGN: Final[tuple[tuple[int, bytes, str], ...]] = (
-    (0, b"GGUF", "a GGUF file; this kind is not supported (yet)"),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 (Keras) file; this kind is not supported (yet)"),
     (4, b"TFL3", "a TensorFlow Lite file; this kind is not supported"),
     (0, b"\x93NUMPY", "a single NumPy array without a name; save it with numpy.savez"),
@@ -189,8 +217,8 @@ def understood() -> str:
 
     Examples
     --------
-    >>> understood()
-    'safetensors (.safetensors), PyTorch (.pt .pth .th .bin), NumPy npz (.npz), Hugging Face folder'
+    >>> understood()  # doctest: +ELLIPSIS
+    'safetensors (.safetensors), PyTorch (.pt .pth .th .bin), NumPy npz (.npz), GGUF (.gguf), ...'
     """
     return ", ".join(
         f"{kind.label} ({' '.join(kind.suffixes)})" if kind.suffixes else kind.label
@@ -247,8 +275,6 @@ def _explain(probe: Probe) -> str:
     for offset, magic, what in _FOREIGN:
         if probe.head[offset : offset + len(magic)] == magic:
             return f"it is {what}"
-    if suffix == ".onnx" or (probe.head[0] == 8 and probe.head[2:3] == b"\x12"):
-        return "it is an ONNX file; this kind is not supported (yet)"
     if _is_zip(probe.head):
         if probe.members is None:
             return "it is a zip archive (npz or PyTorch) that is cut short or damaged"

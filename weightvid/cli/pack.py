@@ -23,7 +23,7 @@ def pack(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="A .safetensors, .pt/.pth/.bin or .npz file, or a Hugging Face folder.",
+            help="A .safetensors, .pt/.pth, .npz, .gguf or .onnx file, or a Hugging Face folder.",
         ),
     ],
     archive: Annotated[

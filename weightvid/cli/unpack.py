@@ -25,7 +25,8 @@ def unpack(
             "--output",
             "-o",
             metavar="MODEL",
-            help="The suffix decides the kind: .safetensors, .pt/.pth/.bin, .npz; none: a folder.",
+            help="The suffix decides the kind: .safetensors, .pt/.pth/.bin, .npz, .gguf, .onnx; "
+            "none: a folder.",
         ),
     ],
     tensor: Annotated[
@@ -38,7 +39,7 @@ def unpack(
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="Kind of MODEL, whatever its suffix; folder, for one."),
+        typer.Option(metavar="KIND", help="Kind of MODEL whatever its suffix: folder, gguf-q8_0."),
     ] = None,
     no_side_files: Annotated[
         bool,

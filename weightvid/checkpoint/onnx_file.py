@@ -1,0 +1,212 @@
+"""ONNX models: initializers are the tensors; the graph without them travels as a side file.
+
+Specification: https://github.com/onnx/onnx/blob/main/docs/IR.md and docs/ExternalData.md. Needs the
+``onnx`` package (extra ``onnx``). A model whose weights lie inside the file (at most 2 GB) is held
+in memory; weights in external files are read one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from weightvid.checkpoint.base import Array, CheckpointReader, Contents, check_contents
+from weightvid.checkpoint.onnx_writer import (
+    DTYPES,
+    GRAPH_PATH,
+    GRAPH_ROLE,
+    import_onnx,
+    open_writer,
+)
+from weightvid.dtypes import stored_dtype
+from weightvid.errors import CheckpointError
+from weightvid.spec import SIDE_FILE_BYTES, SideFile, TensorSpec, is_safe_path
+
+__all__ = ["open_reader", "open_writer"]
+
+_NAMES: Final = {number: name for name, number in DTYPES.items()}
+_OPEN_FILES: Final = 4
+
+
+def open_reader(path: Path) -> CheckpointReader:
+    """Open an ONNX model.
+
+    Initializers of types that weightvid lacks (strings, 4-bit integers, ...) stay in the graph.
+
+    Raises
+    ------
+    CheckpointError
+        The ``onnx`` package is missing; the model is damaged; external data are missing, cut
+        short, or lie outside the model's folder.
+    """
+    onnx = import_onnx()
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:
+        # protobuf's exceptions have no common base that is public.
+        raise CheckpointError(f"{path} is no valid ONNX model: {error}") from None
+    if not model.HasField("graph"):
+        raise CheckpointError(f"{path} is no valid ONNX model: it has no graph")
+    return _OnnxReader(path, model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where external bytes lie."""
+
+    path: Path
+    offset: int
+
+
+class _OnnxReader(CheckpointReader):
+    def __init__(self, path: Path, model: Any) -> None:
+        self._path = path
+        self._inline: dict[str, Any] = {}
+        self._places: dict[str, _Place] = {}
+        self._files: dict[Path, BufferedReader] = {}
+        specs: list[TensorSpec] = []
+        names: set[str] = set()
+        for tensor in model.graph.initializer:
+            dtype = _NAMES.get(tensor.data_type)
+            if dtype is None or not tensor.name or tensor.name in names:
+                continue
+            names.add(tensor.name)
+            spec = TensorSpec(tensor.name, dtype, tuple(tensor.dims))
+            specs.append(spec)
+            if _is_external(tensor):
+                self._places[spec.name] = self._place(spec, tensor)
+            else:
+                self._inline[spec.name] = _copy(tensor)
+            _empty(tensor)
+        if any(map(_is_external, _tensors_of(model.graph))):
+            raise CheckpointError(
+                f"{path} keeps tensors in external files that are no initializers of its graph; "
+                "save it with all its data inside"
+            )
+        skipped: tuple[str, ...] = ()
+        files: tuple[SideFile, ...] = ()
+        graph = model.SerializeToString(deterministic=True)
+        if len(graph) <= SIDE_FILE_BYTES:
+            files = (SideFile(GRAPH_PATH, graph, GRAPH_ROLE),)
+        else:
+            skipped = (f"the graph (larger than {SIDE_FILE_BYTES >> 20} MiB without its weights)",)
+        contents = Contents(tuple(specs), skipped=skipped, files=files)
+        check_contents(contents)
+        super().__init__(contents)
+
+    def _place(self, spec: TensorSpec, tensor: Any) -> _Place:
+        fields = {entry.key: entry.value for entry in tensor.external_data}
+        location = fields.get("location", "")
+        if not is_safe_path(location):
+            raise CheckpointError(
+                f"{self._path} keeps tensor {spec.name!r} in {location[:80]!r}, which does not lie "
+                "in its folder"
+            )
+        path = self._path.parent / location
+        try:
+            offset = int(fields.get("offset", 0))
+            length = int(fields.get("length", spec.stored_bytes))
+            size = path.stat().st_size
+        except ValueError:
+            raise CheckpointError(f"{self._path} misplaces tensor {spec.name!r}") from None
+        except OSError:
+            raise CheckpointError(
+                f"{self._path} keeps tensor {spec.name!r} in {location}, which is missing; put it "
+                "beside the model"
+            ) from None
+        if length != spec.stored_bytes or offset < 0:
+            raise CheckpointError(
+                f"tensor {spec.name!r} in {self._path} should have {spec.stored_bytes} bytes and "
+                f"has {length}"
+            )
+        if offset + length > size:
+            raise CheckpointError(f"{path} is cut short: tensor {spec.name!r} lies beyond its end")
+        return _Place(path, offset)
+
+    def _read(self, spec: TensorSpec) -> Array:
+        place = self._places.get(spec.name)
+        if place is None:
+            return self._decode(spec)
+        data = np.empty(spec.stored_bytes, np.uint8)
+        try:
+            file = self._file(place.path)
+            file.seek(place.offset)
+            got = file.readinto(data.data)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {place.path}: {error}") from None
+        if got != data.size:
+            raise CheckpointError(f"{place.path} was cut short while it was open")
+        return data.view(stored_dtype(spec.dtype)).reshape(spec.shape)
+
+    def _decode(self, spec: TensorSpec) -> Array:
+        tensor = self._inline[spec.name]
+        stored = stored_dtype(spec.dtype)
+        try:
+            if tensor.HasField("raw_data"):
+                flat: Array = np.frombuffer(tensor.raw_data, stored)
+            else:
+                made = import_onnx().numpy_helper.to_array(tensor)
+                flat = np.ascontiguousarray(made).reshape(-1).view(stored)
+            return flat.reshape(spec.shape)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"tensor {spec.name!r} in {self._path} is damaged: {error}"
+            ) from None
+
+    def _file(self, path: Path) -> BufferedReader:
+        file = self._files.pop(path, None)
+        if file is None:
+            while len(self._files) >= _OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            file = path.open("rb")
+        self._files[path] = file
+        return file
+
+    def close(self) -> None:
+        super().close()
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        self._inline = {}
+
+
+def _is_external(tensor: Any) -> bool:
+    """Whether a tensor's data lie in another file."""
+    return bool(tensor.data_location == import_onnx().TensorProto.EXTERNAL)
+
+
+def _tensors_of(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for node in graph.node:
+        yield from _tensors_of_attributes(node.attribute)
+
+
+def _tensors_of_attributes(attributes: Iterable[Any]) -> Iterator[Any]:
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        graphs = [attribute.g] if attribute.HasField("g") else []
+        for graph in (*graphs, *attribute.graphs):
+            yield from _tensors_of(graph)
+
+
+def _copy(tensor: Any) -> Any:
+    made = import_onnx().TensorProto()
+    made.CopyFrom(tensor)
+    return made
+
+
+def _empty(tensor: Any) -> None:
+    """Leave name, type and shape of an initializer."""
+    name, data_type, dims = tensor.name, tensor.data_type, list(tensor.dims)
+    tensor.Clear()
+    tensor.name, tensor.data_type = name, data_type
+    tensor.dims.extend(dims)
