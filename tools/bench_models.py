@@ -216,8 +216,9 @@ of the predictions are paired with the original, sample by sample; ± is a stand
 *Same integers in xz*: the archive's own levels as int8 (one tensor after another, natural order), a
 4-byte step each and the archive's exact tensors raw, in one `xz -9e`; no names, shapes or index.
 *Stream over H0*: packets and digits over the sum of the tensors' zero-order entropies (tensors on
-frames); *orders and folds* lie in the sidecars, and are a part of the metadata. *Metadata share*:
-metadata over the file without its exact tensors. Pack includes the check of the finished
+frames). *Orders and folds* lie in the sidecars; they belong to the coding of the levels, and *with
+orders* counts them so. *Metadata*: every other byte of boxes, sidecars, header and index; its share
+is that of the file without its exact tensors. Pack includes the check of the finished
 archive. Peaks are above what was resident after the imports."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import e, log2, pi
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -14,7 +15,7 @@ from weightvid.container.boxes import BOX_HEADER_BYTES, DIGEST_BYTES, LIMITS, UU
 from weightvid.container.exact import LEVEL_DTYPES
 from weightvid.container.fields import integer, items, mapping, parse_params
 from weightvid.container.records import Sidecar, StoredFile, TensorEnd, TensorStart
-from weightvid.container.sidecar import parse_sidecar
+from weightvid.container.sidecar import order_bytes, parse_sidecar
 from weightvid.dtypes import PACKABLE, stored_dtype
 from weightvid.errors import FormatError
 from weightvid.loader import Archive, open_archive
@@ -23,11 +24,14 @@ from weightvid.spec import TensorSpec
 
 #: parts of the byte account, in file order; ``other`` is what no reader of this version knows.
 ACCOUNT: Final = (
-    "ftyp", "moov", "header", "side_files", "sidecars", "digits", "fragment_boxes", "packets",
-    "exact_tensors", "plain_tensors", "index", "mfra", "other",
+    "ftyp", "moov", "header", "side_files", "sidecars", "orders", "digits", "fragment_boxes",
+    "packets", "exact_tensors", "plain_tensors", "index", "mfra", "other",
 )  # fmt: skip
 #: what the levels of the tensors on frames cost.
 STREAM: Final = ("packets", "digits")
+#: bits per weight where the SQNR is not known, and at least.
+_USUAL_RATE: Final = 4.0
+_LEAST_RATE: Final = 0.01
 _BOXES: Final = {b"ftyp": "ftyp", b"moov": "moov", b"moof": "fragment_boxes", b"mfra": "mfra"}
 _UUIDS: Final = {
     boxes.HEADER_UUID: "header",
@@ -60,8 +64,9 @@ class TensorSummary:
         First and last frame.
     sqnr_db : float or None
     bits_per_weight : float or None
-        Its share of packets and digits (where tensors share a frame, by ribbon columns), or of
-        the compressed streams of its box; boxes and sidecar records are not counted.
+        Its share of packets and digits, or of the compressed streams of its box; boxes and sidecar
+        records are not counted. Where tensors share a frame, its bytes are shared out by estimate:
+        a Gaussian tensor of this SQNR takes ``log2(1 + SQNR * pi * e / 6) / 2`` bits per weight.
     """
 
     name: str
@@ -251,7 +256,9 @@ def _gather(
             found.starts |= {start.tensor: start for start in sidecar.starts}
             digits = sum(map(len, sidecar.digits.values()))
             account["digits"] += digits
-            account["sidecars"] += place.size - digits
+            orders = order_bytes(sidecar)
+            account["orders"] += orders
+            account["sidecars"] += place.size - digits - orders
         elif place.kind == boxes.EXACT_UUID:
             _gather_exact(stream, place, tensors, found)
         else:
@@ -329,17 +336,20 @@ def _stream_groups(
 
 
 def _tensors(archive: Archive, found: _Found) -> Iterator[TensorSummary]:
-    used = [0] * len(found.stream_bytes)
+    used = [0.0] * len(found.stream_bytes)
     tiles = [archive.tiles_of(spec.name) for spec in archive.header.tensors]
-    for tile in (tile for each in tiles for tile in each if tile.frame < len(used)):
-        used[tile.frame] += tile.width
+    rates = [_rate(found.ends.get(number)) for number in range(len(tiles))]
+    for each, rate in zip(tiles, rates, strict=True):
+        for tile in each:
+            if tile.frame < len(used):
+                used[tile.frame] += rate * tile.width
     made: dict[str, TensorSummary] = {}
     for number, spec in enumerate(archive.header.tensors):
         common = (spec.name, spec.dtype, spec.shape, spec.size)
         start, end = found.starts.get(number), found.ends.get(number)
         if start is not None and end is not None:
             stream = sum(
-                found.stream_bytes[tile.frame] * tile.width / used[tile.frame]
+                found.stream_bytes[tile.frame] * rates[number] * tile.width / used[tile.frame]
                 for tile in tiles[number]
             )
             summary = TensorSummary(
@@ -365,6 +375,13 @@ def _tensors(archive: Archive, found: _Found) -> Iterator[TensorSummary]:
         yield TensorSummary(
             alias, first.dtype, first.shape, first.weights, first.coding, alias_of=target
         )
+
+
+def _rate(end: TensorEnd | None) -> float:
+    """Bits per weight of a Gaussian tensor that ends like this; a mean rate if that is unknown."""
+    if end is None or end.sqnr_db is None:
+        return _USUAL_RATE
+    return max(0.5 * log2(1 + 10 ** (end.sqnr_db / 10) * pi * e / 6), _LEAST_RATE)
 
 
 def _quantizer(params: Params) -> str:

