@@ -104,14 +104,11 @@ class Bench:
         """weightvid as it is; set for SQNR; and each variant of the command line.
 
         Steps and shaping by default give away SQNR for the outputs' sake, so rates at equal SQNR
-        need settings of their own. Shaping is for convolutions: a model without any is not
-        measured twice for its sake.
+        need settings of their own.
         """
-        main, changes = _settings(self.options.pack), _settings(self.options.sqnr_pack)
+        main = _settings(self.options.pack)
         found = [("weightvid", main)]
-        if not any(t.is_floating_point() and t.dim() > 2 for t in self.model.state.values()):
-            changes.pop("shaping", None)
-        if changes:
+        if self.options.sqnr_pack:
             found.append((FOR_SQNR, {**main, **_settings(self.options.sqnr_pack)}))
         return found + [(name, _settings(text)) for name, text in self.options.variant]
 
@@ -301,7 +298,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--nncodec", type=Path, metavar="PYTHON", help="interpreter that has it (NNCODEC.md)")
     add("--pack", default="", metavar="KEY=VALUE,...", help="further PackOptions")
-    add("--sqnr-pack", default="shaping=false", help="PackOptions of the curve set for SQNR")
+    add("--sqnr-pack", default="rule=sqnr", help="PackOptions of the curve set for SQNR")
     add("--variant", nargs=2, action="append", default=[], metavar=("NAME", "KEY=VALUE,..."))
     add("--stride", type=int, help="measure every N-th point alone")
     add("--samples", type=int, help="evaluate on so many samples")

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.container import reader
+from weightvid.container.reader import Fragment, Source
 from weightvid.loader import open_archive
 from weightvid.summary import summarize_archive
 
@@ -87,6 +89,16 @@ def exact_names(path: Path) -> list[str]:
     with open_archive(path) as archive:
         infos = (archive.info(name) for name in archive.names)
         return [info.name for info in infos if info.coding == "exact" and not info.alias_of]
+
+
+def fragments(path: Path) -> Iterator[Fragment]:
+    """Every frame's packet with its sidecar, in file order."""
+    with path.open("rb") as stream:
+        source = Source(stream)
+        head = reader.read_head(source)
+        for event in reader.read_events(source, head):
+            if isinstance(event, Fragment):
+                yield event
 
 
 def account(path: Path) -> Account:
