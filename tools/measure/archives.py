@@ -48,12 +48,14 @@ class Account:
 
     @property
     def overhead(self) -> float:
-        """Packets and digits over the entropy of the levels on frames, as a fraction."""
-        return self.stream_bytes / self.video_entropy_bytes - 1
+        """Packets and digits over the entropy of the levels on frames, as a fraction; 0: none."""
+        return self.stream_bytes / self.video_entropy_bytes - 1 if self.stream_bytes else 0.0
 
     @property
     def overhead_with_layout(self) -> float:
         """The same with orders and folds counted."""
+        if not self.stream_bytes:
+            return 0.0
         return (self.stream_bytes + self.layout_bytes) / self.video_entropy_bytes - 1
 
     @property
