@@ -45,12 +45,12 @@ def pack(settings: Record) -> Record:
     """Pack ``source`` to ``archive`` with ``options``; ``whole``: every level wholly as video."""
     from safetensors import safe_open  # noqa: F401 - what packing imports is no part of it
 
-    import weightvid.packing.layout
     from weightvid.pack import PackOptions, pack_checkpoint
+    from weightvid.packing import layout
     from weightvid.tile import Fold
 
     if settings.get("whole"):
-        weightvid.packing.layout.fold_for = lambda _: Fold()
+        vars(layout)["fold_for"] = lambda mean_magnitude: Fold()
     options = PackOptions(force=True, **settings["options"])
     return measured(lambda: pack_checkpoint(settings["source"], settings["archive"], options))
 
