@@ -145,8 +145,8 @@ from after its imports; ratios are taken within a round. Packing reads the check
 writes the archive, without the check that `pack` makes by default. Loading iterates over the
 archive with every hash checked (frames and tensors). Most of an archive's bits are digits beside
 the video, so its packets alone decode fast; *wholly as video* is the same checkpoint packed
-without that split, what a plain HEVC archive would have to decode. NNCodec's encoder and decoder run on one
-core, from memory to memory, with dependent quantization."""
+without that split, what a plain HEVC archive would have to decode. NNCodec's encoder and decoder
+run on one core, from memory to memory, with dependent quantization."""
 
 
 def markdown(record: Record) -> str:
