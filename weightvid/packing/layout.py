@@ -15,11 +15,13 @@ from weightvid.tile.order import MAX_ENERGY, Energies, EnergyOrder
 Levels = npt.NDArray[np.int8]
 
 #: one class of energy is this factor in the mean magnitude of levels, as a power of two.
-_CLASS_OCTAVES: Final = 0.25
+_CLASS_OCTAVES: Final = 0.5
 #: radius of the core in standard deviations of the class, and from which deviation on two and
 #: three magnitudes of the tail share a sample.
-_CORE_SIGMAS: Final = 1.5
+_CORE_SIGMAS: Final = 1.8
 _WIDER_FROM: Final = (3.0, 8.0)
+#: radii of cores: each takes a stream with a code of its own, so few are better than all.
+_RADII: Final = (1, 2, 4, 7, 11, MAX_CORE)
 #: what an order takes in the sidecar beside its energies and folds.
 _ORDER_BYTES: Final = 8
 #: rows and columns within so many classes of the mean are told apart.
@@ -115,4 +117,4 @@ def fold_for(mean_magnitude: float) -> Fold:
     if core < 1:
         return Fold()
     width = 1 if sigma < _WIDER_FROM[0] else 2 if sigma < _WIDER_FROM[1] else 3
-    return Fold(min(core, MAX_CORE), width)
+    return Fold(min(_RADII, key=lambda radius: (abs(radius - core), radius)), width)

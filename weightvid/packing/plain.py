@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from math import ceil, log2
+from math import ceil
 from typing import Final
 
 import numpy as np
@@ -20,6 +20,8 @@ from weightvid.tile.layout import cut
 _ENTRY_BYTES: Final = 40
 #: HEVC codes samples this much above their zero-order entropy, class by class.
 _HEVC_OVERHEAD: Final = 1.05
+#: and Huffman codes the digits so much above theirs.
+_HUFFMAN_OVERHEAD: Final = 1.01
 #: so many bytes of a large tensor tell how well it compresses.
 _PROBE_BYTES: Final = 1 << 17
 #: matches that save so much speak for repeats, and when they come so near, LZMA is tried.
@@ -92,12 +94,13 @@ def video_bytes(coded: CodedTensor) -> int:
     for first, last, fold in cut(layout.segments(rows, columns), 0, sequence.size):
         samples, core, tail = fold_levels(sequence[first:last], fold)
         bits += _HEVC_OVERHEAD * _entropy_bits(samples)
-        bits += core.size * log2(2 * fold.core + 1) + tail.size * log2(fold.width)
+        bits += _HUFFMAN_OVERHEAD * (_entropy_bits(core) + _entropy_bits(tail))
     side = 0 if layout.order is None else layout.order.rows.size + layout.order.columns.size
     return ceil((bits + 2.5 * side) / 8) + _ENTRY_BYTES + 4 * len(coded.escapes.index)
 
 
 def _entropy_bits(samples: npt.NDArray[np.uint8]) -> float:
+    """Zero-order entropy; nothing takes no bits."""
     counts = np.bincount(samples, minlength=256)
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / samples.size)).sum())
