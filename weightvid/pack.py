@@ -20,6 +20,8 @@ from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError
 from weightvid.loader import open_archive
+from weightvid.packing.engines import open_workers
+from weightvid.packing.workers import Workers
 from weightvid.packing.write import WritePlan, Written, write_archive
 from weightvid.planning.caution import cautions
 from weightvid.planning.options import MIN_MANTISSA_BITS, Evaluation, PackOptions
@@ -140,13 +142,15 @@ def _pack(
     options.check()
     output = AtomicFile(destination, force=options.force)
     try:
-        surveyed = survey(reader, options, progress)
-        encoder = _Encoder(surveyed, cast(BinaryIO, output.file), progress)
-        encodings = 1
-        if options.target is None:
-            made = encoder.encode(options.first_factor)
-        else:
-            made, encodings = search(surveyed, options.target, encoder.encode)
+        with open_workers(options.cluster, options.jobs) as workers:
+            workers.folder = output.temporary.parent
+            surveyed = survey(reader, options, progress, workers)
+            encoder = _Encoder(surveyed, cast(BinaryIO, output.file), workers, progress)
+            encodings = 1
+            if options.target is None:
+                made = encoder.encode(options.first_factor)
+            else:
+                made, encodings = search(surveyed, options.target, encoder.encode)
         if options.verify:
             _verify(encoder.stream, reader, progress)
     except BaseException:
@@ -193,9 +197,12 @@ class _Encoder:
     plan: WritePlan
     written: Written
 
-    def __init__(self, surveyed: Survey, stream: BinaryIO, progress: Report) -> None:
+    def __init__(
+        self, surveyed: Survey, stream: BinaryIO, workers: Workers, progress: Report
+    ) -> None:
         self.stream = stream
         self._surveyed = surveyed
+        self._workers = workers
         self._progress = progress
 
     def encode(self, factor: float) -> Trial:
@@ -213,8 +220,8 @@ class _Encoder:
         self.plan = plan_archive(self._surveyed, steps, about)
         self.stream.seek(0)
         self.stream.truncate()
-        read = self._surveyed.reader.read
-        self.written = write_archive(self.stream, self.plan, read, self._progress)
+        source = self._workers.source(self._surveyed.reader)
+        self.written = write_archive(self.stream, self.plan, source, self._workers, self._progress)
         return Trial(factor, self.stream.tell(), self.written.sqnr_db)
 
 
