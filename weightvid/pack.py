@@ -20,6 +20,7 @@ from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError
 from weightvid.loader import open_archive
+from weightvid.loader.stream import Spill
 from weightvid.packing.engines import open_workers
 from weightvid.packing.workers import Workers
 from weightvid.packing.write import WritePlan, Written, write_archive
@@ -152,7 +153,7 @@ def _pack(
             else:
                 made, encodings = search(surveyed, options.target, encoder.encode)
         if options.verify:
-            _verify(encoder.stream, reader, progress)
+            _verify(encoder.stream, output.temporary.parent, reader, progress)
     except BaseException:
         output.abort()
         raise
@@ -225,16 +226,19 @@ class _Encoder:
         return Trial(factor, self.stream.tell(), self.written.sqnr_db)
 
 
-def _verify(stream: BinaryIO, reader: CheckpointReader, progress: Report) -> None:
+def _verify(stream: BinaryIO, folder: Path, reader: CheckpointReader, progress: Report) -> None:
     stream.seek(0)
     specs = reader.contents.tensors
-    total = sum(spec.size for spec in specs)
-    done = 0
+    total, total_bytes = sum(s.size for s in specs), sum(s.stored_bytes for s in specs)
+    done = done_bytes = 0
+    progress(Progress("verify", 0, total, 0, total_bytes))
     try:
         with open_archive(stream, check_tensors=True) as archive:
-            for spec, _ in archive.iter_stored():
-                done += spec.size
-                progress(Progress("verify", done, total))
+            for _, parts in archive.iter_parts(spill=Spill(folder)):
+                for part in parts:
+                    done += part.size
+                    done_bytes += part.nbytes
+                    progress(Progress("verify", done, total, done_bytes, total_bytes))
     except FormatError as error:
         raise FormatError(
             f"the archive does not decode to what was packed, and has been discarded: {error}",

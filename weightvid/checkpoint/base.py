@@ -224,7 +224,8 @@ class CheckpointWriter(ABC):
             flat = np.ascontiguousarray(part).reshape(-1)
             if done + flat.size > spec.size or flat.dtype != stored_dtype(spec.dtype):
                 raise CheckpointError(f"tensor {name!r} comes as something else than announced")
-            self._write_part(spec, done, flat)
+            if flat.size:
+                self._write_part(spec, done, flat)
             done += flat.size
         if not spec.size:
             self._write_part(spec, 0, np.empty(0, stored_dtype(spec.dtype)))

@@ -16,7 +16,7 @@ from weightvid.container.exact import (
 )
 from weightvid.container.writer import ArchiveWriter
 from weightvid.dtypes import stored_dtype
-from weightvid.packing.quantized import CodedTensor, place_escapes
+from weightvid.packing.quantized import CodedTensor
 from weightvid.packing.workers import Outbox
 from weightvid.spec import TensorSpec
 
@@ -90,7 +90,7 @@ class ExactWriter:
         part = PART_BYTES // dtype.itemsize
         for first in range(0, size, part):
             levels = read(first, min(size, first + part))
-            piece = place_escapes(levels, coded.escapes, first).astype(dtype)
+            piece = coded.escapes.placed_in(levels, first).astype(dtype)
             self._add(ExactItem(tensor, first, piece.size, piece.view(np.uint8), plain))
 
     def _add(self, item: ExactItem) -> None:

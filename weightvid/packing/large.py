@@ -14,7 +14,7 @@ from weightvid.container.records import TENSOR_HASH_BYTES, Escapes
 from weightvid.dtypes import from_float32
 from weightvid.packing.layout import Magnitudes, kernel_size, layout_for
 from weightvid.packing.plain import LevelBytes, PlaneBytes, choose_coding, video_bytes
-from weightvid.packing.quantized import CodedTensor, join_escapes, place_escapes
+from weightvid.packing.quantized import CodedTensor, join_escapes
 from weightvid.packing.quantizer import Coded, Request, Rows
 from weightvid.quantize import Params, dequantize
 from weightvid.scratch import Scratch
@@ -63,7 +63,7 @@ class LargeTensor:
         self._escapes.append(block.escapes)
 
     def _dequantized(self, block: Rows) -> Iterator[npt.NDArray[np.generic]]:
-        exact = place_escapes(block.levels, block.escapes)
+        exact = block.escapes.placed_in(block.levels)
         yield from_float32(dequantize(exact, block.params), self._request.spec.dtype)
 
     def finish(self) -> Coded:

@@ -91,24 +91,6 @@ def join_escapes(parts: Sequence[Escapes], sizes: Sequence[int]) -> Escapes:
     return Escapes(np.concatenate(index), np.concatenate([part.level for part in parts]))
 
 
-def place_escapes(
-    levels: npt.NDArray[np.int8], escapes: Escapes, first: int = 0
-) -> npt.NDArray[np.integer]:
-    """True levels of a part of a matrix whose element ``first`` comes first.
-
-    Returns
-    -------
-    ndarray
-        ``levels`` itself if no level was clipped there, else int32.
-    """
-    begin, end = np.searchsorted(escapes.index, (first, first + levels.size))
-    if begin == end:
-        return levels
-    wide = levels.astype(np.int32)
-    wide.reshape(-1)[escapes.index[begin:end] - first] = escapes.level[begin:end]
-    return wide
-
-
 @dataclass(frozen=True, slots=True)
 class Restored:
     """What a reader will make of some levels, and how far it is from the weights.
@@ -140,7 +122,7 @@ def restore(
     step = rows if getattr(params, "axis", 1) == 0 else max(1, _BLOCK // columns)
     for begin in range(0, rows, step):
         end = min(rows, begin + step)
-        exact = place_escapes(levels[begin:end], escapes, begin * columns)
+        exact = escapes.placed_in(levels[begin:end], begin * columns)
         stored = from_float32(dequantize(exact, params), dtype)
         found.append(stored)
         weights = to_float32(matrix[begin:end], dtype)

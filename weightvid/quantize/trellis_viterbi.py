@@ -233,9 +233,9 @@ class LaneBlock:
         subset = subsets[part, lanes].astype(np.intp)
         cell = self._cells[part, lanes]
         cells = 2 * table.middle
-        level: npt.NDArray[np.int32] = np.take(
-            table.level.ravel(), subset * cells + cell
-        ).astype(np.int32)
+        level: npt.NDArray[np.int32] = np.take(table.level.ravel(), subset * cells + cell).astype(
+            np.int32
+        )
         if table.peaked:
             far = np.nonzero((cell == 0) | (cell == cells - 1))
             exact = self.scaled[part, lanes][far].astype(np.float64)
