@@ -46,7 +46,8 @@ class LargeTensor:
         self._sizes: list[int] = []
         self._escapes: list[Escapes] = []
         self._params: Params = request.params
-        self._magnitudes: list[Magnitudes] = []
+        self._row_sums: list[npt.NDArray[np.int64]] = []
+        self._column_sums = np.zeros(self._shape[1], np.int64)
         self._noise = self._power = 0.0
 
     def take(self, block: Rows) -> None:
@@ -59,7 +60,8 @@ class LargeTensor:
         self._noise += block.restored.noise
         self._power += block.restored.power
         self._sizes.append(block.levels.size)
-        self._magnitudes.append(block.magnitudes)
+        self._row_sums.append(block.magnitudes.rows)
+        self._column_sums += block.magnitudes.columns
         self._escapes.append(block.escapes)
 
     def _dequantized(self, block: Rows) -> Iterator[npt.NDArray[np.generic]]:
@@ -70,7 +72,9 @@ class LargeTensor:
         """Choose layout and coding; the levels of the result are to be closed."""
         spec, escapes = self._request.spec, join_escapes(self._escapes, self._sizes)
         layout = layout_for(
-            Magnitudes.join(self._magnitudes), kernel_size(spec.shape), self._row_blocks()
+            Magnitudes(np.concatenate(self._row_sums), self._column_sums),
+            kernel_size(spec.shape),
+            self._row_blocks(),
         )
         sha256 = self._digest.digest()[:TENSOR_HASH_BYTES]
         tensor = CodedTensor(spec, self._params, escapes, layout, sha256, self._noise, self._power)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import log2, pi, prod, sqrt
 from typing import Final
@@ -62,12 +62,6 @@ class Magnitudes:
         magnitude = np.abs(levels).view(np.uint8)
         rows = magnitude.sum(axis=1, dtype=np.int64)
         return cls(rows, magnitude.sum(axis=0, dtype=np.int64))
-
-    @classmethod
-    def join(cls, parts: Sequence[Magnitudes]) -> Magnitudes:
-        """Sums of a matrix from those of its blocks."""
-        rows = np.concatenate([part.rows for part in parts])
-        return cls(rows, np.sum([part.columns for part in parts], axis=0, dtype=np.int64))
 
 
 def choose_layout(levels: Levels, kernel: int) -> Layout:

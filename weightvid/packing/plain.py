@@ -31,7 +31,7 @@ _PROMISING: Final = 1.5
 #: the plain way must save more than the estimate of the video's size may be off.
 _MARGIN: Final = 0.95
 #: levels counted at a time.
-_BLOCK_LEVELS: Final = 1 << 18
+_BLOCK_LEVELS: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
