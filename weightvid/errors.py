@@ -69,5 +69,9 @@ class CodecError(WeightvidError, RuntimeError):
     """The video encoder or decoder failed."""
 
 
+class ClusterError(WeightvidError, RuntimeError):
+    """A cluster cannot be reached, or gave up on the work."""
+
+
 class OutputError(WeightvidError, OSError):
     """An output file cannot be written (exists, disk full, no permission)."""

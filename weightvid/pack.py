@@ -20,6 +20,9 @@ from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError
 from weightvid.loader import open_archive
+from weightvid.loader.stream import Spill
+from weightvid.packing.engines import open_workers
+from weightvid.packing.workers import Workers
 from weightvid.packing.write import WritePlan, Written, write_archive
 from weightvid.planning.caution import cautions
 from weightvid.planning.options import MIN_MANTISSA_BITS, Evaluation, PackOptions
@@ -140,15 +143,17 @@ def _pack(
     options.check()
     output = AtomicFile(destination, force=options.force)
     try:
-        surveyed = survey(reader, options, progress)
-        encoder = _Encoder(surveyed, cast(BinaryIO, output.file), progress)
-        encodings = 1
-        if options.target is None:
-            made = encoder.encode(options.first_factor)
-        else:
-            made, encodings = search(surveyed, options.target, encoder.encode)
+        with open_workers(options.cluster, options.jobs) as workers:
+            workers.folder = output.temporary.parent
+            surveyed = survey(reader, options, progress, workers)
+            encoder = _Encoder(surveyed, cast(BinaryIO, output.file), workers, progress)
+            encodings = 1
+            if options.target is None:
+                made = encoder.encode(options.first_factor)
+            else:
+                made, encodings = search(surveyed, options.target, encoder.encode)
         if options.verify:
-            _verify(encoder.stream, reader, progress)
+            _verify(encoder.stream, output.temporary.parent, reader, progress)
     except BaseException:
         output.abort()
         raise
@@ -193,9 +198,12 @@ class _Encoder:
     plan: WritePlan
     written: Written
 
-    def __init__(self, surveyed: Survey, stream: BinaryIO, progress: Report) -> None:
+    def __init__(
+        self, surveyed: Survey, stream: BinaryIO, workers: Workers, progress: Report
+    ) -> None:
         self.stream = stream
         self._surveyed = surveyed
+        self._workers = workers
         self._progress = progress
 
     def encode(self, factor: float) -> Trial:
@@ -213,21 +221,24 @@ class _Encoder:
         self.plan = plan_archive(self._surveyed, steps, about)
         self.stream.seek(0)
         self.stream.truncate()
-        read = self._surveyed.reader.read
-        self.written = write_archive(self.stream, self.plan, read, self._progress)
+        source = self._workers.source(self._surveyed.reader)
+        self.written = write_archive(self.stream, self.plan, source, self._workers, self._progress)
         return Trial(factor, self.stream.tell(), self.written.sqnr_db)
 
 
-def _verify(stream: BinaryIO, reader: CheckpointReader, progress: Report) -> None:
+def _verify(stream: BinaryIO, folder: Path, reader: CheckpointReader, progress: Report) -> None:
     stream.seek(0)
     specs = reader.contents.tensors
-    total = sum(spec.size for spec in specs)
-    done = 0
+    total, total_bytes = sum(s.size for s in specs), sum(s.stored_bytes for s in specs)
+    done = done_bytes = 0
+    progress(Progress("verify", 0, total, 0, total_bytes))
     try:
         with open_archive(stream, check_tensors=True) as archive:
-            for spec, _ in archive.iter_stored():
-                done += spec.size
-                progress(Progress("verify", done, total))
+            for _, parts in archive.iter_parts(spill=Spill(folder)):
+                for part in parts:
+                    done += part.size
+                    done_bytes += part.nbytes
+                    progress(Progress("verify", done, total, done_bytes, total_bytes))
     except FormatError as error:
         raise FormatError(
             f"the archive does not decode to what was packed, and has been discarded: {error}",

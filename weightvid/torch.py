@@ -15,10 +15,9 @@ import torch
 
 from weightvid.checkpoint import CheckpointReader, Contents
 from weightvid.checkpoint.torch_file import from_stored, to_stored
-from weightvid.dtypes import SUB_BYTE
+from weightvid.dtypes import SUB_BYTE, stored_dtype
 from weightvid.errors import CheckpointError
 from weightvid.loader import Archive, open_archive
-from weightvid.loader.assemble import Quantized
 from weightvid.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -235,9 +234,9 @@ def load_into(
         )
         unexpected = tuple(name for name in archive.names if name not in by_name)
         _check_fit(module, archive, by_name, (missing, unexpected) if strict else ((), ()))
-        for spec, slots_wanted, array in _wanted(archive, by_name):
+        for spec, slots_wanted, parts in _wanted(archive, by_name):
             with torch.no_grad():
-                _fill(slots_wanted, from_stored(array, spec.dtype), torch.device(device))
+                _fill(slots_wanted, spec, parts, torch.device(device))
     on_meta = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
     return LoadReport(missing, unexpected, tuple(on_meta))
 
@@ -289,35 +288,58 @@ def _check_fit(
 
 def _wanted(
     archive: Archive, by_name: Mapping[str, _Slot]
-) -> Iterator[tuple[TensorSpec, list[_Slot], Array]]:
-    """Tensors that the module has, with every slot that wants them."""
+) -> Iterator[tuple[TensorSpec, list[_Slot], Iterator[Array]]]:
+    """Tensors that the module has, in parts, with every slot that wants them."""
     names: dict[str, list[str]] = defaultdict(list)
     for alias, target in archive.header.aliases.items():
         names[target].append(alias)
-    for spec, value in archive.iter_quantized():
+    for spec, parts in archive.iter_parts():
         found = {
             id(slot): slot
             for name in (spec.name, *names[spec.name])
             if (slot := by_name.get(name)) is not None
         }
         if found:
-            array = value.stored(check=True) if isinstance(value, Quantized) else value
-            yield spec, list(found.values()), array
+            yield spec, list(found.values()), parts
 
 
-def _fill(slots: list[_Slot], value: torch.Tensor, device: torch.device) -> None:
-    """Put a value into slots; the first on the meta device takes the memory itself."""
-    taken = False
+def _fill(
+    slots: list[_Slot], spec: TensorSpec, parts: Iterator[Array], device: torch.device
+) -> None:
+    """Put a tensor into slots, part by part; those on the meta device get memory first."""
     for slot in slots:
-        old = slot.tensor
-        if not old.is_meta:
-            old.copy_(value)
+        if slot.tensor.is_meta:
+            _materialize(slot, _empty_like(slot.tensor, spec, device))
+    # Parts of a slot without gaps go where they belong at once; others wait for the whole.
+    direct = [slot.tensor for slot in slots if slot.tensor.is_contiguous()]
+    flats = [tensor.detach().view(-1) for tensor in direct]
+    whole = len(direct) < len(slots) or spec.dtype in SUB_BYTE
+    kept: list[Array] = []
+    done = 0
+    for part in parts:
+        if whole:
+            kept.append(part.reshape(-1))
             continue
-        # What the module does not tie must not share memory, though the archive stores it once.
-        new = value.clone() if taken else value
-        new, taken = new.to(device), True
-        if isinstance(old, torch.nn.Parameter):
-            new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
-        for registry, key in slot.owners:
-            registry[key] = new
-        slot.tensor = new
+        value = from_stored(part.reshape(-1), spec.dtype)
+        for flat in flats:
+            flat[done : done + value.numel()].copy_(value)
+        done += part.size
+    if whole:
+        array = kept[0] if len(kept) == 1 else np.concatenate(kept)
+        value = from_stored(array.reshape(spec.shape), spec.dtype)
+        for slot in slots:
+            slot.tensor.detach().copy_(value)
+
+
+def _empty_like(old: torch.Tensor, spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    """Memory for a tensor from the meta device, in the archive's dtype."""
+    dtype = from_stored(np.empty((0, 2), stored_dtype(spec.dtype)), spec.dtype).dtype
+    return torch.empty(tuple(old.shape), dtype=dtype, device=device)
+
+
+def _materialize(slot: _Slot, new: torch.Tensor) -> None:
+    if isinstance(slot.tensor, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, requires_grad=slot.tensor.requires_grad)
+    for registry, key in slot.owners:
+        registry[key] = new
+    slot.tensor = new

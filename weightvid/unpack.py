@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,7 +21,7 @@ from weightvid.container.records import Header
 from weightvid.dtypes import PACKABLE, from_float32, stored_dtype, to_float32
 from weightvid.errors import CheckpointError, FormatError, TensorNotFoundError, TruncatedError
 from weightvid.loader import Archive, open_archive
-from weightvid.loader.assemble import Quantized
+from weightvid.loader.stream import Spill
 from weightvid.progress import Progress, Report, quiet
 from weightvid.salvage import Defect, Salvage
 from weightvid.spec import SideFile, TensorSpec
@@ -195,13 +195,11 @@ def _unpack(
     contents = replace(contents, files=files)
     total = sum(spec.size for spec in contents.tensors)
     with create_checkpoint(destination, contents, force=options.force, kind=options.kind) as writer:
-        done = 0
-        for spec, array in _read(archive, selection, sequential=not missing):
+        told = _Told(total, sum(spec.stored_bytes for spec in contents.tensors), progress)
+        for spec, parts in _read(archive, selection, _spill(destination), not missing):
             output = selection.names[spec.name]
             dtype = options.dtype if output in converted else None
-            writer.write(output, array if dtype is None else convert(array, spec, dtype))
-            done += spec.size
-            progress(Progress("decode", done, total))
+            writer.write_parts(output, told.parts(parts, spec, dtype))
         notes = writer.notes
     return UnpackReport(
         tensors=len(contents.tensors),
@@ -215,6 +213,34 @@ def _unpack(
         seconds=0.0,
         side_files=tuple(file.path for file in files),
     )
+
+
+@dataclass(slots=True)
+class _Told:
+    """Progress, in weights and in bytes of the checkpoint that is written."""
+
+    total: int
+    total_bytes: int
+    progress: Report
+    done: int = 0
+    done_bytes: int = 0
+
+    def parts(self, parts: Iterable[Array], spec: TensorSpec, dtype: str | None) -> Iterator[Array]:
+        """Parts of a tensor on their way to the writer, converted if asked."""
+        for part in parts:
+            made = part if dtype is None else convert(part, spec, dtype)
+            yield made
+            self.done += part.size
+            self.done_bytes += made.nbytes
+            self.progress(
+                Progress("decode", self.done, self.total, self.done_bytes, self.total_bytes)
+            )
+
+
+def _spill(destination: Path) -> Spill:
+    """Levels of large tensors wait beside what is being written: there is room, or else no use."""
+    folder = destination.resolve().parent
+    return Spill(folder if folder.is_dir() else None)
 
 
 def _size(path: Path) -> int:
@@ -298,19 +324,19 @@ def _contents(
 
 
 def _read(
-    archive: Archive, selection: _Selection, *, sequential: bool
-) -> Iterator[tuple[TensorSpec, Array]]:
-    """Wanted tensors; decodes nothing else where that can be helped."""
+    archive: Archive, selection: _Selection, spill: Spill, sequential: bool
+) -> Iterator[tuple[TensorSpec, Iterable[Array]]]:
+    """Wanted tensors, in parts; decodes nothing else where that can be helped."""
     everything = len(selection.names) == len(archive.header.tensors)
     if archive.complete is not None and not (everything and sequential):
-        yield from archive.iter_selected(selection.names)
+        yield from archive.iter_parts(selection.names, spill)
         return
     left = set(selection.names)
     try:
-        for spec, value in archive.iter_quantized():
+        for spec, parts in archive.iter_parts(None, spill):
             if spec.name in left:
                 left.discard(spec.name)
-                yield spec, value.stored(check=True) if isinstance(value, Quantized) else value
+                yield spec, parts
             if not left and not everything:
                 return  # the rest of a pipe need not arrive
     except TruncatedError as error:

@@ -17,16 +17,25 @@ import numpy.typing as npt
 from weightvid.checkpoint.mapping import from_mapping
 from weightvid.codec import bitstream
 from weightvid.codec.encode import EncoderSettings, HevcEncoder
-from weightvid.container.exact import LEVEL_DTYPES, ExactItem, PlainLevels
+from weightvid.container.exact import LEVEL_DTYPES, ExactItem, PlainLevels, exact_payload
 from weightvid.container.records import TENSOR_HASH_BYTES, Header
 from weightvid.container.writer import ArchiveWriter
 from weightvid.dtypes import STORED, from_float32
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.packing.frames import FrameWriter
 from weightvid.packing.quantized import CodedTensor, split_levels
+from weightvid.packing.workers import Outbox, Workers
 from weightvid.quantize import Params, TrellisParams, UniformParams, dequantize
 from weightvid.spec import TensorSpec
-from weightvid.tile import PLAIN_LAYOUT, EnergyOrder, Fold, FrameGeometry, Layout, matrix_shape
+from weightvid.tile import (
+    PLAIN_LAYOUT,
+    EnergyOrder,
+    Fold,
+    FrameGeometry,
+    Layout,
+    matrix_shape,
+    to_sequence,
+)
 
 Matrix = npt.NDArray[np.int32]
 Array = np.ndarray[Any, Any]
@@ -70,18 +79,18 @@ def _hash(levels: Matrix, params: Params, spec: TensorSpec) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(stored).data).digest()[:TENSOR_HASH_BYTES]
 
 
-def _coded(entry: Coded) -> CodedTensor:
+def _coded(entry: Coded) -> tuple[CodedTensor, npt.NDArray[np.int8]]:
     inner, escapes = split_levels(entry.levels)
-    return CodedTensor(
+    coded = CodedTensor(
         spec=entry.spec,
         params=entry.params,
-        levels=inner,
         escapes=escapes,
         layout=entry.layout,
         sha256=_hash(entry.levels, entry.params, entry.spec),
         noise=1.0,
         power=100.0,
     )
+    return coded, to_sequence(inner, entry.layout.order)
 
 
 def _items(number: int, entry: Plain | Exact) -> list[ExactItem]:
@@ -115,10 +124,10 @@ def build(
     stream = io.BytesIO()
     writer = ArchiveWriter(stream, header, bitstream.hvcc(HevcEncoder(settings).parameter_sets))
     with ThreadPoolExecutor(1) as executor:
-        frames = FrameWriter(writer, settings, executor, 1)
+        frames = FrameWriter(writer, settings, Outbox(Workers(executor, 1)))
         for number, entry in enumerate(entries):
             if isinstance(entry, Coded):
-                frames.add(number, _coded(entry))
+                frames.add(number, *_coded(entry))
         frames.flush()
     boxes: list[list[ExactItem]] = []
     for number, entry in enumerate(entries):
@@ -128,7 +137,7 @@ def build(
                     boxes.append([])
                 boxes[-1].append(item)
     for box in boxes:
-        writer.write_exact(box)
+        writer.write_exact(exact_payload(box, specs), [item.tensor for item in box])
     writer.finish()
     return stream.getvalue()
 

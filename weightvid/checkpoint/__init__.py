@@ -50,7 +50,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
         No such file, not a checkpoint of a known kind, or a damaged one.
     """
     kind = kind_of_file(Path(path))
-    return cast(CheckpointReader, import_module(kind.module).open_reader(Path(path)))
+    reader = cast(CheckpointReader, import_module(kind.module).open_reader(Path(path)))
+    reader.location = os.path.abspath(path)  # noqa: PTH100 - links stay as they are named
+    return reader
 
 
 def create_checkpoint(

@@ -53,14 +53,22 @@ class CheckpointReader(ABC):
     ----------
     contents : Contents
         What the source holds.
+
+    Attributes
+    ----------
+    location : str or None
+        What :func:`weightvid.checkpoint.open_checkpoint` opened, so that another process can open
+        it too; None for a source that lives in this process alone.
     """
 
     contents: Contents
+    location: str | None = None
 
     def __init__(self, contents: Contents) -> None:
         self.contents = contents
         self._specs = {spec.name: spec for spec in contents.tensors}
         self._closed = False
+        self._last: tuple[str, Array] | None = None
 
     def spec(self, name: str) -> TensorSpec:
         """Spec of a tensor; an alias answers with the tensor it stands for.
@@ -100,6 +108,46 @@ class CheckpointReader(ABC):
             raise CheckpointError("the checkpoint is closed")
         return self._read(self.spec(name))
 
+    def read_range(self, name: str, first: int, count: int) -> Array:
+        """Some consecutive elements of one tensor, in row-major order.
+
+        Kinds that can read a part of a tensor do; of others the whole tensor is read, and kept
+        until ranges of another one are asked for.
+
+        Parameters
+        ----------
+        name : str
+        first, count : int
+            Elements ``first .. first + count``.
+
+        Returns
+        -------
+        ndarray, shape (count,)
+            As :meth:`read` gives them.
+
+        Raises
+        ------
+        TensorNotFoundError, CheckpointError
+            As :meth:`read`; also for a range that leaves the tensor.
+        """
+        if self._closed:
+            raise CheckpointError("the checkpoint is closed")
+        spec = self.spec(name)
+        if not 0 <= first <= first + count <= spec.size:
+            raise CheckpointError(
+                f"tensor {name!r} has {spec.size} elements, not {first} .. {first + count}"
+            )
+        return self._read_range(spec, first, count)
+
+    def _read_range(self, spec: TensorSpec, first: int, count: int) -> Array:
+        """Elements of a range that is known to exist."""
+        if count == spec.size:
+            return self._read(spec).reshape(-1)
+        if self._last is None or self._last[0] != spec.name:
+            self._last = None
+            self._last = spec.name, self._read(spec).reshape(-1)
+        return self._last[1][first : first + count]
+
     @abstractmethod
     def _read(self, spec: TensorSpec) -> Array:
         """Elements of a tensor that is known to exist."""
@@ -107,6 +155,7 @@ class CheckpointReader(ABC):
     def close(self) -> None:
         """Release the file. Reading afterwards is an error; arrays already read stay valid."""
         self._closed = True
+        self._last = None
 
     def __enter__(self) -> Self:
         return self
@@ -151,6 +200,59 @@ class CheckpointWriter(ABC):
         self._aliases_of: dict[str, list[str]] = {}
         for alias, name in contents.aliases.items():
             self._aliases_of.setdefault(name, []).append(alias)
+        self._collected: Array | None = None
+
+    def write_parts(self, name: str, parts: Iterable[Array]) -> None:
+        """Add one tensor whose elements come in consecutive parts, in row-major order.
+
+        Kinds that can write a part of a tensor hold one part at a time; others collect them.
+
+        Parameters
+        ----------
+        name : str
+        parts : iterable of ndarray
+            Stored elements, of any shapes.
+
+        Raises
+        ------
+        TensorNotFoundError, CheckpointError, OutputError
+            As :meth:`write`; also for too few or too many elements.
+        """
+        spec = self._wanted(name)
+        done = 0
+        for part in parts:
+            flat = np.ascontiguousarray(part).reshape(-1)
+            if done + flat.size > spec.size or flat.dtype != stored_dtype(spec.dtype):
+                raise CheckpointError(f"tensor {name!r} comes as something else than announced")
+            if flat.size:
+                self._write_part(spec, done, flat)
+            done += flat.size
+        if not spec.size:
+            self._write_part(spec, 0, np.empty(0, stored_dtype(spec.dtype)))
+        if done != spec.size:
+            raise CheckpointError(f"tensor {name!r} has {spec.size} elements, {done} came")
+        del self._todo[name]
+
+    def _write_part(self, spec: TensorSpec, first: int, part: Array) -> None:
+        """Take a part of a tensor; parts come in order."""
+        if part.size == spec.size:
+            self._write(spec, part.reshape(spec.shape))
+            return
+        if first == 0 or self._collected is None:
+            self._collected = np.empty(spec.size, part.dtype)
+        self._collected[first : first + part.size] = part
+        if first + part.size == spec.size:
+            whole, self._collected = self._collected, None
+            self._write(spec, whole.reshape(spec.shape))
+
+    def _wanted(self, name: str) -> TensorSpec:
+        spec = self._todo.get(name)
+        if spec is None:
+            known = any(name == spec.name for spec in self.contents.tensors)
+            if known:
+                raise CheckpointError(f"tensor {name!r} was written before")
+            raise TensorNotFoundError(f"the output has no tensor {name!r}")
+        return spec
 
     def write(self, name: str, array: Array) -> None:
         """Add one tensor of ``contents.tensors``: stored elements, in its own dtype and shape.
@@ -164,12 +266,7 @@ class CheckpointWriter(ABC):
         OutputError
             Disk full or the like.
         """
-        spec = self._todo.get(name)
-        if spec is None:
-            known = any(name == spec.name for spec in self.contents.tensors)
-            if known:
-                raise CheckpointError(f"tensor {name!r} was written before")
-            raise TensorNotFoundError(f"the output has no tensor {name!r}")
+        spec = self._wanted(name)
         if array.shape != spec.shape or array.dtype != stored_dtype(spec.dtype):
             raise CheckpointError(
                 f"tensor {name!r} was announced as {spec.dtype} {list(spec.shape)}, "

@@ -167,10 +167,16 @@ class _FolderReader(CheckpointReader):
         return reader
 
     def _read(self, spec: TensorSpec) -> Array:
+        return self._holder(spec).read(spec.name)
+
+    def _read_range(self, spec: TensorSpec, first: int, count: int) -> Array:
+        return self._holder(spec).read_range(spec.name, first, count)
+
+    def _holder(self, spec: TensorSpec) -> CheckpointReader:
         reader = self._shard(self._shard_of[spec.name])
         if reader.spec(spec.name) != spec:
             raise CheckpointError(f"{self._folder} was changed while it was open")
-        return reader.read(spec.name)
+        return reader
 
     def _close_shards(self) -> None:
         for reader in self._open.values():

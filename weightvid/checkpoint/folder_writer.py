@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,6 +108,12 @@ class _FolderWriter(CheckpointWriter):
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
         self._writer_of[spec.name].write(spec.name, array)
+
+    def write_parts(self, name: str, parts: Iterable[Array]) -> None:
+        """Add one tensor whose elements come in consecutive parts."""
+        spec = self._wanted(name)
+        self._writer_of[spec.name].write_parts(name, parts)
+        del self._todo[name]
 
     def _finish(self) -> None:
         try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from weightvid.checkpoint.base import (
@@ -87,17 +88,28 @@ class _SafetensorsReader(CheckpointReader):
         super().__init__(contents)
 
     def _read(self, spec: TensorSpec) -> Array:
-        data = np.empty(file_bytes(spec), np.uint8)
+        data = self._bytes(self._offsets[spec.name], file_bytes(spec))
+        if spec.dtype in SUB_BYTE:
+            data = unpack_bits(data, spec.dtype, spec.size)
+        return data.view(stored_dtype(spec.dtype)).reshape(spec.shape)
+
+    def _read_range(self, spec: TensorSpec, first: int, count: int) -> Array:
+        if spec.dtype in SUB_BYTE:
+            return super()._read_range(spec, first, count)
+        dtype = stored_dtype(spec.dtype)
+        begin = self._offsets[spec.name] + first * dtype.itemsize
+        return self._bytes(begin, count * dtype.itemsize).view(dtype)
+
+    def _bytes(self, offset: int, size: int) -> npt.NDArray[np.uint8]:
+        data = np.empty(size, np.uint8)
         try:
-            self._file.seek(self._offsets[spec.name])
+            self._file.seek(offset)
             got = self._file.readinto(data.data)
         except OSError as error:
             raise _invalid(self._path, error) from None
         if got != data.size:
             raise CheckpointError(f"{self._path} was cut short while it was open")
-        if spec.dtype in SUB_BYTE:
-            data = unpack_bits(data, spec.dtype, spec.size)
-        return data.view(stored_dtype(spec.dtype)).reshape(spec.shape)
+        return data
 
     def close(self) -> None:
         super().close()
@@ -122,6 +134,15 @@ class _SafetensorsWriter(FileWriter):
         data = pack_bits(array, spec.dtype) if spec.dtype in SUB_BYTE else raw_bytes(array)
         for name in (spec.name, *self._aliases_of.get(spec.name, ())):
             self._output.file.seek(self._offsets[name])
+            self._output.file.write(data.data)
+
+    def _write_part(self, spec: TensorSpec, first: int, part: Array) -> None:
+        if spec.dtype in SUB_BYTE:
+            super()._write_part(spec, first, part)
+            return
+        data = raw_bytes(part)
+        for name in (spec.name, *self._aliases_of.get(spec.name, ())):
+            self._output.file.seek(self._offsets[name] + first * part.itemsize)
             self._output.file.write(data.data)
 
     def _finish(self) -> None:

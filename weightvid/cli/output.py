@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: width of a table that goes to a file or a pipe.
 _PLAIN_WIDTH = 160
+#: workers of a cluster that have a line of their own in the progress.
+_SHOWN_WORKERS = 16
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -154,32 +156,64 @@ def number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}g}"
 
 
+def speed(weights: float | None, size_bytes: float | None) -> str:
+    """Weights and bytes per second; nothing while they are unknown.
+
+    Examples
+    --------
+    >>> speed(4_940_000.0, 19_760_000.0), speed(None, None)
+    ('4.9 M weights/s, 19.8 MB/s', '')
+    """
+    if not weights:
+        return ""
+    shown = f"{weights / 1e6:.1f} M weights/s"
+    return f"{shown}, {size(size_bytes)}/s" if size_bytes else shown
+
+
 @contextmanager
 def progress_bars() -> Iterator[Report]:
-    """Progress bars on stderr, one for each stage, where stderr is a terminal."""
+    """Progress bars on stderr, one for each stage, where stderr is a terminal.
+
+    Each shows weights and bytes per second and the time left; the workers of a cluster have a
+    line of their own.
+    """
     if not sys.stderr.isatty():
         yield quiet
         return
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class TimeLeft(TimeRemainingColumn):
+        """Nothing for workers: nobody knows which part of the rest will be theirs."""
+
+        def render(self, task: Task) -> Text:
+            """The column of one line."""
+            return Text() if task.fields["worker"] else super().render(task)
 
     bars = Bars(
         TextColumn("{task.description:>8}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
+        TimeLeft(),
         console=console(stderr=True),
     )
     tasks: dict[str, Any] = {}
 
-    def report(progress: Progress) -> None:
-        if progress.stage not in tasks:
-            tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, rate="")
-        task = bars.tasks[tasks[progress.stage]]
-        speed = task.finished_speed or task.speed
-        rate = "" if not speed else f"{speed / 1e6:.1f} M weights/s"
+    def show(name: str, progress: Progress, worker: bool = False) -> None:
+        if name not in tasks:
+            tasks[name] = bars.add_task(name, total=progress.total, rate="", worker=worker)
+        task = bars.tasks[tasks[name]]
+        weights = task.finished_speed or task.speed
+        each = progress.done_bytes / progress.done if progress.done else 0.0
+        rate = speed(weights, weights and weights * each)
         bars.update(task.id, completed=progress.done, total=progress.total, rate=rate)
+
+    def report(progress: Progress) -> None:
+        show(progress.stage, progress)
+        for share in progress.workers[:_SHOWN_WORKERS]:
+            show(printable(share.name), Progress(share.name, share.done, progress.total), True)
 
     with bars:
         yield report

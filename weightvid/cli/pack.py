@@ -62,8 +62,16 @@ def pack(
         typer.Option(metavar="NAME", help="x265's preset, ultrafast (default) to placebo."),
     ] = None,
     jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=0, help="Encoders side by side; 0: one per core.")
+        int, typer.Option("--jobs", "-j", min=0, help="Workers side by side; 0: one per core.")
     ] = 0,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="Let a cluster do the work: dask or ray (processes on this machine), ray:auto, or "
+            "a scheduler's address such as tcp://host:8786.",
+        ),
+    ] = None,
     force: Force = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Don't decode the archive before it gets its name.")
@@ -104,6 +112,7 @@ def pack(
         keep=tuple(keep or ()),
         preset=preset or DEFAULT_PRESET,
         jobs=jobs,
+        cluster=cluster,
         force=force,
         verify=not no_verify,
         side_files=not no_side_files,

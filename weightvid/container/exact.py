@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import lzma
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -147,7 +147,11 @@ def decompress(codec: str, data: bytes, size: int) -> bytes:
     return out
 
 
-def _itemsize(item: ExactItem, tensors: Sequence[TensorSpec]) -> int:
+#: specs of tensors, by id.
+Tensors = Sequence[TensorSpec] | Mapping[int, TensorSpec]
+
+
+def _itemsize(item: ExactItem, tensors: Tensors) -> int:
     if item.plain is not None:
         return LEVEL_DTYPES[item.plain.dtype].itemsize
     return stored_dtype(tensors[item.tensor].dtype).itemsize
@@ -168,7 +172,7 @@ def _planes(itemsize: int) -> int:
     return itemsize if itemsize in (2, 4, 8, 16) else 1
 
 
-def exact_payload(boxed: Sequence[ExactItem], tensors: Sequence[TensorSpec]) -> bytes:
+def exact_payload(boxed: Sequence[ExactItem], tensors: Tensors) -> bytes:
     """Payload of a box that holds these items, in this order."""
     streams: list[tuple[str, bytes]] = []
     for begin, end, itemsize in _groups([_itemsize(item, tensors) for item in boxed]):
@@ -183,7 +187,7 @@ def exact_payload(boxed: Sequence[ExactItem], tensors: Sequence[TensorSpec]) -> 
     return seal(b"".join((len(text).to_bytes(4, "big"), text, *(data for _, data in streams))))
 
 
-def _item_record(item: ExactItem, tensors: Sequence[TensorSpec]) -> dict[str, Any]:
+def _item_record(item: ExactItem, tensors: Tensors) -> dict[str, Any]:
     record: dict[str, Any] = {"id": item.tensor}
     if item.first or item.count != tensors[item.tensor].size:
         record |= {"first": item.first, "count": item.count}

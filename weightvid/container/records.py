@@ -92,6 +92,21 @@ class Escapes:
     index: npt.NDArray[np.int64]
     level: npt.NDArray[np.int32]
 
+    def placed_in(self, levels: npt.NDArray[np.integer], first: int = 0) -> npt.NDArray[np.integer]:
+        """True levels of consecutive elements, of which number ``first`` of the tensor is first.
+
+        Returns
+        -------
+        ndarray
+            ``levels`` itself if none of them is an escape, else int32.
+        """
+        begin, end = np.searchsorted(self.index, (first, first + levels.size))
+        if begin == end:
+            return levels
+        wide = levels.astype(np.int32)
+        wide.reshape(-1)[self.index[begin:end] - first] = self.level[begin:end]
+        return wide
+
 
 NO_ESCAPES: Final = Escapes(np.empty(0, np.int64), np.empty(0, np.int32))
 

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import BinaryIO
 
-import numpy as np
-import numpy.typing as npt
-
 from weightvid.container import boxes, mp4
-from weightvid.container.exact import ExactItem, exact_payload
 from weightvid.container.manifest import header_payload, index_payload
-from weightvid.container.records import ExactEntry, FrameEntry, Header, Index, Sidecar
-from weightvid.container.sidecar import sidecar_payload
+from weightvid.container.records import ExactEntry, FrameEntry, Header, Index
 from weightvid.errors import FormatError
+
+
+@dataclass(frozen=True, slots=True)
+class CodedFrame:
+    """A frame, ready to be written.
+
+    Attributes
+    ----------
+    number : int
+    sidecar : bytes
+        Payload of its sidecar box.
+    packet : bytes
+    starts : tuple of int
+        Ids of the tensors that start in it.
+    digit_bytes : int
+        Of the digits in the sidecar.
+    """
+
+    number: int
+    sidecar: bytes
+    packet: bytes
+    starts: tuple[int, ...]
+    digit_bytes: int
 
 
 class ArchiveWriter:
@@ -39,7 +58,6 @@ class ArchiveWriter:
         self, stream: BinaryIO, header: Header, hvcc: bytes, files: Sequence[bytes] = ()
     ) -> None:
         self._stream = stream
-        self._tensors = header.tensors
         self._at = 0
         self._ribbon: list[int] = []
         self._frames: list[FrameEntry] = []
@@ -67,25 +85,24 @@ class ArchiveWriter:
         self._at += len(data)
         return len(data)
 
-    def write_frame(self, sidecar: Sidecar, luma: npt.NDArray[np.uint8], packet: bytes) -> None:
-        """Add a frame: its sidecar, and the packet that decodes to ``luma``."""
+    def write_frame(self, frame: CodedFrame) -> None:
+        """Add a frame."""
         number = len(self._frames)
-        if sidecar.frame != number:
-            raise FormatError(f"frame {sidecar.frame} written as number {number}", code="order")
+        if frame.number != number:
+            raise FormatError(f"frame {frame.number} written as number {number}", code="order")
         offset = self._at
-        payload = sidecar_payload(sidecar, luma)
-        sidecar_bytes = self._write(boxes.uuid_box(boxes.SIDECAR_UUID, payload))
-        fragment = self._write(mp4.moof(number, len(packet)))
-        fragment += self._write(boxes.box(b"mdat", packet))
+        sidecar_bytes = self._write(boxes.uuid_box(boxes.SIDECAR_UUID, frame.sidecar))
+        fragment = self._write(mp4.moof(number, len(frame.packet)))
+        fragment += self._write(boxes.box(b"mdat", frame.packet))
         self._frames.append(FrameEntry(offset, sidecar_bytes, fragment))
-        self.digit_bytes += sum(map(len, sidecar.digits.values()))
-        self._ribbon += [start.tensor for start in sidecar.starts]
+        self.digit_bytes += frame.digit_bytes
+        self._ribbon += frame.starts
 
-    def write_exact(self, items: Sequence[ExactItem]) -> None:
-        """Add a box of exact tensors."""
+    def write_exact(self, payload: bytes, tensors: Sequence[int]) -> None:
+        """Add a box of exact tensors: its payload, and the ids of those with a part in it."""
         offset = self._at
-        size = self._write(boxes.uuid_box(boxes.EXACT_UUID, exact_payload(items, self._tensors)))
-        self._exact.append(ExactEntry(offset, size, tuple(item.tensor for item in items)))
+        size = self._write(boxes.uuid_box(boxes.EXACT_UUID, payload))
+        self._exact.append(ExactEntry(offset, size, tuple(tensors)))
 
     def finish(self) -> Index:
         """Write the index and the MP4's own random-access box; returns the index."""

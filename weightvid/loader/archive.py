@@ -22,6 +22,7 @@ from weightvid.dtypes import to_float32
 from weightvid.errors import FormatError, TensorNotFoundError, TruncatedError
 from weightvid.loader.assemble import Array, Assembler, ExactAssembler, Quantized
 from weightvid.loader.pipeline import Found, Pipeline
+from weightvid.loader.stream import Spill, Streamed
 from weightvid.quantize import Params
 from weightvid.spec import TensorSpec
 
@@ -428,7 +429,32 @@ class Archive:
     def iter_quantized(self) -> Iterator[tuple[TensorSpec, Array | Quantized]]:
         """Distinct tensors in file order, before dequantization."""
         for number, found in self._iterate():
-            yield self.header.tensors[number], found.value
+            if not isinstance(found.value, Streamed):  # never without a spill
+                yield self.header.tensors[number], found.value
+
+    def iter_parts(
+        self, names: Iterable[str] | None = None, spill: Spill | None = None
+    ) -> Iterator[tuple[TensorSpec, Iterator[Array]]]:
+        """Distinct tensors in their own dtypes, each in parts, so that none need be in memory.
+
+        Parameters
+        ----------
+        names : iterable of str, optional
+            Only these, as in :meth:`iter_selected`; None: all, in file order.
+        spill : Spill, optional
+            Where the levels of tensors lie whose frames have not all arrived; None: in the
+            system's folder for temporary files. Small ones stay in memory.
+
+        Yields
+        ------
+        TensorSpec, iterator of ndarray
+            Consecutive elements in row-major order, in parts of any shapes; valid until the next
+            tensor is asked for. The hash of a tensor is checked after its last part.
+        """
+        room = spill or Spill()
+        found = self._iterate(room) if names is None else self._selected(names, room)
+        for number, tensor in found:
+            yield self.header.tensors[number], tensor.parts(self._check)
 
     def iter_selected(self, names: Iterable[str]) -> Iterator[tuple[TensorSpec, Array]]:
         """Some distinct tensors in their own dtypes, from their own frames; needs a seekable file.
@@ -436,25 +462,31 @@ class Archive:
         Those on frames come first, in ribbon order. Tensors of a truncated file that are not
         whole are named in a TruncatedError at the end.
         """
+        for number, found in self._selected(names):
+            yield self.header.tensors[number], found.stored(self._check)
+
+    def _selected(
+        self, names: Iterable[str], spill: Spill | None = None
+    ) -> Iterator[tuple[int, Found]]:
         index = self._need_index()
         wanted = {self._id(name) for name in names}
         spans = {n: self.frames_of(self.header.tensors[n].name) for n in index.ribbon}
         spans = {n: s for n, s in spans.items() if n in wanted and s[-1] < len(index.frames)}
         for run in _runs(sorted({frame for span in spans.values() for frame in span})):
             assembler = Assembler(
-                self.header.tensors, self.header.geometry, self._columns, frozenset(spans)
+                self.header.tensors, self.header.geometry, self._columns, frozenset(spans), spill
             )
             for found in self._pipeline.run(self._fragments(run), assembler):
                 wanted.discard(found.tensor)
-                yield self.header.tensors[found.tensor], found.stored(self._check)
-        parts = ExactAssembler(self.header.tensors)
+                yield found.tensor, found
+        parts = ExactAssembler(self.header.tensors, spill)
         for entry in index.exact:
             if not wanted.isdisjoint(entry.tensors):
                 box = reader.read_exact(self._source, entry).box
                 for item in parse_exact(box.payload, self.header.tensors):
                     if item.tensor in wanted and (done := parts.add(item)):
                         wanted.discard(done[0])
-                        yield self.header.tensors[done[0]], Found(*done).stored(self._check)
+                        yield done[0], Found(*done)
         if wanted:
             raise self._missing(sorted(wanted))
 
@@ -472,17 +504,17 @@ class Archive:
         name = self.header.tensors[number].name
         return [name, *(a for a, target in self.header.aliases.items() if target == name)]
 
-    def _iterate(self) -> Iterator[tuple[int, Found]]:
+    def _iterate(self, spill: Spill | None = None) -> Iterator[tuple[int, Found]]:
         if self._random:
             self._source.seek(self._head.size)
         elif self._used:
             raise FormatError("this source has been read and cannot seek", code="not-seekable")
         self._used = True
         left = dict.fromkeys(range(len(self.header.tensors)))
-        assembler = Assembler(self.header.tensors, self.header.geometry)
+        assembler = Assembler(self.header.tensors, self.header.geometry, spill=spill)
         events = reader.read_events(self._source, self._head)
         try:
-            for found in self._pipeline.run(events, assembler):
+            for found in self._pipeline.run(events, assembler, spill):
                 if found.tensor not in left:
                     name = self.header.tensors[found.tensor].name
                     raise FormatError(f"tensor {name!r} comes twice", code="order", tensor=name)

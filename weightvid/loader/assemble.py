@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +13,23 @@ from weightvid.container.digits import DigitReader
 from weightvid.container.exact import LEVEL_DTYPES, ExactItem, PlainLevels
 from weightvid.container.records import (
     NO_ESCAPES,
-    TENSOR_HASH_BYTES,
     Escapes,
     Sidecar,
     TensorEnd,
     TensorStart,
 )
-from weightvid.dtypes import PACKABLE, from_float32, stored_dtype
+from weightvid.dtypes import PACKABLE, stored_dtype
 from weightvid.errors import FormatError
-from weightvid.quantize import Params, TrellisParams, dequantize
+from weightvid.loader.stream import (
+    STREAMED_ELEMENTS,
+    Dequantizer,
+    Spill,
+    StreamedExact,
+    StreamedTensor,
+    check_plain,
+)
+from weightvid.quantize import Params, TrellisParams
+from weightvid.scratch import Scratch
 from weightvid.spec import TensorSpec
 from weightvid.tile import FrameGeometry, Samples
 from weightvid.tile.layout import Segment, cut
@@ -58,27 +65,30 @@ class Quantized:
 
     def true_levels(self) -> Levels:
         """Levels with the outliers in place, shape (R, C); int32 if there are any."""
-        if not len(self.escapes.index):
-            return self.levels
-        wide = self.levels.astype(np.int32)
-        wide.reshape(-1)[self.escapes.index] = self.escapes.level
-        return wide
+        return self.escapes.placed_in(self.levels)
 
-    def _blocks(self) -> Iterator[tuple[int, int, Levels]]:
+    def parts(self, check: bool = False) -> Iterator[Array]:
+        """Stored elements of consecutive rows, shape (r, C).
+
+        Parameters
+        ----------
+        check : bool
+            Compare with the tensor's SHA-256 at the end.
+
+        Raises
+        ------
+        FormatError
+            ``tensor-digest``.
+        """
         rows, columns = self.levels.shape
+        dequantizer = Dequantizer(self.spec, self.params, self.sha256 if check else None)
         step = max(1, _BLOCK // max(1, columns))
-        whole = isinstance(self.params, TrellisParams) and self.params.axis == 0
-        if whole:
-            step = rows
-        index, level = self.escapes.index, self.escapes.level
+        if isinstance(self.params, TrellisParams) and self.params.axis == 0:
+            step = max(64, step)
         for begin in range(0, rows, step):
-            end = min(rows, begin + step)
-            block = self.levels[begin:end]
-            first, last = np.searchsorted(index, (begin * columns, end * columns))
-            if first < last:
-                block = block.astype(np.int32)
-                block.reshape(-1)[index[first:last] - begin * columns] = level[first:last]
-            yield begin, end, block
+            block = self.levels[begin : begin + step]
+            yield dequantizer.rows(self.escapes.placed_in(block, begin * columns))
+        dequantizer.finish()
 
     def stored(self, check: bool = False) -> Array:
         """Dequantized elements in the tensor's own dtype and shape.
@@ -88,19 +98,11 @@ class Quantized:
         check : bool
             Compare with the tensor's SHA-256 as well.
         """
-        dtype = stored_dtype(self.spec.dtype)
-        out = np.empty(self.levels.shape, dtype)
-        digest = hashlib.sha256()
-        for begin, end, levels in self._blocks():
-            out[begin:end] = from_float32(dequantize(levels, self.params), self.spec.dtype)
-            if check:
-                digest.update(out[begin:end].data)
-        if check and digest.digest()[:TENSOR_HASH_BYTES] != self.sha256:
-            raise FormatError(
-                f"tensor {self.spec.name!r} does not match its SHA-256",
-                code="tensor-digest",
-                tensor=self.spec.name,
-            )
+        out = np.empty(self.levels.shape, stored_dtype(self.spec.dtype))
+        begin = 0
+        for part in self.parts(check):
+            out[begin : begin + len(part)] = part
+            begin += len(part)
         return out.reshape(self.spec.shape)
 
 
@@ -113,12 +115,23 @@ class _Pending:
     column: int
     count: int
     segments: list[Segment]
+    room: Scratch | None = None
     pieces: list[npt.NDArray[np.int8]] = field(default_factory=list)
     have: int = 0
+    at: int = 0
 
     @property
     def end(self) -> int:
         return self.column + self.count
+
+    def put(self, pieces: Iterator[npt.NDArray[np.int8]]) -> None:
+        """Take the next levels of the sequence."""
+        if self.room is None:
+            self.pieces += pieces
+            return
+        for piece in pieces:
+            self.room.write(self.at, piece[: self.room.size - self.at])
+            self.at += piece.size
 
 
 class Assembler:
@@ -134,6 +147,8 @@ class Assembler:
         on, and the places follow from the order of starts.
     wanted : set of int, or None
         Ids of the tensors to give; None: all.
+    spill : Spill or None
+        Large tensors may be held outside memory, and are given as StreamedTensor.
     """
 
     def __init__(
@@ -142,16 +157,20 @@ class Assembler:
         geometry: FrameGeometry,
         columns: Mapping[int, int] | None = None,
         wanted: frozenset[int] | None = None,
+        spill: Spill | None = None,
     ) -> None:
         self._tensors = tensors
         self._geometry = geometry
         self._columns = columns
         self._wanted = wanted
+        self._spill = spill
         self._cursor = 0
         self._seen: set[int] = set()
         self._pending: dict[int, _Pending] = {}
 
-    def add(self, sidecar: Sidecar, luma: Samples) -> Iterator[tuple[int, Quantized]]:
+    def add(
+        self, sidecar: Sidecar, luma: Samples
+    ) -> Iterator[tuple[int, Quantized | StreamedTensor]]:
         """Take one frame; give every tensor that is complete with it, with its id."""
         first = sidecar.frame * self._geometry.columns
         last = first + self._geometry.columns
@@ -175,7 +194,7 @@ class Assembler:
             place = (begin - entry.column) * tile.BAND
             parts = cut(entry.segments, place, place + samples.size)
             if self._wanted is None or number in self._wanted:
-                entry.pieces += [digits.unfold(samples[a:b], fold) for a, b, fold in parts]
+                entry.put(digits.unfold(samples[a:b], fold) for a, b, fold in parts)
                 entry.have += end - begin
                 left -= 1
             else:
@@ -210,16 +229,24 @@ class Assembler:
             )
         self._seen.add(start.tensor)
         segments = start.layout.segments(*shape)
-        self._pending[start.tensor] = _Pending(start, spec, column, count, segments)
+        room = None
+        wanted = self._wanted is None or start.tensor in self._wanted
+        if self._spill is not None and wanted and spec.size > STREAMED_ELEMENTS:
+            room = self._spill.room(spec.size)
+        self._pending[start.tensor] = _Pending(start, spec, column, count, segments, room)
 
-    def _finish(self, finish: TensorEnd) -> Quantized:
+    def _finish(self, finish: TensorEnd) -> Quantized | StreamedTensor:
         entry = self._pending.pop(finish.tensor, None)
         if entry is None or entry.have != entry.count:
             name = self._tensors[finish.tensor].name
             raise FormatError(f"tensor {name!r} ends too early", code="order", tensor=name)
+        start = entry.start
+        if entry.room is not None:
+            return StreamedTensor(
+                entry.spec, entry.room, start.layout, start.escapes, start.params, finish.sha256
+            )
         sequence = entry.pieces[0] if len(entry.pieces) == 1 else np.concatenate(entry.pieces)
         entry.pieces.clear()
-        start = entry.start
         shape = tile.matrix_shape(entry.spec.shape)
         levels = tile.from_sequence(sequence, shape, start.layout.order)
         return Quantized(
@@ -228,13 +255,22 @@ class Assembler:
 
 
 class ExactAssembler:
-    """Collects tensors from boxes of exact tensors, part by part."""
+    """Collects tensors from boxes of exact tensors, part by part.
 
-    def __init__(self, tensors: Sequence[TensorSpec]) -> None:
+    Parameters
+    ----------
+    tensors : sequence of TensorSpec
+    spill : Spill or None
+        Large tensors may be held outside memory, and are given as StreamedExact.
+    """
+
+    def __init__(self, tensors: Sequence[TensorSpec], spill: Spill | None = None) -> None:
         self._tensors = tensors
+        self._spill = spill
         self._parts: dict[int, list[ExactItem]] = {}
+        self._rooms: dict[int, Scratch] = {}
 
-    def add(self, item: ExactItem) -> tuple[int, Array | Quantized] | None:
+    def add(self, item: ExactItem) -> tuple[int, Array | Quantized | StreamedExact] | None:
         """Take one part; give the tensor if it is complete with it, with its id."""
         parts = self._parts.setdefault(item.tensor, [])
         have = parts[-1].first + parts[-1].count if parts else 0
@@ -243,23 +279,40 @@ class ExactAssembler:
             raise FormatError(
                 f"parts of tensor {spec.name!r} are out of order", code="order", tensor=spec.name
             )
+        if self._spill is not None and spec.size > STREAMED_ELEMENTS:
+            item = self._put(item, spec, self._spill, parts[0] if parts else item)
         parts.append(item)
         if item.first + item.count < spec.size:
             return None
         del self._parts[item.tensor]
+        if item.plain is not None:
+            check_plain(spec)
+        room = self._rooms.pop(item.tensor, None)
+        if room is not None:
+            return item.tensor, StreamedExact(spec, room, parts[0].plain)
         data = parts[0].data if len(parts) == 1 else np.concatenate([p.data for p in parts])
         if item.plain is not None:
             return item.tensor, self._plain(spec, data, item.plain)
         return item.tensor, data.view(stored_dtype(spec.dtype)).reshape(spec.shape)
 
-    @staticmethod
-    def _plain(spec: TensorSpec, data: Samples, plain: PlainLevels) -> Quantized:
-        if spec.dtype not in PACKABLE:
+    def _put(self, item: ExactItem, spec: TensorSpec, spill: Spill, first: ExactItem) -> ExactItem:
+        """Write a part's bytes to the tensor's room; what is left of it is its place."""
+        plain, width = first.plain, stored_dtype(spec.dtype).itemsize
+        if plain is not None:
+            width = LEVEL_DTYPES[plain.dtype].itemsize
+        if item.plain is not None and plain is not None and item.plain.dtype != plain.dtype:
             raise FormatError(
-                f"tensor {spec.name!r} of dtype {spec.dtype} cannot have levels",
+                f"parts of tensor {spec.name!r} have levels of two types",
                 code="schema",
                 tensor=spec.name,
             )
+        if item.tensor not in self._rooms:
+            self._rooms[item.tensor] = spill.room(spec.size * width)
+        self._rooms[item.tensor].write(item.first * width, item.data)
+        return replace(item, data=np.empty(0, np.uint8))
+
+    @staticmethod
+    def _plain(spec: TensorSpec, data: Samples, plain: PlainLevels) -> Quantized:
         stored: Levels = data.view(LEVEL_DTYPES[plain.dtype])
         levels = stored.reshape(tile.matrix_shape(spec.shape))
         return Quantized(spec, levels, NO_ESCAPES, plain.params, plain.sha256, plain.sqnr_db)

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from weightvid.codec.decode import DecoderSettings, HevcDecoder
 from weightvid.container.exact import parse_exact
 from weightvid.container.reader import ExactPayload, Fragment, Head
@@ -13,6 +15,7 @@ from weightvid.container.records import ExactEntry, FrameEntry, Index, Sidecar
 from weightvid.container.sidecar import check_frame
 from weightvid.errors import CodecError, FormatError
 from weightvid.loader.assemble import Array, Assembler, ExactAssembler, Quantized
+from weightvid.loader.stream import Spill, Streamed
 from weightvid.tile import Samples
 
 Event = Fragment | ExactPayload | Index
@@ -23,13 +26,22 @@ class Found:
     """A finished tensor on its way to the user: its id, and its elements or its levels."""
 
     tensor: int
-    value: Array | Quantized
+    value: Array | Quantized | Streamed
 
     def stored(self, check: bool) -> Array:
         """Elements in the tensor's own dtype; ``check`` compares a quantized one's hash."""
         if isinstance(self.value, Quantized):
             return self.value.stored(check)
+        if isinstance(self.value, Streamed):
+            parts = [part.reshape(-1) for part in self.value.parts(check)]
+            return np.concatenate(parts).reshape(self.value.spec.shape)
         return self.value
+
+    def parts(self, check: bool) -> Iterator[Array]:
+        """The same elements in consecutive parts, of any shapes."""
+        if isinstance(self.value, np.ndarray):
+            return iter((self.value,))
+        return self.value.parts(check)
 
 
 @dataclass(slots=True)
@@ -77,18 +89,20 @@ class Pipeline:
         geometry = head.header.geometry
         self._settings = DecoderSettings(head.track.hvcc, geometry.width, geometry.height, threads)
 
-    def run(self, events: Iterable[Event], assembler: Assembler) -> Iterator[Found]:
+    def run(
+        self, events: Iterable[Event], assembler: Assembler, spill: Spill | None = None
+    ) -> Iterator[Found]:
         """Tensors in the order in which they are complete.
 
         A defect in the events ends them; what came before it is still decoded and given, and then
-        the defect is raised.
+        the defect is raised. With ``spill``, large exact tensors may be held outside memory.
 
         Raises
         ------
         FormatError
             ``packet``, ``order``, ``digest``, ``digits``, ``index``, and whatever the events raise.
         """
-        run = _Run(ExactAssembler(self._tensors))
+        run = _Run(ExactAssembler(self._tensors, spill))
         for fragment, luma in self._decode(events, run):
             yield from self._boxed(run)
             run.waiting.popleft()

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.container.exact import LEVEL_DTYPES, PART_BYTES, ExactItem, PlainLevels
+from weightvid.container.exact import (
+    LEVEL_DTYPES,
+    PART_BYTES,
+    ExactItem,
+    PlainLevels,
+    exact_payload,
+)
 from weightvid.container.writer import ArchiveWriter
 from weightvid.dtypes import stored_dtype
 from weightvid.packing.quantized import CodedTensor
+from weightvid.packing.workers import Outbox
 from weightvid.spec import TensorSpec
+
+Array = npt.NDArray[np.generic]
 
 
 class ExactWriter:
@@ -21,36 +30,67 @@ class ExactWriter:
     resemble each other.
     """
 
-    def __init__(self, writer: ArchiveWriter, tensors: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self, writer: ArchiveWriter, tensors: Sequence[TensorSpec], outbox: Outbox
+    ) -> None:
         self._writer = writer
         self._tensors = tensors
+        self._outbox = outbox
         self._items: list[ExactItem] = []
         self._bytes = 0
 
-    def add(self, tensor: int, array: npt.NDArray[np.generic]) -> None:
-        """Store a tensor bit for bit."""
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    def add(self, tensor: int, read: Callable[[int, int], Array]) -> None:
+        """Store a tensor bit for bit.
+
+        Parameters
+        ----------
+        tensor : int
+            Id.
+        read : callable
+            Gives its stored elements ``first .. first + count``, shape (count,).
+        """
         itemsize = stored_dtype(self._tensors[tensor].dtype).itemsize
         part = max(1, PART_BYTES // itemsize)
         size = self._tensors[tensor].size
         if not size:
-            self._add(ExactItem(tensor, 0, 0, data))
+            self._add(ExactItem(tensor, 0, 0, np.empty(0, np.uint8)))
         for first in range(0, size, part):
             count = min(part, size - first)
-            piece = data[first * itemsize : (first + count) * itemsize]
+            piece = np.ascontiguousarray(read(first, count)).reshape(-1).view(np.uint8)
             # Small pieces are copied, so that they don't keep a whole file mapping alive.
             self._add(ExactItem(tensor, first, count, piece.copy()))
 
-    def add_plain(self, tensor: int, coded: CodedTensor, video_bytes: int) -> None:
-        """Store a quantized tensor's levels without video."""
-        levels = coded.true_levels()
-        peak = int(np.abs(levels.astype(np.int32)).max(initial=0))
+    def add_plain(
+        self,
+        tensor: int,
+        coded: CodedTensor,
+        read: Callable[[int, int], npt.NDArray[np.int8]],
+        video_bytes: int,
+    ) -> None:
+        """Store a quantized tensor's levels without video.
+
+        Parameters
+        ----------
+        tensor : int
+            Id.
+        coded : CodedTensor
+        read : callable
+            Gives its clipped levels of a range, row by row.
+        video_bytes : int
+            What it would take as video.
+        """
+        size = coded.spec.size
+        peak = int(np.abs(coded.escapes.level.astype(np.int64)).max(initial=0))
+        for first in range(0, size, PART_BYTES):
+            levels = read(first, min(size, first + PART_BYTES))
+            peak = max(peak, int(np.abs(levels).max(initial=0)))
         name = "I8" if peak < 1 << 7 else "I16" if peak < 1 << 15 else "I32"
-        flat = np.ascontiguousarray(levels.astype(LEVEL_DTYPES[name])).reshape(-1)
+        dtype = LEVEL_DTYPES[name]
         plain = PlainLevels(name, coded.params, coded.sha256, coded.sqnr_db, video_bytes)
-        part = PART_BYTES // flat.itemsize
-        for first in range(0, flat.size, part):
-            piece = flat[first : first + part]
+        part = PART_BYTES // dtype.itemsize
+        for first in range(0, size, part):
+            levels = read(first, min(size, first + part))
+            piece = coded.escapes.placed_in(levels, first).astype(dtype)
             self._add(ExactItem(tensor, first, piece.size, piece.view(np.uint8), plain))
 
     def _add(self, item: ExactItem) -> None:
@@ -60,10 +100,20 @@ class ExactWriter:
         self._bytes += item.data.nbytes
 
     def flush(self) -> None:
-        """Write what has been collected."""
+        """Hand out what has been collected; it is written in its turn."""
         if self._items:
             self._items.sort(key=self._likeness)
-            self._writer.write_exact(self._items)
+            ids = tuple(item.tensor for item in self._items)
+
+            def write(payload: bytes) -> None:
+                self._writer.write_exact(payload, ids)
+
+            self._outbox.put(
+                write,
+                exact_payload,
+                self._items,
+                {i.tensor: self._tensors[i.tensor] for i in self._items},
+            )
         self._items, self._bytes = [], 0
 
     def _likeness(self, item: ExactItem) -> tuple[int, bool, str, str, int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from math import log2, pi, prod, sqrt
 from typing import Final
 
@@ -26,6 +28,8 @@ _RADII: Final = (1, 2, 4, 7, 11, MAX_CORE)
 _ORDER_BYTES: Final = 8
 #: rows and columns within so many classes of the mean are told apart.
 _REACH: Final = 16
+#: so many magnitudes of at most 128 add up within 16 bits.
+_SHORT_SUM: Final = 512
 
 
 def kernel_size(shape: tuple[int, ...]) -> int:
@@ -39,6 +43,27 @@ def kernel_size(shape: tuple[int, ...]) -> int:
     return prod(shape[2:])
 
 
+@dataclass(frozen=True, slots=True)
+class Magnitudes:
+    """Sums of the magnitudes of the levels of an R x C matrix.
+
+    Attributes
+    ----------
+    rows : ndarray of int64, shape (R,)
+    columns : ndarray of int64, shape (C,)
+    """
+
+    rows: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, levels: Levels) -> Magnitudes:
+        """Sums of a matrix, or of a block of its rows."""
+        magnitude = np.abs(levels).view(np.uint8)
+        rows = magnitude.sum(axis=1, dtype=np.int64)
+        return cls(rows, magnitude.sum(axis=0, dtype=np.int64))
+
+
 def choose_layout(levels: Levels, kernel: int) -> Layout:
     """Layout of an R x C matrix of levels.
 
@@ -48,17 +73,34 @@ def choose_layout(levels: Levels, kernel: int) -> Layout:
     kernel : int
         Columns that share one energy; divides C.
     """
-    columns = levels.shape[1]
-    magnitude = np.abs(levels).view(np.uint8)
-    per_row = magnitude.mean(axis=1)
+    return layout_for(Magnitudes.of(levels), kernel, [(0, levels)])
+
+
+def layout_for(magnitudes: Magnitudes, kernel: int, blocks: Iterable[tuple[int, Levels]]) -> Layout:
+    """Layout of a matrix that is seen block by block.
+
+    Parameters
+    ----------
+    magnitudes : Magnitudes
+        Of the whole matrix.
+    kernel : int
+        Columns that share one energy; divides C.
+    blocks : iterable of (int, ndarray of int8)
+        First row and levels of blocks of rows; looked at only if an order may be worth it.
+    """
+    size, columns = magnitudes.rows.size * magnitudes.columns.size, magnitudes.columns.size
+    per_row = magnitudes.rows / np.float64(columns)
     mean = float(per_row.mean())
     if mean <= 0:
         return Layout()
-    per_column = magnitude.mean(axis=0).reshape(columns // kernel, kernel).mean(axis=1)
+    per_column = magnitudes.columns / np.float64(magnitudes.rows.size)
+    per_column = per_column.reshape(columns // kernel, kernel).mean(axis=1)
     flat = Layout(None, (fold_for(mean),))
     order = EnergyOrder(_energies(per_row, mean), _energies(per_column, mean))
-    classes = _class_means(magnitude, order, columns)
-    saved = levels.size * _level_bits(mean) - sum(n * _level_bits(m) for _, n, m in classes)
+    if order.classes == 1:
+        return flat
+    classes = _class_means(blocks, order, columns)
+    saved = size * _level_bits(mean) - sum(n * _level_bits(m) for _, n, m in classes)
     if saved <= _side_bits(order):
         return flat
     folds = [Fold()] * order.classes
@@ -85,18 +127,37 @@ def _side_bits(order: EnergyOrder) -> float:
 
 
 def _class_means(
-    magnitude: npt.NDArray[np.uint8], order: EnergyOrder, columns: int
+    blocks: Iterable[tuple[int, Levels]], order: EnergyOrder, columns: int
 ) -> list[tuple[int, int, float]]:
-    """Class, number of levels and mean magnitude of each class that is not empty."""
-    row_order, column_order = order.permutations(columns)
-    ordered = np.take(magnitude[row_order], column_order, axis=1)
-    total: dict[int, float] = {}
-    count: dict[int, int] = {}
-    for rectangle in order.rectangles(columns):
-        part = ordered[rectangle.rows, rectangle.columns]
-        total[rectangle.energy] = total.get(rectangle.energy, 0.0) + float(part.sum())
-        count[rectangle.energy] = count.get(rectangle.energy, 0) + part.size
-    return [(energy, count[energy], total[energy] / count[energy]) for energy in total]
+    """Class, number of levels and mean magnitude of each class that is not empty; falling."""
+    sums = np.zeros((int(order.rows.max()) + 1, columns), np.int64)
+    for begin, levels in blocks:
+        energies = order.rows[begin : begin + len(levels)]
+        for energy in np.flatnonzero(np.bincount(energies)).tolist():
+            rows = np.abs(levels[energies == energy]).view(np.uint8)
+            sums[energy] += _column_sums(rows)
+    repeat = columns // order.columns.size
+    by_energy = np.repeat(order.columns, repeat)
+    row_counts = np.bincount(order.rows)
+    found: dict[int, tuple[int, int]] = {}
+    for energy, width in enumerate(np.bincount(by_energy).tolist()):
+        if not width:
+            continue
+        totals = sums[:, by_energy == energy].sum(axis=1).tolist()
+        for row_energy, height in enumerate(row_counts.tolist()):
+            if height:
+                count, total = found.get(row_energy + energy, (0, 0))
+                found[row_energy + energy] = count + height * width, total + totals[row_energy]
+    falling = sorted(found.items(), reverse=True)
+    return [(energy, count, total / count) for energy, (count, total) in falling]
+
+
+def _column_sums(magnitude: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Sum of each column; few sums of many wide numbers, many of small ones, which are fast."""
+    total = np.zeros(magnitude.shape[1], np.int64)
+    for begin in range(0, len(magnitude), _SHORT_SUM):
+        total += magnitude[begin : begin + _SHORT_SUM].sum(axis=0, dtype=np.uint16)
+    return total
 
 
 def _energies(means: npt.NDArray[np.float64], mean: float) -> Energies:

@@ -26,14 +26,12 @@ _BLOCK: Final = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class CodedTensor:
-    """A quantized tensor, ready for the ribbon.
+    """A quantized tensor, but for its levels: those lie beside it, clipped to the sample range.
 
     Attributes
     ----------
     spec : TensorSpec
     params : Params
-    levels : ndarray of int8, shape (R, C)
-        Levels, those beyond the sample range clipped to it.
     escapes : Escapes
         The levels that were clipped.
     layout : Layout
@@ -46,7 +44,6 @@ class CodedTensor:
 
     spec: TensorSpec
     params: Params
-    levels: npt.NDArray[np.int8]
     escapes: Escapes
     layout: Layout
     sha256: bytes
@@ -54,17 +51,14 @@ class CodedTensor:
     power: float
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix of levels."""
+        return tile.matrix_shape(self.spec.shape)
+
+    @property
     def sqnr_db(self) -> float | None:
         """Signal-to-quantization-noise ratio; None without noise."""
         return sqnr_db(self.power, self.noise)
-
-    def true_levels(self) -> npt.NDArray[np.integer]:
-        """Levels with the outliers in place, shape (R, C); int32 if there are any."""
-        if not len(self.escapes.index):
-            return self.levels
-        wide = self.levels.astype(np.int32)
-        wide.reshape(-1)[self.escapes.index] = self.escapes.level
-        return wide
 
 
 def sqnr_db(power: float, noise: float) -> float | None:
@@ -97,6 +91,47 @@ def join_escapes(parts: Sequence[Escapes], sizes: Sequence[int]) -> Escapes:
     return Escapes(np.concatenate(index), np.concatenate([part.level for part in parts]))
 
 
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a reader will make of some levels, and how far it is from the weights.
+
+    Attributes
+    ----------
+    stored : tuple of ndarray
+        Dequantized elements in the tensor's own dtype, block after block.
+    noise, power : float
+        Sums of squares of the error and of the weights.
+    """
+
+    stored: tuple[npt.NDArray[np.generic], ...]
+    noise: float
+    power: float
+
+
+def restore(
+    matrix: npt.NDArray[np.generic],
+    dtype: str,
+    params: Params,
+    levels: npt.NDArray[np.int8],
+    escapes: Escapes,
+) -> Restored:
+    """Dequantize as a reader will, and measure; in blocks of rows, unless runs are columns."""
+    rows, columns = levels.shape
+    noise = power = 0.0
+    found = []
+    step = rows if getattr(params, "axis", 1) == 0 else max(1, _BLOCK // columns)
+    for begin in range(0, rows, step):
+        end = min(rows, begin + step)
+        exact = escapes.placed_in(levels[begin:end], begin * columns)
+        stored = from_float32(dequantize(exact, params), dtype)
+        found.append(stored)
+        weights = to_float32(matrix[begin:end], dtype)
+        error = weights - to_float32(stored, dtype)
+        power += float(np.square(weights).sum(dtype=np.float64))
+        noise += float(np.square(error).sum(dtype=np.float64))
+    return Restored(tuple(found), noise, power)
+
+
 def finish_tensor(
     array: npt.NDArray[np.generic],
     spec: TensorSpec,
@@ -115,29 +150,13 @@ def finish_tensor(
     levels : ndarray of int8, shape (R, C)
     escapes : Escapes
     """
-    matrix = array.reshape(levels.shape)
-    rows, columns = levels.shape
+    restored = restore(array.reshape(levels.shape), spec.dtype, params, levels, escapes)
     digest = hashlib.sha256()
-    noise = power = 0.0
-    step = rows if getattr(params, "axis", 1) == 0 else max(1, _BLOCK // columns)
-    for begin in range(0, rows, step):
-        end = min(rows, begin + step)
-        exact = levels[begin:end]
-        first = int(np.searchsorted(escapes.index, begin * columns))
-        last = int(np.searchsorted(escapes.index, end * columns))
-        if first < last:
-            exact = exact.astype(np.int32)
-            places = escapes.index[first:last] - begin * columns
-            exact.reshape(-1)[places] = escapes.level[first:last]
-        stored = from_float32(dequantize(exact, params), spec.dtype)
-        digest.update(np.ascontiguousarray(stored).data)
-        weights = to_float32(matrix[begin:end], spec.dtype)
-        error = weights - to_float32(stored, spec.dtype)
-        power += float(np.square(weights).sum(dtype=np.float64))
-        noise += float(np.square(error).sum(dtype=np.float64))
+    for block in restored.stored:
+        digest.update(np.ascontiguousarray(block).data)
     layout = choose_layout(levels, kernel_size(spec.shape))
     sha256 = digest.digest()[:TENSOR_HASH_BYTES]
-    return CodedTensor(spec, params, levels, escapes, layout, sha256, noise, power)
+    return CodedTensor(spec, params, escapes, layout, sha256, restored.noise, restored.power)
 
 
 def matrix_of(array: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:

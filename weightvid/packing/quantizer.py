@@ -1,38 +1,42 @@
-"""Quantizing many tensors on all cores: small ones in company, large ones in blocks of rows.
+"""Quantizing: pure functions of tensors, or of blocks of rows, that any worker may run.
 
-Whatever the company, the blocks and the number of workers, the levels are the same.
+Small tensors are quantized in company, large ones in blocks of rows. Whatever the company, the
+blocks and the workers, the levels are the same. Each function reads its weights itself.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass
-from typing import Final, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from weightvid import tile
 from weightvid.calibration import TensorMoments
 from weightvid.container.records import Escapes
 from weightvid.dtypes import to_float32
 from weightvid.errors import QuantizationError
 from weightvid.packing.calibrated import Calibrated, calibrate_quantizer
-from weightvid.packing.plain import Choice, choose_coding
+from weightvid.packing.layout import Magnitudes
+from weightvid.packing.plain import Choice, LevelBytes, PlaneBytes, choose_coding, video_bytes
 from weightvid.packing.quantized import (
     CodedTensor,
+    Restored,
     finish_tensor,
-    join_escapes,
     matrix_of,
+    restore,
     split_levels,
 )
+from weightvid.packing.source import TensorRead
 from weightvid.quantize import Params, TrellisParams, UniformParams, shaped, uniform
 from weightvid.quantize.rate import RateModel
 from weightvid.quantize.trellis_search import TrellisConfig, TrellisJob, quantize_many
+from weightvid.scratch import Scratch
 from weightvid.spec import TensorSpec
 
-_T = TypeVar("_T")
 Array = npt.NDArray[np.generic]
 Matrix = npt.NDArray[np.float32]
 Levels = npt.NDArray[np.int32]
@@ -54,7 +58,7 @@ class Request:
     spec : TensorSpec
     params : Params
         The quantizer; the numbering of a trellis is still free.
-    read : callable
+    read : TensorRead
         Gives the stored elements.
     shaped : bool
         Round with noise shaping, if the quantizer is uniform and the tensor a convolution.
@@ -65,7 +69,7 @@ class Request:
     number: int
     spec: TensorSpec
     params: Params
-    read: Callable[[], Array]
+    read: TensorRead
     shaped: bool = False
     moments: TensorMoments | None = None
 
@@ -76,7 +80,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
+class Wish:
     """A quantizer for some rows: what is free in it is fitted to them, unless a model is given."""
 
     params: Params
@@ -85,7 +89,7 @@ class _Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """Levels of some rows of a tensor."""
 
     params: Params
@@ -93,9 +97,9 @@ class _Piece:
     escapes: Escapes
 
 
-def _quantize(blocks: list[tuple[Matrix, _Wish]]) -> list[_Piece]:
+def _quantize(blocks: list[tuple[Matrix, Wish]]) -> list[Piece]:
     """Levels of matrices; those of trellises are searched together, and shaped ones of a width."""
-    pieces: list[_Piece | None] = [None] * len(blocks)
+    pieces: list[Piece | None] = [None] * len(blocks)
     trellis: dict[TrellisConfig, list[tuple[int, TrellisJob]]] = {}
     convolutions: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for place, (weights, wish) in enumerate(blocks):
@@ -105,7 +109,7 @@ def _quantize(blocks: list[tuple[Matrix, _Wish]]) -> list[_Piece]:
                 convolutions.setdefault((weights.shape[1], wish.kernel), []).append(place)
             else:
                 levels = uniform.quantize(weights, params.step)
-                pieces[place] = _Piece(params, *split_levels(levels))
+                pieces[place] = Piece(params, *split_levels(levels))
             continue
         zero = None if wish.model is None else params.zero
         job = TrellisJob(weights, params.step / 4, zero, wish.model)
@@ -116,12 +120,12 @@ def _quantize(blocks: list[tuple[Matrix, _Wish]]) -> list[_Piece]:
         matrices = [blocks[place][0] for place in places]
         shapes = _shape(matrices, [p.step for p in wanted], kernel)
         for place, quantizer, levels in zip(places, wanted, shapes, strict=True):
-            pieces[place] = _Piece(quantizer, *split_levels(levels))
+            pieces[place] = Piece(quantizer, *split_levels(levels))
     for config, jobs in trellis.items():
         found = quantize_many([job for _, job in jobs], config)
         for (place, job), result in zip(jobs, found, strict=True):
             chosen = TrellisParams(4 * job.step, config.states, config.axis, result.zero)
-            pieces[place] = _Piece(chosen, *split_levels(result.levels))
+            pieces[place] = Piece(chosen, *split_levels(result.levels))
     return [piece for piece in pieces if piece is not None]
 
 
@@ -132,176 +136,172 @@ def _shape(matrices: list[Matrix], steps: list[float], kernel: tuple[int, ...]) 
     return np.split(levels, np.cumsum([len(m) for m in matrices])[:-1])
 
 
-def _fit(matrix: Array, request: Request) -> _Wish:
-    """Fit what is free to evenly spaced rows of a tensor."""
-    if isinstance(request.params, UniformParams):
-        return _Wish(request.params, request.kernel)
-    stride = max(1, matrix.size // _SAMPLE_WEIGHTS)
-    sample = to_float32(np.ascontiguousarray(matrix[::stride]), request.spec.dtype)
-    (piece,) = _quantize([(sample, _Wish(request.params))])
-    return _Wish(piece.params, (), RateModel.from_levels(piece.levels))
-
-
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """A tensor that has been quantized: its id, the result, and how it is best stored."""
+    """A tensor that has been quantized.
+
+    Attributes
+    ----------
+    number : int
+        Id.
+    tensor : CodedTensor
+    choice : Choice
+        How it is best stored.
+    levels : ndarray of int8, Scratch or None
+        For video, in the order of the layout; for plain levels, row by row; else None.
+    """
 
     number: int
     tensor: CodedTensor
     choice: Choice
+    levels: npt.NDArray[np.int8] | Scratch | None
 
 
-def _finish(request: Request, array: Array, piece: _Piece) -> Coded:
-    tensor = finish_tensor(array, request.spec, piece.params, piece.levels, piece.escapes)
-    return Coded(request.number, tensor, choose_coding(tensor, array))
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of a large tensor, quantized.
 
-
-def _code_batch(batch: list[tuple[Request, Array]]) -> list[Coded]:
-    """Code small tensors together."""
-    blocks: list[tuple[Matrix, _Wish]] = []
-    for request, array in batch:
-        matrix = to_float32(matrix_of(array, request.spec), request.spec.dtype)
-        blocks.append((matrix, _Wish(request.params, request.kernel)))
-    return [
-        _finish(request, array, piece)
-        for (request, array), piece in zip(batch, _quantize(blocks), strict=True)
-    ]
-
-
-def _code_rows(rows: Array, dtype: str, wish: _Wish) -> _Piece:
-    (piece,) = _quantize([(to_float32(rows, dtype), wish)])
-    return piece
-
-
-def _join(request: Request, array: Array, pieces: list[_Piece]) -> Coded:
-    levels = np.concatenate([piece.levels for piece in pieces])
-    sizes = [piece.levels.size for piece in pieces]
-    escapes = join_escapes([piece.escapes for piece in pieces], sizes)
-    whole = _Piece(pieces[0].params, levels, escapes)
-    pieces.clear()
-    return _finish(request, array, whole)
-
-
-@dataclass(slots=True)
-class _Running:
-    """Work that has been handed out, in order."""
-
-    weights: int
-    result: Callable[[], list[Coded]]
-
-
-def code_tensors(requests: Iterable[Request], executor: Executor, workers: int) -> Iterator[Coded]:
-    """Quantize tensors, in order; at most a few batches more than there are workers are held.
-
-    Parameters
+    Attributes
     ----------
-    requests : iterable of Request
-    executor : Executor
-        Of threads.
-    workers : int
-        Its number of threads.
+    params : Params
+    levels : ndarray of int8, shape (r, C)
+        Clipped to the sample range.
+    escapes : Escapes
+        Those that were clipped, counted from the first row.
+    magnitudes : Magnitudes
+    restored : Restored
+        Without the elements, if they were not asked for.
+    """
 
-    Yields
-    ------
-    Coded
+    params: Params
+    levels: npt.NDArray[np.int8]
+    escapes: Escapes
+    magnitudes: Magnitudes
+    restored: Restored
+
+
+def fit(request: Request) -> Wish:
+    """Fit what is free to evenly spaced rows of a large tensor."""
+    if isinstance(request.params, UniformParams):
+        return Wish(request.params, request.kernel)
+    rows, columns = tile.matrix_shape(request.spec.shape)
+    stride = max(1, rows * columns // _SAMPLE_WEIGHTS)
+    sample = np.concatenate([request.read.rows(i, i + 1) for i in range(0, rows, stride)])
+    (piece,) = _quantize([(to_float32(sample, request.spec.dtype), Wish(request.params))])
+    return Wish(piece.params, (), RateModel.from_levels(piece.levels))
+
+
+def block_rows(shape: tuple[int, int], params: Params) -> int:
+    """Rows of a large tensor that are quantized at a time."""
+    if isinstance(params, TrellisParams) and params.axis == 0:
+        return max(1, shape[0])
+    return max(1, BATCH_WEIGHTS // shape[1])
+
+
+def code_batch(requests: Sequence[Request]) -> list[Coded]:
+    """Quantize small tensors together.
 
     Raises
     ------
     QuantizationError
-        A tensor cannot be quantized; it is named.
+        One of them cannot be quantized; they are named.
     """
-    running: deque[_Running] = deque()
-    limit = (workers + 1) * BATCH_WEIGHTS
-    for batch in _batches(requests):
-        weights = sum(request.spec.size for request in batch)
-        while running and sum(work.weights for work in running) + weights > limit:
-            yield from running.popleft().result()
-        running.append(_Running(weights, _start(batch, executor)))
-    while running:
-        yield from running.popleft().result()
+    with naming(requests):
+        arrays = [request.read() for request in requests]
+        blocks: list[tuple[Matrix, Wish]] = []
+        for request, array in zip(requests, arrays, strict=True):
+            matrix = to_float32(matrix_of(array, request.spec), request.spec.dtype)
+            blocks.append((matrix, Wish(request.params, request.kernel)))
+        found = _quantize(blocks)
+        del blocks
+        return [
+            _finish(request, array, piece)
+            for request, array, piece in zip(requests, arrays, found, strict=True)
+        ]
 
 
-def _batches(requests: Iterable[Request]) -> Iterator[list[Request]]:
-    batch: list[Request] = []
-    weights = 0
-    for request in requests:
-        alone = request.moments is not None or (bool(batch) and batch[0].moments is not None)
-        if batch and (alone or weights + request.spec.size > BATCH_WEIGHTS):
-            yield batch
-            batch, weights = [], 0
-        batch.append(request)
-        weights += request.spec.size
-    if batch:
-        yield batch
+def code_rows(request: Request, wish: Wish, span: tuple[int, int], keep: bool) -> Rows:
+    """Quantize some rows of a large tensor.
+
+    Parameters
+    ----------
+    request : Request
+    wish : Wish
+        Of :func:`fit`.
+    span : (int, int)
+        First row, and end.
+    keep : bool
+        Give the dequantized elements too.
+    """
+    with naming([request]):
+        rows = request.read.rows(*span)
+        (piece,) = _quantize([(to_float32(rows, request.spec.dtype), wish)])
+        return _rows(request, rows, piece, keep)
 
 
-def _start(batch: list[Request], executor: Executor) -> Callable[[], list[Coded]]:
-    arrays = [request.read() for request in batch]
-    if batch[0].moments is not None:
-        return _start_calibrated(batch[0], batch[0].moments, arrays[0], executor)
-    if len(batch) > 1 or batch[0].spec.size <= BATCH_WEIGHTS:
-        pairs = list(zip(batch, arrays, strict=True))
-        future = executor.submit(_code_batch, pairs)
-        return lambda: _named(future, batch)
-    (request,), (array,) = batch, arrays
-    matrix = matrix_of(array, request.spec)
-    wish = _fit(matrix, request)
-    if isinstance(wish.params, TrellisParams) and wish.params.axis == 0:
-        step = len(matrix)
-    else:
-        step = max(1, BATCH_WEIGHTS // matrix.shape[1])
-    rows = [matrix[begin : begin + step] for begin in range(0, len(matrix), step)]
-    futures = [executor.submit(_code_rows, r, request.spec.dtype, wish) for r in rows]
-
-    def result() -> list[Coded]:
-        pieces = [_named(piece, batch) for piece in futures]
-        futures.clear()
-        return [_join(request, array, pieces)]
-
-    return result
+def code_calibrated(request: Request) -> list[Coded]:
+    """Quantize a tensor with error feedback."""
+    with naming([request]):
+        array = request.read()
+        matrix = to_float32(matrix_of(array, request.spec), request.spec.dtype)
+        quantizer = fit_calibrated(request, matrix)
+        piece = Piece(quantizer.params, *split_levels(quantizer.levels(matrix)))
+        return [_finish(request, array, piece)]
 
 
-def _start_calibrated(
-    request: Request, moments: TensorMoments, array: Array, executor: Executor
-) -> Callable[[], list[Coded]]:
-    """Quantize with error feedback; large tensors in blocks of rows."""
-    matrix = matrix_of(array, request.spec)
-    if matrix.size <= BATCH_WEIGHTS:
-        future = executor.submit(_code_calibrated, request, moments, array)
-        return lambda: _named(future, [request])
-    fitting = executor.submit(
-        lambda: calibrate_quantizer(to_float32(matrix, request.spec.dtype), request.params, moments)
+def fit_calibrated(request: Request, matrix: Matrix | None = None) -> Calibrated:
+    """Quantizer with error feedback of a tensor, which is read if it is not given."""
+    if request.moments is None:
+        raise QuantizationError(f"tensor {request.spec.name!r} has no calibration statistics")
+    with naming([request]):
+        if matrix is None:
+            whole = matrix_of(request.read(), request.spec)
+            matrix = to_float32(whole, request.spec.dtype)
+        return calibrate_quantizer(matrix, request.params, request.moments)
+
+
+def calibrated_rows(
+    request: Request, quantizer: Calibrated, span: tuple[int, int], keep: bool
+) -> Rows:
+    """Quantize some rows with error feedback; parameters as in :func:`code_rows`."""
+    with naming([request]):
+        rows = request.read.rows(*span)
+        levels = quantizer.levels(to_float32(rows, request.spec.dtype))
+        return _rows(request, rows, Piece(quantizer.params, *split_levels(levels)), keep)
+
+
+def _rows(request: Request, rows: Array, piece: Piece, keep: bool) -> Rows:
+    restored = restore(rows, request.spec.dtype, piece.params, piece.levels, piece.escapes)
+    if not keep:
+        restored = replace(restored, stored=())
+    magnitudes = Magnitudes.of(piece.levels)
+    return Rows(piece.params, piece.levels, piece.escapes, magnitudes, restored)
+
+
+def _finish(request: Request, array: Array, piece: Piece) -> Coded:
+    levels, flat = piece.levels, array.reshape(-1)
+    tensor = finish_tensor(array, request.spec, piece.params, levels, piece.escapes)
+    sequence = tile.to_sequence(levels, tensor.layout.order)
+    rows = levels.reshape(-1)
+    choice = choose_coding(
+        video_bytes(
+            tensor.layout, tensor.shape, len(piece.escapes.index), lambda a, b: sequence[a:b]
+        ),
+        LevelBytes(rows.size, lambda a, b: rows[a:b]),
+        PlaneBytes(flat.size, flat.itemsize, lambda first, count: flat[first : first + count]),
     )
-    quantizer = _named(fitting, [request])
-    step = max(1, BATCH_WEIGHTS // matrix.shape[1]) if quantizer.divisible else len(matrix)
-    rows = [matrix[begin : begin + step] for begin in range(0, len(matrix), step)]
-    dtype = request.spec.dtype
-    futures = [executor.submit(_calibrated_rows, r, dtype, quantizer) for r in rows]
-
-    def result() -> list[Coded]:
-        pieces = [_named(piece, [request]) for piece in futures]
-        futures.clear()
-        return [_join(request, array, pieces)]
-
-    return result
+    stored = {"video": sequence, "plain": rows}.get(choice.coding)
+    return Coded(request.number, tensor, choice, stored)
 
 
-def _code_calibrated(request: Request, moments: TensorMoments, array: Array) -> list[Coded]:
-    matrix = to_float32(matrix_of(array, request.spec), request.spec.dtype)
-    quantizer = calibrate_quantizer(matrix, request.params, moments)
-    piece = _Piece(quantizer.params, *split_levels(quantizer.levels(matrix)))
-    return [_finish(request, array, piece)]
-
-
-def _calibrated_rows(rows: Array, dtype: str, quantizer: Calibrated) -> _Piece:
-    levels = quantizer.levels(to_float32(rows, dtype))
-    return _Piece(quantizer.params, *split_levels(levels))
-
-
-def _named(future: Future[_T], batch: list[Request]) -> _T:
+@contextmanager
+def naming(requests: Sequence[Request]) -> Iterator[None]:
+    """Name the tensors that a quantizer refuses."""
     try:
-        return future.result()
+        yield
     except QuantizationError as error:
-        names = ", ".join(repr(request.spec.name) for request in batch[:3])
-        more = f" or {len(batch) - 3} more" if len(batch) > 3 else ""
+        names = ", ".join(repr(request.spec.name) for request in requests[:3])
+        more = f" or {len(requests) - 3} more" if len(requests) > 3 else ""
+        if str(error).startswith("tensor "):
+            raise
         raise QuantizationError(f"tensor {names}{more}: {error}") from None

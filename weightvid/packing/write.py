@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from math import prod
 from typing import BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from weightvid import tile
 from weightvid.calibration import TensorMoments
 from weightvid.codec import bitstream
 from weightvid.codec.encode import EncoderSettings, HevcEncoder
@@ -23,12 +21,17 @@ from weightvid.container.writer import ArchiveWriter
 from weightvid.packing.exact import ExactWriter
 from weightvid.packing.frames import FrameWriter
 from weightvid.packing.quantized import CodedTensor, sqnr_db
-from weightvid.packing.quantizer import Coded, Request, code_tensors
+from weightvid.packing.quantizer import Coded, Request
+from weightvid.packing.schedule import Kept, code_tensors
+from weightvid.packing.source import Source, TensorRead
+from weightvid.packing.workers import Outbox, Workers
 from weightvid.progress import Progress, Report, quiet
 from weightvid.quantize import Params
 from weightvid.quantize.mantissa import FULL_BITS, round_mantissa
+from weightvid.scratch import Scratch
 from weightvid.spec import TensorSpec
 
+Levels = npt.NDArray[np.int8]
 Array = npt.NDArray[np.generic]
 
 #: models of up to so many quantized weights are written both ways, and the smaller file is kept.
@@ -58,8 +61,6 @@ class WritePlan:
         Stored mantissa bits that biases, norms and statistics keep.
     keep : tuple of str
         Patterns of names whose tensors keep all their bits.
-    jobs : int
-        Threads; 0: one per core. Does not change the bytes.
     moments : mapping of int to TensorMoments
         Calibration statistics of tensors that are quantized with error feedback, by id.
     files : tuple of bytes
@@ -72,7 +73,6 @@ class WritePlan:
     shaping: bool = True
     mantissa_bits: int = FULL_BITS
     keep: tuple[str, ...] = ()
-    jobs: int = 0
     moments: Mapping[int, TensorMoments] = field(default_factory=dict)
     files: tuple[bytes, ...] = ()
 
@@ -121,7 +121,8 @@ class Written:
 def write_archive(
     stream: BinaryIO,
     plan: WritePlan,
-    read: Callable[[str], Array],
+    source: Source,
+    workers: Workers,
     progress: Report = quiet,
 ) -> Written:
     """Write an archive to a stream.
@@ -130,22 +131,25 @@ def write_archive(
     ----------
     stream : binary file object
     plan : WritePlan
-    read : callable
-        Gives the stored elements of a tensor by name; called by one thread.
+    source : Source
+        The checkpoint, as the workers read it.
+    workers : Workers
+        They do not change the bytes.
     progress : callable
         Told about the stage ``encode``.
 
     Raises
     ------
-    QuantizationError, CodecError, CheckpointError
+    QuantizationError, CodecError, CheckpointError, ClusterError
     """
     weights = sum(plan.header.tensors[number].size for number in plan.params)
+    task = _Task(plan, source, workers)
     if weights > TRIAL_WEIGHTS:
-        return _write(stream, plan, read, progress)
+        return _write(stream, task, progress)
     trials = []
     for video in (True, False):
         trial = io.BytesIO()
-        written = _write(trial, plan, read, progress, video=video)
+        written = _write(trial, task, progress, video=video)
         trials.append((trial.getbuffer(), written))
     data, written = min(trials, key=lambda trial: len(trial[0]))
     stream.write(data)
@@ -153,63 +157,90 @@ def write_archive(
     return written
 
 
-def _write(
-    stream: BinaryIO,
-    plan: WritePlan,
-    read: Callable[[str], Array],
-    progress: Report,
-    video: bool = True,
-) -> Written:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is to be written, from where, and by whom."""
+
+    plan: WritePlan
+    source: Source
+    workers: Workers
+
+    def read(self, number: int) -> TensorRead:
+        """A tensor of the source."""
+        return TensorRead(self.source, self.plan.header.tensors[number])
+
+
+def _write(stream: BinaryIO, task: _Task, progress: Report, video: bool = True) -> Written:
+    plan, workers = task.plan, task.workers
     geometry, tensors = plan.header.geometry, plan.header.tensors
     settings = EncoderSettings(geometry.width, geometry.height, plan.preset)
     hvcc = bitstream.hvcc(HevcEncoder(settings).parameter_sets)
     writer = ArchiveWriter(stream, plan.header, hvcc, plan.files)
-    exact = ExactWriter(writer, tensors)
-    jobs = plan.jobs or os.cpu_count() or 1
-    meter = _Meter(sum(tensors[number].size for number in plan.params), progress)
+    outbox = Outbox(workers)
+    exact = ExactWriter(writer, tensors, outbox)
+    meter = _Meter([tensors[number] for number in plan.params], workers, progress)
     written = Written()
-    with ThreadPoolExecutor(jobs, "weightvid-pack") as executor:
-        frames = FrameWriter(writer, settings, executor, jobs, meter.add)
-        try:
-            for coded in code_tensors(_requests(plan, read, exact), executor, jobs):
-                _store(coded, frames if video else None, exact, read)
-                if coded.choice.coding != "exact":
-                    written.add(coded.tensor)
-            frames.flush()
-            exact.flush()
-        except BaseException:
-            executor.shutdown(wait=True, cancel_futures=True)
-            raise
+    frames = FrameWriter(writer, settings, outbox, meter.encoded)
+    for coded in code_tensors(_requests(task), workers, meter.quantized):
+        if isinstance(coded, Kept):
+            exact.add(coded.number, _kept(task, coded.number))
+            continue
+        _store(coded, frames if video else None, exact, task)
+        if coded.choice.coding != "exact":
+            written.add(coded.tensor)
+        if isinstance(coded.levels, Scratch):
+            coded.levels.close()
+    frames.flush()
+    exact.flush()
+    outbox.flush()
+    meter.finish()
     written.finish(writer, writer.finish())
     return written
 
 
-def _store(
-    coded: Coded, frames: FrameWriter | None, exact: ExactWriter, read: Callable[[str], Array]
-) -> None:
-    if coded.choice.coding == "exact":
-        exact.add(coded.number, read(coded.tensor.spec.name))
-    elif coded.choice.coding == "plain" or frames is None:
-        exact.add_plain(coded.number, coded.tensor, coded.choice.video_bytes)
+def _store(coded: Coded, frames: FrameWriter | None, exact: ExactWriter, task: _Task) -> None:
+    levels = coded.levels
+    if coded.choice.coding == "exact" or levels is None:
+        exact.add(coded.number, task.read(coded.number).elements)
+    elif coded.choice.coding == "video" and frames is not None:
+        frames.add(coded.number, coded.tensor, levels)
     else:
-        frames.add(coded.number, coded.tensor)
+        rows = _by_rows(coded.tensor, levels) if coded.choice.coding == "video" else levels
+        read = rows.read if isinstance(rows, Scratch) else lambda begin, end: rows[begin:end]
+        exact.add_plain(coded.number, coded.tensor, read, coded.choice.video_bytes)
 
 
-def _requests(
-    plan: WritePlan, read: Callable[[str], Array], exact: ExactWriter
-) -> Iterator[Request]:
-    """Tensors to be quantized, in order; the others are handed to the exact writer on the way."""
+def _by_rows(coded: CodedTensor, sequence: npt.NDArray[np.int8] | Scratch) -> Levels:
+    """Levels of a small tensor that was meant for video, row by row."""
+    size = coded.spec.size
+    whole = sequence.read(0, size) if isinstance(sequence, Scratch) else sequence
+    return tile.from_sequence(whole, coded.shape, coded.layout.order).reshape(-1)
+
+
+def _requests(task: _Task) -> Iterator[Request | Kept]:
+    """All tensors, in order."""
+    plan = task.plan
     for number, spec in enumerate(plan.header.tensors):
         params = plan.params.get(number)
-        if params is not None:
-            shaped = plan.shaping and is_convolution(spec)
-            moments = plan.moments.get(number)
-            yield Request(number, spec, params, partial(read, spec.name), shaped, moments)
+        if params is None:
+            yield Kept(number)
             continue
-        array = read(spec.name)
-        if plan.mantissa_bits < FULL_BITS and _may_round(spec, plan.keep):
-            array = round_mantissa(array.astype(np.float32, copy=False), plan.mantissa_bits)
-        exact.add(number, array)
+        shaped = plan.shaping and is_convolution(spec)
+        moments = plan.moments.get(number)
+        yield Request(number, spec, params, task.read(number), shaped, moments)
+
+
+def _kept(task: _Task, number: int) -> Callable[[int, int], Array]:
+    """Reads ranges of a tensor that is not quantized."""
+    plan, elements = task.plan, task.read(number).elements
+    if plan.mantissa_bits >= FULL_BITS or not _may_round(plan.header.tensors[number], plan.keep):
+        return elements
+
+    def rounded(first: int, count: int) -> Array:
+        values = elements(first, count).astype(np.float32, copy=False)
+        return round_mantissa(values, plan.mantissa_bits)
+
+    return rounded
 
 
 def is_convolution(spec: TensorSpec) -> bool:
@@ -227,14 +258,34 @@ def _may_round(spec: TensorSpec, keep: tuple[str, ...]) -> bool:
     )
 
 
-@dataclass(slots=True)
 class _Meter:
-    """Progress of encoding, in weights."""
+    """Progress of one archive: half of the way is quantizing, half encoding."""
 
-    total: int
-    progress: Report
-    done: int = field(default=0)
+    def __init__(self, coded: Sequence[TensorSpec], workers: Workers, progress: Report) -> None:
+        self._total = sum(spec.size for spec in coded)
+        self._bytes = sum(spec.stored_bytes for spec in coded)
+        self._workers = workers
+        self._progress = progress
+        self._quantized = self._encoded = 0
 
-    def add(self, samples: int) -> None:
-        self.done = min(self.total, self.done + samples)
-        self.progress(Progress("encode", self.done, self.total))
+    def quantized(self, weights: int) -> None:
+        """So many weights have levels."""
+        self._quantized += weights
+        self._report()
+
+    def encoded(self, samples: int) -> None:
+        """A frame of so many samples has been written."""
+        self._encoded = min(self._quantized, self._encoded + samples)
+        self._report()
+
+    def finish(self) -> None:
+        """Everything has been written, also what was no video in the end."""
+        self._quantized = self._encoded = self._total
+        self._report()
+
+    def _report(self) -> None:
+        done = (self._quantized + self._encoded) // 2
+        done_bytes = self._bytes * done // max(1, self._total)
+        self._progress(
+            Progress("encode", done, self._total, done_bytes, self._bytes, self._workers.shares)
+        )

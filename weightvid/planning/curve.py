@@ -10,25 +10,22 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.dtypes import to_float32
+from weightvid.packing.source import TensorRead
 from weightvid.quantize.rate import entropy_bits
-from weightvid.spec import TensorSpec
 
 _SAMPLE: Final = 1 << 13
 #: points of a curve per octave of the step; between them it is a straight line.
 _PER_OCTAVE: Final = 4
 
 
-def sample_tensor(
-    array: npt.NDArray[np.generic], spec: TensorSpec, count: int = _SAMPLE
-) -> npt.NDArray[np.float32]:
+def sample_tensor(read: TensorRead, count: int = _SAMPLE) -> npt.NDArray[np.float32]:
     """About so many weights of a tensor, in evenly spaced runs; all of a small one's."""
-    flat = array.reshape(-1)
-    if flat.size <= count:
-        return to_float32(flat, spec.dtype).copy()
+    size, dtype = read.spec.size, read.spec.dtype
+    if size <= count:
+        return to_float32(read.elements(0, size), dtype).copy()
     run = 64
-    starts = np.linspace(0, flat.size - run, max(1, count // run)).astype(np.int64)
-    index = (starts[:, None] + np.arange(run)).reshape(-1)
-    return to_float32(flat[index], spec.dtype)
+    starts = np.linspace(0, size - run, max(1, count // run)).astype(np.int64)
+    return to_float32(np.concatenate([read.elements(int(at), run) for at in starts]), dtype)
 
 
 @dataclass(slots=True)

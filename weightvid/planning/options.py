@@ -78,7 +78,11 @@ class PackOptions:
     preset : str
         x265's preset.
     jobs : int
-        Encoders side by side; 0: one per core.
+        Workers side by side, on this machine; 0: one per core.
+    cluster : str or None
+        Let the workers of a cluster quantize and encode: ``dask`` or ``ray`` starts one on this
+        machine, of ``jobs`` processes; ``tcp://host:port`` is a Dask scheduler's address, and
+        ``ray://host:port`` or ``ray:auto`` a Ray cluster's. The archive's bytes are the same.
     force : bool
         Replace an existing file.
     verify : bool
@@ -98,6 +102,7 @@ class PackOptions:
     side_files: bool = True
     preset: str = DEFAULT_PRESET
     jobs: int = 0
+    cluster: str | None = None
     force: bool = False
     verify: bool = True
 

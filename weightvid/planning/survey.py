@@ -16,13 +16,16 @@ from weightvid.container.records import Header
 from weightvid.dtypes import LARGEST, PACKABLE
 from weightvid.errors import QuantizationError
 from weightvid.packing.calibrated import fits
+from weightvid.packing.source import TensorRead
+from weightvid.packing.sums import sums_of_tensors
+from weightvid.packing.workers import Workers, local_workers
 from weightvid.packing.write import WritePlan, is_convolution
 from weightvid.planning.curve import RateCurve, sample_tensor
 from weightvid.planning.options import PackOptions
-from weightvid.progress import Progress, Report, quiet
+from weightvid.progress import Report, quiet
 from weightvid.quantize import Params, TrellisParams, UniformParams
 from weightvid.quantize.mantissa import FULL_BITS
-from weightvid.quantize.stats import TensorStats, tensor_stats
+from weightvid.quantize.stats import TensorStats, stats_of
 from weightvid.spec import TensorSpec
 from weightvid.version import __version__
 
@@ -97,32 +100,48 @@ class Survey:
         return self.options.shapes_noise and convolution and number not in self.moments
 
 
-def survey(reader: CheckpointReader, options: PackOptions, progress: Report = quiet) -> Survey:
+def survey(
+    reader: CheckpointReader,
+    options: PackOptions,
+    progress: Report = quiet,
+    workers: Workers | None = None,
+) -> Survey:
     """Read every tensor once.
+
+    Parameters
+    ----------
+    reader : CheckpointReader
+    options : PackOptions
+    progress : callable
+        Told about the stage ``survey``.
+    workers : Workers, optional
+        Who reads; threads of this process, if nobody is named.
 
     Raises
     ------
     CheckpointError
         The source is damaged, or the calibration statistics are of another model.
     """
-    specs = reader.contents.tensors
+    if workers is None:
+        with local_workers(options.jobs) as threads:
+            return survey(reader, options, progress, threads)
     calibration = _calibration(reader, options)
-    total = sum(spec.size for spec in specs)
     sampled = options.target is not None or options.evaluation is not None
     stats: dict[int, TensorStats] = {}
     curves: dict[int, RateCurve] = {}
-    done = 0
-    for number, spec in enumerate(specs):
-        progress(Progress("survey", done, total))
-        if _may_code(spec, options.keep):
-            array = reader.read(spec.name)
-            found = tensor_stats(array, spec)
-            if found.finite and found.sigma > 0:
-                stats[number] = found
-                if sampled:
-                    curves[number] = RateCurve(sample_tensor(array, spec), spec.size)
-        done += spec.size
-    progress(Progress("survey", total, total))
+    wanted = {
+        number: spec
+        for number, spec in enumerate(reader.contents.tensors)
+        if _may_code(spec, options.keep)
+    }
+    source = workers.source(reader)
+    read = {number: TensorRead(source, spec) for number, spec in wanted.items()}
+    for number, sums in sums_of_tensors(read, workers, progress):
+        found = stats_of(wanted[number], sums)
+        if found.finite and found.sigma > 0:
+            stats[number] = found
+            if sampled:
+                curves[number] = RateCurve(sample_tensor(read[number]), found.spec.size)
     units = dict(zip(stats, allocate.units(list(stats.values()), options.rule), strict=True))
     return Survey(reader, options, stats, units, _moments(reader, calibration), calibration, curves)
 
@@ -164,7 +183,6 @@ def plan_archive(
         options.shapes_noise,
         options.kept_mantissa_bits,
         options.keep,
-        options.jobs,
         surveyed.moments,
         boxes,
     )

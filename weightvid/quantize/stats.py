@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from weightvid.dtypes import PACKABLE, to_float32
 from weightvid.spec import TensorSpec
 
 #: weights looked at in one go.
-_BLOCK = 1 << 20
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,49 @@ class TensorStats:
     finite: bool
 
 
+#: sum, sum of squares and largest magnitude of some weights.
+Sums = tuple[float, float, float]
+
+
+def block_sums(array: npt.NDArray[np.generic], dtype: str) -> list[Sums]:
+    """Sums of each block of 2**20 stored elements, in float64.
+
+    Parameters
+    ----------
+    array : ndarray
+        Stored elements (BF16 as uint16 bits).
+    dtype : str
+        One of :data:`weightvid.dtypes.PACKABLE`.
+    """
+    flat = array.reshape(-1)
+    found = []
+    # float64 beyond the range of float32 becomes infinite here, and the tensor is kept exact.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for begin in range(0, flat.size, BLOCK):
+            block = to_float32(flat[begin : begin + BLOCK], dtype).astype(np.float64)
+            squares = float(np.dot(block, block))
+            found.append((float(block.sum()), squares, float(np.abs(block).max())))
+    return found
+
+
+def stats_of(spec: TensorSpec, sums: Iterable[Sums]) -> TensorStats:
+    """Statistics of a tensor from the sums of its blocks, in order."""
+    total = squares = peak = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for each, square, largest in sums:
+            total += each
+            squares += square
+            peak = max(peak, largest)
+    finite = isfinite(squares) and isfinite(peak)
+    if not finite:
+        return TensorStats(spec, 0.0, 0.0, 0.0, finite=False)
+    mean = total / spec.size
+    variance = max(0.0, squares / spec.size - mean * mean)
+    return TensorStats(spec, sqrt(variance), sqrt(squares / spec.size), peak, finite=True)
+
+
 def tensor_stats(array: npt.NDArray[np.generic], spec: TensorSpec) -> TensorStats:
-    """Statistics of the stored elements of a packable tensor, in blocks, in float64.
+    """Statistics of the stored elements of a packable tensor.
 
     Parameters
     ----------
@@ -51,18 +93,4 @@ def tensor_stats(array: npt.NDArray[np.generic], spec: TensorSpec) -> TensorStat
     """
     if spec.dtype not in PACKABLE or not spec.size:
         return TensorStats(spec, 0.0, 0.0, 0.0, spec.dtype in PACKABLE)
-    flat = array.reshape(-1)
-    total = squares = peak = 0.0
-    # float64 beyond the range of float32 becomes infinite here, and the tensor is kept exact.
-    with np.errstate(over="ignore", invalid="ignore"):
-        for begin in range(0, flat.size, _BLOCK):
-            block = to_float32(flat[begin : begin + _BLOCK], spec.dtype).astype(np.float64)
-            total += float(block.sum())
-            squares += float(np.dot(block, block))
-            peak = max(peak, float(np.abs(block).max()))
-    finite = bool(np.isfinite(squares)) and bool(np.isfinite(peak))
-    if not finite:
-        return TensorStats(spec, 0.0, 0.0, 0.0, finite=False)
-    mean = total / flat.size
-    variance = max(0.0, squares / flat.size - mean * mean)
-    return TensorStats(spec, sqrt(variance), sqrt(squares / flat.size), peak, finite=True)
+    return stats_of(spec, block_sums(array, spec.dtype))

@@ -219,18 +219,29 @@ class LaneBlock:
         """Levels of each part, shape (runs, columns), from the subset of every weight."""
         found = []
         for (first, last, size), table in zip(self._parts, self._tables, strict=True):
-            scaled = self.scaled[:size, first:last]
-            subset = subsets[:size, first:last].astype(np.intp)
-            cell = self._cells[:size, first:last]
-            cells = 2 * table.middle
-            level = np.take(table.level.ravel(), subset * cells + cell).astype(np.int32)
-            if table.peaked:
-                far = np.nonzero((cell == 0) | (cell == cells - 1))
-                exact = scaled[far].astype(np.float64)
-                members = _best_members(exact, table.model, table.lam, table.zero)[2]
-                level[far] = np.take_along_axis(members, subset[far][None], 0)[0]
-            found.append(np.ascontiguousarray(level.T))
+            whole = np.empty((last - first, size), np.int32)
+            # A few columns at a time: the indices are eight times as large as what they index.
+            for begin in range(0, size, RENORM):
+                part = slice(begin, min(size, begin + RENORM))
+                whole[:, part] = self._levels(part, slice(first, last), subsets, table).T
+            found.append(whole)
         return found
+
+    def _levels(
+        self, part: slice, lanes: slice, subsets: npt.NDArray[np.uint8], table: CostTables
+    ) -> npt.NDArray[np.int32]:
+        subset = subsets[part, lanes].astype(np.intp)
+        cell = self._cells[part, lanes]
+        cells = 2 * table.middle
+        level: npt.NDArray[np.int32] = np.take(table.level.ravel(), subset * cells + cell).astype(
+            np.int32
+        )
+        if table.peaked:
+            far = np.nonzero((cell == 0) | (cell == cells - 1))
+            exact = self.scaled[part, lanes][far].astype(np.float64)
+            members = _best_members(exact, table.model, table.lam, table.zero)[2]
+            level[far] = np.take_along_axis(members, subset[far][None], 0)[0]
+        return level
 
 
 def search_numpy(

@@ -155,6 +155,43 @@ def fold_levels(levels: Levels, fold: Fold) -> tuple[Samples, Digits, Digits]:
     return samples, core, tail
 
 
+Counts = npt.NDArray[np.int64]
+
+
+def fold_counts(counts: Counts, fold: Fold) -> tuple[Counts, Counts, Counts]:
+    """How :func:`fold_levels` would divide levels of which so many have each value.
+
+    Parameters
+    ----------
+    counts : ndarray of int64, shape (256,)
+        Number of levels of each value, by the value's byte in two's complement.
+    fold : Fold
+
+    Returns
+    -------
+    samples, core, tail : ndarray of int64, shape (256,)
+        Number of samples, core digits and tail digits of each value.
+    """
+    every = np.arange(-128, 128).astype(np.int8)
+    by_level = np.roll(counts, 128)
+    samples = _sample_table(fold)
+    inner = samples == ZERO_SAMPLE
+    core = tail = np.zeros(256, np.int64)
+    if fold.core:
+        core = _histogram((every[inner] + np.int8(fold.core)).view(np.uint8), by_level[inner])
+    if fold.width > 1:
+        outer = np.abs(every[~inner].astype(np.int16)).astype(np.uint8)
+        digits = (outer - np.uint8(fold.core + 1)) % np.uint8(fold.width)
+        tail = _histogram(digits, by_level[~inner])
+    return _histogram(samples, by_level), core, tail
+
+
+def _histogram(values: npt.NDArray[np.uint8], counts: Counts) -> Counts:
+    found = np.zeros(256, np.int64)
+    np.add.at(found, values, counts)
+    return found
+
+
 def count_digits(samples: Samples, fold: Fold) -> tuple[int, int]:
     """How many core and tail digits belong to these samples."""
     if fold == PLAIN:

@@ -1,0 +1,133 @@
+"""Packing on clusters: the bytes of a local run, also when workers die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from archives import normal
+
+from weightvid.checkpoint import create_checkpoint, from_mapping, open_checkpoint
+from weightvid.errors import CheckpointError, ClusterError
+from weightvid.pack import PackOptions, pack_checkpoint
+from weightvid.packing.engines import open_workers
+from weightvid.progress import Progress
+
+distributed = pytest.importorskip("distributed", reason="needs the extra dask")
+
+WORKERS = 4
+
+
+def save(arrays: dict[str, np.ndarray[Any, Any]], path: Path) -> Path:
+    source = from_mapping(arrays)
+    with create_checkpoint(path, source.contents) as writer:
+        for spec in source.contents.tensors:
+            writer.write(spec.name, source.read(spec.name))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A large tensor of several blocks, small ones in company, a kept one."""
+    embedding = normal(1, 12000, 500) * np.exp(normal(2, 12000, 1, scale=0.7))
+    embedding[17, 3] = 40.0
+    arrays = {"embedding": embedding.astype(np.float32), "norm": normal(3, 500)}
+    arrays |= {f"layer{i}.weight": normal(4 + i, 600, 500) for i in range(4)}
+    return save(arrays, tmp_path_factory.mktemp("model") / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def local(model: Path) -> bytes:
+    path = model.with_name("local.mp4")
+    pack_checkpoint(model, path, PackOptions(jobs=2))
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Dask cluster of worker processes; each has weightvid from this checkout."""
+    with distributed.LocalCluster(
+        n_workers=WORKERS, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as made:
+        yield made
+
+
+def pack(model: Path, path: Path, where: str, told: list[Progress]) -> bytes:
+    pack_checkpoint(model, path, PackOptions(cluster=where, verify=False), told.append)
+    return path.read_bytes()
+
+
+def test_worker_processes_give_the_bytes_of_a_local_run(
+    model: Path, local: bytes, cluster: Any, tmp_path: Path
+) -> None:
+    told: list[Progress] = []
+    assert pack(model, tmp_path / "there.mp4", cluster.scheduler_address, told) == local
+    shares = told[-1].workers
+    assert len(shares) > 1, "more than one process did the work"
+    assert sum(share.done for share in shares) == told[-1].total
+    here = f":{os.getpid()}"
+    assert not any(share.name.endswith(here) for share in shares)
+
+
+def test_a_worker_that_is_killed(model: Path, local: bytes, cluster: Any, tmp_path: Path) -> None:
+    """What it had in hand is done again by others; the bytes are the same."""
+    killed: list[str] = []
+    path = tmp_path / "killed.mp4"
+    options = PackOptions(cluster=cluster.scheduler_address, verify=False)
+    with distributed.Client(cluster.scheduler_address) as client:
+        pids = client.run(os.getpid)
+
+        def told(progress: Progress) -> None:
+            if progress.stage != "encode" or progress.done < progress.total // 4 or killed:
+                return
+            busy = [address for address, tasks in client.processing().items() if tasks]
+            if busy:
+                killed.append(busy[0])
+                os.kill(pids[busy[0]], signal.SIGKILL)
+
+        pack_checkpoint(model, path, options, told)
+    assert killed
+    assert path.read_bytes() == local
+
+
+def test_a_checkpoint_that_workers_do_not_see(cluster: Any, tmp_path: Path) -> None:
+    """Errors of workers come back as they are."""
+    model = save({"a.weight": normal(1, 300, 400)}, tmp_path / "model.safetensors")
+    target = tmp_path / "model.mp4"
+    with open_checkpoint(model) as reader:
+        model.unlink()
+        with pytest.raises(CheckpointError, match="worker cannot read"):
+            pack_checkpoint(reader, target, PackOptions(cluster=cluster.scheduler_address))
+    assert not target.exists()
+
+
+def test_a_checkpoint_in_memory_is_refused(cluster: Any, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="shared storage"):
+        pack_checkpoint(
+            from_mapping({"w": normal(1, 50, 60)}),
+            tmp_path / "model.mp4",
+            PackOptions(cluster=cluster.scheduler_address),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["slurm", "daskk", ""])
+def test_an_unknown_cluster(name: str) -> None:
+    with pytest.raises(ClusterError, match="no cluster"), open_workers(name):
+        pass
+
+
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_a_missing_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, {"dask": "distributed", "ray": "ray"}[name], None)
+    with (
+        pytest.raises(ClusterError, match=rf"pip install 'weightvid\[{name}\]'"),
+        open_workers(name),
+    ):
+        pass

@@ -1,0 +1,152 @@
+"""Clusters: the executors that Dask and Ray offer themselves, opened by name or address.
+
+Scheduling, moving data and doing again what a dead worker had in hand is theirs. Either library is
+imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final
+
+from weightvid.errors import ClusterError
+from weightvid.packing.workers import Workers, local_workers
+
+#: how often a task is done again when its worker dies.
+_RETRIES: Final = 3
+_CONNECT_S: Final = 20
+
+
+def open_workers(cluster: str | None, jobs: int = 0) -> AbstractContextManager[Workers]:
+    """Workers of a cluster, or threads of this process.
+
+    Parameters
+    ----------
+    cluster : str or None
+        ``dask`` or ``ray``: worker processes on this machine. ``scheme://host:port`` of a Dask
+        scheduler; ``ray:auto`` or ``ray://host:port``: a running Ray cluster. None: threads.
+    jobs : int
+        Of threads, or of processes started here; 0: one per core.
+
+    Raises
+    ------
+    ClusterError
+        No such kind of cluster, its library is missing, or it does not answer.
+    """
+    if cluster is None:
+        return local_workers(jobs)
+    if cluster == "ray" or cluster.startswith(("ray:", "ray://")):
+        return _ray(cluster, jobs)
+    if cluster == "dask" or "://" in cluster:
+        return _dask(cluster, jobs)
+    raise ClusterError(
+        f"no cluster {cluster!r}: it is dask, ray, ray:auto, or an address such as "
+        "tcp://10.0.0.1:8786 (Dask) or ray://10.0.0.1:10001"
+    )
+
+
+@contextmanager
+def _dask(cluster: str, jobs: int) -> Iterator[Workers]:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise _missing("dask", error) from None
+    try:
+        if cluster == "dask":
+            count = jobs or os.cpu_count() or 1
+            client = Client(
+                n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None
+            )
+        else:
+            client = Client(cluster, timeout=_CONNECT_S)
+    except (OSError, TimeoutError, ValueError, RuntimeError) as error:
+        raise ClusterError(
+            f"the Dask cluster {cluster} does not answer: {error}; is its scheduler running?"
+        ) from None
+    with client:
+        threads = sum(client.nthreads().values())
+        if not threads:
+            raise ClusterError(f"the Dask cluster {cluster} has no workers")
+        executor = client.get_executor(pure=False, retries=_RETRIES)
+        workers = Workers(executor, threads, True, _explain_dask)
+        try:
+            yield workers
+        except BaseException:
+            executor.shutdown(wait=False)
+            raise
+
+
+def _explain_dask(error: Exception) -> Exception:
+    from distributed import KilledWorker
+    from distributed.comm.core import CommClosedError
+
+    if isinstance(error, KilledWorker):
+        return ClusterError(
+            "the same piece of work ended several of the cluster's workers; do they have enough "
+            f"memory? ({error})"
+        )
+    if isinstance(error, (CommClosedError, TimeoutError, OSError)):
+        return ClusterError(f"the Dask cluster was lost: {error}")
+    return error
+
+
+class _RayExecutor(Executor):
+    """Ray's tasks as futures, which Ray itself makes."""
+
+    def __init__(self, ray: Any) -> None:
+        self._run = ray.remote(max_retries=_RETRIES)(_call)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Hand out a task."""
+        future: Future[Any] = self._run.remote(fn, args, kwargs).future()
+        return future
+
+
+def _call(task: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return task(*args, **kwargs)
+
+
+@contextmanager
+def _ray(cluster: str, jobs: int) -> Iterator[Workers]:
+    try:
+        import ray
+    except ImportError as error:
+        raise _missing("ray", error) from None
+    here = cluster == "ray"
+    try:
+        if here:
+            ray.init(
+                num_cpus=jobs or os.cpu_count() or 1, include_dashboard=False, log_to_driver=False
+            )
+        else:
+            ray.init("auto" if cluster == "ray:auto" else cluster, log_to_driver=False)
+    except (OSError, ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"the Ray cluster {cluster} does not answer: {error}") from None
+    try:
+        count = int(ray.cluster_resources().get("CPU", 0))
+        if not count:
+            raise ClusterError(f"the Ray cluster {cluster} has no processors")
+        yield Workers(_RayExecutor(ray), count, True, _explain_ray)
+    finally:
+        ray.shutdown()
+
+
+def _explain_ray(error: Exception) -> Exception:
+    from ray.exceptions import RayError, RayTaskError
+
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        return cause if isinstance(cause, Exception) else error
+    if isinstance(error, RayError):
+        return ClusterError(f"the Ray cluster gave up on a piece of work: {error}")
+    return error
+
+
+def _missing(extra: str, error: ImportError) -> ClusterError:
+    return ClusterError(
+        f"--cluster {extra} needs a library that is not there ({error}): "
+        f"pip install 'weightvid[{extra}]'"
+    )
