@@ -69,5 +69,9 @@ class CodecError(WeightvidError, RuntimeError):
     """The video encoder or decoder failed."""
 
 
+class RemoteError(WeightvidError, OSError):
+    """A file elsewhere (a web server, an object store, a hub) cannot be read."""
+
+
 class OutputError(WeightvidError, OSError):
     """An output file cannot be written (exists, disk full, no permission)."""

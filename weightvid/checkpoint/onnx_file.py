@@ -44,6 +44,24 @@ def open_reader(path: Path) -> CheckpointReader:
         The ``onnx`` package is missing; the model is damaged; external data are missing, cut
         short, or lie outside the model's folder.
     """
+    return _OnnxReader(path, _load(path))
+
+
+def external_files(path: Path) -> list[str]:
+    """Files beside a model that hold data of it; names that lead elsewhere are left out.
+
+    Raises
+    ------
+    CheckpointError
+        The ``onnx`` package is missing; the model is damaged.
+    """
+    tensors = filter(_is_external, _tensors_of(_load(path).graph))
+    found = {e.value for t in tensors for e in t.external_data if e.key == "location"}
+    return sorted(filter(is_safe_path, found))
+
+
+def _load(path: Path) -> Any:
+    """A model without its external data."""
     onnx = import_onnx()
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -54,7 +72,7 @@ def open_reader(path: Path) -> CheckpointReader:
         raise CheckpointError(f"{path} is no valid ONNX model: {error}") from None
     if not model.HasField("graph"):
         raise CheckpointError(f"{path} is no valid ONNX model: it has no graph")
-    return _OnnxReader(path, model)
+    return model
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,8 @@ def progress_bars() -> Iterator[Report]:
             tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, rate="")
         task = bars.tasks[tasks[progress.stage]]
         speed = task.finished_speed or task.speed
-        rate = "" if not speed else f"{speed / 1e6:.1f} M weights/s"
+        unit = "MB" if progress.stage == "download" else "M weights"
+        rate = "" if not speed else f"{speed / 1e6:.1f} {unit}/s"
         bars.update(task.id, completed=progress.done, total=progress.total, rate=rate)
 
     with bars:
