@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,8 @@ from weightvid.spec import SIDE_FILE_BYTES, TensorSpec, is_safe_path
 
 _INDEX: Final = ".index.json"
 _WEB: Final = ("http", "https")
+#: sub-folders of sentence-transformers, which may hold small weights of their own.
+_MODULE: Final = re.compile(r"\d+_[^/]+/[^/]+$")
 _BLOCK_BYTES: Final = 1 << 20
 #: left free on the disk that a checkpoint is brought to.
 _SPARE_BYTES: Final = 64 << 20
@@ -97,19 +100,29 @@ def _from_hub(url: str, progress: Report) -> _Local:
     from weightvid.remote import hub
 
     place = parse_hub(url)
-    listed = hub.list_files(url)
-    progress(Progress("download", 0, 0))
-    if not place.path:
-        return _Local(hub.download(url, choose(listed, url)))
-    names = [name for name, _ in listed if _belongs(name, place.path)]
-    if place.path not in names:
-        folder = [
-            (n[len(place.path) + 1 :], s) for n, s in listed if n.startswith(place.path + "/")
-        ]
-        if not folder:
-            raise RemoteError(f"there is no {url}; the model has {shorten(n for n, _ in listed)}")
-        names = [f"{place.path}/{name}" for name in choose(folder, url)]
-    return _Local(hub.download(url, names) / place.path)
+    listing = hub.list_files(url)
+    names = _wanted(url, place.path, dict(listing.files))
+    sizes = dict(listing.files)
+    total, done = sum(sizes[name] for name in names), 0
+    for name in names:
+        progress(Progress("download", done, total))
+        path = hub.download(url, listing.commit, name)
+        done += sizes[name]
+    progress(Progress("download", done, total))
+    # All lie below one folder, named after the commit.
+    root = path.parents[name.count("/")]
+    return _Local(root / place.path)
+
+
+def _wanted(url: str, path: str, sizes: Mapping[str, int]) -> list[str]:
+    """Files of a model on the hub that an address means: one, those of a folder, or of all."""
+    if path in sizes:
+        return [name for name in sizes if _belongs(name, path)]
+    prefix = f"{path}/" if path else ""
+    inside = [(n.removeprefix(prefix), s) for n, s in sizes.items() if n.startswith(prefix)]
+    if not inside:
+        raise RemoteError(f"there is no {url}; the model has {shorten(sizes)}")
+    return [prefix + name for name in choose(inside, url)]
 
 
 def _belongs(name: str, wanted: str) -> bool:
@@ -147,7 +160,7 @@ def choose(listed: Iterable[tuple[str, int]], url: str) -> list[str]:
         name
         for name, size in sizes.items()
         if size <= SIDE_FILE_BYTES
-        and (PurePosixPath(name).suffix.lower() not in WEIGHTS or "/" in name)
+        and (PurePosixPath(name).suffix.lower() not in WEIGHTS or _MODULE.match(name))
         and is_safe_path(name)
     ]
     return sorted({*weights, *small})

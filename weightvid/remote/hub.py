@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from weightvid.errors import RemoteError
 from weightvid.remote.address import HubPlace, parse_hub
 from weightvid.remote.store import Store, need
 from weightvid.remote.web import WebStore
-
-T = TypeVar("T")
 
 
 def open_store(url: str) -> Store:
@@ -38,8 +36,24 @@ class _HubStore(WebStore):
         super().__init__(url, target, utils.build_hf_headers())
 
 
-def list_files(url: str) -> tuple[tuple[str, int], ...]:
-    """Paths and sizes of a model's files; those in the cache if the hub cannot be reached.
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a model holds.
+
+    Attributes
+    ----------
+    commit : str
+        Whole hash, so that all files are of one version.
+    files : tuple of (str, int)
+        Paths and sizes.
+    """
+
+    commit: str
+    files: tuple[tuple[str, int], ...]
+
+
+def list_files(url: str) -> Listing:
+    """A model's files; those in the cache if the hub cannot be reached.
 
     Raises
     ------
@@ -51,56 +65,50 @@ def list_files(url: str) -> tuple[tuple[str, int], ...]:
     try:
         info = hub.HfApi().model_info(place.repo, revision=place.revision, files_metadata=True)
     except Exception as error:
-        if not _unreachable(error):
+        cached = _cached(hub, place) if _unreachable(error) else None
+        if cached is None:
             raise _explain(url, error) from None
-        cached = _cached(hub, url, place)
-        return tuple(
-            (path.relative_to(cached).as_posix(), path.stat().st_size)
-            for path in sorted(cached.rglob("*"))
-            if path.is_file()
-        )
-    return tuple((entry.rfilename, entry.size or 0) for entry in info.siblings or ())
+        return cached
+    files = tuple((entry.rfilename, entry.size or 0) for entry in info.siblings or ())
+    return Listing(info.sha, files)
 
 
-def download(url: str, names: Iterable[str]) -> Path:
-    """Bring files of a model into huggingface_hub's cache; the folder that holds them.
+def download(url: str, commit: str, name: str) -> Path:
+    """Bring a file into huggingface_hub's cache, if it is not there yet; where it lies.
 
     Raises
     ------
     RemoteError
-        No such model, no access, no connection.
+        No access, no connection, or the model was changed meanwhile.
     """
     place = parse_hub(url)
     hub: Any = need("huggingface_hub", "hf", url)
-    wanted = [_literal(name) for name in names]
-
-    def fetch() -> str:
-        return str(
-            hub.snapshot_download(place.repo, revision=place.revision, allow_patterns=wanted)
-        )
-
-    return Path(_explained(url, fetch))
-
-
-def _cached(hub: Any, url: str, place: HubPlace) -> Path:
-    def find() -> str:
-        return str(
-            hub.snapshot_download(place.repo, revision=place.revision, local_files_only=True)
-        )
-
-    return Path(_explained(url, find))
-
-
-def _explained(url: str, function: Callable[[], T]) -> T:
     try:
-        return function()
+        # By the name of the revision, so that the cache learns what it stands for.
+        path = Path(hub.hf_hub_download(place.repo, name, revision=place.revision))
     except Exception as error:
         raise _explain(url, error) from None
+    if commit not in path.parts:
+        raise RemoteError(f"{url} was changed while it was read; try again")
+    return path
 
 
-def _literal(name: str) -> str:
-    """A name as a pattern that matches it alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _cached(hub: Any, place: HubPlace) -> Listing | None:
+    try:
+        repos = hub.scan_cache_dir().repos
+    except Exception:
+        return None  # there is no cache yet
+    for repo in repos:
+        if repo.repo_type == "model" and repo.repo_id == place.repo:
+            for found in repo.revisions:
+                if (place.revision or "main") in (found.commit_hash, *found.refs):
+                    paths = sorted(p for p in found.snapshot_path.rglob("*") if p.is_file())
+                    files = [
+                        (p.relative_to(found.snapshot_path).as_posix(), p.stat().st_size)
+                        for p in paths
+                    ]
+                    return Listing(found.commit_hash, tuple(files))
+    return None
 
 
 def _names(error: BaseException) -> set[str]:
