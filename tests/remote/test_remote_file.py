@@ -13,7 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import Site, serve
+from typer.testing import CliRunner
 
+from weightvid.cli.app import app
 from weightvid.errors import RemoteError
 from weightvid.remote import file_name, is_url, open_remote, retry, shown
 from weightvid.remote.address import parse_hub
@@ -256,6 +258,12 @@ def test_a_certificate_of_nobody(tmp_path: Path, waits: list[float]) -> None:
         url = site.put("f", DATA)
         with pytest.raises(RemoteError, match=r"cannot trust .*self-signed .*SSL_CERT_FILE"):
             open_remote(url)
+        out = tmp_path / "m.mp4"
+        result = CliRunner().invoke(app, ["pack", url, "-o", str(out)])
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: cannot trust the server")
+        assert result.stderr.count("\n") == 1
+        assert not out.exists()
     assert waits == []
 
 

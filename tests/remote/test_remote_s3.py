@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 from archives import normal, packed, same
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from weightvid.checkpoint import open_checkpoint
+from weightvid.cli.app import app
 from weightvid.errors import RemoteError
 from weightvid.loader import open_archive
 from weightvid.pack import pack_checkpoint
@@ -99,7 +102,7 @@ def test_checkpoints(bucket: Any, tmp_path: Path) -> None:
         open_checkpoint("s3://models/m")
 
 
-def test_what_is_not_there(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_there(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for url in ("s3://models/gone", "s3://nobucket/f"):
         with pytest.raises(RemoteError, match=f"there is no {url}"):
             open_remote(url)
@@ -113,6 +116,11 @@ def test_what_is_not_there(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None
             RemoteError, match=r"s3://models/m\.mp4.*credentials.*AWS_ACCESS_KEY_ID"
         ):
             opener("s3://models/m.mp4")
+    out = tmp_path / "m.mp4"
+    result = CliRunner().invoke(app, ["pack", "s3://models/m.safetensors", "-o", str(out)])
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: .*set AWS_ACCESS_KEY_ID.*\n", result.stderr)
+    assert not out.exists()
 
 
 def test_a_driver_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

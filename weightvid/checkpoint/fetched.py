@@ -153,9 +153,9 @@ def choose(listed: Iterable[tuple[str, int]], url: str) -> list[str]:
     top = [name for name in sizes if "/" not in name]
     weights = _preferred(top)
     if not weights:
-        raise CheckpointError(
-            f"{shown(url)} holds no weights that weightvid looks for; it has {shorten(sizes)}"
-        )
+        others = [name for name in sizes if name.lower().endswith((".gguf", ".onnx", ".npz"))]
+        what = f"name one of {shorten(others)}" if others else f"it has {shorten(sizes)}"
+        raise CheckpointError(f"{shown(url)} holds no weights that weightvid looks for; {what}")
     small = [
         name
         for name, size in sizes.items()

@@ -55,7 +55,7 @@ def external_files(path: Path) -> list[str]:
     CheckpointError
         The ``onnx`` package is missing; the model is damaged.
     """
-    tensors = filter(_is_external, _tensors_of(_load(path).graph))
+    tensors = filter(_is_external, _tensors_of(_load(path)))
     found = {e.value for t in tensors for e in t.external_data if e.key == "location"}
     return sorted(filter(is_safe_path, found))
 
@@ -90,12 +90,10 @@ class _OnnxReader(CheckpointReader):
         self._places: dict[str, _Place] = {}
         self._files: dict[Path, BufferedReader] = {}
         specs: list[TensorSpec] = []
-        names: set[str] = set()
         for tensor in model.graph.initializer:
             dtype = _NAMES.get(tensor.data_type)
-            if dtype is None or not tensor.name or tensor.name in names:
+            if dtype is None or not tensor.name:
                 continue
-            names.add(tensor.name)
             spec = TensorSpec(tensor.name, dtype, tuple(tensor.dims))
             specs.append(spec)
             if _is_external(tensor):
@@ -103,10 +101,10 @@ class _OnnxReader(CheckpointReader):
             else:
                 self._inline[spec.name] = _copy(tensor)
             _empty(tensor)
-        if any(map(_is_external, _tensors_of(model.graph))):
+        if any(map(_is_external, _tensors_of(model))):
             raise CheckpointError(
-                f"{path} keeps tensors in external files that are no initializers of its graph; "
-                "save it with all its data inside"
+                f"{path} keeps tensors in external files that are no initializers of its graph, or "
+                "of a type that weightvid lacks; save it with all its data inside"
             )
         skipped: tuple[str, ...] = ()
         files: tuple[SideFile, ...] = ()
@@ -200,8 +198,18 @@ def _is_external(tensor: Any) -> bool:
     return bool(tensor.data_location == import_onnx().TensorProto.EXTERNAL)
 
 
-def _tensors_of(graph: Any) -> Iterator[Any]:
+def _tensors_of(model: Any) -> Iterator[Any]:
+    """Every tensor of a model, wherever it stands."""
+    yield from _tensors_of_graph(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _tensors_of_attributes(node.attribute)
+
+
+def _tensors_of_graph(graph: Any) -> Iterator[Any]:
     yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
     for node in graph.node:
         yield from _tensors_of_attributes(node.attribute)
 
@@ -213,7 +221,7 @@ def _tensors_of_attributes(attributes: Iterable[Any]) -> Iterator[Any]:
         yield from attribute.tensors
         graphs = [attribute.g] if attribute.HasField("g") else []
         for graph in (*graphs, *attribute.graphs):
-            yield from _tensors_of(graph)
+            yield from _tensors_of_graph(graph)
 
 
 def _copy(tensor: Any) -> Any:
