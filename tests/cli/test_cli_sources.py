@@ -74,7 +74,11 @@ def test_programs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     torch.save({"w": torch.ones(3), "code": Code()}, tmp_path / "code.pt")
     refused(run, tmp_path / "code.pt", r"loading them could run code; save the model's state_dict")
     (tmp_path / "code.bin").write_bytes(pickle.dumps(Code()))
-    refused(run, tmp_path / "code.bin", "is a pickle of something else than tensors, and loading it could run")
+    refused(
+        run,
+        tmp_path / "code.bin",
+        "is a pickle of something else than tensors, and loading it could run",
+    )
     assert not (tmp_path / "ran").exists()
 
 

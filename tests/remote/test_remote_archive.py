@@ -62,6 +62,22 @@ def test_one_tensor_takes_few_requests(site: Site, tmp_path: Path) -> None:
     assert frames + index < site.sent_bytes < frames + index + (64 << 10) < len(data)
 
 
+def test_a_large_tensor_is_one_request(
+    site: Site, data: bytes, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many windows its frames are read in."""
+    monkeypatch.setattr("weightvid.container.reader.WINDOW_BYTES", 9000)
+    with open_archive(site.put("m.mp4", data)) as archive:
+        assert len(archive.frames_of("f.weight")) > 1
+        for name, array in archive:
+            assert same(array, expected[name])
+            if name == "c.weight":
+                asked = len(site.asked)
+                assert same(archive["f.weight"], expected["f.weight"])
+                assert len(site.asked) == asked + 1
+    assert len(site.asked) == 4
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_everything(
     site: Site, data: bytes, expected: dict[str, Any], ranges: bool, tmp_path: Path

@@ -85,7 +85,11 @@ def test_reading_on_is_one_request(site: Site) -> None:
         for at in range(0, 300_000, 30_000):
             file.seek(at)
             assert file.read(10) == DATA[at : at + 10]
-    assert [asked.range for asked in site.asked] == ["bytes=0-32767", *["bytes=32768-"] * 2]
+    assert [asked.range for asked in site.asked] == [
+        "bytes=0-32767",
+        "bytes=32768-299999",
+        "bytes=32768-299999",
+    ]
 
 
 def test_a_cut_range_goes_on_where_it_broke(site: Site, waits: list[float]) -> None:

@@ -108,6 +108,8 @@ class Source:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
+        # Files elsewhere take one request for each read, and know how long they are.
+        self._chunk = int(getattr(stream, "chunk_bytes", _CHUNK))
         self._at = 0
         self._buffer = b""
         self._buffer_at = 0
@@ -129,13 +131,13 @@ class Source:
         """Go to an absolute offset."""
         self.position = offset
 
-    def read_on(self) -> None:
-        """Tell a file elsewhere that all from here on will be read, in order."""
+    def read_on(self, end: int | None = None) -> None:
+        """Tell a file elsewhere that all from here (to ``end``) will be read, in order."""
         hint = getattr(self._stream, "read_on", None)
         if hint is not None:
             end = self._buffer_at + len(self._buffer)
             self._at = self._stream.seek(end if self.buffered(1) else self.position)
-            hint()
+            hint(end)
 
     def can_rewind(self) -> bool:
         """Whether a file that cannot seek can be asked for once more."""
@@ -176,7 +178,7 @@ class Source:
             self._at = self.position
         parts, left = [], size
         while left:
-            data = self._stream.read(min(left, _CHUNK))
+            data = self._stream.read(min(left, self._chunk))
             if not data:
                 break
             parts.append(data)

@@ -400,6 +400,9 @@ class Archive:
 
     def _fragments(self, frames: range) -> Iterator[Fragment]:
         entries = [self._need_index().frames[number] for number in frames]
+        if entries and entries[-1].end - entries[0].offset > reader.WINDOW_BYTES:
+            self._source.seek(entries[0].offset)
+            self._source.read_on(entries[-1].end)
         for number, entry in zip(frames, entries, strict=True):
             # One range read for all frames that lie together, in bounded windows.
             window_end = entry.end

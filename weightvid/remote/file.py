@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 FIRST_BYTES: Final = 32 << 10
 #: read at once where it is read over.
 _SKIP_BYTES: Final = 1 << 20
+#: answers that are read on at the same time; the first ones are kept longest.
+_RUNS: Final = 4
 #: how far into the first bytes a web page may hide its first tag.
 _BLANKS: Final = b" \t\r\n\xef\xbb\xbf"
 _PAGES: Final = (b"<!doctype", b"<html", b"<head", b"<!--")
@@ -204,22 +206,69 @@ class _Remote(io.RawIOBase):
         raise io.UnsupportedOperation("not writable")
 
 
+class _Run:
+    """One answer that is read as it arrives, by reads that follow each other.
+
+    Attributes
+    ----------
+    at, end : int
+        Offset of the next byte that comes, and of what follows the last.
+    skipping : bool
+        Whether gaps are read over.
+    """
+
+    def __init__(self, at: int, end: int, skipping: bool) -> None:
+        self.at = at
+        self.skipping = skipping
+        self.end = end
+        self._left = b""
+        self._pieces: Generator[bytes] | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether anything has been asked for."""
+        return self._pieces is not None
+
+    def take(self, size: int, head: bytes, transfer: Transfer) -> bytes:
+        """Next bytes, fewer at the end of the run."""
+        if self._pieces is None:
+            self._left = head[self.at : self.end]
+            self._pieces = transfer.pieces(self.at + len(self._left), self.end)
+        parts, have = [self._left], len(self._left)
+        while have < size and (data := next(self._pieces, b"")):
+            parts.append(data)
+            have += len(data)
+        whole = parts[0] if len(parts) == 1 else b"".join(parts)
+        self._left = whole[size:]
+        self.at += min(size, len(whole))
+        return whole[:size]
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        if self._pieces is not None:
+            self._pieces.close()
+
+
 class RemoteFile(_Remote):
     """A file that is read by ranges.
 
     Each read is one request, but for what the first one brought, and for reading on: after
     :meth:`read_on`, what follows comes in one answer that is read as it arrives.
+
+    Attributes
+    ----------
+    chunk_bytes : int
+        How much may be asked for at once; the file's own end is never passed.
     """
+
+    chunk_bytes: Final = 1 << 30
 
     def __init__(self, transfer: Transfer, head: bytes) -> None:
         super().__init__(transfer)
         self._size = transfer.total_bytes or 0
         self._head = head
         self._at = 0
-        self._running: Generator[bytes] | None = None
-        self._running_at = -1
-        self._skipping = False
-        self._left = b""
+        self._runs: list[_Run] = []
 
     def seekable(self) -> bool:
         """Yes."""
@@ -235,65 +284,63 @@ class RemoteFile(_Remote):
         self._at = max(0, base + offset)
         return self._at
 
-    def read_on(self, *, skipping: bool = False) -> None:
-        """Expect everything from here to the end to be read, in order.
+    def read_on(self, end: int | None = None, *, skipping: bool = False) -> None:
+        """Expect everything from here on to be read, in order.
+
+        What other parts are read in between, by further calls too, does not end this.
 
         Parameters
         ----------
+        end : int or None
+            Up to there; None: to the end of the file.
         skipping : bool
             With gaps, which are read over.
         """
-        self._stop()
-        self._running_at = self._at
-        self._skipping = skipping
+        self._runs = [run for run in self._runs if run.at < run.end]
+        while len(self._runs) >= _RUNS:
+            self._runs.pop().close()
+        stop = self._size if end is None else min(end, self._size)
+        self._runs.append(_Run(self._at, stop, skipping))
 
     def read(self, size: int = -1, /) -> bytes:
         """Exactly ``size`` bytes, fewer only at the end of the file."""
         end = self._size if size < 0 else min(self._size, self._at + size)
         if end <= self._at:
             return b""
-        if self._skipping and self._at > self._running_at:
-            self._skip()
-        reading_on = self._at == self._running_at
-        if reading_on and (self._running is not None or end > len(self._head)):
-            found = self._run(end - self._at)
-        elif end <= len(self._head):
+        run = self._run()
+        if end <= len(self._head) and not (run and run.open):
             found = self._head[self._at : end]
+            if run:
+                run.at = end
         else:
-            found = self._head[self._at :]
-            found += b"".join(self.transfer.pieces(self._at + len(found), end))
-        if reading_on:
-            self._running_at += len(found)
+            found = run.take(end - self._at, self._head, self.transfer) if run else b""
+            at = self._at + len(found)
+            if at < end:
+                found += self._head[at:end]
+                at = self._at + len(found)
+                found += b"".join(self.transfer.pieces(at, end))
         self._at += len(found)
         return found
 
-    def _run(self, size: int) -> bytes:
-        if self._running is None:
-            self._left = self._head[self._running_at :]
-            self._running = self.transfer.pieces(self._running_at + len(self._left))
-        parts = [self._left]
-        have = len(self._left)
-        while have < size and (data := next(self._running, b"")):
-            parts.append(data)
-            have += len(data)
-        whole = parts[-1] if have == len(parts[-1]) else b"".join(parts)
-        self._left = whole[size:]
-        return whole[:size]
-
-    def _skip(self) -> None:
-        if self._running is None and self._at <= len(self._head):
-            self._running_at = self._at
-        while (gap := self._at - self._running_at) > 0:
-            self._running_at += len(self._run(min(gap, _SKIP_BYTES)))
-
-    def _stop(self) -> None:
-        if self._running is not None:
-            self._running.close()
-        self._running, self._running_at, self._left = None, -1, b""
+    def _run(self) -> _Run | None:
+        """The run that goes on here."""
+        for run in self._runs:
+            if run.skipping and run.at < self._at:
+                if not run.open and self._at <= len(self._head):
+                    run.at = self._at
+                while (gap := self._at - run.at) > 0 and run.take(
+                    min(gap, _SKIP_BYTES), self._head, self.transfer
+                ):
+                    pass
+            if run.at == self._at:
+                return run
+        return None
 
     def close(self) -> None:
-        """Let go of the connection."""
-        self._stop()
+        """Let go of the connections."""
+        for run in self._runs:
+            run.close()
+        self._runs = []
         super().close()
 
 
