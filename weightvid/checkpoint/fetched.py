@@ -1,7 +1,8 @@
 """Checkpoints that lie elsewhere: brought to this machine, read, and removed again.
 
-Files of the Hugging Face hub go to huggingface_hub's cache and stay there. All others go to a
-temporary folder (of ``TMPDIR``), because packing reads every tensor at least twice.
+Files of the Hugging Face hub go to huggingface_hub's cache and stay there. Others go to a temporary
+folder (of ``TMPDIR``): safetensors tensor by tensor as they are read (see
+:mod:`weightvid.checkpoint.mirror`), other kinds as whole files.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Final, cast
+from typing import Final
 
+from weightvid.checkpoint import folder, safetensors
 from weightvid.checkpoint.base import Array, CheckpointReader, shorten
-from weightvid.checkpoint.kinds import kind_of_file
+from weightvid.checkpoint.mirror import Handle, MirrorFile
 from weightvid.checkpoint.side_files import WEIGHTS
 from weightvid.errors import CheckpointError, RemoteError
 from weightvid.progress import Progress, Report
@@ -53,42 +54,94 @@ def open_fetched(url: str, progress: Report) -> CheckpointReader:
     CheckpointError
         What is there is no checkpoint, or there is no room for it.
     """
-    fetch = _from_hub if scheme(url) == "hf" else _to_temporary
-    local = fetch(url, progress)
+    local = _from_hub(url, progress) if scheme(url) == "hf" else _to_temporary(url, progress)
     try:
-        kind = kind_of_file(local.path)
-        reader = cast(CheckpointReader, import_module(kind.module).open_reader(local.path))
-    except CheckpointError as error:
-        local.remove()
-        # The temporary name means nothing to anybody.
-        said = str(error).replace(os.fspath(local.path), shown(url))
-        raise CheckpointError(said) from None
+        with _named(local, url):
+            return _FetchedReader(local.open(), local, url)
     except BaseException:
         local.remove()
         raise
-    return _FetchedReader(reader, local)
 
 
-@dataclass(frozen=True, slots=True)
 class _Local:
-    """Where a checkpoint lies now, and what to remove afterwards."""
+    """Where a checkpoint lies now, and what to remove afterwards.
 
-    path: Path
-    folder: Path | None = None
+    Parameters
+    ----------
+    path : Path
+        What is opened.
+    folder : Path or None
+        What is removed.
+    mirrors : mapping of Path to str
+        Files that are read from an address, through a sparse file of that name.
+    """
+
+    def __init__(
+        self, path: Path, folder: Path | None = None, mirrors: Mapping[Path, str] | None = None
+    ) -> None:
+        self.path = path
+        self._folder = folder
+        self._addresses = dict(mirrors or {})
+        self._mirrors: dict[Path, MirrorFile] = {}
+
+    def open(self) -> CheckpointReader:
+        """Open what was brought here."""
+        if self._addresses and self.path.is_dir():
+            return folder.open_reader(self.path, self._open_shard)
+        return self._open_shard(self.path)
+
+    def _open_shard(self, path: Path) -> CheckpointReader:
+        if path not in self._addresses:
+            return folder.open_shard(path)
+        if path not in self._mirrors:
+            self._mirrors[path] = self._mirror(path)
+        return safetensors.open_reader(path, Handle(self._mirrors[path]))
+
+    def _mirror(self, path: Path) -> MirrorFile:
+        stream = open_remote(self._addresses[path])
+        try:
+            if not stream.seekable():
+                raise CheckpointError(f"the server of {stream.name} has ranges no longer")
+            keep = _room(path.parent) > stream.seek(0, os.SEEK_END)
+            return MirrorFile(stream, path, keep=keep)
+        except BaseException:
+            stream.close()
+            raise
 
     def remove(self) -> None:
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Close and remove everything."""
+        for mirror in self._mirrors.values():
+            mirror.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _room(folder: Path) -> int:
+    """Bytes that may be written there."""
+    return shutil.disk_usage(folder).free - _SPARE_BYTES
+
+
+@contextmanager
+def _named(local: _Local, url: str) -> Iterator[None]:
+    """Errors name the address: the temporary name means nothing to anybody."""
+    try:
+        yield
+    except CheckpointError as error:
+        said = str(error).replace(os.fspath(local.path), shown(url))
+        raise CheckpointError(said) from None
 
 
 class _FetchedReader(CheckpointReader):
-    def __init__(self, inner: CheckpointReader, local: _Local) -> None:
+    def __init__(self, inner: CheckpointReader, local: _Local, url: str) -> None:
         super().__init__(inner.contents)
         self._inner = inner
+        self._local = local
+        self._url = url
         self._cleanup = weakref.finalize(self, _Local.remove, local)
 
     def _read(self, spec: TensorSpec) -> Array:
-        return self._inner.read(spec.name)
+        with _named(self._local, self._url):
+            return self._inner.read(spec.name)
 
     def close(self) -> None:
         super().close()
@@ -190,41 +243,63 @@ def _preferred(names: Sequence[str]) -> list[str]:
 
 
 def _to_temporary(url: str, progress: Report) -> _Local:
-    folder = Path(tempfile.mkdtemp(prefix="weightvid-"))
-    local = _Local(folder, folder)
+    here = Path(tempfile.mkdtemp(prefix="weightvid-"))
     try:
-        path = _bring(url, folder, progress)
+        return _bring(url, _Download(here, progress))
     except BaseException:
-        local.remove()
+        shutil.rmtree(here, ignore_errors=True)
         raise
-    return _Local(path, folder)
 
 
-def _bring(url: str, folder: Path, progress: Report) -> Path:
-    """Download what an address names; the path to open."""
+def _bring(url: str, download: _Download) -> _Local:
+    """Bring what an address names, but for what can be read from there."""
+    here = download.folder
+    mirrors: dict[Path, str] = {}
     if scheme(url) not in _WEB and (listed := _list_folder(url)):
-        base = url.rstrip("/")
         names = choose(listed, url)
         sizes = dict(listed)
-        download = _Download(folder, progress, sum(sizes[name] for name in names))
+        whole = [name for name in names if not _is_mirrored(name)]
+        download.expect(sum(sizes[name] for name in whole))
         for name in names:
-            download.file(f"{base}/{name}", name)
-        return folder
+            address = f"{url.rstrip('/')}/{name}"
+            if name in whole:
+                download.file(address, name)
+            else:
+                mirrors[download.placeholder(name)] = address
+        return _Local(here, here, mirrors)
     name = file_name(url)
     if not name or not is_safe_path(name) or url.endswith("/"):
         raise RemoteError(f"{shown(url)} names no file, and a web server cannot list its folders")
-    download = _Download(folder, progress, 0)
+    if _is_mirrored(name) and _has_ranges(url):
+        return _Local(here / name, here, {download.placeholder(name): url})
     path = download.file(url, name)
     if name.endswith(_INDEX):
-        for shard in _shards(path, url):
-            download.file(_beside(url, shard), shard)
-        return folder
+        shards = _shards(path, url)
+        # Under the name that transformers looks for.
+        kind = "model.safetensors" if _is_mirrored(shards[0]) else "pytorch_model.bin"
+        path.rename(here / f"{kind}{_INDEX}")
+        for shard in shards:
+            address = _beside(url, shard)
+            if _is_mirrored(shard) and _has_ranges(address):
+                mirrors[download.placeholder(shard)] = address
+            else:
+                download.file(address, shard)
+        return _Local(here, here, mirrors)
     if name.lower().endswith(".onnx"):
         from weightvid.checkpoint.onnx_file import external_files
 
         for location in external_files(path):
             download.file(_beside(url, location), location)
-    return path
+    return _Local(path, here)
+
+
+def _is_mirrored(name: str) -> bool:
+    return name.lower().endswith(".safetensors") and "/" not in name
+
+
+def _has_ranges(url: str) -> bool:
+    with open_remote(url) as stream:
+        return stream.seekable()
 
 
 def _list_folder(url: str) -> list[tuple[str, int]]:
@@ -246,7 +321,7 @@ def _beside(url: str, name: str) -> str:
 def _shards(index: Path, url: str) -> list[str]:
     try:
         shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        if all(is_safe_path(shard) and "/" not in shard for shard in shards):
+        if shards and all(is_safe_path(shard) and "/" not in shard for shard in shards):
             return shards
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
@@ -260,39 +335,49 @@ class _Download:
     ----------
     folder : Path
     progress : callable
-    total_bytes : int
-        Of all files; 0 if unknown.
     """
 
-    def __init__(self, folder: Path, progress: Report, total_bytes: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, progress: Report) -> None:
+        self.folder = folder
         self._progress = progress
-        self._total = total_bytes
+        self._total = 0
         self._done = 0
-        self._check_room(total_bytes)
 
-    def _check_room(self, size: int) -> None:
-        free = shutil.disk_usage(self._folder).free
-        if size + _SPARE_BYTES > free:
+    def expect(self, size: int) -> None:
+        """Say how many bytes are coming.
+
+        Raises
+        ------
+        CheckpointError
+            There is no room for them.
+        """
+        room = _room(self.folder)
+        if size > room:
             raise CheckpointError(
-                f"the checkpoint has {size} bytes, but {self._folder.parent} has only {free} free; "
-                "set TMPDIR to a folder on a larger disk"
+                f"the checkpoint has {size} bytes, but {self.folder.parent} has room for "
+                f"{max(0, room)}; set TMPDIR to a folder on a larger disk"
             )
+        self._total = max(self._total, self._done + size)
+
+    def placeholder(self, name: str) -> Path:
+        """An empty file that stands for one that is not brought here."""
+        path = self.folder / name
+        path.touch(exist_ok=False)
+        return path
 
     def file(self, url: str, name: str) -> Path:
         """Bring one file; what comes is written as it comes."""
-        path = self._folder / name
+        path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_remote(url) as stream, path.open("xb") as file:
-            size = stream.seek(0, os.SEEK_END) if stream.seekable() else 0
             if stream.seekable():
+                size = stream.seek(0, os.SEEK_END)
+                if self._done + size > self._total:
+                    self.expect(size)
                 stream.seek(0)
                 stream.read_on()  # type: ignore[attr-defined]
-            if size > self._total:
-                self._check_room(size)
-            total = max(self._total, self._done + size)
             while data := stream.read(_BLOCK_BYTES):
                 file.write(data)
                 self._done += len(data)
-                self._progress(Progress("download", self._done, max(total, self._done)))
+                self._progress(Progress("download", self._done, max(self._total, self._done)))
         return path
