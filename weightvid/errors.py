@@ -73,5 +73,9 @@ class ClusterError(WeightvidError, RuntimeError):
     """A cluster cannot be reached, or gave up on the work."""
 
 
+class RemoteError(WeightvidError, OSError):
+    """A file elsewhere (a web server, an object store, a hub) cannot be read."""
+
+
 class OutputError(WeightvidError, OSError):
     """An output file cannot be written (exists, disk full, no permission)."""

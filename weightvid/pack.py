@@ -113,23 +113,23 @@ def pack_checkpoint(
 
     Parameters
     ----------
-    source : path or CheckpointReader
+    source : path, address or CheckpointReader
     destination : path
         Appears whole, or not at all.
     options : PackOptions
     progress : callable
-        Told about the stages ``survey``, ``encode`` and ``verify``.
+        Told about the stages ``survey``, ``encode`` and ``verify`` (and ``download``).
 
     Raises
     ------
-    CheckpointError, QuantizationError, CodecError, OutputError
+    CheckpointError, QuantizationError, CodecError, OutputError, RemoteError
     """
     chosen = options or PackOptions()
     if isinstance(source, CheckpointReader):
         return _pack(source, destination, chosen, progress)
     if Path(destination).exists() and os.path.realpath(source) == os.path.realpath(destination):
         raise CheckpointError(f"{destination} is the source itself")
-    with open_checkpoint(source) as reader:
+    with open_checkpoint(source, progress) as reader:
         return _pack(reader, destination, chosen, progress)
 
 

@@ -83,7 +83,7 @@ def preview_archive(
 
     Parameters
     ----------
-    archive : path
+    archive : path or address
     folder : path
         Made if it does not exist; the pictures are named ``frame-0000.png`` and so on.
     options : PreviewOptions

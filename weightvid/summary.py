@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import e, log2, pi
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 from weightvid.codec import bitstream
 from weightvid.container import boxes
@@ -20,6 +22,7 @@ from weightvid.dtypes import PACKABLE, stored_dtype
 from weightvid.errors import FormatError
 from weightvid.loader import Archive, open_archive
 from weightvid.quantize import Params, TrellisParams
+from weightvid.remote import is_url, open_remote
 from weightvid.spec import TensorSpec
 
 #: parts of the byte account, in file order; ``other`` is what no reader of this version knows.
@@ -182,6 +185,12 @@ class _Found:
 def summarize_archive(archive: str | os.PathLike[str]) -> ArchiveSummary:
     """Summarize an archive; reads its boxes' headers and sidecars, and no packet of a whole file.
 
+    Parameters
+    ----------
+    archive : path or address
+        From an address everything is read, but nothing kept: a request for each sidecar would take
+        longer.
+
     Raises
     ------
     FormatError
@@ -189,10 +198,21 @@ def summarize_archive(archive: str | os.PathLike[str]) -> ArchiveSummary:
     OSError
         It cannot be read.
     """
-    path = Path(archive)
-    with open_archive(path) as opened, path.open("rb") as stream:
+    if not is_url(archive):
+        with Path(archive).open("rb") as stream:
+            return _summarize(stream)
+    with open_remote(archive) as stream:
+        if stream.seekable():
+            return _summarize(stream)
+        with tempfile.TemporaryFile() as spool:
+            shutil.copyfileobj(stream, spool)
+            return _summarize(cast(BinaryIO, spool))
+
+
+def _summarize(stream: BinaryIO) -> ArchiveSummary:
+    with open_archive(stream) as opened:
         found = _Found()
-        file_bytes = path.stat().st_size
+        file_bytes = stream.seek(0, os.SEEK_END)
         _gather(stream, file_bytes, opened.header.tensors, found)
         tensors = tuple(_tensors(opened, found))
         video = bitstream.describe_hvcc(opened.track.hvcc)
@@ -242,6 +262,9 @@ def _gather(
 ) -> None:
     account = found.account
     sidecar: Sidecar | None = None
+    stream.seek(0)
+    if (hint := getattr(stream, "read_on", None)) is not None:
+        hint(skipping=True)
     for place in _walk(stream, file_bytes):
         if place.kind == b"mdat":
             account["fragment_boxes"] += place.head

@@ -23,6 +23,7 @@ from weightvid.errors import CheckpointError, FormatError, TensorNotFoundError, 
 from weightvid.loader import Archive, open_archive
 from weightvid.loader.stream import Spill
 from weightvid.progress import Progress, Report, quiet
+from weightvid.remote import is_url, open_remote
 from weightvid.salvage import Defect, Salvage
 from weightvid.spec import SideFile, TensorSpec
 
@@ -138,7 +139,7 @@ def unpack_archive(
 
     Parameters
     ----------
-    archive : path or binary file object
+    archive : path, address or binary file object
         A pipe is read once, in order; with ``partial`` it is first copied to a temporary file.
     destination : path
         Appears whole, or not at all.
@@ -155,6 +156,8 @@ def unpack_archive(
         A pattern matches no tensor.
     CheckpointError, OutputError
         The checkpoint cannot hold these tensors, or cannot be written.
+    RemoteError
+        The archive cannot be read from its address.
     """
     began = perf_counter()
     chosen = options or UnpackOptions()
@@ -162,6 +165,10 @@ def unpack_archive(
         raise CheckpointError(
             f"cannot convert to {chosen.dtype!r}; known are {', '.join(OUTPUT_DTYPES)}"
         )
+    if is_url(archive):
+        with open_remote(archive) as stream:
+            report = unpack_archive(stream, destination, chosen, progress)
+        return replace(report, seconds=perf_counter() - began)
     if isinstance(archive, (str, os.PathLike)):
         _refuse_same_file(archive, destination)
     elif chosen.partial and not archive.seekable():

@@ -17,6 +17,7 @@ from weightvid.dtypes import PACKABLE, to_float32
 from weightvid.errors import TensorNotFoundError
 from weightvid.loader import Archive, open_archive
 from weightvid.progress import Progress, Report, quiet
+from weightvid.remote import is_url, open_remote
 from weightvid.salvage import Defect, Salvage
 from weightvid.spec import TensorSpec
 
@@ -142,9 +143,9 @@ def verify_archive(
 
     Parameters
     ----------
-    archive : path or binary file object
+    archive : path, address or binary file object
         May be a pipe.
-    against : path or None
+    against : path, address or None
         Checkpoint to compare with.
     progress : callable
         Told about the stage ``verify``.
@@ -157,8 +158,13 @@ def verify_archive(
         Only for a file whose head cannot be read; later defects are in the report.
     CheckpointError
         The checkpoint cannot be read.
+    RemoteError
+        The archive cannot be read from its address.
     """
     began = perf_counter()
+    if is_url(archive):
+        with open_remote(archive) as stream:
+            return verify_archive(stream, against, progress, threads=threads)
     with open_archive(archive, threads=threads, check_tensors=True) as opened:
         salvage = Salvage(opened)
         if against is None:

@@ -198,3 +198,31 @@ def test_what_cannot_be_written(path: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="needs all its weights"):
         unpack_archive(tmp_path / "m.mp4", out, UnpackOptions(tensors=("conv.*",)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare.mp4", "m.mp4", "m.onnx"]
+
+
+def constant(path: Path, location: str) -> None:
+    """A model with a constant whose data lie in another file, and not as an initializer."""
+    tensor = numpy_helper.from_array(np.ones((3, 3), np.float32), "c")
+    node = helper.make_node("Constant", [], ["y"], value=tensor)
+    value = node.attribute[0].t
+    value.ClearField("raw_data")
+    value.data_location = TensorProto.EXTERNAL
+    entry = value.external_data.add()
+    entry.key, entry.value = "location", location
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, 3])]
+    graph = helper.make_graph([node], "g", [], outputs)
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+
+
+def test_external_data_elsewhere_in_the_graph(tmp_path: Path) -> None:
+    constant(tmp_path / "m.onnx", "c.data")
+    with pytest.raises(CheckpointError, match="no initializers of its graph"):
+        open_checkpoint(tmp_path / "m.onnx")
+
+
+def test_a_name_twice(tmp_path: Path) -> None:
+    tensors = [numpy_helper.from_array(np.full(3, i, np.float32), "w") for i in range(2)]
+    model = helper.make_model(helper.make_graph([], "g", [], [], tensors))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match="two tensors are named 'w'"):
+        open_checkpoint(tmp_path / "m.onnx")

@@ -15,6 +15,8 @@ from typing import cast
 from weightvid.checkpoint.base import CheckpointReader, CheckpointWriter, Contents
 from weightvid.checkpoint.kinds import KINDS, Kind, kind_for_output, kind_of_file
 from weightvid.checkpoint.mapping import from_mapping
+from weightvid.progress import Report, quiet
+from weightvid.remote import is_url
 from weightvid.spec import TensorSpec
 
 __all__ = [
@@ -31,13 +33,16 @@ __all__ = [
 ]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
+def open_checkpoint(path: str | os.PathLike[str], progress: Report = quiet) -> CheckpointReader:
     """Open a checkpoint; its content decides the kind, whatever its name says.
 
     Parameters
     ----------
     path : str or PathLike
-        A file, or a Hugging Face folder.
+        A file, a Hugging Face folder, or an address (``hf://org/model[@revision]``,
+        ``https://...``, ``s3://...``): what lies there is brought here first.
+    progress : callable
+        Told about the stage ``download``.
 
     Returns
     -------
@@ -48,7 +53,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
     ------
     CheckpointError
         No such file, not a checkpoint of a known kind, or a damaged one.
+    RemoteError
+        It cannot be read from its address.
     """
+    if is_url(path):
+        from weightvid.checkpoint.fetched import open_fetched
+
+        return open_fetched(path, progress)
     kind = kind_of_file(Path(path))
     reader = cast(CheckpointReader, import_module(kind.module).open_reader(Path(path)))
     reader.location = os.path.abspath(path)  # noqa: PTH100 - links stay as they are named

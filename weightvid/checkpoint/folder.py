@@ -8,6 +8,7 @@ Layout: https://huggingface.co/docs/transformers/big_models (``model.safetensors
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, cast
@@ -45,8 +46,21 @@ _INDEX_LIMIT_BYTES: Final = 1 << 28
 _OPEN_SHARDS: Final = 2
 
 
-def open_reader(path: Path) -> CheckpointReader:
+def open_shard(path: Path) -> CheckpointReader:
+    """Open one file of weights."""
+    return cast(CheckpointReader, import_module(kind_of_file(path).module).open_reader(path))
+
+
+def open_reader(
+    path: Path, opener: Callable[[Path], CheckpointReader] = open_shard
+) -> CheckpointReader:
     """Open a folder with weights.
+
+    Parameters
+    ----------
+    path : Path
+    opener : callable
+        Opens one file of it.
 
     Raises
     ------
@@ -57,7 +71,7 @@ def open_reader(path: Path) -> CheckpointReader:
     weights = _find(path)
     placed: dict[str, set[str] | None]
     placed = _read_index(weights) if weights.name.endswith(_INDEX) else {weights.name: None}
-    return _FolderReader(path, placed)
+    return _FolderReader(path, placed, opener)
 
 
 def _find(folder: Path) -> Path:
@@ -111,8 +125,14 @@ def _read_index(path: Path) -> dict[str, set[str] | None]:
 
 
 class _FolderReader(CheckpointReader):
-    def __init__(self, folder: Path, placed: dict[str, set[str] | None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        placed: dict[str, set[str] | None],
+        opener: Callable[[Path], CheckpointReader],
+    ) -> None:
         self._folder = folder
+        self._opener = opener
         self._shard_of: dict[str, str] = {}
         self._open: dict[str, CheckpointReader] = {}
         specs: list[TensorSpec] = []
@@ -160,9 +180,7 @@ class _FolderReader(CheckpointReader):
         if reader is None:
             while len(self._open) >= _OPEN_SHARDS:
                 self._open.pop(next(iter(self._open))).close()
-            path = self._folder / name
-            kind = kind_of_file(path)
-            reader = cast(CheckpointReader, import_module(kind.module).open_reader(path))
+            reader = self._opener(self._folder / name)
         self._open[name] = reader
         return reader
 

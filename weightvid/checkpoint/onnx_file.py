@@ -44,6 +44,24 @@ def open_reader(path: Path) -> CheckpointReader:
         The ``onnx`` package is missing; the model is damaged; external data are missing, cut
         short, or lie outside the model's folder.
     """
+    return _OnnxReader(path, _load(path))
+
+
+def external_files(path: Path) -> list[str]:
+    """Files beside a model that hold data of it; names that lead elsewhere are left out.
+
+    Raises
+    ------
+    CheckpointError
+        The ``onnx`` package is missing; the model is damaged.
+    """
+    tensors = filter(_is_external, _tensors_of(_load(path)))
+    found = {e.value for t in tensors for e in t.external_data if e.key == "location"}
+    return sorted(filter(is_safe_path, found))
+
+
+def _load(path: Path) -> Any:
+    """A model without its external data."""
     onnx = import_onnx()
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -54,7 +72,7 @@ def open_reader(path: Path) -> CheckpointReader:
         raise CheckpointError(f"{path} is no valid ONNX model: {error}") from None
     if not model.HasField("graph"):
         raise CheckpointError(f"{path} is no valid ONNX model: it has no graph")
-    return _OnnxReader(path, model)
+    return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +90,10 @@ class _OnnxReader(CheckpointReader):
         self._places: dict[str, _Place] = {}
         self._files: dict[Path, BufferedReader] = {}
         specs: list[TensorSpec] = []
-        names: set[str] = set()
         for tensor in model.graph.initializer:
             dtype = _NAMES.get(tensor.data_type)
-            if dtype is None or not tensor.name or tensor.name in names:
+            if dtype is None or not tensor.name:
                 continue
-            names.add(tensor.name)
             spec = TensorSpec(tensor.name, dtype, tuple(tensor.dims))
             specs.append(spec)
             if _is_external(tensor):
@@ -85,10 +101,10 @@ class _OnnxReader(CheckpointReader):
             else:
                 self._inline[spec.name] = _copy(tensor)
             _empty(tensor)
-        if any(map(_is_external, _tensors_of(model.graph))):
+        if any(map(_is_external, _tensors_of(model))):
             raise CheckpointError(
-                f"{path} keeps tensors in external files that are no initializers of its graph; "
-                "save it with all its data inside"
+                f"{path} keeps tensors in external files that are no initializers of its graph, or "
+                "of a type that weightvid lacks; save it with all its data inside"
             )
         skipped: tuple[str, ...] = ()
         files: tuple[SideFile, ...] = ()
@@ -182,8 +198,18 @@ def _is_external(tensor: Any) -> bool:
     return bool(tensor.data_location == import_onnx().TensorProto.EXTERNAL)
 
 
-def _tensors_of(graph: Any) -> Iterator[Any]:
+def _tensors_of(model: Any) -> Iterator[Any]:
+    """Every tensor of a model, wherever it stands."""
+    yield from _tensors_of_graph(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _tensors_of_attributes(node.attribute)
+
+
+def _tensors_of_graph(graph: Any) -> Iterator[Any]:
     yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
     for node in graph.node:
         yield from _tensors_of_attributes(node.attribute)
 
@@ -195,7 +221,7 @@ def _tensors_of_attributes(attributes: Iterable[Any]) -> Iterator[Any]:
         yield from attribute.tensors
         graphs = [attribute.g] if attribute.HasField("g") else []
         for graph in (*graphs, *attribute.graphs):
-            yield from _tensors_of(graph)
+            yield from _tensors_of_graph(graph)
 
 
 def _copy(tensor: Any) -> Any:

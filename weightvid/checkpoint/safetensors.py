@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from io import BufferedReader
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ from weightvid.checkpoint.base import (
     tied_note,
 )
 from weightvid.dtypes import STORED, SUB_BYTE, pack_bits, stored_dtype, unpack_bits
-from weightvid.errors import CheckpointError
+from weightvid.errors import CheckpointError, RemoteError, WeightvidError
 from weightvid.spec import TensorSpec
 
 #: dtype names the format has (library version 0.8).
@@ -38,25 +38,33 @@ _HEADER_LIMIT_BYTES: Final = 100_000_000
 _METADATA: Final = "__metadata__"
 
 
-def open_reader(path: Path) -> CheckpointReader:
+def open_reader(path: Path, source: RawIOBase | None = None) -> CheckpointReader:
     """Open a safetensors file.
+
+    Parameters
+    ----------
+    path : Path
+    source : RawIOBase or None
+        Where the weights are read from, if not from the file itself, which then holds a whole
+        header and is as long. Closed with the reader.
 
     Raises
     ------
     CheckpointError
         The library refuses it, or it holds a dtype unknown to weightvid.
     """
+    file: RawIOBase | BufferedReader
     try:
         with safe_open(os.fspath(path), framework="numpy"):
             pass
-        file = path.open("rb")
+        file = source or path.open("rb")
     except (SafetensorError, OSError, ValueError) as error:
         raise _invalid(path, error) from None
     try:
         return _SafetensorsReader(path, file)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         file.close()
-        if isinstance(error, CheckpointError):
+        if isinstance(error, WeightvidError):
             raise
         raise _invalid(path, error) from None
     except BaseException:
@@ -70,11 +78,11 @@ def open_writer(path: Path, contents: Contents, *, force: bool = False) -> Check
 
 
 class _SafetensorsReader(CheckpointReader):
-    def __init__(self, path: Path, file: BufferedReader) -> None:
+    def __init__(self, path: Path, file: RawIOBase | BufferedReader) -> None:
         self._path = path
         self._file = file
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length), object_pairs_hook=_unique)
+        length = int.from_bytes(file.read(8) or b"", "little")
+        entries = json.loads(file.read(length) or b"", object_pairs_hook=_unique)
         metadata = entries.pop(_METADATA, None) or {}
         rows = sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"]))
         self._offsets = {name: 8 + length + row["data_offsets"][0] for name, row in rows}
@@ -218,7 +226,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _invalid(path: Path, error: Exception) -> CheckpointError:
+def _invalid(path: Path, error: Exception) -> WeightvidError:
+    if isinstance(error, RemoteError):
+        return error
     reason = str(error).removeprefix("Error while deserializing header: ").splitlines()
     said = reason[0] if reason else type(error).__name__
     return CheckpointError(

@@ -386,6 +386,11 @@ def _refusal(error: BaseException) -> str:
             f"it holds Python objects ({objects[1]}), and loading them could run code; "
             "save the model's state_dict() instead"
         )
+    if "Unsupported operand" in text:
+        return (
+            "it is a pickle of something else than tensors, and loading it could run code; save "
+            "the model's state_dict() with torch.save instead"
+        )
     inner = re.search(r"WeightsUnpickler error:\s*(.+)", text)
     return f"damaged, or no state_dict: {inner[1] if inner else _first_line(error)}"
 

@@ -63,7 +63,7 @@ def inspect(
     if json:
         output.emit_json(
             summary,
-            archive=str(archive),
+            archive=archive,
             bits_per_weight=summary.bits_per_weight,
             stream_bits_per_weight=summary.stream_bits_per_weight,
         )
@@ -71,7 +71,7 @@ def inspect(
     if tensors:
         _list(summary)
     _account(summary)
-    _facts(summary, str(archive))
+    _facts(summary, archive)
     if not summary.complete:
         missing = [tensor.name for tensor in summary.tensors if tensor.coding == "missing"]
         output.warn(f"the archive is cut short; missing: {output.some(missing) or 'its index'}")

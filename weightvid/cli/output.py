@@ -207,7 +207,10 @@ def progress_bars() -> Iterator[Report]:
         task = bars.tasks[tasks[name]]
         weights = task.finished_speed or task.speed
         each = progress.done_bytes / progress.done if progress.done else 0.0
-        rate = speed(weights, weights and weights * each)
+        if progress.stage == "download":
+            rate = "" if not weights else f"{weights / 1e6:.1f} MB/s"
+        else:
+            rate = speed(weights, weights and weights * each)
         bars.update(task.id, completed=progress.done, total=progress.total, rate=rate)
 
     def report(progress: Progress) -> None:

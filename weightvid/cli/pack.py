@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weightvid.cli import output
-from weightvid.cli.options import Force, Json, usage_error
+from weightvid.cli.options import Force, Json, named_after, usage_error
 
 if TYPE_CHECKING:
     from weightvid.checkpoint import CheckpointReader
@@ -20,10 +20,11 @@ ARCHIVE_SUFFIX = ".mp4"
 
 def pack(
     model: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="MODEL",
-            help="A .safetensors, .pt/.pth, .npz, .gguf or .onnx file, or a Hugging Face folder.",
+            help="A .safetensors, .pt/.pth, .npz, .gguf or .onnx file, a Hugging Face folder, or "
+            "an address: hf://org/model, https://, s3://, gs://.",
         ),
     ],
     archive: Annotated[
@@ -93,6 +94,7 @@ def pack(
     [bold]weightvid pack model.pt --recipe small --keep "head.*"[/bold]
     [bold]weightvid pack model.pt --calibration stats.safetensors[/bold]
     [bold]weightvid pack all-MiniLM-L6-v2/ -o minilm.mp4[/bold]
+    [bold]weightvid pack hf://sentence-transformers/all-MiniLM-L6-v2 -o minilm.mp4[/bold]
     """
     from weightvid.allocate import DEFAULT_RECIPE, RECIPES
     from weightvid.checkpoint import open_checkpoint
@@ -117,13 +119,12 @@ def pack(
         verify=not no_verify,
         side_files=not no_side_files,
     )
-    destination = archive or _default_archive(model)
-    if destination.exists() and destination.resolve() == model.resolve():
+    destination = archive or named_after(model, ARCHIVE_SUFFIX)
+    if destination.exists() and destination.resolve() == Path(model).resolve():
         usage_error(f"{destination} is the model itself", "--output")
-    with open_checkpoint(model) as reader:
+    with output.progress_bars() as report, open_checkpoint(model, report) as reader:
         _check_keeps(reader, options)
-        with output.progress_bars() as report:
-            made = pack_checkpoint(reader, destination, options, report)
+        made = pack_checkpoint(reader, destination, options, report)
     for entry in made.skipped:
         output.warn(f"not packed: {entry}")
     if json:
@@ -136,14 +137,6 @@ def pack(
         )
     else:
         _show(made, destination, options)
-
-
-def _default_archive(model: Path) -> Path:
-    if model.is_dir():
-        # A folder's name may hold dots that begin no suffix.
-        folder = model.resolve()
-        return folder.with_name(f"{folder.name or 'model'}{ARCHIVE_SUFFIX}")
-    return model.with_suffix(ARCHIVE_SUFFIX)
 
 
 def _check_keeps(reader: CheckpointReader, options: PackOptions) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from weightvid.cli import output
-from weightvid.cli.options import ArchivePath, Force, Json, usage_error
+from weightvid.cli.options import ArchivePath, Force, Json, named_after, usage_error
 
 
 def preview(
@@ -52,10 +52,10 @@ def preview(
         if tensor is not None:
             usage_error("give --frames or --tensor, not both", "--frames")
     options = PreviewOptions(numbers, tensor, scale, force)
-    target = folder or archive.with_name(f"{archive.stem}-preview")
+    target = folder or named_after(archive, "-preview")
     report = preview_archive(archive, target, options)
     if json:
-        output.emit_json({"archive": str(archive), "pictures": list(report.pictures)})
+        output.emit_json({"archive": archive, "pictures": list(report.pictures)})
         return
     for picture in report.pictures:
         typer.echo(picture)

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def unpack(
     archive: Annotated[
-        Path, typer.Argument(metavar="ARCHIVE", help="The archive (.mp4), or - for a pipe.")
+        str,
+        typer.Argument(
+            metavar="ARCHIVE", help="The archive (.mp4): a file, an address, or - for a pipe."
+        ),
     ],
     destination: Annotated[
         Path,
@@ -61,7 +64,7 @@ def unpack(
     [bold]weightvid unpack model.mp4 -o model.safetensors[/bold]
     [bold]weightvid unpack minilm.mp4 -o minilm/[/bold]
     [bold]weightvid unpack model.mp4 -o head.npz --tensor "head.*" --dtype F16[/bold]
-    [bold]curl -s https://example.org/model.mp4 | weightvid unpack - -o model.pt[/bold]
+    [bold]weightvid unpack https://example.org/model.mp4 -o model.pt[/bold]
     """
     from weightvid.checkpoint.kinds import kind_for_output
     from weightvid.errors import CheckpointError
@@ -82,13 +85,13 @@ def unpack(
         kind=kind,
         side_files=not no_side_files,
     )
-    source = sys.stdin.buffer if str(archive) == "-" else archive
+    source = sys.stdin.buffer if archive == "-" else archive
     with output.progress_bars() as report:
         made = unpack_archive(source, destination, options, report)
     for note in made.notes:
         output.warn(note)
     if json:
-        output.emit_json(made, ok=not made.missing, archive=str(archive), output=str(destination))
+        output.emit_json(made, ok=not made.missing, archive=archive, output=str(destination))
     else:
         _show(made, destination)
     if made.missing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,10 +16,13 @@ if TYPE_CHECKING:
 
 def verify(
     archive: Annotated[
-        Path, typer.Argument(metavar="ARCHIVE", help="The archive (.mp4), or - for a pipe.")
+        str,
+        typer.Argument(
+            metavar="ARCHIVE", help="The archive (.mp4): a file, an address, or - for a pipe."
+        ),
     ],
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="MODEL", help="The checkpoint to compare with, tensor by tensor."),
     ] = None,
     threads: Threads = 0,
@@ -35,14 +37,14 @@ def verify(
     """
     from weightvid.verify import verify_archive
 
-    source = sys.stdin.buffer if str(archive) == "-" else archive
+    source = sys.stdin.buffer if archive == "-" else archive
     with output.progress_bars() as report:
         found = verify_archive(source, against, report, threads=threads)
     if json:
         output.emit_json(
             found,
-            archive=str(archive),
-            against=None if against is None else str(against),
+            archive=archive,
+            against=against,
             ok=found.ok,
         )
     else:
@@ -51,7 +53,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _show(found: VerifyReport, archive: Path) -> None:
+def _show(found: VerifyReport, archive: str) -> None:
     if found.comparison is not None:
         _compare(found.comparison)
     rows = [

@@ -28,6 +28,7 @@ _MFRO_BYTES: Final = 16
 #: first guesses of how much to read at either end; large files have large headers.
 _GUESS_BYTES: Final = 4 << 10
 _GUESS_SHARE: Final = 2000
+_GUESS_LIMIT_BYTES: Final = 32 << 10
 #: frames that lie together are fetched together, up to this many bytes.
 WINDOW_BYTES: Final = 32 << 20
 
@@ -107,6 +108,8 @@ class Source:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
+        # Files elsewhere take one request for each read, and know how long they are.
+        self._chunk = int(getattr(stream, "chunk_bytes", _CHUNK))
         self._at = 0
         self._buffer = b""
         self._buffer_at = 0
@@ -127,6 +130,24 @@ class Source:
     def seek(self, offset: int) -> None:
         """Go to an absolute offset."""
         self.position = offset
+
+    def read_on(self, end: int | None = None) -> None:
+        """Tell a file elsewhere that all from here (to ``end``) will be read, in order."""
+        hint = getattr(self._stream, "read_on", None)
+        if hint is not None:
+            end = self._buffer_at + len(self._buffer)
+            self._at = self._stream.seek(end if self.buffered(1) else self.position)
+            hint(end)
+
+    def can_rewind(self) -> bool:
+        """Whether a file that cannot seek can be asked for once more."""
+        return hasattr(self._stream, "rewind")
+
+    def rewind(self) -> None:
+        """Go back to the beginning of such a file."""
+        self._stream.rewind()  # type: ignore[attr-defined]
+        self._at = self.position = self._buffer_at = 0
+        self._buffer = b""
 
     def buffered(self, size: int) -> bool:
         """Whether the next ``size`` bytes are here already."""
@@ -157,7 +178,7 @@ class Source:
             self._at = self.position
         parts, left = [], size
         while left:
-            data = self._stream.read(min(left, _CHUNK))
+            data = self._stream.read(min(left, self._chunk))
             if not data:
                 break
             parts.append(data)
@@ -390,4 +411,5 @@ def read_tail_index(source: Source, head: Head, file_bytes: int) -> Index | None
 def prefetch_head(source: Source, file_bytes: int) -> None:
     """Read about as much of a file that can seek as its head is long."""
     source.seek(0)
-    source.prefetch(min(file_bytes, max(_GUESS_BYTES, min(file_bytes // _GUESS_SHARE, _CHUNK))))
+    guess = max(_GUESS_BYTES, min(file_bytes // _GUESS_SHARE, _GUESS_LIMIT_BYTES))
+    source.prefetch(min(file_bytes, guess))

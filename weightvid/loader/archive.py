@@ -87,8 +87,10 @@ def open_archive(
 
     Parameters
     ----------
-    source : path or binary file object
-        A file object that cannot seek (a pipe, a download) can only be iterated over, once.
+    source : path, address or binary file object
+        An address is a str such as ``https://...``, ``s3://...`` or ``hf://...``; what reads it is
+        imported then. A file object that cannot seek (a pipe, a download) can only be iterated
+        over, once.
     threads : int
         Frames decoded at the same time; 0: one per core.
     check_tensors : bool
@@ -100,16 +102,25 @@ def open_archive(
     FormatError
         The file is no archive, is damaged, or needs a newer reader; ``error.code`` says which.
     OSError
-        The file cannot be opened.
+        The file cannot be opened; a :class:`~weightvid.errors.RemoteError` for an address.
     """
     if isinstance(source, (str, os.PathLike)):
-        stream: BinaryIO = Path(source).open("rb")  # noqa: SIM115 - the archive closes it
+        stream = _open(source)
         try:
             return Archive(stream, threads, check_tensors, owned=True)
         except BaseException:
             stream.close()
             raise
     return Archive(source, threads, check_tensors, owned=False)
+
+
+def _open(source: str | os.PathLike[str]) -> BinaryIO:
+    if isinstance(source, str) and "://" in source:
+        from weightvid.remote import is_url, open_remote
+
+        if is_url(source):
+            return open_remote(source)
+    return Path(source).open("rb")
 
 
 class Archive:
@@ -205,7 +216,7 @@ class Archive:
         if self._random:
             self._source.seek(self._head.size)
         elif self._used:
-            raise FormatError("this source has been read and cannot seek", code="not-seekable")
+            self._rewind()
         for entry in self.files:
             yield entry, reader.read_file(self._source, entry)
 
@@ -364,6 +375,8 @@ class Archive:
         return stored
 
     def _load(self, number: int) -> Found:
+        if self._index is None and self._source.can_rewind():
+            return self._load_streaming(number)
         index = self._need_index()
         name = self.header.tensors[number].name
         frames = self.frames_of(name)
@@ -379,8 +392,18 @@ class Archive:
             return found
         raise FormatError(f"tensor {name!r} never ends", code="index", tensor=name)
 
+    def _load_streaming(self, number: int) -> Found:
+        """From a server without ranges: read until the tensor has come, and no further."""
+        for tensor, found in self._iterate():
+            if tensor == number:
+                return found
+        raise self._missing([number])
+
     def _fragments(self, frames: range) -> Iterator[Fragment]:
         entries = [self._need_index().frames[number] for number in frames]
+        if entries and entries[-1].end - entries[0].offset > reader.WINDOW_BYTES:
+            self._source.seek(entries[0].offset)
+            self._source.read_on(entries[-1].end)
         for number, entry in zip(frames, entries, strict=True):
             # One range read for all frames that lie together, in bounded windows.
             window_end = entry.end
@@ -507,8 +530,9 @@ class Archive:
     def _iterate(self, spill: Spill | None = None) -> Iterator[tuple[int, Found]]:
         if self._random:
             self._source.seek(self._head.size)
+            self._source.read_on()
         elif self._used:
-            raise FormatError("this source has been read and cannot seek", code="not-seekable")
+            self._rewind()
         self._used = True
         left = dict.fromkeys(range(len(self.header.tensors)))
         assembler = Assembler(self.header.tensors, self.header.geometry, spill=spill)
@@ -524,6 +548,12 @@ class Archive:
             raise self._missing(list(left)) from None
         if left:
             raise self._missing(list(left))
+
+    def _rewind(self) -> None:
+        if not self._source.can_rewind():
+            raise FormatError("this source has been read and cannot seek", code="not-seekable")
+        self._source.rewind()
+        reader.read_head(self._source)
 
     def _missing(self, numbers: Iterable[int]) -> TruncatedError:
         names = tuple(self.header.tensors[n].name for n in numbers)
