@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import numpy as np
 import pytest
 from archives import normal
 
+import weightvid
 from weightvid.checkpoint import create_checkpoint, from_mapping, open_checkpoint
 from weightvid.errors import CheckpointError, ClusterError
 from weightvid.pack import PackOptions, pack_checkpoint
@@ -56,6 +62,19 @@ def cluster() -> Iterator[Any]:
         n_workers=WORKERS, threads_per_worker=1, processes=True, dashboard_address=None
     ) as made:
         yield made
+
+
+def run_cli(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command line, with weightvid from where the tests have it."""
+    root = str(Path(weightvid.__file__).parent.parent)
+    return subprocess.run(
+        [sys.executable, "-c", "from weightvid.cli import main; main()", *arguments],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
 
 
 def pack(model: Path, path: Path, where: str, told: list[Progress]) -> bytes:
@@ -114,6 +133,36 @@ def test_a_checkpoint_in_memory_is_refused(cluster: Any, tmp_path: Path) -> None
             tmp_path / "model.mp4",
             PackOptions(cluster=cluster.scheduler_address),
         )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_executor_of_ones_own(model: Path, local: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.mp4"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context) as executor:
+        pack_checkpoint(model, path, PackOptions(cluster=executor, verify=False))
+        assert executor.submit(abs, -1).result() == 1, "it stays open"
+    assert path.read_bytes() == local
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray")
+def test_ray_gives_the_bytes_of_a_local_run(model: Path, local: bytes, tmp_path: Path) -> None:
+    """In a process of its own: what Ray leaves open there ends with it."""
+    path = tmp_path / "model.mp4"
+    done = run_cli(["pack", str(model), "-o", str(path), "--cluster", "ray", "--jobs", "2"])
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == local
+
+
+def test_a_cluster_that_does_not_answer(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightvid.packing.engines._CONNECT_S", 1)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ClusterError, match="does not answer"):
+            pack_checkpoint(model, tmp_path / "model.mp4", PackOptions(cluster=address))
     assert list(tmp_path.iterdir()) == []
 
 

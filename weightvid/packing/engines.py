@@ -1,4 +1,4 @@
-"""Clusters: the executors that Dask and Ray offer themselves, opened by name or address.
+"""Clusters: the executors that Dask and Ray offer themselves, opened by name or address; or any.
 
 Scheduling, moving data and doing again what a dead worker had in hand is theirs. Either library is
 imported only when it is asked for.
@@ -6,10 +6,11 @@ imported only when it is asked for.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 from weightvid.errors import ClusterError
@@ -20,16 +21,19 @@ _RETRIES: Final = 3
 _CONNECT_S: Final = 20
 
 
-def open_workers(cluster: str | None, jobs: int = 0) -> AbstractContextManager[Workers]:
+def open_workers(cluster: str | Executor | None, jobs: int = 0) -> AbstractContextManager[Workers]:
     """Workers of a cluster, or threads of this process.
 
     Parameters
     ----------
-    cluster : str or None
+    cluster : str, Executor or None
         ``dask`` or ``ray``: worker processes on this machine. ``scheme://host:port`` of a Dask
-        scheduler; ``ray:auto`` or ``ray://host:port``: a running Ray cluster. None: threads.
+        scheduler; ``ray:auto`` or ``ray://host:port``: a running Ray cluster. Any executor, which
+        stays open; unless it is a ThreadPoolExecutor, its workers are other processes. None:
+        threads.
     jobs : int
-        Of threads, or of processes started here; 0: one per core.
+        Of threads, or of processes started here; 0: one per core. Of an executor, how many tasks
+        it runs at a time; 0: what it says itself, or else the number of cores.
 
     Raises
     ------
@@ -38,7 +42,10 @@ def open_workers(cluster: str | None, jobs: int = 0) -> AbstractContextManager[W
     """
     if cluster is None:
         return local_workers(jobs)
-    if cluster == "ray" or cluster.startswith(("ray:", "ray://")):
+    if isinstance(cluster, Executor):
+        count = jobs or getattr(cluster, "_max_workers", 0) or os.cpu_count() or 1
+        return nullcontext(Workers(cluster, count, not isinstance(cluster, ThreadPoolExecutor)))
+    if cluster == "ray" or cluster.startswith("ray:"):
         return _ray(cluster, jobs)
     if cluster == "dask" or "://" in cluster:
         return _dask(cluster, jobs)
@@ -115,14 +122,12 @@ def _ray(cluster: str, jobs: int) -> Iterator[Workers]:
         import ray
     except ImportError as error:
         raise _missing("ray", error) from None
-    here = cluster == "ray"
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if here:
-            ray.init(
-                num_cpus=jobs or os.cpu_count() or 1, include_dashboard=False, log_to_driver=False
-            )
+        if cluster == "ray":
+            ray.init(num_cpus=jobs or os.cpu_count() or 1, include_dashboard=False, **quiet)
         else:
-            ray.init("auto" if cluster == "ray:auto" else cluster, log_to_driver=False)
+            ray.init("auto" if cluster == "ray:auto" else cluster, **quiet)
     except (OSError, ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"the Ray cluster {cluster} does not answer: {error}") from None
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -79,10 +80,11 @@ class PackOptions:
         x265's preset.
     jobs : int
         Workers side by side, on this machine; 0: one per core.
-    cluster : str or None
+    cluster : str, Executor or None
         Let the workers of a cluster quantize and encode: ``dask`` or ``ray`` starts one on this
         machine, of ``jobs`` processes; ``tcp://host:port`` is a Dask scheduler's address, and
-        ``ray://host:port`` or ``ray:auto`` a Ray cluster's. The archive's bytes are the same.
+        ``ray://host:port`` or ``ray:auto`` a Ray cluster's. Any ``concurrent.futures.Executor``
+        will do. The archive's bytes are the same.
     force : bool
         Replace an existing file.
     verify : bool
@@ -102,7 +104,7 @@ class PackOptions:
     side_files: bool = True
     preset: str = DEFAULT_PRESET
     jobs: int = 0
-    cluster: str | None = None
+    cluster: str | Executor | None = None
     force: bool = False
     verify: bool = True
 
