@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import secrets
 import stat
 import weakref
@@ -22,6 +23,7 @@ _NO_LINKS: Final = frozenset(
     if hasattr(errno, name)
 )
 _BUFFER_BYTES: Final = 1 << 16
+_ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+[^/]")
 
 
 class AtomicFile:
@@ -170,8 +172,24 @@ class _OutputFile(io.FileIO):
             raise output_error(self._shown, error) from None
 
 
+def refuse_address(shown: str) -> None:
+    """Say of an address what it is, rather than that it has no folder of such a name.
+
+    Raises
+    ------
+    OutputError
+    """
+    # pathlib leaves one slash of the two.
+    if _ADDRESS.match(shown) and not Path(shown).parent.exists():
+        raise OutputError(
+            f"cannot write {shown}: it is an address, and this output must be a file or a folder; "
+            "write it here and upload it"
+        )
+
+
 def _resolve(shown: str, force: bool) -> Path:
     """Real destination of ``shown``, checked to be writable in principle."""
+    refuse_address(shown)
     try:
         target = Path(os.path.realpath(shown))
         # Not of the target: /dev/stdout on a pipe resolves to a path that does not exist.

@@ -9,6 +9,7 @@ renamed.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -30,6 +31,8 @@ from weightvid.planning.search import Trial, search
 from weightvid.planning.survey import Survey, plan_archive, slopes, survey
 from weightvid.planning.target import Target
 from weightvid.progress import Progress, Report, quiet
+from weightvid.remote import is_url
+from weightvid.remote.upload import check_target, upload
 
 __all__ = [
     "MIN_MANTISSA_BITS",
@@ -114,8 +117,9 @@ def pack_checkpoint(
     Parameters
     ----------
     source : path, address or CheckpointReader
-    destination : path
-        Appears whole, or not at all.
+    destination : path or address
+        Appears whole, or not at all. At an address (``s3://...``), after it was written and
+        checked here.
     options : PackOptions
     progress : callable
         Told about the stages ``survey``, ``encode`` and ``verify`` (and ``download``).
@@ -125,6 +129,14 @@ def pack_checkpoint(
     CheckpointError, QuantizationError, CodecError, OutputError, RemoteError
     """
     chosen = options or PackOptions()
+    if is_url(destination):
+        chosen.check()
+        check_target(destination, force=chosen.force)
+        with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
+            here = Path(folder, "archive.mp4")
+            report = pack_checkpoint(source, here, chosen, progress)
+            upload(here, destination)
+        return report
     if isinstance(source, CheckpointReader):
         return _pack(source, destination, chosen, progress)
     if Path(destination).exists() and os.path.realpath(source) == os.path.realpath(destination):

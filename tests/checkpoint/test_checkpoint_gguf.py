@@ -202,3 +202,33 @@ def test_against_the_library(tmp_path: Path) -> None:
             again = gguf.quants.dequantize(gguf.quants.quantize(weights, kind), kind)
             assert np.array_equal(reader.read(name), again.reshape(8, 256))
         assert reader.spec("BF16").dtype == "BF16"
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q6_K", "IQ4_NL", "IQ3_S", "MXFP4"])
+def test_types_that_the_library_dequantizes(tmp_path: Path, name: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType[name]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(2).integers(0, 120, (6, 2 * block_bytes), np.uint8)
+    made = gguf.GGUFWriter(tmp_path / "k.gguf", "llama")
+    made.add_tensor("w", data, raw_dtype=kind)
+    made.write_header_to_file()
+    made.write_kv_data_to_file()
+    made.write_tensors_to_file()
+    made.close()
+    with np.errstate(all="ignore"), open_checkpoint(tmp_path / "k.gguf") as reader:
+        assert reader.contents.tensors == (TensorSpec("w", "F32", (6, 2 * block)),)
+        found = reader.read("w")
+        expected = gguf.quants.dequantize(data, kind)
+    assert np.array_equal(found, expected.reshape(6, 2 * block), equal_nan=True)
+
+
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray(gguf_file())
+    at = data.index(text("q")) + 9 + 4 + 16
+    assert data[at] == 8
+    data[at] = 12
+    (tmp_path / "m.gguf").write_bytes(data)
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(CheckpointError, match=r"needs the gguf package .*weightvid\[gguf\]"):
+        open_checkpoint(tmp_path / "m.gguf")

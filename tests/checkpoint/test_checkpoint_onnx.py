@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from weightvid.checkpoint import Contents, create_checkpoint, open_checkpoint
@@ -198,6 +201,49 @@ def test_what_cannot_be_written(path: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="needs all its weights"):
         unpack_archive(tmp_path / "m.mp4", out, UnpackOptions(tensors=("conv.*",)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare.mp4", "m.mp4", "m.onnx"]
+
+
+@given(cut=st.integers(1, 3000), flips=st.lists(st.integers(0, 1 << 14), max_size=3))
+@settings(max_examples=60)
+def test_damage_is_an_error_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, flips: list[int]
+) -> None:
+    tensors = [numpy_helper.from_array(np.ones((4, 5 + i), np.float32), f"w{i}") for i in range(4)]
+    node = helper.make_node("Relu", ["w0"], ["y"])
+    graph = helper.make_graph([node], "g", [], [], tensors)
+    data = bytearray(helper.make_model(graph).SerializeToString())
+    for flip in flips:
+        data[flip // 8 % len(data)] ^= 1 << flip % 8
+    path = tmp_path_factory.getbasetemp() / "fuzz.onnx"
+    path.write_bytes(data[:cut] if not flips else data)
+    try:
+        with open_checkpoint(path) as reader:
+            for spec in reader.contents.tensors:
+                reader.read(spec.name)
+    except CheckpointError:
+        pass
+
+
+def test_weights_do_not_pass_through_memory_together(tmp_path: Path) -> None:
+    """Neither when a model is opened nor when one is written."""
+    names = [f"w{i}" for i in range(8)]
+    big = np.ones((1 << 20,), np.float32)
+    graph = helper.make_graph([], "g", [], [], [numpy_helper.from_array(big, n) for n in names])
+    onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
+    del graph
+    tracemalloc.start()
+    with (
+        open_checkpoint(tmp_path / "m.onnx") as reader,
+        create_checkpoint(tmp_path / "n.onnx", reader.contents) as writer,
+    ):
+        for name in reversed(names):
+            writer.write(name, reader.read(name))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * big.nbytes
+    restored = onnx.load(tmp_path / "n.onnx")
+    assert [t.name for t in restored.graph.initializer] == names
+    assert all(np.array_equal(numpy_helper.to_array(t), big) for t in restored.graph.initializer)
 
 
 def constant(path: Path, location: str) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from weightvid.checkpoint import open_checkpoint
 from weightvid.cli.app import app
-from weightvid.errors import RemoteError
+from weightvid.errors import OutputError, RemoteError
 from weightvid.loader import open_archive
 from weightvid.pack import pack_checkpoint
 from weightvid.remote import open_remote
@@ -100,6 +100,30 @@ def test_checkpoints(bucket: Any, tmp_path: Path) -> None:
     bucket.rm_file("models/m/model-b.safetensors")
     with pytest.raises(ValueError, match=r"s3://models/m/? lacks model-b\.safetensors"):
         open_checkpoint("s3://models/m")
+
+
+def test_pack_to_an_address(bucket: Any, tmp_path: Path) -> None:
+    save_file(ARRAYS, tmp_path / "m.safetensors")
+    command = ["pack", str(tmp_path / "m.safetensors"), "-o", "s3://models/new.mp4"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    pack_checkpoint(tmp_path / "m.safetensors", tmp_path / "m.mp4")
+    assert bucket.cat_file("models/new.mp4") == (tmp_path / "m.mp4").read_bytes()
+    for target, said in (
+        ("s3://models/new.mp4", "exists already; use --force"),
+        ("s3://nobucket/new.mp4", "cannot write to s3://nobucket/new.mp4: "),
+        ("s3://models/", "name a file in it"),
+        ("https://example.org/m.mp4", "https:// addresses are read only"),
+    ):
+        result = CliRunner().invoke(app, [*command[:-1], target])
+        assert result.exit_code == 1
+        assert said in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
+    with pytest.raises(OutputError, match="it is an address, and this output must be a file"):
+        unpack_archive("s3://models/new.mp4", "s3://models/m.safetensors")
+    with pytest.raises(OutputError, match="it is an address"):
+        unpack_archive("s3://models/new.mp4", "s3://models/m")
 
 
 def test_what_is_not_there(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

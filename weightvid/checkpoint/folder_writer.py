@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from weightvid.atomic import output_error
+from weightvid.atomic import output_error, refuse_address
 from weightvid.checkpoint import safetensors
 from weightvid.checkpoint.base import Array, CheckpointWriter, Contents, check_contents
 from weightvid.errors import CheckpointError, OutputError
@@ -180,6 +180,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _check_target(target: Path, shown: str, force: bool) -> bool:
     """Whether the files go into a folder that holds others already."""
+    refuse_address(shown)
     if not target.parent.is_dir():
         error = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         raise output_error(shown, error)

@@ -1,8 +1,8 @@
 """ONNX models: initializers are the tensors; the graph without them travels as a side file.
 
 Specification: https://github.com/onnx/onnx/blob/main/docs/IR.md and docs/ExternalData.md. Needs the
-``onnx`` package (extra ``onnx``). A model whose weights lie inside the file (at most 2 GB) is held
-in memory; weights in external files are read one at a time.
+``onnx`` package (extra ``onnx``). Weights are read one at a time, whether they lie inside the file
+or in external ones.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from weightvid.checkpoint.base import Array, CheckpointReader, Contents, check_contents
+from weightvid.checkpoint.onnx_wire import scan
 from weightvid.checkpoint.onnx_writer import (
     DTYPES,
     GRAPH_PATH,
@@ -44,7 +45,8 @@ def open_reader(path: Path) -> CheckpointReader:
         The ``onnx`` package is missing; the model is damaged; external data are missing, cut
         short, or lie outside the model's folder.
     """
-    return _OnnxReader(path, _load(path))
+    model, places = _load(path)
+    return _OnnxReader(path, model, places)
 
 
 def external_files(path: Path) -> list[str]:
@@ -55,16 +57,18 @@ def external_files(path: Path) -> list[str]:
     CheckpointError
         The ``onnx`` package is missing; the model is damaged.
     """
-    tensors = filter(_is_external, _tensors_of(_load(path)))
+    tensors = filter(_is_external, _tensors_of(_load(path)[0]))
     found = {e.value for t in tensors for e in t.external_data if e.key == "location"}
     return sorted(filter(is_safe_path, found))
 
 
-def _load(path: Path) -> Any:
-    """A model without its external data."""
+def _load(path: Path) -> tuple[Any, dict[int, tuple[int, int]]]:
+    """A model without its weights, and where those that lie inside the file are."""
     onnx = import_onnx()
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        with path.open("rb") as file:
+            scanned = scan(file)
+        model = onnx.load_model_from_string(scanned.model)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:
@@ -72,32 +76,36 @@ def _load(path: Path) -> Any:
         raise CheckpointError(f"{path} is no valid ONNX model: {error}") from None
     if not model.HasField("graph"):
         raise CheckpointError(f"{path} is no valid ONNX model: it has no graph")
-    return model
+    return model, scanned.places
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where external bytes lie."""
+    """Where bytes lie."""
 
     path: Path
     offset: int
 
 
 class _OnnxReader(CheckpointReader):
-    def __init__(self, path: Path, model: Any) -> None:
+    def __init__(self, path: Path, model: Any, inside: dict[int, tuple[int, int]]) -> None:
         self._path = path
         self._inline: dict[str, Any] = {}
         self._places: dict[str, _Place] = {}
         self._files: dict[Path, BufferedReader] = {}
         specs: list[TensorSpec] = []
-        for tensor in model.graph.initializer:
+        for number, tensor in enumerate(model.graph.initializer):
             dtype = _NAMES.get(tensor.data_type)
             if dtype is None or not tensor.name:
+                if number in inside:
+                    tensor.raw_data = _slice(path, *inside[number])
                 continue
             spec = TensorSpec(tensor.name, dtype, tuple(tensor.dims))
             specs.append(spec)
             if _is_external(tensor):
                 self._places[spec.name] = self._place(spec, tensor)
+            elif number in inside:
+                self._places[spec.name] = self._inside(spec, *inside[number])
             else:
                 self._inline[spec.name] = _copy(tensor)
             _empty(tensor)
@@ -146,6 +154,14 @@ class _OnnxReader(CheckpointReader):
             raise CheckpointError(f"{path} is cut short: tensor {spec.name!r} lies beyond its end")
         return _Place(path, offset)
 
+    def _inside(self, spec: TensorSpec, offset: int, length: int) -> _Place:
+        if length != spec.stored_bytes:
+            raise CheckpointError(
+                f"tensor {spec.name!r} in {self._path} should have {spec.stored_bytes} bytes and "
+                f"has {length}"
+            )
+        return _Place(self._path, offset)
+
     def _read(self, spec: TensorSpec) -> Array:
         place = self._places.get(spec.name)
         if place is None:
@@ -191,6 +207,12 @@ class _OnnxReader(CheckpointReader):
             file.close()
         self._files = {}
         self._inline = {}
+
+
+def _slice(path: Path, offset: int, length: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(length)
 
 
 def _is_external(tensor: Any) -> bool:

@@ -17,6 +17,7 @@ from weightvid.checkpoint.base import (
     raw_bytes,
     shorten,
 )
+from weightvid.checkpoint.onnx_wire import GRAPH, INITIALIZER, RAW_DATA, lead
 from weightvid.errors import CheckpointError, OutputError
 from weightvid.spec import TensorSpec
 
@@ -58,7 +59,7 @@ def open_writer(path: Path, contents: Contents, *, force: bool = False) -> Check
 
 
 class _OnnxWriter(FileWriter):
-    """Puts weights into the graph; those of a large model go to ``NAME.data`` as they come."""
+    """Leaves room for the weights and fills it as they come; of a large model in ``NAME.data``."""
 
     def __init__(self, path: Path, contents: Contents, *, force: bool) -> None:
         check_contents(contents)
@@ -72,12 +73,48 @@ class _OnnxWriter(FileWriter):
             self._place(contents)
             self.notes = (f"the weights are in {self._data_path.name}: keep it beside the model",)
         super().__init__(path, contents, force=force)
-        if self._offsets:
-            try:
+        try:
+            if self._offsets:
                 self._data = AtomicFile(self._data_path, force=force)
-            except BaseException:
-                self.abort()
-                raise
+            self._begin()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _begin(self) -> None:
+        """Write everything but the weights."""
+        file = self._output.file
+        try:
+            if self._data is not None:
+                file.write(self._model.SerializeToString())
+                return
+            initializers = list(self._model.graph.initializer)
+            self._model.graph.ClearField("initializer")
+            parts = [self._model.graph.SerializeToString()]
+            sizes = {spec.name: spec.stored_bytes for spec in self.contents.tensors}
+            lengths = [len(parts[0])]
+            for tensor in initializers:
+                part = tensor.SerializeToString()
+                room = sizes.get(tensor.name, 0)
+                if tensor.name in sizes:
+                    part += lead(RAW_DATA, room)
+                parts.append(lead(INITIALIZER, len(part) + room) + part)
+                lengths.append(len(parts[-1]) + room)
+            self._model.ClearField("graph")
+            head = self._model.SerializeToString() + lead(GRAPH, sum(lengths))
+            file.write(head + parts[0])
+            at = len(head) + lengths[0]
+            for tensor, part, length in zip(initializers, parts[1:], lengths[1:], strict=True):
+                file.seek(at)
+                file.write(part)
+                self._offsets[tensor.name] = at + len(part)
+                at += length
+        except OutputError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"the ONNX model cannot be written: {error}") from None
+        finally:
+            self._slots = {}
 
     def _place(self, contents: Contents) -> None:
         at = 0
@@ -95,20 +132,12 @@ class _OnnxWriter(FileWriter):
             at += -(-spec.stored_bytes // _ALIGNMENT) * _ALIGNMENT
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
-        if self._data is None:
-            self._slots[spec.name].raw_data = raw_bytes(array).tobytes()
-            return
-        self._data.file.seek(self._offsets[spec.name])
-        self._data.file.write(raw_bytes(array).data)
+        file = self._output.file if self._data is None else self._data.file
+        file.seek(self._offsets[spec.name])
+        file.write(raw_bytes(array).data)
 
     def _finish(self) -> None:
-        try:
-            self._output.file.write(self._model.SerializeToString())
-        except OutputError:
-            raise
-        except Exception as error:
-            raise CheckpointError(f"the ONNX model cannot be written: {error}") from None
-        self._slots = {}
+        return
 
     def _publish(self) -> None:
         if self._data is None:

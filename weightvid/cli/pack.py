@@ -28,9 +28,13 @@ def pack(
         ),
     ],
     archive: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--output", "-o", metavar="ARCHIVE", help="Default: MODEL's name with .mp4, beside it."
+            "--output",
+            "-o",
+            metavar="ARCHIVE",
+            help="A file, or an address in an object store. Default: MODEL's name with .mp4, "
+            "beside it.",
         ),
     ] = None,
     recipe: Annotated[
@@ -119,8 +123,8 @@ def pack(
         verify=not no_verify,
         side_files=not no_side_files,
     )
-    destination = archive or named_after(model, ARCHIVE_SUFFIX)
-    if destination.exists() and destination.resolve() == Path(model).resolve():
+    destination = archive or str(named_after(model, ARCHIVE_SUFFIX))
+    if Path(destination).exists() and Path(destination).resolve() == Path(model).resolve():
         usage_error(f"{destination} is the model itself", "--output")
     with output.progress_bars() as report, open_checkpoint(model, report) as reader:
         _check_keeps(reader, options)
@@ -130,8 +134,8 @@ def pack(
     if json:
         output.emit_json(
             made,
-            archive=str(destination),
-            source=str(model),
+            archive=destination,
+            source=model,
             bits_per_weight=made.bits_per_weight,
             stream_bits_per_weight=made.stream_bits_per_weight,
         )
@@ -147,10 +151,10 @@ def _check_keeps(reader: CheckpointReader, options: PackOptions) -> None:
             usage_error(f"no tensor matches {pattern!r}{hint}", "--keep")
 
 
-def _show(made: PackReport, destination: Path, options: PackOptions) -> None:
+def _show(made: PackReport, destination: str, options: PackOptions) -> None:
     ratio = made.source_bytes / made.file_bytes
     rows = [
-        ("archive", str(destination)),
+        ("archive", destination),
         ("size", f"{output.size(made.file_bytes)} of {output.size(made.source_bytes)}"
                  f" (1/{ratio:.1f})"),
         ("weights", f"{output.count(made.weights)}, of which {output.count(made.coded_weights)}"
