@@ -36,7 +36,7 @@ class Defect:
 
 @dataclass(slots=True)
 class Salvage:
-    """Iterates over the tensors of an archive that are whole, and remembers what was wrong.
+    """Iterates over the tensors of an archive, and remembers which are whole and what was wrong.
 
     A defect does not end the iteration where the file can seek and has its index: the tensors that
     have not come yet are then tried one by one.
@@ -59,26 +59,41 @@ class Salvage:
     missing: tuple[str, ...] = ()
     _left: dict[str, None] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[tuple[TensorSpec, Array]]:
-        """Whole tensors: in file order up to the first defect."""
+    def __iter__(self) -> Iterator[tuple[TensorSpec, Iterator[Array]]]:
+        """Tensors in parts, in file order up to the first defect.
+
+        Whether one is whole is known after its last part: see :meth:`is_whole`. A tensor that was
+        not may come a second time.
+        """
         self._left = dict.fromkeys(spec.name for spec in self.archive.header.tensors)
         self.missing = tuple(self._left)
         try:
-            yield from self._counted(self.archive.iter_stored())
+            for spec, parts in self.archive.iter_parts():
+                yield spec, self._watched(spec, parts)
         except FormatError as error:
-            self.defect = Defect(error.code, str(error), error.offset)
+            self._note(error)
             if self.archive.complete:
                 yield from self._one_by_one()
         self.missing = tuple(self._left)
 
-    def _one_by_one(self) -> Iterator[tuple[TensorSpec, Array]]:
+    def is_whole(self, name: str) -> bool:
+        """Whether all parts of a tensor have come, and match its hash."""
+        return name not in self._left
+
+    def _one_by_one(self) -> Iterator[tuple[TensorSpec, Iterator[Array]]]:
         for name in tuple(self._left):
             with suppress(FormatError):
-                yield from self._counted(self.archive.iter_selected([name]))
+                for spec, parts in self.archive.iter_parts([name]):
+                    yield spec, self._watched(spec, parts)
 
-    def _counted(
-        self, tensors: Iterator[tuple[TensorSpec, Array]]
-    ) -> Iterator[tuple[TensorSpec, Array]]:
-        for spec, array in tensors:
-            self._left.pop(spec.name, None)
-            yield spec, array
+    def _watched(self, spec: TensorSpec, parts: Iterator[Array]) -> Iterator[Array]:
+        try:
+            yield from parts
+        except FormatError as error:
+            self._note(error)
+            return
+        self._left.pop(spec.name, None)
+
+    def _note(self, error: FormatError) -> None:
+        if self.defect is None:
+            self.defect = Defect(error.code, str(error), error.offset)

@@ -308,9 +308,10 @@ def _find_missing(archive: Archive, progress: Report) -> tuple[tuple[str, ...], 
     salvage = Salvage(archive)
     total = sum(spec.size for spec in archive.header.tensors)
     done = 0
-    for spec, _ in salvage:
-        done += spec.size
-        progress(Progress("check", done, total))
+    for _, parts in salvage:
+        for part in parts:
+            done = min(total, done + part.size)
+            progress(Progress("check", done, total))
     return salvage.missing, salvage.defect
 
 

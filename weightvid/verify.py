@@ -125,11 +125,42 @@ class VerifyReport:
 
 @dataclass(slots=True)
 class _Sums:
-    """Totals over the tensors compared so far."""
+    """Sums over a tensor, or over all tensors compared so far.
+
+    Attributes
+    ----------
+    power, noise : float
+        Sums of squares of the original and of the error.
+    largest : float
+        Magnitude of an error.
+    equal : bool
+        No part differs in a bit.
+    """
 
     power: float = 0.0
     noise: float = 0.0
     largest: float = 0.0
+    equal: bool = True
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """None without noise."""
+        if self.noise <= 0:
+            return None
+        return 10 * log10(self.power / self.noise) if self.power > 0 else float("-inf")
+
+    def add(self, ours: Array, theirs: Array, dtype: str) -> None:
+        """Compare some elements."""
+        same = np.array_equal(_bits(ours), _bits(theirs))
+        self.equal = self.equal and same
+        if dtype not in PACKABLE:
+            return
+        x = _values(theirs, dtype)
+        self.power += float(np.vdot(x, x))
+        if not same:
+            x -= _values(ours, dtype)
+            self.noise += float(np.vdot(x, x))
+            self.largest = max(self.largest, float(np.abs(x).max()))
 
 
 def verify_archive(
@@ -194,39 +225,61 @@ def _size(archive: str | os.PathLike[str] | BinaryIO, opened: Archive) -> int:
 
 
 def _walk(archive: Archive, salvage: Salvage, progress: Report) -> Iterator[TensorSpec]:
-    for spec, _ in _tracked(archive, salvage, progress):
-        yield spec
+    for spec, parts in _tracked(archive, salvage, progress):
+        for _ in parts:
+            pass
+        if salvage.is_whole(spec.name):
+            yield spec
 
 
 def _tracked(
     archive: Archive, salvage: Salvage, progress: Report
-) -> Iterator[tuple[TensorSpec, Array]]:
-    total = sum(spec.size for spec in archive.header.tensors)
-    done = 0
-    for spec, array in salvage:
-        yield spec, array
-        done += spec.size
-        progress(Progress("verify", done, total))
+) -> Iterator[tuple[TensorSpec, Iterator[Array]]]:
+    """What is salvaged, in parts, told as they pass."""
+    specs = archive.header.tensors
+    told = _Told(sum(s.size for s in specs), sum(s.stored_bytes for s in specs), progress)
+    for spec, parts in salvage:
+        yield spec, told.parts(parts)
+
+
+@dataclass(slots=True)
+class _Told:
+    total: int
+    total_bytes: int
+    progress: Report
+    done: int = 0
+    done_bytes: int = 0
+
+    def parts(self, parts: Iterator[Array]) -> Iterator[Array]:
+        for part in parts:
+            yield part
+            # What is tried a second time counts once.
+            self.done = min(self.total, self.done + part.size)
+            self.done_bytes = min(self.total_bytes, self.done_bytes + part.nbytes)
+            self.progress(
+                Progress("verify", self.done, self.total, self.done_bytes, self.total_bytes)
+            )
 
 
 def _compare(
     archive: Archive, salvage: Salvage, reader: CheckpointReader, progress: Report
 ) -> tuple[list[TensorSpec], Comparison]:
-    sums = _Sums()
+    total = _Sums()
     whole, rows, mismatched = [], [], []
-    for spec, array in _tracked(archive, salvage, progress):
-        whole.append(spec)
-        try:
-            other = reader.spec(spec.name)
-        except TensorNotFoundError:
+    for spec, parts in _tracked(archive, salvage, progress):
+        other = _same_name(reader, spec)
+        comparable = other is not None and (other.dtype, other.shape) == (spec.dtype, spec.shape)
+        sums = _compare_parts(spec, parts, reader if comparable else None)
+        if not salvage.is_whole(spec.name):
             continue
-        if (other.dtype, other.shape) != (spec.dtype, spec.shape):
+        whole.append(spec)
+        if comparable:
+            rows.append(_comparison(spec, sums, total))
+        elif other is not None:
             mismatched.append(
                 f"{spec.name}: {spec.dtype} {list(spec.shape)} in the archive, "
                 f"{other.dtype} {list(other.shape)} in the checkpoint"
             )
-            continue
-        rows.append(_compare_tensor(spec, array, reader.read(spec.name), sums))
     ours = set(archive.names)
     theirs = [*(spec.name for spec in reader.contents.tensors), *reader.contents.aliases]
     return whole, Comparison(
@@ -234,37 +287,44 @@ def _compare(
         missing=tuple(name for name in theirs if name not in ours),
         extra=tuple(name for name in archive.names if name not in set(theirs)),
         mismatched=tuple(mismatched),
-        sqnr_db=_sqnr_db(sums.power, sums.noise),
-        max_abs_error=sums.largest,
+        sqnr_db=total.sqnr_db,
+        max_abs_error=total.largest,
     )
 
 
-def _compare_tensor(
-    spec: TensorSpec, array: Array, original: Array, sums: _Sums
-) -> TensorComparison:
-    ours, theirs = array.reshape(-1), original.reshape(-1)
-    equal = True
-    power = noise = largest = 0.0
-    for begin in range(0, ours.size, _BLOCK):
-        a, b = ours[begin : begin + _BLOCK], theirs[begin : begin + _BLOCK]
-        same = np.array_equal(_bits(a), _bits(b))
-        equal = equal and same
-        if spec.dtype not in PACKABLE:
-            continue
-        x = _values(b, spec.dtype)
-        power += float(np.vdot(x, x))
-        if not same:
-            x -= _values(a, spec.dtype)
-            noise += float(np.vdot(x, x))
-            largest = max(largest, float(np.abs(x).max()))
+def _same_name(reader: CheckpointReader, spec: TensorSpec) -> TensorSpec | None:
+    try:
+        return reader.spec(spec.name)
+    except TensorNotFoundError:
+        return None
+
+
+def _compare_parts(
+    spec: TensorSpec, parts: Iterator[Array], reader: CheckpointReader | None
+) -> _Sums:
+    """Compare a tensor part by part, in blocks; without a reader the parts only pass."""
+    sums = _Sums()
+    first = 0
+    for part in parts:
+        flat = part.reshape(-1)
+        if reader is not None:
+            theirs = reader.read_range(spec.name, first, flat.size)
+            for begin in range(0, flat.size, _BLOCK):
+                block = slice(begin, begin + _BLOCK)
+                sums.add(flat[block], theirs[block], spec.dtype)
+        first += flat.size
+    return sums
+
+
+def _comparison(spec: TensorSpec, sums: _Sums, total: _Sums) -> TensorComparison:
     if spec.dtype not in PACKABLE:
-        return TensorComparison(spec.name, spec.dtype, spec.size, equal, None, None)
-    if not equal:
-        sums.power += power
-        sums.noise += noise
-    sums.largest = max(sums.largest, largest)
+        return TensorComparison(spec.name, spec.dtype, spec.size, sums.equal, None, None)
+    if not sums.equal:
+        total.power += sums.power
+        total.noise += sums.noise
+    total.largest = max(total.largest, sums.largest)
     return TensorComparison(
-        spec.name, spec.dtype, spec.size, equal, _sqnr_db(power, noise), largest
+        spec.name, spec.dtype, spec.size, sums.equal, sums.sqnr_db, sums.largest
     )
 
 
@@ -279,9 +339,3 @@ def _values(array: Array, dtype: str) -> npt.NDArray[np.float64]:
         wide = values.astype(np.float64)
     wide[~np.isfinite(wide)] = 0.0
     return wide
-
-
-def _sqnr_db(power: float, noise: float) -> float | None:
-    if noise <= 0:
-        return None
-    return 10 * log10(power / noise) if power > 0 else float("-inf")
