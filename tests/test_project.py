@@ -16,7 +16,10 @@ from weightvid.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-HEAVY = ("torch", "safetensors", "typer", "rich", "imageio", "zstandard", "sklearn")
+HEAVY = (
+    *("torch", "safetensors", "typer", "rich", "imageio", "zstandard", "sklearn"),
+    *("fsspec", "aiohttp", "huggingface_hub", "onnx", "gguf", "weightvid.remote"),
+)
 
 
 def imported_by(statement: str) -> set[str]:

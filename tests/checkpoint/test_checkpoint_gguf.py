@@ -232,3 +232,34 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"needs the gguf package .*weightvid\[gguf\]"):
         open_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("kind", ["gguf", "gguf-q8_0", "gguf-f32"])
+@pytest.mark.parametrize("size", [1, 11, 32, 50, 64, 1000])
+def test_parts_give_the_same_file(tmp_path: Path, kind: str, size: int) -> None:
+    rng = np.random.default_rng(3)
+    tied = rng.standard_normal((4, 96)).astype(np.float16)
+    source = from_mapping(
+        {
+            "a": rng.standard_normal((9, 64)).astype(np.float32),
+            "odd": rng.standard_normal((5, 33)).astype(np.float32),
+            "tied": tied,
+            "again": tied,
+            "row": rng.standard_normal(77).astype(np.float32),
+            "ids": np.arange(50),
+            "empty": np.empty((0, 64), np.float32),
+        }
+    )
+    write(tmp_path / "whole.gguf", source, kind)
+    with create_checkpoint(tmp_path / "parts.gguf", source.contents, kind=kind) as writer:
+        for spec in source.contents.tensors:
+            flat = source.read(spec.name).reshape(-1)
+            parts = (flat[at : at + size] for at in range(0, flat.size, size))
+            writer.write_parts(spec.name, parts)
+    assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    with open_checkpoint(tmp_path / "parts.gguf") as reader:
+        for spec in reader.contents.tensors:
+            flat = reader.read(spec.name).reshape(-1)
+            for first, count in ((0, flat.size), (flat.size // 3, flat.size // 2), (flat.size, 0)):
+                found = reader.read_range(spec.name, first, count)
+                assert np.array_equal(found, flat[first : first + count])

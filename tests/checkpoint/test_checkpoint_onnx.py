@@ -246,6 +246,22 @@ def test_weights_do_not_pass_through_memory_together(tmp_path: Path) -> None:
     assert all(np.array_equal(numpy_helper.to_array(t), big) for t in restored.graph.initializer)
 
 
+def test_parts_and_ranges(model: Any, path: Path, tmp_path: Path) -> None:
+    expected = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    with (
+        open_checkpoint(path) as reader,
+        create_checkpoint(tmp_path / "n.onnx", reader.contents) as writer,
+    ):
+        for name, array in expected.items():
+            flat = array.reshape(-1)
+            middle = flat.size // 3
+            assert np.array_equal(reader.read_range(name, middle, 5), flat[middle : middle + 5])
+            ranges = ((at, min(100, flat.size - at)) for at in range(0, flat.size, 100))
+            writer.write_parts(name, (reader.read_range(name, *one) for one in ranges))
+    for tensor in onnx.load(tmp_path / "n.onnx").graph.initializer:
+        assert np.array_equal(numpy_helper.to_array(tensor), expected[tensor.name])
+
+
 def constant(path: Path, location: str) -> None:
     """A model with a constant whose data lie in another file, and not as an initializer."""
     tensor = numpy_helper.from_array(np.ones((3, 3), np.float32), "c")

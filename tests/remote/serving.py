@@ -59,12 +59,13 @@ class Asked:
 
 
 class Site:
-    """Files by path, and what was asked for."""
+    """Files by path, and what was asked for (``targets``: the paths as they came)."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.files: dict[str, Served] = {}
         self.asked: list[Asked] = []
+        self.targets: list[str] = []
 
     def put(self, name: str, data: bytes, **more: Any) -> str:
         """Serve bytes; gives their address."""
@@ -94,6 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self, body: bool) -> None:
         site: Site = self.server.site
         path = unquote(urlsplit(self.path).path).lstrip("/")
+        site.targets.append(self.path)
         sent = [0]
         wanted = self.headers.get("Range")
         site.asked.append(Asked(self.command, path, wanted, dict(self.headers), sent))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from weightvid.remote.file import FIRST_BYTES, RemoteFile, RemoteStream
 
 pytest.importorskip("aiohttp")
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 DATA = np.random.default_rng(1).bytes(300_000)
 
 
@@ -60,7 +63,7 @@ reads = st.lists(
 
 
 @given(steps=reads)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_order_of_reads(site: Site, steps: list[tuple[str, int]]) -> None:
     with open_remote(site.put("f", DATA)) as file:
         at = 0
@@ -222,7 +225,7 @@ def test_nobody_there(waits: list[float]) -> None:
         url = site.url
     with pytest.raises(RemoteError, match="gave up after 6 tries"):
         open_remote(f"{url}/f")
-    with pytest.raises(RemoteError, match=r"cannot find the server nowhere\.invalid"):
+    with pytest.raises(RemoteError, match=r"cannot find the server nowhere\.invalid:443"):
         open_remote("https://nowhere.invalid/f")
 
 
@@ -271,6 +274,35 @@ def test_a_certificate_of_nobody(tmp_path: Path, waits: list[float]) -> None:
     assert waits == []
 
 
+def test_a_certificate_of_ones_own(tmp_path: Path) -> None:
+    """As the message advises."""
+    file = certificate(tmp_path / "site.pem")
+    code = "import sys, weightvid.remote as r; print(len(r.open_remote(sys.argv[1]).read()))"
+    with serve(file) as site:
+        done = subprocess.run(
+            [sys.executable, "-c", code, site.put("f", DATA)],
+            env={**os.environ, "SSL_CERT_FILE": str(file), "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+    assert done.stdout == f"{len(DATA)}\n", done.stderr
+
+
+def test_an_address_goes_out_as_it_is_written(site: Site) -> None:
+    """Signatures are of the very characters."""
+    site.put("a b", DATA)
+    for path in ("a%20b?x=%2Fy%3d&z=+", "a b?x=1"):
+        assert read_all(f"{site.url}/{path}") == DATA
+    assert site.targets == ["/a%20b?x=%2Fy%3d&z=+"] * 2 + ["/a%20b?x=1"] * 2
+
+
+def test_a_size_that_nobody_knows(site: Site) -> None:
+    """A range of an unknown whole: asked for without a range."""
+    headers = {"Content-Range": "bytes 0-32767/*"}
+    url = site.put("f", DATA, headers=headers)
+    assert read_all(url) == DATA
+    assert [asked.range for asked in site.asked] == ["bytes=0-32767", None]
+
+
 def test_no_secrets_in_messages(site: Site) -> None:
     url = f"{site.url}/gone?token=secret".replace("://", "://me:secret@")
     with pytest.raises(RemoteError) as caught:
@@ -283,7 +315,8 @@ def test_addresses() -> None:
     assert is_url("s3://b/k")
     assert not any(map(is_url, ("C:\\m.mp4", "a/b", "://x", Path("https://x"), b"https://x")))
     assert file_name("https://h/a%20b.mp4?x=/y#z") == "a b.mp4"
-    assert shown("s3://key:secret@b/k") == "b/k"
+    assert shown("s3://key:secret@b/k") == "s3://b/k"
+    assert shown("hf://org/m@v1/f") == "hf://org/m@v1/f"
     assert parse_hub("hf://org/m@refs/pr/1/f").revision == "refs/pr/1"
     assert parse_hub("hf://gpt2").repo == "gpt2"
     for bad in ("hf://datasets/a/b", "hf://a b/c"):
@@ -291,12 +324,47 @@ def test_addresses() -> None:
             parse_hub(bad)
 
 
+@pytest.mark.parametrize("url", ["http://[bad/f", "http:///f", "http://h:99999/f", "https://"])
+def test_no_addresses(url: str) -> None:
+    if is_url(url):
+        with pytest.raises(RemoteError, match=r"no valid address|cannot (find|read)"):
+            open_remote(url)
+
+
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "aiohttp", None)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(RemoteError, match=r"aiohttp is needed .*pip install 'weightvid\[remote\]'"):
         open_remote("https://example.org/f")
     with pytest.raises(RemoteError, match="cannot read nonsense://x"):
         open_remote("nonsense://x")
+
+
+def test_a_driver_that_stumbles(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    """Connections that break, and answers that are cut short, are made good."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    MemoryFileSystem().pipe_file("/f", DATA)
+    whole = MemoryFileSystem.cat_file
+    trouble: list[Any] = [ConnectionResetError("reset"), 40_000, TimeoutError()]
+
+    def cat_file(files: Any, path: str, start: int, end: int) -> bytes:
+        what = trouble.pop(0) if trouble and start else None
+        if isinstance(what, Exception):
+            raise what
+        return whole(files, path, start, end)[:what]
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    with open_remote("memory://f") as file:
+        file.seek(100_000)
+        assert file.read(150_000) == DATA[100_000:250_000]
+        assert len(waits) == 3
+        trouble += [PermissionError("no")]
+        with pytest.raises(RemoteError, match="access is refused"):
+            file.seek(100_000)
+            file.read(5)
+        trouble += [ConnectionResetError("reset")] * 6
+        with pytest.raises(RemoteError, match="reset; gave up after 6 tries at byte 100000"):
+            file.read(5)
 
 
 def test_local_and_memory_drivers(tmp_path: Path) -> None:

@@ -140,14 +140,32 @@ def run(hub: Any, tmp_path: Path) -> Run:
     return call
 
 
+REFUSALS = [
+    ("pack", "hf://org/gone", "there is no model hf://org/gone, or it is private.*HF_TOKEN"),
+    ("pack", "hf://org/model@v9", "has no such revision"),
+    ("pack", "hf://org/model/gone.bin", r"there is no hf://org/model/gone\.bin; the model has"),
+    ("pack", "hf://org/gated", "is not open to everybody: log in"),
+    ("pack", "hf://org/model/archives", "holds no weights that weightvid looks for"),
+    ("verify", "hf://org/model", "names a whole model; name a file in it"),
+    ("verify", "hf://org/gated/m.mp4", r"HTTP 403 .*hf auth login"),
+    ("verify", "hf://org/model/gone.mp4", "there is no hf://org/model/gone.mp4"),
+]
+
+
 def test_models_of_the_hub(hub: Any, run: Run, tmp_path: Path) -> None:
     archive, again, one = (tmp_path / f"{name}.mp4" for name in ("m", "again", "one"))
     shard = "hf://org/model/model-00001-of-00002.safetensors"
-    first, second, third = run(
+    out = tmp_path / "out.mp4"
+    first, second, third, *refused = run(
         ("pack", "hf://org/model@v1", "-o", archive, "--json"),
         ("verify", "hf://org/model/archives/m.mp4", "--json"),
         ("pack", shard, "-o", one, "--json"),
+        *((verb, url, *(("-o", out) if verb == "pack" else ())) for verb, url, _ in REFUSALS),
     )
+    for (status, _, stderr), (_, _, said) in zip(refused, REFUSALS, strict=True):
+        assert status == 1
+        assert re.fullmatch(rf"error: .*{said}.*\n", stderr), stderr
+    assert not out.exists()
     made = json.loads(first[1])
     assert made["side_files"] == ["config.json", "tokenizer/vocab.txt"]
     assert made["weights"] == 90 * 80 + 40 * 50
@@ -165,24 +183,3 @@ def test_models_of_the_hub(hub: Any, run: Run, tmp_path: Path) -> None:
     assert [status for status, _, _ in offline] == [0, 1]
     assert again.read_bytes() == archive.read_bytes()
     assert "error: cannot reach the hub for hf://org/other, and its cache" in offline[1][2]
-
-
-REFUSALS = [
-    ("pack", "hf://org/gone", "there is no model hf://org/gone, or it is private.*HF_TOKEN"),
-    ("pack", "hf://org/model@v9", "has no such revision"),
-    ("pack", "hf://org/model/gone.bin", r"there is no hf://org/model/gone\.bin; the model has"),
-    ("pack", "hf://org/gated", "is not open to everybody: log in"),
-    ("pack", "hf://org/model/archives", "holds no weights that weightvid looks for"),
-    ("verify", "hf://org/model", "names a whole model; name a file in it"),
-    ("verify", "hf://org/gated/m.mp4", r"HTTP 403 .*hf auth login"),
-    ("verify", "hf://org/model/gone.mp4", "there is no hf://org/model/gone.mp4"),
-]
-
-
-def test_refusals(run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "m.mp4"
-    calls = [(verb, url, *(("-o", out) if verb == "pack" else ())) for verb, url, _ in REFUSALS]
-    for (status, _, stderr), (_, _, said) in zip(run(*calls), REFUSALS, strict=True):
-        assert status == 1
-        assert re.fullmatch(rf"error: .*{said}.*\n", stderr), stderr
-        assert not out.exists()

@@ -137,11 +137,16 @@ class _FetchedReader(CheckpointReader):
         self._inner = inner
         self._local = local
         self._url = url
+        self.location = url
         self._cleanup = weakref.finalize(self, _Local.remove, local)
 
     def _read(self, spec: TensorSpec) -> Array:
         with _named(self._local, self._url):
             return self._inner.read(spec.name)
+
+    def _read_range(self, spec: TensorSpec, first: int, count: int) -> Array:
+        with _named(self._local, self._url):
+            return self._inner.read_range(spec.name, first, count)
 
     def close(self) -> None:
         super().close()

@@ -78,18 +78,35 @@ class _GgufReader(CheckpointReader):
         super().__init__(contents)
 
     def _read(self, spec: TensorSpec) -> Array:
+        return self._elements(spec, 0, spec.size).reshape(spec.shape)
+
+    def _read_range(self, spec: TensorSpec, first: int, count: int) -> Array:
+        return self._elements(spec, first, count)
+
+    def _elements(self, spec: TensorSpec, first: int, count: int) -> Array:
         info = self._info[spec.name]
-        data = np.empty(_stored_bytes(info), np.uint8)
+        if info.type in _NAMES:
+            dtype = stored_dtype(spec.dtype)
+            data = self._bytes(info, first * dtype.itemsize, count * dtype.itemsize)
+            return data.view(dtype)
+        block, block_bytes = _block(info)
+        begin, end = first // block, -(-(first + count) // block)
+        data = self._bytes(info, begin * block_bytes, (end - begin) * block_bytes)
+        start = first - begin * block
+        return _dequantize(data, info).reshape(-1)[start : start + count]
+
+    def _bytes(
+        self, info: TensorInfo, offset: int, size: int
+    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        data = np.empty(size, np.uint8)
         try:
-            self._file.seek(self._begin + info.offset)
+            self._file.seek(self._begin + info.offset + offset)
             got = self._file.readinto(data.data)
         except OSError as error:
             raise CheckpointError(f"cannot read {self._path}: {error}") from None
         if got != data.size:
             raise CheckpointError(f"{self._path} was cut short while it was open")
-        if info.type in _NAMES:
-            return data.view(stored_dtype(spec.dtype)).reshape(spec.shape)
-        return _dequantize(data, info).reshape(spec.shape)
+        return data
 
     def close(self) -> None:
         super().close()

@@ -64,6 +64,7 @@ class _GgufWriter(FileWriter):
         metadata = metadata.with_integer("general.file_type", _FILE_TYPES[matrices])
         alignment = metadata.integer("general.alignment", DEFAULT_ALIGNMENT)
         header, self._places = _layout(contents, metadata, matrices, alignment)
+        self._begun: Array = np.empty(0, np.float32)
         super().__init__(path, contents, force=force)
         try:
             self._output.file.write(header)
@@ -72,11 +73,23 @@ class _GgufWriter(FileWriter):
             raise
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
+        self._write_part(spec, 0, array.reshape(-1))
+
+    def _write_part(self, spec: TensorSpec, first: int, part: Array) -> None:
+        if self._places[spec.name][0] == Q8_0:
+            # What begins a block waits for the rest of it.
+            joined = part if first == 0 else np.concatenate([self._begun, part])
+            first -= joined.size - part.size
+            whole = joined.size - joined.size % BLOCK
+            part, self._begun = joined[:whole], joined[whole:].copy()
         for name in (spec.name, *self._aliases_of.get(spec.name, ())):
             kind, offset, end = self._places[name]
-            self._output.file.seek(offset)
-            self._output.file.write(raw_bytes(_encode(spec, array, kind)).data)
-            self._output.file.write(bytes(end - self._output.file.tell()))
+            data = raw_bytes(_encode(spec, part, kind))
+            before = first * data.size // part.size if part.size else 0
+            self._output.file.seek(offset + before)
+            self._output.file.write(data.data)
+            if first + part.size == spec.size:
+                self._output.file.write(bytes(end - self._output.file.tell()))
 
     def _finish(self) -> None:
         return

@@ -166,16 +166,26 @@ class _OnnxReader(CheckpointReader):
         place = self._places.get(spec.name)
         if place is None:
             return self._decode(spec)
-        data = np.empty(spec.stored_bytes, np.uint8)
+        return self._elements(place, spec, 0, spec.size).reshape(spec.shape)
+
+    def _read_range(self, spec: TensorSpec, first: int, count: int) -> Array:
+        place = self._places.get(spec.name)
+        if place is None:
+            return super()._read_range(spec, first, count)
+        return self._elements(place, spec, first, count)
+
+    def _elements(self, place: _Place, spec: TensorSpec, first: int, count: int) -> Array:
+        dtype = stored_dtype(spec.dtype)
+        data = np.empty(count * dtype.itemsize, np.uint8)
         try:
             file = self._file(place.path)
-            file.seek(place.offset)
+            file.seek(place.offset + first * dtype.itemsize)
             got = file.readinto(data.data)
         except OSError as error:
             raise CheckpointError(f"cannot read {place.path}: {error}") from None
         if got != data.size:
             raise CheckpointError(f"{place.path} was cut short while it was open")
-        return data.view(stored_dtype(spec.dtype)).reshape(spec.shape)
+        return data.view(dtype)
 
     def _decode(self, spec: TensorSpec) -> Array:
         tensor = self._inline[spec.name]

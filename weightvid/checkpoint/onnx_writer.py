@@ -132,9 +132,12 @@ class _OnnxWriter(FileWriter):
             at += -(-spec.stored_bytes // _ALIGNMENT) * _ALIGNMENT
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
+        self._write_part(spec, 0, array)
+
+    def _write_part(self, spec: TensorSpec, first: int, part: Array) -> None:
         file = self._output.file if self._data is None else self._data.file
-        file.seek(self._offsets[spec.name])
-        file.write(raw_bytes(array).data)
+        file.seek(self._offsets[spec.name] + first * part.itemsize)
+        file.write(raw_bytes(part).data)
 
     def _finish(self) -> None:
         return

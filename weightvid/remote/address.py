@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Final, TypeGuard
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from weightvid.errors import RemoteError
 
@@ -44,10 +44,11 @@ def shown(url: str) -> str:
     >>> shown("https://me:secret@example.org/m.mp4?signature=1")
     'https://example.org/m.mp4'
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        return url.partition("?")[0] if "@" not in parts.netloc else url.split("@", 1)[1]
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    if scheme(url) == "hf":
+        return url
+    rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("://")[2]
+    host, slash, path = rest.partition("/")
+    return f"{scheme(url)}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def file_name(url: str) -> str:

@@ -69,11 +69,24 @@ class WebStore(Store):
         self._aiohttp: Any = need("aiohttp", "remote", url)
         self._asyn: Any = need("fsspec.asyn", "remote", url)
         fsspec: Any = need("fsspec", "remote", url)
-        self._files = fsspec.filesystem(scheme(self._target))
+        kind = scheme(self._target)
+        # Proxies and passwords of the environment, unless fsspec's configuration says otherwise.
+        settings = fsspec.config.conf.get(kind, {}).get("client_kwargs", {})
+        self._files = fsspec.filesystem(kind, client_kwargs={"trust_env": True, **settings})
+        # What is quoted already stays as it is: signatures are of the very characters.
+        quoted = self._target.isascii() and " " not in self._target
+        try:
+            self._address: Any = need("yarl", "remote", url).URL(self._target, encoded=quoted)
+            self._host = f"{self._address.host}:{self._address.port}"
+        except ValueError as error:
+            raise RemoteError(f"{self.shown} is no valid address: {error}") from None
+        self._without_ranges = False
 
     def request(self, begin: int, end: int | None) -> Answer:
         """Ask once for a range."""
         wanted = f"bytes={begin}-{'' if end is None else end - 1}"
+        if self._without_ranges:
+            wanted = ""
         parts: list[bytes] = []
         response = self._call(self._get, wanted, parts)
         try:
@@ -88,7 +101,7 @@ class WebStore(Store):
         headers = {
             **options.pop("headers", {}),
             **self._headers,
-            "Range": wanted,
+            **({"Range": wanted} if wanted else {}),
             # Ranges are of the bytes as they lie there.
             "Accept-Encoding": "identity",
         }
@@ -96,8 +109,7 @@ class WebStore(Store):
         patience = self._aiohttp.ClientTimeout(
             total=None, sock_connect=policy.connect_s, sock_read=policy.silence_s
         )
-        url = self._files.encode_url(self._target)
-        response = await session.get(url, headers=headers, timeout=patience, **options)
+        response = await session.get(self._address, headers=headers, timeout=patience, **options)
         if response.status < _LEAST_REFUSAL:
             # At once: aiohttp forgets what has come when the connection breaks before it is read.
             # The error, if there is one, comes again with the next piece.
@@ -122,8 +134,10 @@ class WebStore(Store):
                 f"the server of {self.shown} answers with another range of bytes than it was asked "
                 "for; download the file by other means"
             )
-        total = None if match[3] == "*" else int(match[3])
-        return Answer(begin, total, total is not None, tag, chunks)
+        if match[3] == "*":
+            self._without_ranges = True
+            raise TransferError("the server does not tell the size", 0.0)
+        return Answer(begin, int(match[3]), True, tag, chunks)
 
     def _beyond(self, response: Any, begin: int) -> Answer:
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
@@ -177,9 +191,8 @@ class WebStore(Store):
         except errors.InvalidURL:
             raise RemoteError(f"{self.shown} is no valid address") from None
         except errors.ClientConnectorDNSError:
-            host = self._files.encode_url(self._target).host
             raise RemoteError(
-                f"cannot find the server {host}: check the address and the connection"
+                f"cannot find the server {self._host}: check the address and the connection"
             ) from None
         except errors.TooManyRedirects:
             raise RemoteError(f"{self.shown} leads round in circles (redirects)") from None
