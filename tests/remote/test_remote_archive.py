@@ -137,6 +137,26 @@ def test_an_iteration_with_single_tensors_between(
             assert same(archive["c.weight"], expected["c.weight"])
 
 
+def test_python_facades(site: Site, data: bytes, expected: dict[str, Any], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import weightvid.numpy
+    import weightvid.torch
+
+    for ranges in (True, False):
+        url = site.put("m.mp4", data, ranges=ranges)
+        assert all(same(a, expected[n]) for n, a in weightvid.numpy.load_file(url).items())
+        module = torch.nn.ModuleDict({"f": torch.nn.Linear(257, 200, bias=False, device="meta")})
+        weightvid.torch.load_into(module, url, strict=False)
+        assert same(module["f"].weight.detach().numpy(), expected["f.weight"])
+
+
+def test_preview(site: Site, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("imageio")
+    monkeypatch.chdir(tmp_path)
+    run("preview", site.put("m.mp4", data))
+    assert [path.name for path in (tmp_path / "m-preview").iterdir()] == ["frame-0000.png"]
+
+
 def test_a_broken_download_is_still_told(site: Site, data: bytes, tmp_path: Path) -> None:
     url = site.put("m.mp4", data[:-3000])
     report = verify_archive(url)
