@@ -26,6 +26,7 @@ from running import ROOT, Run, Start
         ("pack", "{model}", "--step", "1", "--recipe", "small"),
         ("pack", "{model}", "--keep", "nothing.*"),
         ("pack", "{model}", "--jobs", "-2"),
+        ("pack", "{model}", "--cluster", "slurm"),
         ("pack", "{model}", "-o", "{model}"),
         ("unpack", "{archive}"),
         ("unpack", "{archive}", "-o", "{folder}/m.tar"),

@@ -59,7 +59,9 @@ def open_checkpoint(path: str | os.PathLike[str], progress: Report = quiet) -> C
     if is_url(path):
         from weightvid.checkpoint.fetched import open_fetched
 
-        return open_fetched(path, progress)
+        fetched = open_fetched(path, progress)
+        fetched.location = os.fspath(path)
+        return fetched
     kind = kind_of_file(Path(path))
     reader = cast(CheckpointReader, import_module(kind.module).open_reader(Path(path)))
     reader.location = os.path.abspath(path)  # noqa: PTH100 - links stay as they are named

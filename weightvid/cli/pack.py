@@ -103,7 +103,9 @@ def pack(
     from weightvid.allocate import DEFAULT_RECIPE, RECIPES
     from weightvid.checkpoint import open_checkpoint
     from weightvid.codec.encode import DEFAULT_PRESET
+    from weightvid.errors import ClusterError
     from weightvid.pack import PackOptions, pack_checkpoint
+    from weightvid.packing.engines import check_cluster
 
     if recipe is not None and recipe not in RECIPES:
         usage_error(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}", "--recipe")
@@ -111,6 +113,11 @@ def pack(
         usage_error("--step replaces a recipe's step; give one of both", "--step")
     if step is not None and not 0 < step < float("inf"):
         usage_error(f"{step} is not a positive number", "--step")
+    if cluster is not None:
+        try:
+            check_cluster(cluster)
+        except ClusterError as error:
+            usage_error(str(error), "--cluster")
     options = PackOptions(
         recipe=recipe or DEFAULT_RECIPE,
         step_factor=step,

@@ -45,14 +45,22 @@ def open_workers(cluster: str | Executor | None, jobs: int = 0) -> AbstractConte
     if isinstance(cluster, Executor):
         count = jobs or getattr(cluster, "_max_workers", 0) or os.cpu_count() or 1
         return nullcontext(Workers(cluster, count, not isinstance(cluster, ThreadPoolExecutor)))
-    if cluster == "ray" or cluster.startswith("ray:"):
-        return _ray(cluster, jobs)
-    if cluster == "dask" or "://" in cluster:
-        return _dask(cluster, jobs)
-    raise ClusterError(
-        f"no cluster {cluster!r}: it is dask, ray, ray:auto, or an address such as "
-        "tcp://10.0.0.1:8786 (Dask) or ray://10.0.0.1:10001"
-    )
+    check_cluster(cluster)
+    return (_ray if cluster == "ray" or cluster.startswith("ray:") else _dask)(cluster, jobs)
+
+
+def check_cluster(cluster: str) -> None:
+    """Refuse what is neither the name of an engine nor an address.
+
+    Raises
+    ------
+    ClusterError
+    """
+    if cluster not in ("dask", "ray", "ray:auto") and "://" not in cluster:
+        raise ClusterError(
+            f"no cluster {cluster!r}: it is dask, ray, ray:auto, or an address such as "
+            "tcp://10.0.0.1:8786 (Dask) or ray://10.0.0.1:10001"
+        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from weightvid import tile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
-from weightvid.errors import CheckpointError
+from weightvid.errors import CheckpointError, RemoteError
 from weightvid.spec import TensorSpec
 from weightvid.version import __version__
 
@@ -113,7 +113,7 @@ class _Opened:
         self.token, self.reader, self.source = "", None, None
         try:
             self.reader = open_checkpoint(shared.location)
-        except CheckpointError as error:
+        except (CheckpointError, RemoteError) as error:
             raise CheckpointError(
                 f"a worker cannot read the checkpoint ({error}); on a cluster it must lie where "
                 "every worker sees it under the same path"

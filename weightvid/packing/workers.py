@@ -194,7 +194,7 @@ class Outbox:
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
-        self._most = workers.count + workers.ahead
+        self._most = 2 * workers.count + 1
         self._waiting: deque[_Waiting] = deque()
 
     def put(self, take: Callable[[_T], None], task: Callable[..., _T], *arguments: Any) -> None:
