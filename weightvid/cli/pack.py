@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightvid.cli import output
+from weightvid.cli import output, targets
 from weightvid.cli.options import Force, Json, named_after, usage_error
 
 if TYPE_CHECKING:
@@ -51,6 +51,16 @@ def pack(
             help="Quantizer step of a tensor of average size, in sigmas, instead of a recipe's.",
         ),
     ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="fidelity (default): keep what the network computes; sqnr: keep the weights.",
+        ),
+    ] = None,
+    target_size: targets.Size = None,
+    target_bpw: targets.Rate = None,
+    target_sqnr: targets.Sqnr = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -96,11 +106,12 @@ def pack(
 
     [bold]weightvid pack model.safetensors -o model.mp4[/bold]
     [bold]weightvid pack model.pt --recipe small --keep "head.*"[/bold]
+    [bold]weightvid pack model.pt --target-size 12MB[/bold]
     [bold]weightvid pack model.pt --calibration stats.safetensors[/bold]
     [bold]weightvid pack all-MiniLM-L6-v2/ -o minilm.mp4[/bold]
     [bold]weightvid pack hf://sentence-transformers/all-MiniLM-L6-v2 -o minilm.mp4[/bold]
     """
-    from weightvid.allocate import DEFAULT_RECIPE, RECIPES
+    from weightvid.allocate import DEFAULT_RECIPE, DEFAULT_RULE, RECIPES, RULES
     from weightvid.checkpoint import open_checkpoint
     from weightvid.codec.encode import DEFAULT_PRESET
     from weightvid.pack import PackOptions, pack_checkpoint
@@ -111,9 +122,18 @@ def pack(
         usage_error("--step replaces a recipe's step; give one of both", "--step")
     if step is not None and not 0 < step < float("inf"):
         usage_error(f"{step} is not a positive number", "--step")
+    if rule is not None and rule not in RULES:
+        usage_error(f"unknown rule {rule!r}; known: {', '.join(RULES)}", "--rule")
+    target = targets.chosen(
+        {"--target-size": target_size, "--target-bpw": target_bpw, "--target-sqnr": target_sqnr}
+    )
+    if target is not None and (recipe is not None or step is not None):
+        usage_error("a target takes the place of a recipe or step", "--target-...")
     options = PackOptions(
         recipe=recipe or DEFAULT_RECIPE,
+        rule=rule or DEFAULT_RULE,
         step_factor=step,
+        target=target,
         calibration=calibration,
         keep=tuple(keep or ()),
         preset=preset or DEFAULT_PRESET,
@@ -131,6 +151,8 @@ def pack(
         made = pack_checkpoint(reader, destination, options, report)
     for entry in made.skipped:
         output.warn(f"not packed: {entry}")
+    for text in made.warnings:
+        output.warn(text)
     if json:
         output.emit_json(
             made,
