@@ -33,6 +33,10 @@ PACK = {
     "step_factor": NUMBER,
     "encodings": int,
     "warnings": [str],
+    "loss": OPTIONAL_NUMBER,
+    "metric_before": OPTIONAL_NUMBER,
+    "metric": OPTIONAL_NUMBER,
+    "evaluations": int,
 }
 DEFECT = {"code": str, "message": str, "offset": (int, NoneType)}
 UNPACK = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -11,7 +12,7 @@ import typer
 from weightvid.cli.options import usage_error
 
 if TYPE_CHECKING:
-    from weightvid.pack import Target
+    from weightvid.pack import Evaluation, Target
 
 Size = Annotated[
     str | None,
@@ -99,6 +100,38 @@ def chosen(options: Mapping[str, str | float | None]) -> Target | None:
         return Target(_KINDS[name], number)
     except QuantizationError as error:
         usage_error(str(error), name)
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """What the options say of an evaluation besides its function."""
+
+    lower_is_better: bool
+    budget: int | None
+    cache: Path | None
+
+
+def evaluation(
+    function: str | None, more: Measuring, target: Target | None, rule: str | None
+) -> Evaluation | None:
+    """The evaluation that the options name."""
+    from weightvid.errors import EvaluationError
+    from weightvid.pack import Evaluation
+    from weightvid.planning.function import load_function
+
+    if function is None:
+        if target is not None and target.measured:
+            usage_error("only an evaluation can judge that: give --eval", f"--max-{target.kind}")
+        if more != Measuring(False, None, None):
+            usage_error("there is no --eval", "--lower-is-better / --eval-budget / --eval-cache")
+        return None
+    if rule == "sqnr":
+        usage_error("the rule sqnr and an evaluation exclude each other", "--rule")
+    try:
+        loaded = load_function(function)
+    except EvaluationError as error:
+        usage_error(str(error), "--eval")
+    return Evaluation(loaded, more.lower_is_better, more.cache, more.budget)
 
 
 _KINDS: Final = {
