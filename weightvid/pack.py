@@ -267,9 +267,7 @@ class _Encoder:
         self, steps: Mapping[int, float], factor: float, about: Mapping[str, Any]
     ) -> Trial:
         """Write the archive of these steps."""
-        off = slopes(steps, self._surveyed.units, factor)
-        if off:
-            about = {**about, "slopes": off}
+        about = {"slopes": slopes(steps, self._surveyed.units, factor), **about}
         self.plan = plan_archive(self._surveyed, steps, about)
         self.stream.seek(0)
         self.stream.truncate()

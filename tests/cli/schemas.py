@@ -117,6 +117,7 @@ INSPECT = {
             "frames": (NoneType, [int]),
             "sqnr_db": OPTIONAL_NUMBER,
             "bits_per_weight": OPTIONAL_NUMBER,
+            "slope": OPTIONAL_NUMBER,
         }
     ],
     "account": dict,

@@ -63,3 +63,21 @@ def test_a_small_model_is_warned_of(run: Run, model: Path, tmp_path: Path) -> No
     assert "warning: only 21,968 weights are quantized" in result.stderr
     assert "warning" not in result.stdout
     assert not run("pack", model, "-o", tmp_path / "f.mp4", "--recipe", "fine").stderr
+
+
+def test_every_tensor_ends_at_one_slope(
+    run: Run, run_json: Run, model: Path, tmp_path: Path
+) -> None:
+    """But where a limit holds the step, and what is exact has none."""
+    run("pack", model, "-o", tmp_path / "m.mp4", "--step", 0.2)
+    record = run_json("inspect", tmp_path / "m.mp4")
+    schemas.check(record, schemas.INSPECT)
+    slopes = {t["name"]: t["slope"] for t in record["tensors"] if t["alias_of"] is None}
+    assert slopes["conv.weight"] == slopes["embed.weight"] == 1.0
+    assert slopes["count"] is None
+    assert "slopes" not in record["about"]
+    run("pack", model, "-o", tmp_path / "c.mp4", "--step", 5)
+    record = run_json("inspect", tmp_path / "c.mp4")
+    limited = {t["name"] for t in record["tensors"] if t["slope"] and t["slope"] < 0.5}
+    assert limited >= {"conv.weight", "embed.weight", "half.weight"}
+    assert " slope " in run("inspect", tmp_path / "c.mp4", "--tensors").stdout

@@ -11,6 +11,7 @@ from archives import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weightvid.calibration import CalibrationStats, TensorMoments, model_hash
 from weightvid.checkpoint import from_mapping
 from weightvid.errors import QuantizationError, TargetError
 from weightvid.loader import open_archive
@@ -82,6 +83,25 @@ def test_out_of_reach(tmp_path: Path, target: Target, nearest: str) -> None:
     with pytest.raises(TargetError, match=rf"cannot be reached.*the nearest is [\d,.]+ {nearest}"):
         pack(tmp_path / "m.mp4", target)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", [Target("size", 25_000), Target("sqnr", 15.0)])
+def test_with_calibration(tmp_path: Path, target: Target) -> None:
+    """Error feedback changes rate and noise at a step; the search sees files, and minds not."""
+    arrays = model()
+    inputs = np.abs(normal(8, 300, 160, scale=1.0)) + 0.5
+    moment = (inputs.T @ inputs / len(inputs))[None].astype(np.float32)
+    tensors = {"a.weight": TensorMoments(moment, None, rows=300)}
+    source = from_mapping(arrays)
+    stats = CalibrationStats(model_hash(source, tensors), 300, tensors)
+    report = pack(tmp_path / "m.mp4", target, calibration=stats)
+    if target.kind == "size":
+        assert 0.99 * target.value <= report.file_bytes <= target.value
+    else:
+        assert report.sqnr_db is not None
+        assert abs(report.sqnr_db - target.value) <= 0.1
+    with open_archive(tmp_path / "m.mp4") as archive:
+        assert archive.header.about["calibration"] == "1 tensors, 300 samples"
 
 
 def test_nothing_to_quantize(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from weightvid.planning.sensitivity import Group
 from weightvid.planning.survey import Survey
 from weightvid.planning.verdict import Verdict
 
+#: in larger groups luck evens out, and a try takes long.
+_LARGE: Final = 1 << 22
 #: tries for each group in one sweep.
 TRIES: Final = 3
 #: steps stay within this many logarithms of those of equal slope.
@@ -78,7 +80,7 @@ class Descent:
     def __init__(self, surveyed: Survey, evaluator: Evaluator, groups: Sequence[Group]) -> None:
         self._surveyed = surveyed
         self._evaluator = evaluator
-        self._groups = groups
+        self._groups = [g for g in groups if sum(surveyed.specs[n].size for n in g) <= _LARGE]
         self._weights = sum(stats.spec.size for stats in surveyed.stats.values())
         self._draw = np.random.default_rng(0)
 
@@ -111,24 +113,33 @@ class Descent:
         calls : int
         """
         last = self._evaluator.asked + min(calls, self._evaluator.left)
-        closing = last - int(_CLOSING * len(self._groups))
-        while self._evaluator.asked < last:
+        room = int(_CLOSING * len(self._groups))
+        closing = False
+        while self._evaluator.asked < last and self._groups:
+            closing = closing or self._evaluator.asked >= last - room
             before = self.cost(point, bound(point))
             for place in self._draw.permutation(len(self._groups)):
                 held = bound(point)
-                if self._evaluator.asked >= closing:
+                if closing:
                     held = replace(held, inside=_AT_LAST)
-                factor = self._aimed(point, held)
-                for _ in range(min(TRIES, last - self._evaluator.asked)):
-                    tried = self.point(self._changed(point, self._groups[place], factor))
-                    if self.cost(tried, held) < self.cost(point, held):
-                        point = tried
+                point = self._improved(point, self._groups[place], held, last)
             if before - self.cost(point, bound(point)) < _LEAST_GAIN:
-                # Little is to be gained: what is left of the bound is used up.
-                if self._evaluator.asked >= closing:
+                # Little is to be gained: what is left inside the bound is used up.
+                if closing:
                     break
-                closing = self._evaluator.asked
-                last = min(last, closing + int(_CLOSING * len(self._groups)))
+                closing, last = True, min(last, self._evaluator.asked + room)
+        return point
+
+    def _improved(self, point: Point, group: Group, bound: Bound, last: int) -> Point:
+        """Best of a point and a few that differ in one group."""
+        factor = self._aimed(point, bound)
+        for _ in range(min(TRIES, last - self._evaluator.asked)):
+            steps = self._changed(point, group, factor)
+            if steps == point.steps:
+                continue  # at a limit
+            tried = self.point(steps)
+            if self.cost(tried, bound) < self.cost(point, bound):
+                point = tried
         return point
 
     def factor(self, steps: Mapping[int, float]) -> float:

@@ -11,18 +11,22 @@ from typing import Any, BinaryIO, Final
 from weightvid.errors import TargetError
 from weightvid.planning.descent import TRIES, Bound, Descent, Point
 from weightvid.planning.evaluate import Evaluator, check_target
-from weightvid.planning.search import Trial, factor_range, likely_factor, search
+from weightvid.planning.search import Trial, factor_range, search
 from weightvid.planning.sensitivity import PROBES, Group, groups_of, measured_units
-from weightvid.planning.survey import Survey
+from weightvid.planning.survey import Survey, slopes
 from weightvid.planning.target import SIZE_TOLERANCE, Target
 from weightvid.planning.verdict import Verdict
 
 #: groups that are measured apart if no budget is given.
 _MOST_GROUPS: Final = 128
+#: k of the probes, the same for all targets, so that they are made once. A number must move to
+#: say anything.
+_PROBING: Final = 0.35
+_PROBING_NUMBERS: Final = 0.7
 #: evaluations of whole models on the way to a factor.
 _WHOLE: Final = 8
 #: sweeps of the descent that a default budget has room for.
-_SWEEPS: Final = 3
+_SWEEPS: Final = 2
 #: a bound on a loss is aimed at this little below it.
 _AIM: Final = 0.98
 #: where a bound does not hold, steps shrink at least by this factor.
@@ -100,7 +104,7 @@ class Planner:
         if target is not None:
             check_target(original, target.kind, self._evaluator.name)
         self._vectors = original.outputs.vectors is not None
-        factor = self._probing_factor()
+        factor = _PROBING if self._vectors else _PROBING_NUMBERS
         units = self._free.units
         if self._free.stats:
             units = measured_units(self._free, self._evaluator, factor, self._groups)
@@ -114,15 +118,14 @@ class Planner:
         verdict = self._evaluator.archive(self._stream)
         return Measured(made, self._encodings, verdict, original.outputs.metric)
 
-    def _probing_factor(self) -> float:
-        """K of the probes: where the archive will end, or nearly."""
-        if self._target is None or self._target.measured:
-            return self._free.options.first_factor * (1.0 if self._vectors else 2.0)
-        return likely_factor(self._free, self._target)
-
     def _encode(self, steps: Mapping[int, float], factor: float) -> Trial:
         self._encodings += 1
-        return self._write(steps, factor, {"evaluation": f"{len(self._groups)} measured"})
+        measured = "each tensor" if len(self._groups) == len(steps) else "groups of tensors"
+        about = {
+            "evaluation": f"{measured} measured",
+            "slopes": slopes(steps, self._surveyed.units, factor),
+        }
+        return self._write(steps, factor, about)
 
     def _encode_factor(self, factor: float) -> Trial:
         return self._encode(self._surveyed.steps(factor), factor)

@@ -87,11 +87,6 @@ def search(surveyed: Survey, target: Target, encode: Callable[[float], Trial]) -
     )
 
 
-def likely_factor(surveyed: Survey, target: Target) -> float:
-    """Step factor that should meet a target of size, rate or SQNR, by estimate alone."""
-    return _goal(surveyed, target).next_factor(*factor_range(surveyed), [])
-
-
 def _goal(surveyed: Survey, target: Target) -> _Goal:
     if target.kind == "sqnr":
         return _Sqnr(surveyed, target.value)

@@ -216,7 +216,7 @@ def slopes(
     Returns
     -------
     dict of str to float
-        By id as text, three significant digits.
+        By id as text, two significant digits.
 
     Examples
     --------
@@ -227,7 +227,7 @@ def slopes(
     for number, step in steps.items():
         slope = (step / (factor * units[number])) ** 2
         if abs(slope - 1) > _SLOPE_SLACK:
-            found[str(number)] = float(f"{slope:.3g}")
+            found[str(number)] = float(f"{slope:.2g}")
     return found
 
 
