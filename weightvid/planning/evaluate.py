@@ -7,7 +7,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -18,7 +17,9 @@ from weightvid.calibration import CalibrationStats, model_hash
 from weightvid.dtypes import PACKABLE, to_float32
 from weightvid.errors import EvaluationError
 from weightvid.loader import open_archive
-from weightvid.packing.quantizer import Request, restored
+from weightvid.packing.quantizer import Request
+from weightvid.packing.restored import restored
+from weightvid.packing.source import ReaderSource, TensorRead
 from weightvid.planning.function import Function, load_function
 from weightvid.planning.memory import Memory, default_folder, steps_key
 from weightvid.planning.options import Evaluation
@@ -69,6 +70,7 @@ class Evaluator:
         self._kept: OrderedDict[tuple[int, float], Array] = OrderedDict()
         model = sum(spec.stored_bytes for spec in surveyed.specs)
         self._room = max(_KEPT_BYTES, 2 * model)
+        self._source = ReaderSource(surveyed.reader)
         self._jobs = surveyed.options.jobs or os.cpu_count() or 1
         folder = Path(evaluation.cache) if evaluation.cache is not None else default_folder()
         known = self._function.digest is not None
@@ -111,7 +113,7 @@ class Evaluator:
             found = self._judge({specs[n].name: a for n, a in self._quantized(steps).items()})
             self._memory.put(key, found)
         self.asked += 1
-        self._progress(Progress("evaluate", min(self.asked, self.budget), self.budget, "calls"))
+        self._progress(_progress(self.asked, self.budget))
         return found
 
     def archive(self, stream: BinaryIO) -> Verdict:
@@ -123,7 +125,7 @@ class Evaluator:
 
     def finish(self) -> None:
         """Nothing more will be asked."""
-        self._progress(Progress("evaluate", max(1, self.budget), max(1, self.budget), "calls"))
+        self._progress(_progress(self.budget, self.budget))
 
     def _judge(self, replaced: Mapping[str, Array]) -> Verdict:
         original = self.original()
@@ -155,9 +157,9 @@ class Evaluator:
         missing = [item for item in steps.items() if item not in self._kept]
         if len(missing) > 1 and self._jobs > 1:
             with ThreadPoolExecutor(self._jobs, "weightvid-quantize") as executor:
-                made = list(executor.map(self._restore, self._requests(missing)))
+                made = list(executor.map(self._restored, missing))
         else:
-            made = [self._restore(request) for request in self._requests(missing)]
+            made = [self._restored(item) for item in missing]
         self._kept.update(zip(missing, made, strict=True))
         found = {}
         for item in steps.items():
@@ -168,34 +170,21 @@ class Evaluator:
             size -= self._kept.popitem(last=False)[1].nbytes
         return found
 
-    def _requests(self, wanted: list[tuple[int, float]]) -> list[tuple[Array, Request | None]]:
-        """What is to be quantized, read by this one thread."""
-        surveyed, found = self._surveyed, []
-        for number, step in wanted:
-            spec = surveyed.specs[number]
-            array = surveyed.reader.read(spec.name)
-            params = surveyed.quantizer(number, step)
-            request = None
-            if params is not None:
-                request = Request(
-                    number,
-                    spec,
-                    params,
-                    partial(_same, array),
-                    surveyed.shaped(number),
-                    surveyed.moments.get(number),
-                )
-            found.append((array, request))
-        return found
+    def _restored(self, item: tuple[int, float]) -> Array:
+        number, step = item
+        surveyed = self._surveyed
+        params, read = surveyed.quantizer(number, step), self._read(number)
+        if params is None:
+            return read()
+        shaped, moments = surveyed.shaped(number), surveyed.moments.get(number)
+        return restored(Request(number, read.spec, params, read, shaped, moments))
 
-    @staticmethod
-    def _restore(wanted: tuple[Array, Request | None]) -> Array:
-        array, request = wanted
-        return array if request is None else restored(request)
+    def _read(self, number: int) -> TensorRead:
+        return TensorRead(self._source, self._surveyed.specs[number])
 
 
-def _same(array: Array) -> Array:
-    return array
+def _progress(asked: int, budget: int) -> Progress:
+    return Progress("evaluate", min(asked, budget), max(1, budget), unit="calls")
 
 
 def _identity(
