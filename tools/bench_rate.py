@@ -13,6 +13,7 @@ Steps of all quantizers are spaced a quarter octave apart (NNCodec's own spacing
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from measure.evaluation import Model, State
 from measure.rate_report import FOR_SQNR, markdown, overview
 from measure.report import Cache, Record, code_sha256, machine, versions, write
 
-from weightvid.pack import MIN_MANTISSA_BITS, PackOptions, pack_checkpoint
+from weightvid.pack import MIN_MANTISSA_BITS, Evaluation, PackOptions, pack_checkpoint
 from weightvid.quantize.mantissa import FULL_BITS
 
 #: octaves (log2) of the step factors, from 0.055 to 0.88 sigma of a tensor of average size.
@@ -110,7 +111,13 @@ class Bench:
         found = [("weightvid", main)]
         if self.options.sqnr_pack:
             found.append((FOR_SQNR, {**main, **_settings(self.options.sqnr_pack)}))
-        return found + [(name, _settings(text)) for name, text in self.options.variant]
+        for name, text in self.options.variant:
+            changes = {**main, **_settings(text.format(model=self.model.name))}
+            if "eval" in changes:
+                source = Path(changes["eval"].rpartition(":")[0])
+                changes["eval_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
+            found.append((name, changes))
+        return found
 
     def weightvid_job(self, curve: str, changes: Record) -> Job:
         key = key_of(self.model, "weightvid", {"code": self.code, "options": changes})
@@ -118,7 +125,9 @@ class Bench:
         def make() -> Record:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "model.mp4"
-                chosen = PackOptions(**{"jobs": 1, "verify": False, **_tuples(changes)})
+                chosen = PackOptions(
+                    **{"jobs": 1, "verify": False, **_options(changes, self.options.cache)}
+                )
                 pack_checkpoint(self.model.checkpoint, path, chosen)
                 restored = archives.restored_state(path)
                 setting = f"step factor {changes['step_factor']:g}"
@@ -205,8 +214,15 @@ def _settings(text: str) -> Record:
     return found
 
 
-def _tuples(changes: Record) -> Record:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+def _options(changes: Record, cache: Path | None) -> Record:
+    """Settings as PackOptions has them; ``eval`` names a function, ``eval_budget`` its calls."""
+    found: Record = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    function, budget = found.pop("eval", None), found.pop("eval_budget", None)
+    found.pop("eval_sha256", None)
+    if function is not None:
+        folder = None if cache is None else cache / "evaluations"
+        found["evaluation"] = Evaluation(function, cache=folder, budget=budget)
+    return found
 
 
 def measured(model: Model, options: argparse.Namespace) -> list[Record]:

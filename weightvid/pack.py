@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
-from weightvid.errors import CheckpointError, FormatError
+from weightvid.errors import CheckpointError, FormatError, QuantizationError
 from weightvid.loader import open_archive
 from weightvid.loader.stream import Spill
 from weightvid.packing.engines import open_workers
@@ -76,6 +76,13 @@ class PackReport:
         Whole encodings that a search took; 1 without one.
     warnings : tuple of str
         Why the accuracy should be checked.
+    loss : float or None
+        Of the decoded archive, by the evaluation: mean KL divergence of the logits, 1 - mean
+        cosine of unit vectors, or the relative drop of a number.
+    metric_before, metric : float or None
+        What the evaluation measured of the original, and of the decoded archive.
+    evaluations : int
+        Calls of the evaluation.
     """
 
     file_bytes: int
@@ -94,6 +101,10 @@ class PackReport:
     step_factor: float = 0.0
     encodings: int = 1
     warnings: tuple[str, ...] = ()
+    loss: float | None = None
+    metric_before: float | None = None
+    metric: float | None = None
+    evaluations: int = 0
 
     @property
     def bits_per_weight(self) -> float:
@@ -159,8 +170,10 @@ def _pack(
             workers.folder = output.temporary.parent
             surveyed = survey(reader, options, progress, workers)
             encoder = _Encoder(surveyed, cast(BinaryIO, output.file), workers, progress)
-            encodings = 1
-            if options.target is None:
+            encodings, verdict = 1, _Judged()
+            if options.evaluation is not None:
+                made, encodings, verdict = _measured(surveyed, encoder, progress)
+            elif options.target is None:
                 made = encoder.encode(options.first_factor)
             else:
                 made, encodings = search(surveyed, options.target, encoder.encode)
@@ -192,8 +205,35 @@ def _pack(
         side_files=tuple(entry.path for entry in plan.header.files),
         step_factor=made.factor,
         encodings=encodings,
-        warnings=cautions(tensors, plan.params, made.factor),
+        warnings=() if options.evaluation else cautions(tensors, plan.params, made.factor),
+        loss=verdict.loss,
+        metric_before=verdict.metric_before,
+        metric=verdict.metric,
+        evaluations=verdict.calls,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What an evaluation said of the archive."""
+
+    loss: float | None = None
+    metric_before: float | None = None
+    metric: float | None = None
+    calls: int = 0
+
+
+def _measured(surveyed: Survey, encoder: _Encoder, progress: Report) -> tuple[Trial, int, _Judged]:
+    from weightvid.planning.evaluate import Evaluator
+    from weightvid.planning.measured import Planner
+
+    evaluation = surveyed.options.evaluation
+    if evaluation is None:
+        raise QuantizationError("there is no evaluation to measure with")
+    evaluator = Evaluator(surveyed, evaluation, progress)
+    found = Planner(surveyed, evaluator, encoder.encode_steps, encoder.stream).run()
+    judged = _Judged(found.verdict.loss, found.metric_before, found.verdict.metric, evaluator.calls)
+    return found.made, found.encodings, judged
 
 
 class _Encoder:
@@ -227,9 +267,7 @@ class _Encoder:
         self, steps: Mapping[int, float], factor: float, about: Mapping[str, Any]
     ) -> Trial:
         """Write the archive of these steps."""
-        off = slopes(steps, self._surveyed.units, factor)
-        if off:
-            about = {**about, "slopes": off}
+        about = {"slopes": slopes(steps, self._surveyed.units, factor), **about}
         self.plan = plan_archive(self._surveyed, steps, about)
         self.stream.seek(0)
         self.stream.truncate()

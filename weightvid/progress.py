@@ -31,11 +31,13 @@ class Progress:
     stage : str
         What is being done: ``survey``, ``encode``, ``verify``, ``decode``, ...
     done, total : int
-        Weights done so far, and in all.
+        Done so far, and in all.
     done_bytes, total_bytes : int
         The same as bytes of the checkpoint; 0 where nobody counts them.
     workers : tuple of WorkerShare
         What each worker of a cluster has done.
+    unit : str
+        What is counted.
     """
 
     stage: str
@@ -44,6 +46,7 @@ class Progress:
     done_bytes: int = 0
     total_bytes: int = 0
     workers: tuple[WorkerShare, ...] = ()
+    unit: str = "weights"
 
 
 Report = Callable[[Progress], None]

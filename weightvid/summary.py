@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import e, log2, pi
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
@@ -16,7 +16,7 @@ from weightvid.container import boxes
 from weightvid.container.boxes import BOX_HEADER_BYTES, DIGEST_BYTES, LIMITS, UUID_HEADER_BYTES
 from weightvid.container.exact import LEVEL_DTYPES
 from weightvid.container.fields import integer, items, mapping, parse_params
-from weightvid.container.records import Sidecar, StoredFile, TensorEnd, TensorStart
+from weightvid.container.records import Header, Sidecar, StoredFile, TensorEnd, TensorStart
 from weightvid.container.sidecar import order_bytes, parse_sidecar
 from weightvid.dtypes import PACKABLE, stored_dtype
 from weightvid.errors import FormatError
@@ -84,6 +84,7 @@ class TensorSummary:
     frames: tuple[int, int] | None = None
     sqnr_db: float | None = None
     bits_per_weight: float | None = None
+    slope: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,7 @@ def _summarize(stream: BinaryIO) -> ArchiveSummary:
         found = _Found()
         file_bytes = stream.seek(0, os.SEEK_END)
         _gather(stream, file_bytes, opened.header.tensors, found)
-        tensors = tuple(_tensors(opened, found))
+        tensors = _with_slopes(_tensors(opened, found), opened.header)
         video = bitstream.describe_hvcc(opened.track.hvcc)
         header = opened.header
         return ArchiveSummary(
@@ -234,10 +235,22 @@ def _summarize(stream: BinaryIO) -> ArchiveSummary:
             ),
             tensors=tensors,
             account=found.account,
-            about=dict(header.about),
+            about={key: value for key, value in header.about.items() if key != "slopes"},
             metadata=dict(header.metadata),
             files=header.files,
         )
+
+
+def _with_slopes(tensors: Iterable[TensorSummary], header: Header) -> tuple[TensorSummary, ...]:
+    """Summaries with what the header says of slopes: by id, and 1 where it is silent."""
+    slopes = header.about.get("slopes")
+    if not isinstance(slopes, Mapping):
+        return tuple(tensors)
+    found = []
+    for number, tensor in enumerate(tensors):
+        slope = None if tensor.quantizer is None else slopes.get(str(number), 1.0)
+        found.append(replace(tensor, slope=slope) if type(slope) in (int, float) else tensor)
+    return tuple(found)
 
 
 def _walk(stream: BinaryIO, file_bytes: int) -> Iterator[_Place]:

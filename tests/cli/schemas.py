@@ -33,6 +33,10 @@ PACK = {
     "step_factor": NUMBER,
     "encodings": int,
     "warnings": [str],
+    "loss": OPTIONAL_NUMBER,
+    "metric_before": OPTIONAL_NUMBER,
+    "metric": OPTIONAL_NUMBER,
+    "evaluations": int,
 }
 DEFECT = {"code": str, "message": str, "offset": (int, NoneType)}
 UNPACK = {
@@ -113,6 +117,7 @@ INSPECT = {
             "frames": (NoneType, [int]),
             "sqnr_db": OPTIONAL_NUMBER,
             "bits_per_weight": OPTIONAL_NUMBER,
+            "slope": OPTIONAL_NUMBER,
         }
     ],
     "account": dict,

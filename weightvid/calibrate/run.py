@@ -128,13 +128,13 @@ def calibrate(
                     if gradients:
                         _send_back(result, directions)
                     done += 1
-                    progress(Progress("calibrate", done, total))
+                    progress(Progress("calibrate", done, total, unit="batches"))
             if norms is not None:
                 foreign = _is_foreign(norms, chosen, notes)
             for place, name in enumerate(sorted(names)):
                 weights = to_float32(reader.read(name), reader.spec(name).dtype)
                 moments.update(_finish(name, accumulator, weights, chosen))
-                progress(Progress("check", place + 1, len(names)))
+                progress(Progress("check", place + 1, len(names), unit="tensors"))
         if foreign:
             moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
         unused = [n for n, m in moments.items() if m.moment is not None and not m.useful]

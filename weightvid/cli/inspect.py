@@ -38,6 +38,7 @@ _COLUMNS = (
     (">step", False),
     (">bits/w", True),
     (">SQNR dB", True),
+    (">slope", False),
     (">escapes", False),
     (">frames", True),
 )
@@ -147,6 +148,7 @@ def _row(tensor: TensorSummary) -> tuple[str, ...]:
         output.number(tensor.step, 4),
         "" if tensor.bits_per_weight is None else f"{tensor.bits_per_weight:.2f}",
         "" if tensor.sqnr_db is None else f"{tensor.sqnr_db:.2f}",
+        "" if tensor.slope is None else f"{tensor.slope:.2g}",
         output.count(tensor.escapes) if tensor.escapes else "",
         frames,
     )

@@ -198,6 +198,8 @@ def progress_bars() -> Iterator[Report]:
         TextColumn("{task.fields[rate]}"),
         TimeLeft(),
         console=console(stderr=True),
+        # What is slow comes in fits: the time left is told from the last minutes.
+        speed_estimate_period=180,
     )
     tasks: dict[str, Any] = {}
 
@@ -209,6 +211,8 @@ def progress_bars() -> Iterator[Report]:
         each = progress.done_bytes / progress.done if progress.done else 0.0
         if progress.stage == "download":
             rate = "" if not weights else f"{weights / 1e6:.1f} MB/s"
+        elif progress.unit != "weights":
+            rate = "" if not weights else _rate(weights, progress.unit)
         else:
             rate = speed(weights, weights and weights * each)
         bars.update(task.id, completed=progress.done, total=progress.total, rate=rate)
@@ -220,3 +224,7 @@ def progress_bars() -> Iterator[Report]:
 
     with bars:
         yield report
+
+
+def _rate(speed: float, unit: str) -> str:
+    return f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s each"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightvid.cli import output
+from weightvid.cli import output, targets
 from weightvid.cli.options import Force, Json, named_after, usage_error
 
 if TYPE_CHECKING:
@@ -51,6 +51,22 @@ def pack(
             help="Quantizer step of a tensor of average size, in sigmas, instead of a recipe's.",
         ),
     ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="fidelity (default): keep what the network computes; sqnr: keep the weights.",
+        ),
+    ] = None,
+    target_size: targets.Size = None,
+    target_bpw: targets.Rate = None,
+    target_sqnr: targets.Sqnr = None,
+    evaluate: targets.Eval = None,
+    lower_is_better: targets.LowerIsBetter = False,
+    max_drop: targets.MaxDrop = None,
+    max_kl: targets.MaxKl = None,
+    eval_budget: targets.Budget = None,
+    eval_cache: targets.EvalCache = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -96,11 +112,13 @@ def pack(
 
     [bold]weightvid pack model.safetensors -o model.mp4[/bold]
     [bold]weightvid pack model.pt --recipe small --keep "head.*"[/bold]
+    [bold]weightvid pack model.pt --target-size 12MB[/bold]
+    [bold]weightvid pack model.pt --eval script.py:logits --max-drop 0.5%[/bold]
     [bold]weightvid pack model.pt --calibration stats.safetensors[/bold]
     [bold]weightvid pack all-MiniLM-L6-v2/ -o minilm.mp4[/bold]
     [bold]weightvid pack hf://sentence-transformers/all-MiniLM-L6-v2 -o minilm.mp4[/bold]
     """
-    from weightvid.allocate import DEFAULT_RECIPE, RECIPES
+    from weightvid.allocate import DEFAULT_RECIPE, DEFAULT_RULE, RECIPES, RULES
     from weightvid.checkpoint import open_checkpoint
     from weightvid.codec.encode import DEFAULT_PRESET
     from weightvid.errors import ClusterError
@@ -118,9 +136,27 @@ def pack(
             check_cluster(cluster)
         except ClusterError as error:
             usage_error(str(error), "--cluster")
+    if rule is not None and rule not in RULES:
+        usage_error(f"unknown rule {rule!r}; known: {', '.join(RULES)}", "--rule")
+    target = targets.chosen(
+        {
+            "--target-size": target_size,
+            "--target-bpw": target_bpw,
+            "--target-sqnr": target_sqnr,
+            "--max-drop": max_drop,
+            "--max-kl": max_kl,
+        }
+    )
+    if target is not None and (recipe is not None or step is not None):
+        usage_error("a target takes the place of a recipe or step", "--recipe / --step")
+    more = targets.Measuring(lower_is_better, eval_budget, eval_cache)
+    evaluation = targets.evaluation(evaluate, more, target, rule)
     options = PackOptions(
         recipe=recipe or DEFAULT_RECIPE,
+        rule=rule or DEFAULT_RULE,
         step_factor=step,
+        target=target,
+        evaluation=evaluation,
         calibration=calibration,
         keep=tuple(keep or ()),
         preset=preset or DEFAULT_PRESET,
@@ -138,6 +174,8 @@ def pack(
         made = pack_checkpoint(reader, destination, options, report)
     for entry in made.skipped:
         output.warn(f"not packed: {entry}")
+    for text in made.warnings:
+        output.warn(text)
     if json:
         output.emit_json(
             made,
@@ -158,6 +196,19 @@ def _check_keeps(reader: CheckpointReader, options: PackOptions) -> None:
             usage_error(f"no tensor matches {pattern!r}{hint}", "--keep")
 
 
+def _judgement(made: PackReport) -> list[tuple[str, str]]:
+    rows = []
+    if made.encodings > 1:
+        rows.append(("encodings", str(made.encodings)))
+    if made.evaluations:
+        rows.append(("evaluations", str(made.evaluations)))
+    if made.loss is not None:
+        rows.append(("loss", f"{made.loss:.4g} (of the decoded archive)"))
+    if made.metric is not None and made.metric_before is not None:
+        rows.append(("metric", f"{made.metric_before:.6g} -> {made.metric:.6g}"))
+    return rows
+
+
 def _show(made: PackReport, destination: str, options: PackOptions) -> None:
     ratio = made.source_bytes / made.file_bytes
     rows = [
@@ -169,6 +220,7 @@ def _show(made: PackReport, destination: str, options: PackOptions) -> None:
         ("bits per weight", f"{made.bits_per_weight:.3f} (whole file)"),
         ("", f"{made.stream_bits_per_weight:.3f} (the video's weights in its stream)"),
         ("SQNR", output.db(made.sqnr_db)),
+        *_judgement(made),
         ("side files", str(len(made.side_files))),
         ("frames", f"{made.frames} of {made.width} x {made.height}"),
         ("verified", "every hash" if options.verify else "no"),

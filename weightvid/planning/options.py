@@ -12,12 +12,13 @@ from weightvid import allocate, tile
 from weightvid.calibration import CalibrationStats
 from weightvid.codec.encode import DEFAULT_PRESET, EncoderSettings
 from weightvid.errors import QuantizationError
+from weightvid.planning.function import Function
 from weightvid.planning.target import Target
 from weightvid.quantize import TrellisParams
 from weightvid.quantize.mantissa import FULL_BITS
 
 MIN_MANTISSA_BITS: Final = 11
-Function = Callable[[dict[str, Any]], Any]
+Judge = Callable[[dict[str, Any]], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +27,20 @@ class Evaluation:
 
     Attributes
     ----------
-    function : str or callable
+    function : str, Function or callable
         ``module:function``, ``script.py:function``, or the function itself. It gets a dict of
         name to tensor (torch tensors if its module imports torch, else numpy arrays) and returns
-        a number, or logits of shape (..., classes), or a tuple of logits and labels.
+        a number, or logits of shape (..., classes), or unit vectors, or a tuple of outputs and
+        labels or a number.
     lower_is_better : bool
         The number is a loss.
     cache : path or None
         Folder where finished evaluations are kept; None: the user's cache folder.
     budget : int or None
-        Evaluations at most; None: about six for each quantized tensor.
+        Evaluations at most, or nearly; None: eight for each quantized tensor, and a few.
     """
 
-    function: str | Function
+    function: str | Function | Judge
     lower_is_better: bool = False
     cache: str | os.PathLike[str] | None = None
     budget: int | None = None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import exp, isfinite, log, log10
 from typing import Final
 
-from weightvid.allocate import limits
 from weightvid.errors import TargetError
 from weightvid.planning.survey import Survey
 from weightvid.planning.target import SIZE_TOLERANCE, SQNR_TOLERANCE_DB, Target
@@ -62,13 +61,8 @@ def search(surveyed: Survey, target: Target, encode: Callable[[float], Trial]) -
     TargetError
         The target is out of reach; the nearest that was found is named.
     """
-    if target.kind == "sqnr":
-        goal: _Goal = _Sqnr(surveyed, target.value)
-    else:
-        per_bit = surveyed.weights / 8 if target.kind == "bpw" else 1.0
-        goal = _Size(surveyed, target.value * per_bit)
-    finest, coarsest = _range(surveyed)
-    low, high = finest, coarsest
+    goal = _goal(surveyed, target)
+    low, high = factor_range(surveyed)
     tried: list[tuple[Trial, float]] = []
     while len(tried) < _MOST_TRIALS:
         factor = goal.next_factor(low, high, tried)
@@ -87,18 +81,26 @@ def search(surveyed: Survey, target: Target, encode: Callable[[float], Trial]) -
     best = min(tried, key=lambda pair: abs(pair[1] - goal.aim))
     value = best[1] / (surveyed.weights / 8) if target.kind == "bpw" else best[1]
     raise TargetError(
-        f"{target.show(target.value)} cannot be reached with the rule "
-        f"{surveyed.options.rule!r}; the nearest is {target.show(value)}"
+        f"{target.show(target.value)} cannot be reached with "
+        f"{'measured steps' if surveyed.measured else f'the rule {surveyed.options.rule!r}'}; "
+        f"the nearest is {target.show(value)}"
     )
 
 
-def _range(surveyed: Survey) -> tuple[float, float]:
+def _goal(surveyed: Survey, target: Target) -> _Goal:
+    if target.kind == "sqnr":
+        return _Sqnr(surveyed, target.value)
+    per_bit = surveyed.weights / 8 if target.kind == "bpw" else 1.0
+    return _Size(surveyed, target.value * per_bit)
+
+
+def factor_range(surveyed: Survey) -> tuple[float, float]:
     """Step factors beyond which no step changes."""
     if not surveyed.stats:
         return 1.0, 1.0
     low, high = _LARGEST, _SMALLEST
-    for number, stats in surveyed.stats.items():
-        finest, coarsest = limits(stats, surveyed.options.rule)
+    for number in surveyed.stats:
+        finest, coarsest = surveyed.limits(number)
         low = min(low, finest / surveyed.units[number])
         high = max(high, coarsest / surveyed.units[number])
     return max(low, _SMALLEST), min(high, _LARGEST)

@@ -52,6 +52,8 @@ class Survey:
     calibration : CalibrationStats or None
     curves : mapping of int to RateCurve
         Rate against step, from samples; empty unless a target asks for them.
+    measured : bool
+        The units come from an evaluation.
     """
 
     reader: CheckpointReader
@@ -61,6 +63,7 @@ class Survey:
     moments: Mapping[int, TensorMoments] = field(default_factory=dict)
     calibration: CalibrationStats | None = None
     curves: Mapping[int, RateCurve] = field(default_factory=dict)
+    measured: bool = False
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -74,10 +77,20 @@ class Survey:
 
     def steps(self, factor: float) -> dict[int, float]:
         """Step of each tensor at a step factor, within its limits."""
-        return {
-            number: allocate.limited(factor * self.units[number], stats, self.options.rule)
-            for number, stats in self.stats.items()
-        }
+        return {number: self.limited(number, factor * self.units[number]) for number in self.stats}
+
+    def limited(self, number: int, step: float) -> float:
+        """A step within the limits of its tensor."""
+        return allocate.limited(step, self.stats[number], self._limits)
+
+    def limits(self, number: int) -> tuple[float, float]:
+        """Finest and coarsest step of a tensor."""
+        return allocate.limits(self.stats[number], self._limits)
+
+    @property
+    def _limits(self) -> str:
+        # What was measured to be harmless may vanish, too.
+        return "sqnr" if self.measured else self.options.rule
 
     def quantizer(self, number: int, step: float) -> Params | None:
         """Quantizer of a tensor; None if it must be kept exactly at this step.
@@ -203,7 +216,7 @@ def slopes(
     Returns
     -------
     dict of str to float
-        By id as text, three significant digits.
+        By id as text, two significant digits.
 
     Examples
     --------
@@ -214,7 +227,7 @@ def slopes(
     for number, step in steps.items():
         slope = (step / (factor * units[number])) ** 2
         if abs(slope - 1) > _SLOPE_SLACK:
-            found[str(number)] = float(f"{slope:.3g}")
+            found[str(number)] = float(f"{slope:.2g}")
     return found
 
 
