@@ -256,7 +256,8 @@ def _finish(
     array: npt.NDArray[np.float32],
     config: CalibrationConfig,
 ) -> dict[str, TensorMoments]:
-    counts = accumulator.counts.get(name)
+    # The rows of a tied table all reach the output, looked up or not.
+    counts = None if name in accumulator.direct else accumulator.counts.get(name)
     counted = None if counts is None else counts.numpy().astype(np.int64)
     fitted, held = accumulator.fitted.pop(name, None), accumulator.held.pop(name, None)
     if fitted is None:
