@@ -7,8 +7,10 @@
 Whole files count, 8 x bytes over all floats of the model. Curves: ``none`` (what pack does by
 itself), ``calibrated`` and, for the first model, ``noise`` (16 random images as calibration data).
 CNNs are judged by the KL divergence of their logits to the original's on test images, sentence
-embeddings by their mean cosine. Writes calibration.json and, from it, calibration.md; models that
-were measured before and are not measured now are kept.
+embeddings by their mean cosine. Of each CNN pairs of archives of one size are compared image by
+image. Writes calibration.json and, from it, calibration.md; models that were measured before and
+are not measured now are kept. ``--stats FOLDER`` keeps the statistics there, and takes those that
+are there already.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ import torch
 from safetensors.torch import load_file as load_safetensors
 from torch import nn
 
-from weightvid.calibrate import CalibrationStats, calibrate
-from weightvid.pack import PackOptions, pack_checkpoint
+from weightvid.calibrate import CalibrationStats, calibrate, load_stats
+from weightvid.pack import PackOptions, Target, pack_checkpoint
 from weightvid.torch import load_file
 from weightvid.version import __version__
 
@@ -105,11 +107,15 @@ class Model:
 
     def loss(self, state: dict[str, torch.Tensor]) -> float:
         """KL divergence, or one minus the mean cosine."""
+        return float(self.losses(state).mean())
+
+    def losses(self, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The same of each test sample."""
         output = self._output(state)
         if self.measure == "cosine":
-            return float(1 - (self._reference * output).sum(1).mean())
+            return 1 - (self._reference * output).sum(1)
         p, q = (torch.log_softmax(z.double(), 1) for z in (self._reference, output))
-        return float((p.exp() * (p - q)).sum(1).mean())
+        return (p.exp() * (p - q)).sum(1)
 
     def _net(self) -> nn.Module:
         net = self._eval.Net()
@@ -166,6 +172,33 @@ def curve(
     return points
 
 
+def pairs(
+    model: Model, factors: Sequence[float], stats: CalibrationStats, folder: Path
+) -> list[Record]:
+    """Archives of one size: calibrated ones are searched for the size of those without."""
+    found = []
+    archive = folder / "model.mp4"
+    for factor in factors:
+        options = PackOptions(step_factor=factor, force=True, verify=False)
+        plain = pack_checkpoint(model.source, archive, options)
+        without = model.losses(load_file(archive))
+        target = Target("size", plain.file_bytes)
+        options = PackOptions(target=target, calibration=stats, force=True, verify=False)
+        made = pack_checkpoint(model.source, archive, options)
+        change = model.losses(load_file(archive)) - without
+        found.append(
+            {
+                "without_bytes": plain.file_bytes,
+                "calibrated_bytes": made.file_bytes,
+                "without": float(without.mean()),
+                "change": float(change.mean()),
+                "change_se": float(change.std() / math.sqrt(len(change))),
+            }
+        )
+        print(model.name, "pair", found[-1], flush=True)
+    return found
+
+
 def fitted_rate(points: Sequence[Record], loss: float) -> tuple[float, float]:
     """Bits per weight at a loss: line of rate against log loss near it, and its scatter."""
     near = sorted(points, key=lambda p: abs(math.log(p["loss"] / loss)))[:6]
@@ -176,21 +209,32 @@ def fitted_rate(points: Sequence[Record], loss: float) -> tuple[float, float]:
     return float(slope * math.log(loss) + offset), scatter
 
 
-def measure(model: Model, points: int, with_noise: bool) -> Record:
-    """All curves of a model."""
-    large = model.floats > 10_000_000
-    finest, coarsest = (0.12, 0.42) if large else (0.2, 0.75)
-    if model.floats < 50_000:
-        finest, coarsest = 0.1, 0.45
-    factors = [round(float(f), 4) for f in np.geomspace(finest, coarsest, points)]
+def statistics(model: Model, folder: Path | None) -> tuple[CalibrationStats, float | None]:
+    """Statistics of a model, and the seconds they took, if they are not there already."""
+    path = folder / f"{model.name}.stats" if folder is not None else None
+    if path is not None and path.exists():
+        return load_stats(path), None
     began = time.perf_counter()
     stats = calibrate(*model.calibration())
     seconds = time.perf_counter() - began
+    if path is not None:
+        stats.save(path)
+    return stats, round(seconds, 1)
+
+
+def measure(model: Model, points: int, with_noise: bool, kept: Path | None) -> Record:
+    """All curves of a model."""
+    large = model.floats > 10_000_000
+    finest, coarsest = (0.14, 0.38) if large else (0.25, 0.75)
+    if model.floats < 50_000:
+        finest, coarsest = 0.1, 0.45
+    factors = [round(float(f), 4) for f in np.geomspace(finest, coarsest, points)]
+    stats, seconds = statistics(model, kept)
     record: Record = {
         "measure": model.measure,
         "floats": model.floats,
         "samples": stats.samples,
-        "calibrate_s": round(seconds, 1),
+        "calibrate_s": seconds,
         "profit": sum(m.useful for m in stats.tensors.values()),
         "tensors": len(stats.tensors),
         "curves": {},
@@ -200,6 +244,8 @@ def measure(model: Model, points: int, with_noise: bool) -> Record:
         record["curves"]["calibrated"] = curve(model, factors, stats, folder)
         finer = [round(0.75 * f, 4) for f in factors]
         record["curves"]["none"] = curve(model, finer, None, folder)
+        if not large:
+            record["pairs"] = pairs(model, finer, stats, folder)
         if with_noise:
             noise = calibrate(*model.noise())
             record["noise_profit"] = sum(m.useful for m in noise.tensors.values())
@@ -235,8 +281,7 @@ def markdown(results: Record) -> str:
             "",
             f"## {name}",
             "",
-            f"{model['samples']} samples, {model['calibrate_s']} s; {model['profit']} of "
-            f"{model['tensors']} tensors profit.",
+            f"{model['samples']} samples; {model['profit']} of {model['tensors']} tensors profit.",
             "",
             "| curve | step factor | bytes | bits per weight | loss | pack s |",
             "|---|---|---|---|---|---|",
@@ -246,6 +291,20 @@ def markdown(results: Record) -> str:
                 f"| {kind} | {p['step_factor']} | {p['bytes']:,} | {p['bits_per_weight']:.3f} | "
                 f"{p['loss']:.4f} | {p['pack_s']} |"
                 for p in points
+            ]
+        if "pairs" in model:
+            lines += [
+                "",
+                "Pairs of one size (calibrated: at most 1 % smaller); the change of the loss is "
+                "paired, with its standard error over the test samples.",
+                "",
+                "| bytes without | calibrated | loss without | change when calibrated |",
+                "|---|---|---|---|",
+            ]
+            lines += [
+                f"| {p['without_bytes']:,} | {p['calibrated_bytes']:,} | {p['without']:.4f} | "
+                f"{p['change']:+.4f} ± {p['change_se']:.4f} |"
+                for p in model["pairs"]
             ]
     return "\n".join([*lines, ""])
 
@@ -261,6 +320,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=300, help="sentence pairs MiniLM is judged on")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--stats", type=Path, help="folder of statistics made before")
     parser.add_argument("--out", type=Path, default=Path("tools/results"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -275,7 +335,9 @@ def main() -> None:
     )
     for name in arguments.models.split(","):
         model = Model(name, arguments.eval_dir, arguments.minilm, arguments.pairs)
-        results["models"][name] = measure(model, arguments.points, name == "cifar10_resnet20")
+        results["models"][name] = measure(
+            model, arguments.points, name == "cifar10_resnet20", arguments.stats
+        )
         path.write_text(json.dumps(results, indent=1) + "\n")
         (arguments.out / "calibration.md").write_text(markdown(results))
 

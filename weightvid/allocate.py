@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import exp, log, sqrt
 from types import MappingProxyType
 from typing import Final
 
@@ -34,6 +34,8 @@ FINEST_SIGMAS: Final = 0.04
 VANISHING_SIGMAS: Final = 4.0
 #: added to a tensor's size over the mean: no step goes to nothing with the size.
 SMALLEST_SHARE: Final = 0.05
+#: measured losses move a unit by at most this factor.
+LARGEST_CORRECTION: Final = 8.0
 _QUERY_KEY: Final = frozenset({"query", "key", "q_proj", "k_proj", "q", "k", "to_q", "to_k"})
 
 RULES: Final = ("fidelity", "sqnr")
@@ -123,6 +125,48 @@ def units(stats: Sequence[TensorStats], rule: str = DEFAULT_RULE) -> list[float]
     return [
         s.sigma * _kind_factor(s.spec.name) * sqrt(s.spec.size / mean + SMALLEST_SHARE)
         for s in stats
+    ]
+
+
+def measured_units(
+    units: Sequence[float], stats: Sequence[TensorStats], sensitivity: Mapping[str, float]
+) -> list[float]:
+    """Units of a rule, balanced by measured losses so that all tensors end at one slope.
+
+    A loss grows as ``sensitivity * step**2``, and the bits as ``n * log2(sigma / step)``, so the
+    slope of loss against bits is the same everywhere if the steps go with ``sqrt(n /
+    sensitivity)``. Between them the scale is chosen so that the bits stay about what they are.
+
+    Parameters
+    ----------
+    units : sequence of float
+        By the rule.
+    stats : sequence of TensorStats
+        Of the same tensors.
+    sensitivity : mapping of str to float
+        By name; tensors without one keep their unit.
+
+    Examples
+    --------
+    >>> from weightvid.spec import TensorSpec
+    >>> two = [TensorStats(TensorSpec(n, "F32", (8, 8)), 1.0, 1.0, 4.0, True) for n in "ab"]
+    >>> [round(u, 6) for u in measured_units([0.5, 0.5], two, {"a": 1.0, "b": 16.0})]
+    [1.0, 0.25]
+    """
+    ratios = [
+        log(sqrt(s.spec.size / sensitivity[s.spec.name]) / unit)
+        if s.spec.name in sensitivity
+        else None
+        for unit, s in zip(units, stats, strict=True)
+    ]
+    pairs = [(r, s.spec.size) for r, s in zip(ratios, stats, strict=True) if r is not None]
+    if not pairs:
+        return list(units)
+    middle = sum(r * size for r, size in pairs) / sum(size for _, size in pairs)
+    reach = log(LARGEST_CORRECTION)
+    return [
+        unit if r is None else unit * exp(min(max(r - middle, -reach), reach))
+        for unit, r in zip(units, ratios, strict=True)
     ]
 
 

@@ -83,12 +83,16 @@ class CalibrationStats:
         By name in the state dict.
     notes : tuple of str
         What could not be measured.
+    sensitivity : mapping of str to float
+        Squared change of the outputs, per sample and squared step of the quantizer, when this
+        tensor alone is quantized. May name tensors that have no other statistics.
     """
 
     model_sha256: str
     samples: int
     tensors: Mapping[str, TensorMoments] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
 
     def check(self, reader: CheckpointReader) -> None:
         """Refuse statistics of another model.
@@ -139,6 +143,7 @@ class CalibrationStats:
             "samples": self.samples,
             "tensors": records,
             "notes": list(self.notes),
+            "sensitivity": dict(self.sensitivity),
         }
         specs = [TensorSpec(name, name_of(a.dtype), a.shape) for name, a in arrays.items()]
         contents = Contents(tuple(specs), metadata={KEY: json.dumps(record)})
@@ -171,8 +176,9 @@ def load_stats(path: str | os.PathLike[str]) -> CalibrationStats:
                 for name, entry in record["tensors"].items()
             }
             notes = tuple(str(note) for note in record["notes"])
+            sensitivity = _read_sensitivity(record.get("sensitivity", {}))
             return CalibrationStats(
-                str(record["model_sha256"]), int(record["samples"]), tensors, notes
+                str(record["model_sha256"]), int(record["samples"]), tensors, notes, sensitivity
             )
         except CheckpointError:
             raise
@@ -180,6 +186,13 @@ def load_stats(path: str | os.PathLike[str]) -> CalibrationStats:
             raise CheckpointError(
                 f"{os.fspath(path)} is damaged: its statistics make no sense ({error})"
             ) from None
+
+
+def _read_sensitivity(entry: Any) -> dict[str, float]:
+    found = {str(name): float(value) for name, value in entry.items()}
+    if not all(0.0 < value < np.inf for value in found.values()):
+        raise ValueError("a sensitivity is no positive number")
+    return found
 
 
 def _read_tensor(reader: CheckpointReader, name: str, entry: Any) -> TensorMoments:

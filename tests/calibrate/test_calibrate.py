@@ -290,3 +290,29 @@ def test_inputs_unlike_those_of_training_are_not_used():
     assert "trained on" in bad.notes[0]
     forced = CalibrationConfig(domain_limit=float("inf"))
     assert calibrate(net, [torch.randn(16, 3, 16, 16)], config=forced).notes == ()
+
+
+class Tied(nn.Module):
+    """A table that is the output layer too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(12, 6)
+        self.head = nn.Linear(6, 12, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        return self.head(self.table(ids).tanh())
+
+
+def test_tied_tables_are_known_by_their_inputs_alone():
+    torch.manual_seed(0)
+    module = Tied()
+    ids = torch.randint(0, 12, (30, 4))
+    stats = calibrate(module, [ids], config=CalibrationConfig(held_back=0))
+    (moments,) = stats.tensors.values()
+    inputs = module.table(ids).tanh().detach().reshape(-1, 6)
+    expected = (inputs.T @ inputs / len(inputs)).numpy()
+    np.testing.assert_allclose(moments.moment[0], expected, rtol=1e-4, atol=1e-5)
+    assert moments.rows == len(inputs)
+    assert moments.counts is None

@@ -61,6 +61,9 @@ class Accumulator:
     fitted, held : dict of str to Sums
     counts : dict of str to torch.Tensor
         Look-ups of embedding rows.
+    direct : set of str
+        Tensors with inputs of their own. Gradients of a table that is an output layer too (tied
+        weights) are no part of its statistics, as its rows matter wherever they are looked up.
     sizes : dict of str to int
         Rows of embedding tables.
     """
@@ -71,6 +74,7 @@ class Accumulator:
     fitted: dict[str, Sums] = field(default_factory=dict)
     held: dict[str, Sums] = field(default_factory=dict)
     counts: dict[str, torch.Tensor] = field(default_factory=dict)
+    direct: set[str] = field(default_factory=set)
 
     def add(self, seen: Seen) -> None:
         """Take in the inputs of one call.
@@ -90,6 +94,10 @@ class Accumulator:
             before = self.counts.get(seen.name)
             self.counts[seen.name] = counted if before is None else before + counted
             return
+        if seen.gradient and seen.name in self.direct:
+            return
+        if not seen.gradient:
+            self.direct.add(seen.name)
         sums = self._sums(seen)
         place, shares = seen.share
         for group, rows in enumerate(seen.inputs):

@@ -14,6 +14,8 @@ import torch
 
 from weightvid.calibrate.accumulate import Accumulator, Sums
 from weightvid.calibrate.domain import NormCheck
+from weightvid.calibrate.outputs import call, first_output, samples_of
+from weightvid.calibrate.sensitivity import choose_batches, sensitivities
 from weightvid.calibrate.watch import Seen, Watch
 from weightvid.calibration import CalibrationStats, TensorMoments, model_hash
 from weightvid.checkpoint.base import shorten
@@ -50,12 +52,16 @@ class CalibrationConfig:
     domain_limit : float
         Divergence in nats of what BatchNorm layers see from what they remember of training,
         above which the inputs are taken for foreign and the statistics are not used.
+    sensitivity_samples : int
+        About so many samples, evenly spaced, tell how much the outputs care for each tensor's
+        error; 0: the steps are those of an archive without statistics.
     """
 
     memory_bytes: int = 1 << 30
     held_back: float = 0.2
     dampings: tuple[float, ...] = (0.01, 0.1, 1.0)
     domain_limit: float = 0.1
+    sensitivity_samples: int = 128
 
     def __post_init__(self) -> None:
         if self.memory_bytes < 1:
@@ -84,7 +90,7 @@ def calibrate(
         device. Batches of one sample or many; the first axis counts samples.
     config : CalibrationConfig, optional
     progress : callable
-        Told about the stages ``calibrate`` (batches) and ``check`` (tensors).
+        Told about the stages ``calibrate`` (batches), ``check`` and ``sensitivity`` (tensors).
 
     Returns
     -------
@@ -124,7 +130,7 @@ def calibrate(
             with watch, torch.set_grad_enabled(gradients):
                 for number, batch in enumerate(batches):
                     accumulator.held_back = _is_held_back(number, len(batches), chosen.held_back)
-                    result = _call(module, batch)
+                    result = call(module, batch)
                     if gradients:
                         _send_back(result, directions)
                     done += 1
@@ -140,11 +146,16 @@ def calibrate(
         unused = [n for n, m in moments.items() if m.moment is not None and not m.useful]
         if unused and not foreign:
             notes.append(f"no better than without, on held-back inputs: {shorten(unused)}")
+        measured: dict[str, float] = {}
+        if chosen.sensitivity_samples and not foreign:
+            some = choose_batches(batches, chosen.sensitivity_samples)
+            measured = sensitivities(module, reader, moments, some, progress)
         return CalibrationStats(
             model_hash(reader, moments),
-            sum(_samples(batch) for batch in batches),
+            sum(samples_of(batch) for batch in batches),
             {name: moments[name] for name in sorted(moments)},
             tuple(notes),
+            measured,
         )
 
 
@@ -179,51 +190,12 @@ def _ready(module: torch.nn.Module) -> Iterator[None]:
             yield
 
 
-def _call(module: torch.nn.Module, batch: Any) -> Any:
-    device = next((t.device for t in module.parameters()), torch.device("cpu"))
-    moved = _to(batch, device)
-    if isinstance(moved, Mapping):
-        return module(**moved)
-    return module(*moved) if isinstance(moved, tuple) else module(moved)
-
-
 def _send_back(result: Any, directions: torch.Generator) -> None:
     """Gradients of the output along a random direction, where there is anything to derive."""
-    output = _first_output(result)
+    output = first_output(result)
     if output is not None and output.requires_grad:
         direction = torch.randn(output.shape, generator=directions)
         (output * direction.to(output)).sum().backward()
-
-
-def _first_output(result: Any) -> torch.Tensor | None:
-    """First floating-point tensor of what a model returns."""
-    if isinstance(result, torch.Tensor):
-        return result if result.is_floating_point() else None
-    items = result.values() if isinstance(result, Mapping) else result
-    if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
-        return None
-    return next((t for t in map(_first_output, items) if t is not None), None)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_to(item, device) for item in value)
-    return value
-
-
-def _samples(batch: Any) -> int:
-    if isinstance(batch, torch.Tensor):
-        return len(batch) if batch.ndim else 1
-    items: Sequence[Any] = ()
-    if isinstance(batch, Mapping):
-        items = list(batch.values())
-    elif isinstance(batch, tuple):
-        items = batch
-    return next((_samples(item) for item in items if isinstance(item, torch.Tensor)), 1)
 
 
 def _is_held_back(number: int, count: int, part: float) -> bool:
@@ -251,7 +223,7 @@ def _look_around(
 
     with Watch(tensors, note):
         for batch in batches:
-            _call(module, batch)
+            call(module, batch)
     return sizes, frozenset(tables)
 
 
@@ -284,7 +256,8 @@ def _finish(
     array: npt.NDArray[np.float32],
     config: CalibrationConfig,
 ) -> dict[str, TensorMoments]:
-    counts = accumulator.counts.get(name)
+    # The rows of a tied table all reach the output, looked up or not.
+    counts = None if name in accumulator.direct else accumulator.counts.get(name)
     counted = None if counts is None else counts.numpy().astype(np.int64)
     fitted, held = accumulator.fitted.pop(name, None), accumulator.held.pop(name, None)
     if fitted is None:

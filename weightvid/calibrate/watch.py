@@ -44,12 +44,15 @@ class Seen:
         Axis of the weight's matrix along which inputs lie; -1: an embedding table.
     share : tuple of int
         Which group of how many these inputs are for; (0, 1): all.
+    gradient : bool
+        Gradients by what was looked up in a table, in place of inputs.
     """
 
     name: str
     inputs: torch.Tensor
     axis: int
     share: tuple[int, int] = (0, 1)
+    gradient: bool = False
 
 
 Sink = Callable[[Seen], None]
@@ -138,7 +141,9 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         leaf = call().detach().requires_grad_()
         columns = leaf.shape[-1]
         leaf.register_hook(
-            lambda gradient: self._sink(Seen(name, gradient.detach().reshape(1, -1, columns), 1))
+            lambda gradient: self._sink(
+                Seen(name, gradient.detach().reshape(1, -1, columns), 1, gradient=True)
+            )
         )
         return leaf
 

@@ -156,6 +156,8 @@ def survey(
             if sampled:
                 curves[number] = RateCurve(sample_tensor(read[number]), found.spec.size)
     units = dict(zip(stats, allocate.units(list(stats.values()), options.rule), strict=True))
+    if calibration is not None and options.rule == allocate.DEFAULT_RULE:
+        units = _measured_units(units, stats, reader, calibration)
     return Survey(reader, options, stats, units, _moments(reader, calibration), calibration, curves)
 
 
@@ -239,6 +241,19 @@ def _calibration(reader: CheckpointReader, options: PackOptions) -> CalibrationS
     stats = wanted if isinstance(wanted, CalibrationStats) else load_stats(wanted)
     stats.check(reader)
     return stats
+
+
+def _measured_units(
+    units: Mapping[int, float],
+    stats: Mapping[int, TensorStats],
+    reader: CheckpointReader,
+    calibration: CalibrationStats,
+) -> dict[int, float]:
+    """Units by the losses that the calibration measured."""
+    aliases = reader.contents.aliases
+    losses = {aliases.get(name, name): loss for name, loss in calibration.sensitivity.items()}
+    found = allocate.measured_units(list(units.values()), list(stats.values()), losses)
+    return dict(zip(units, found, strict=True))
 
 
 def _moments(
