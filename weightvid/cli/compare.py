@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from weightvid.compare.report.results import Results
     from weightvid.compare.row import Row
     from weightvid.compare.run import Comparison
+    from weightvid.compare.sweep import Sweep
 
 _LIST = "NAME,..."
+_NUMERIC = frozenset({"rates", "qp", "crf"})
 
 
 def compare(
@@ -141,24 +143,17 @@ def compare(
     from weightvid.compare.cache import make_folder
     from weightvid.compare.report import write_all
     from weightvid.compare.run import Comparison, Options
-    from weightvid.compare.sweep import Sweep
     from weightvid.errors import WeightvidError
 
     if sort not in SORTS:
         usage_error(f"unknown column {sort!r}; known: {', '.join(SORTS)}", "--sort")
     try:
         points = [parse_at(text) for text in at or ()]
-        given: dict[str, Any] = {
-            "codecs": _names(codecs),
-            "presets": _names(presets),
-            "quantizers": _names(quantizers),
-            "baselines": _names(baselines),
-            "formats": _names(formats),
-            "rates": _numbers(rates, "--rates"),
-            "qp": _numbers(qp, "--qp"),
-            "crf": _numbers(crf, "--crf"),
-        }
-        sweep = Sweep(inter=inter, **{k: v for k, v in given.items() if v is not None})
+        given = {
+            "codecs": codecs, "presets": presets, "quantizers": quantizers, "rates": rates,
+            "qp": qp, "crf": crf, "formats": formats, "baselines": baselines,
+        }  # fmt: skip
+        sweep = sweep_of(given, inter)
         sweep.settings()
     except WeightvidError as error:
         raise typer.BadParameter(str(error)) from None
@@ -179,28 +174,41 @@ def compare(
         for point in points:
             _show_at(results, point)
         output.facts([(name, str(path)) for name, path in written.items()])
-    for row in results.missing:
-        output.warn(f"{row.label}: {row.message}")
+    for curve, message in dict.fromkeys((row.series, row.message) for row in results.missing):
+        output.warn(f"{curve}: {message}")
     for row in results.failed:
         output.error(f"{row.label}: {row.message}")
     if results.failed:
         raise typer.Exit(1)
 
 
-def _names(text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
+def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    names = _names(text)
-    if names is None:
-        return None
+def _numbers(text: str, option: str) -> tuple[float, ...]:
     try:
-        return tuple(float(name) for name in names)
+        return tuple(float(name) for name in _names(text))
     except ValueError:
-        usage_error(f"{text!r} is no list of numbers", option)
+        usage_error(f"{text!r} is no list of numbers", f"--{option}")
+
+
+def sweep_of(given: Mapping[str, str | None], inter: bool) -> Sweep:
+    """What a command line asks for.
+
+    Parameters
+    ----------
+    given : mapping of str to str or None
+        Comma-separated lists by the name of the option.
+    inter : bool
+    """
+    from weightvid.compare.sweep import Sweep
+
+    chosen: dict[str, Any] = {}
+    for name, text in given.items():
+        if text is not None:
+            chosen[name] = _numbers(text, name) if name in _NUMERIC else _names(text)
+    return Sweep(inter=inter, **chosen)
 
 
 def _measure(comparison: Comparison, json: bool) -> list[Row]:

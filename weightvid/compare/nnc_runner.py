@@ -1,8 +1,8 @@
 """Runs NNCodec by the Python that has it; imports nothing of weightvid.
 
 ``encode FOLDER QP`` codes ``model.npz`` (arrays by number, names in ``names.json``) to
-``stream.nnc``; ``decode FOLDER`` restores it to ``restored.npz``, named alike. The last words on stdout are seconds, imports left out, and peak bytes on top of
-what was held before.
+``stream.nnc``; ``decode FOLDER`` restores it to ``restored.npz``, named alike. The last words on
+stdout are seconds, imports left out, and peak bytes on top of what was held before.
 """
 
 from __future__ import annotations

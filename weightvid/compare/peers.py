@@ -36,6 +36,8 @@ def encode_gguf(kind: str, model: Model, value: float | None) -> Coded:
         writer = gguf.GGUFWriter(path, "weightvid")
         for number, tensor in enumerate(model.tensors.values()):
             name = str(number)
+            if not tensor.size:
+                continue
             if tensor.dtype.kind != "f":
                 writer.add_tensor(name, np.ascontiguousarray(tensor).reshape(-1).view(np.int8))
                 continue
@@ -72,6 +74,9 @@ def decode_gguf(coded: Coded, model: Model, value: float | None) -> Decoded:
         path.write_bytes(coded.parts["data"])
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
         for number, (name, before) in enumerate(model.tensors.items()):
+            if not before.size:
+                found[name] = before
+                continue
             stored = tensors[str(number)]
             if before.dtype.kind != "f":
                 raw = np.array(stored.data).reshape(-1).view(np.uint8)

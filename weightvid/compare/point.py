@@ -191,7 +191,9 @@ def _all_cores(model: Model, chosen: Coder, coded: Coded, sha256: str) -> dict[s
 
 def _watch() -> None:
     """End with the parent: its end of our standard input closes however it ends."""
-    sys.stdin.buffer.read()
+    # Not by sys.stdin, whose lock would be held when the interpreter ends.
+    while os.read(0, 1):
+        pass
     os._exit(_ORPHANED)
 
 

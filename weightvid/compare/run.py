@@ -267,7 +267,7 @@ class _Runner:
         if row is None or (judged and not comparison.outcome.is_file()):
             row = self._measured(task)
             if not row.ok:
-                raise EvaluationError(f"on the original model, {row.message}")
+                raise EvaluationError(f"the original model cannot be judged: {row.message}")
         return row
 
     def run(self, todo: Sequence[_Task]) -> Iterator[Row]:
@@ -320,8 +320,10 @@ class _Runner:
     def _verdict(self, task: _Task, sha256: str, folder: Path) -> dict[str, Any]:
         """What the evaluation says; equal reconstructions are judged once."""
         comparison, is_original = self._comparison, task.setting == ORIGINAL
+        if comparison.options.evaluation is None:
+            return {}
         known = None if comparison.options.refresh else comparison.verdict(sha256)
-        if known is not None and not (is_original and known != {}):
+        if known is not None and not is_original:
             return known
         question = Question(
             str(folder / "restored.npz"),

@@ -146,7 +146,27 @@ class Setting:
             parts += [f"--preset {self.preset}"] if self.preset != DEFAULT_PRESET else []
             parts += ["--no-side-files"] if Path(model).is_dir() else []
             return " ".join(parts)
-        return f"weightvid compare {quoted} --only {shlex.quote(self.label)}"
+        if self.kind == "original":
+            return ""
+        return f"weightvid compare {quoted} {self._selection()} --only {shlex.quote(self.label)}"
+
+    def _selection(self) -> str:
+        """Options of a comparison that has the point and little else."""
+        none = {"codecs": "none", "quantizers": "none", "baselines": "none"}
+        if self.kind == "baseline":
+            chosen = {**none, "baselines": self.method}
+        elif self.kind == "pack":
+            rate = f"{self.rate:g}"
+            chosen = {**none, "quantizers": self.quantizer, "presets": self.preset, "rates": rate}
+        else:
+            chosen = {**none, "codecs": self.method, "presets": self.preset}
+            chosen |= {"formats": self.pixel_format}
+            if self.kind == "lossless":
+                chosen["rates"] = f"{self.rate:g}"
+            elif self.mode in ("qp", "crf"):
+                chosen[self.mode] = f"{self.value:g}"
+        options = [f"--{name} {value}" for name, value in chosen.items() if value]
+        return " ".join([*options, *(["--inter"] if self.frames == "like" else [])])
 
 
 ORIGINAL: Final = Setting("original", "original")
