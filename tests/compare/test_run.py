@@ -86,9 +86,12 @@ def test_rows_tell_everything(comparison: Make, model: Model) -> None:
     assert record["encode_weights_per_s"] == pytest.approx(model.weights / coded.encode_s)
 
 
-def test_pack_writes_what_compare_said(comparison: Make, model_path: Path, tmp_path: Path) -> None:
-    rows = measured(comparison({"quantizers": ("pack",)}))
-    row = rows["weightvid k=0.2"]
+@pytest.mark.parametrize("quantizer", ["pack", "uniform", "sqnr"])
+def test_pack_writes_what_compare_said(
+    quantizer: str, comparison: Make, model_path: Path, tmp_path: Path
+) -> None:
+    rows = measured(comparison({"quantizers": (quantizer,)}))
+    row = rows[f"weightvid{'' if quantizer == 'pack' else f' {quantizer}'} k=0.2"]
     words = row.command.split()
     assert words[:2] == ["weightvid", "pack"]
     code = "from weightvid.cli import main; main()"

@@ -51,6 +51,14 @@ def pack(
             help="Quantizer step of a tensor of average size, in sigmas, instead of a recipe's.",
         ),
     ] = None,
+    quantizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="pack (default), sqnr, uniform, shaped, trellis4 to trellis64: what "
+            "[bold]weightvid compare[/bold] measures.",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -103,7 +111,9 @@ def pack(
     from weightvid.allocate import DEFAULT_RECIPE, RECIPES
     from weightvid.checkpoint import open_checkpoint
     from weightvid.codec.encode import DEFAULT_PRESET
+    from weightvid.codec.registry import suggestion
     from weightvid.pack import PackOptions, pack_checkpoint
+    from weightvid.planning.named import DEFAULT_QUANTIZER, QUANTIZERS
 
     if recipe is not None and recipe not in RECIPES:
         usage_error(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}", "--recipe")
@@ -111,7 +121,14 @@ def pack(
         usage_error("--step replaces a recipe's step; give one of both", "--step")
     if step is not None and not 0 < step < float("inf"):
         usage_error(f"{step} is not a positive number", "--step")
+    named = quantizer or DEFAULT_QUANTIZER
+    if named not in QUANTIZERS:
+        known = suggestion(named, tuple(QUANTIZERS))
+        usage_error(f"unknown quantizer {named!r}{known}", "--quantizer")
     options = PackOptions(
+        rule=QUANTIZERS[named].rule,
+        states=QUANTIZERS[named].states,
+        shaping=QUANTIZERS[named].shaping,
         recipe=recipe or DEFAULT_RECIPE,
         step_factor=step,
         calibration=calibration,

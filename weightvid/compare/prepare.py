@@ -15,12 +15,13 @@ from weightvid.checkpoint import open_checkpoint
 from weightvid.codec.registry import bit_depth
 from weightvid.compare.frames import Matrix
 from weightvid.compare.model import Model
-from weightvid.compare.settings import QUANTIZERS, Setting
+from weightvid.compare.settings import Setting
 from weightvid.container.exact import ExactItem, exact_payload
 from weightvid.dtypes import to_float32
 from weightvid.packing.exact import ExactWriter
 from weightvid.packing.quantizer import code_tensors
 from weightvid.packing.write import requests, shortened
+from weightvid.planning.named import QUANTIZERS
 from weightvid.planning.options import PackOptions
 from weightvid.planning.survey import plan_archive, survey
 from weightvid.quantize.params import round_step

@@ -3,50 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 from weightvid.codec.encode import DEFAULT_PRESET
 from weightvid.codec.registry import Coding, codec
+from weightvid.planning.named import DEFAULT_QUANTIZER
 
-
-@dataclass(frozen=True, slots=True)
-class Quantizer:
-    """One of pack's quantizers.
-
-    Attributes
-    ----------
-    states : int
-        Of the trellis; 0: none.
-    shaping : bool
-        Convolutions are rounded with noise shaping.
-    rule : str
-        pack's step rule.
-    """
-
-    states: int
-    shaping: bool
-    rule: str = "fidelity"
-
-
-#: pack's own choice comes first.
-QUANTIZERS: Final[Mapping[str, Quantizer]] = MappingProxyType(
-    {
-        "pack": Quantizer(8, True),
-        "sqnr": Quantizer(8, False, "sqnr"),
-        "uniform": Quantizer(0, False),
-        "shaped": Quantizer(0, True),
-        "trellis4": Quantizer(4, False),
-        "trellis8": Quantizer(8, False),
-        "trellis16": Quantizer(16, False),
-        "trellis32": Quantizer(32, False),
-        "trellis64": Quantizer(64, False),
-    }
-)
-DEFAULT_QUANTIZER: Final = "pack"
 #: kinds of points, in the order of tables.
 KINDS: Final = ("original", "pack", "lossless", "lossy", "baseline")
 
@@ -141,8 +105,9 @@ class Setting:
     def command(self, model: str) -> str:
         """What a shell runs to get this point again."""
         quoted = shlex.quote(model)
-        if self.kind == "pack" and self.quantizer == DEFAULT_QUANTIZER:
+        if self.kind == "pack":
             parts = ["weightvid pack", quoted, f"--step {self.rate:g}"]
+            parts += [f"--quantizer {self.quantizer}"] if self.quantizer != "pack" else []
             parts += [f"--preset {self.preset}"] if self.preset != DEFAULT_PRESET else []
             parts += ["--no-side-files"] if Path(model).is_dir() else []
             return " ".join(parts)
@@ -155,9 +120,6 @@ class Setting:
         none = {"codecs": "none", "quantizers": "none", "baselines": "none"}
         if self.kind == "baseline":
             chosen = {**none, "baselines": self.method}
-        elif self.kind == "pack":
-            rate = f"{self.rate:g}"
-            chosen = {**none, "quantizers": self.quantizer, "presets": self.preset, "rates": rate}
         else:
             chosen = {**none, "codecs": self.method, "presets": self.preset}
             chosen |= {"formats": self.pixel_format}

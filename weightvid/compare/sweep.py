@@ -11,8 +11,9 @@ from typing import Final
 from weightvid.codec.encode import DEFAULT_PRESET
 from weightvid.codec.registry import CODECS, suggestion
 from weightvid.compare.baselines import BASELINES
-from weightvid.compare.settings import DEFAULT_QUANTIZER, QUANTIZERS, Setting
+from weightvid.compare.settings import Setting
 from weightvid.errors import CodecError, QuantizationError, WeightvidError
+from weightvid.planning.named import DEFAULT_QUANTIZER, QUANTIZERS
 
 #: factors of pack's step rule.
 RATES: Final = (0.065, 0.12, 0.18, 0.33, 0.5)
