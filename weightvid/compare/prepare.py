@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -16,11 +14,11 @@ from weightvid.codec.registry import bit_depth
 from weightvid.compare.frames import Matrix
 from weightvid.compare.model import Model
 from weightvid.compare.settings import Setting
-from weightvid.container.exact import ExactItem, exact_payload
 from weightvid.dtypes import to_float32
 from weightvid.packing.exact import ExactWriter
-from weightvid.packing.quantizer import code_tensors
-from weightvid.packing.write import requests, shortened
+from weightvid.packing.matrices import quantize
+from weightvid.packing.workers import Outbox, local_workers
+from weightvid.packing.write import Task, kept
 from weightvid.planning.named import QUANTIZERS
 from weightvid.planning.options import PackOptions
 from weightvid.planning.survey import plan_archive, survey
@@ -62,9 +60,9 @@ class Prepared:
     outliers: list[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]] = field(default_factory=list)
     exact: list[bytes] = field(default_factory=list)
 
-    def write_exact(self, items: Sequence[ExactItem]) -> None:
+    def write_exact(self, payload: bytes, tensors: tuple[int, ...]) -> None:
         """Take a box of exact tensors."""
-        self.exact.append(exact_payload(items, self.specs))
+        self.exact.append(payload)
 
 
 def pack_options(setting: Setting, jobs: int) -> PackOptions:
@@ -85,40 +83,36 @@ def pack_options(setting: Setting, jobs: int) -> PackOptions:
 def levels(model: Model, setting: Setting, jobs: int) -> Prepared:
     """Pack's levels at a setting, clipped to 8 bits."""
     options = pack_options(setting, jobs)
-    with open_checkpoint(model.path) as reader:
-        surveyed = survey(reader, options)
+    with open_checkpoint(model.path) as reader, local_workers(jobs) as workers:
+        surveyed = survey(reader, options, workers=workers)
         plan = plan_archive(surveyed, surveyed.steps(options.first_factor))
-        made = Prepared(surveyed.specs)
-        exact = ExactWriter(made, made.specs)
-        with ThreadPoolExecutor(jobs, "weightvid-compare") as executor:
-            wanted = requests(plan, reader.read, exact)
-            for coded in code_tensors(wanted, executor, jobs):
-                tensor = coded.tensor
-                if coded.choice.coding == "exact":
-                    exact.add(coded.number, reader.read(tensor.spec.name))
-                    continue
-                made.numbers.append(coded.number)
-                made.planes.append(tensor.levels)
-                made.quantizers.append(tensor.params.to_dict())
-                made.outliers.append((tensor.escapes.index, tensor.escapes.level))
-        exact.flush()
+        found = quantize(plan, workers.source(reader), workers)
+    made = Prepared(surveyed.specs, exact=found.boxes)
+    for number, tensor, matrix in found.tensors:
+        made.numbers.append(number)
+        made.planes.append(matrix)
+        made.quantizers.append(tensor.params.to_dict())
+        made.outliers.append((tensor.escapes.index, tensor.escapes.level))
     return made
 
 
-def samples(model: Model, setting: Setting) -> Prepared:
+def samples(model: Model, setting: Setting, jobs: int) -> Prepared:
     """Weights rounded to fine steps, which follow pack's rule; the codec does the quantizing."""
     bits = bit_depth(setting.coding.pixel_format)
     factor = SAMPLE_FACTOR * 2.0 ** (8 - bits)
-    with open_checkpoint(model.path) as reader:
-        options = PackOptions(side_files=False)
-        surveyed = survey(reader, options)
+    options = PackOptions(side_files=False)
+    with open_checkpoint(model.path) as reader, local_workers(jobs) as workers:
+        surveyed = survey(reader, options, workers=workers)
+        plan = plan_archive(surveyed, surveyed.steps(options.first_factor))
         made = Prepared(surveyed.specs)
-        exact = ExactWriter(made, made.specs)
+        outbox = Outbox(workers)
+        source = workers.source(reader)
+        exact = ExactWriter(made, made.specs, outbox)
+        task = Task(replace(plan, params={}), source, workers)
         for number, spec in enumerate(made.specs):
             unit = surveyed.units.get(number)
             if unit is None:
-                array = reader.read(spec.name)
-                exact.add(number, shortened(array, spec, options.kept_mantissa_bits))
+                exact.add(number, kept(task, number))
                 continue
             weights = to_float32(reader.read(spec.name), spec.dtype)
             matrix = weights.reshape(tile.matrix_shape(spec.shape))
@@ -129,6 +123,7 @@ def samples(model: Model, setting: Setting) -> Prepared:
             made.outliers.append(outliers)
             made.quantizers.append({"step": float(step).hex()})
         exact.flush()
+        outbox.flush()
     return made
 
 

@@ -69,7 +69,7 @@ class VideoCoder:
         if setting.kind == "lossless":
             made = prepare.levels(self.model, setting, jobs)
         else:
-            made = prepare.samples(self.model, setting)
+            made = prepare.samples(self.model, setting, jobs)
         reels = _reels(made.specs, made.numbers, setting.frames)
         pictures = frames.lay(made.planes, reels, coding.pixel_format)
         coded = Tool(coding, self.program).encode(pictures, jobs)

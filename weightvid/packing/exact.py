@@ -37,9 +37,7 @@ class ExactWriter:
     resemble each other.
     """
 
-    def __init__(
-        self, writer: ExactSink, tensors: Sequence[TensorSpec], outbox: Outbox
-    ) -> None:
+    def __init__(self, writer: ExactSink, tensors: Sequence[TensorSpec], outbox: Outbox) -> None:
         self._writer = writer
         self._tensors = tensors
         self._outbox = outbox
