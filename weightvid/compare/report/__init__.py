@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from weightvid.compare.report.page import write_page
 from weightvid.compare.report.results import Results, write_csv, write_json
 
 
@@ -28,4 +29,5 @@ def write_all(folder: Path, results: Results) -> dict[str, Path]:
         from weightvid.compare.report.plot import write_plots
 
         written |= write_plots(folder, results)
+    written["report"] = write_page(folder, results)
     return written

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Final
 
 from weightvid.compare.analysis import Quality, series
@@ -81,9 +82,42 @@ def _draw(axes: Any, results: Results, quality: Quality) -> None:
     axes.set_xlabel("bits per weight (whole file)")
     axes.set_ylabel(quality.title)
     axes.set_title(Path(str(results.model["path"])).name)
+    _near(axes, curves, quality)
     _ticks(axes, [row for points in curves.values() for row in points])
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
+
+
+def _near(axes: Any, curves: Mapping[str, Sequence[Row]], quality: Quality) -> None:
+    """Show where the curves lie, and say what lies beyond."""
+    places = [
+        (row.label, *_place(row, quality), len(points) > 1)
+        for points in curves.values()
+        for row in points
+    ]
+    framed = [(x, y) for _, x, y, curve in places if curve and y is not None]
+    if len(framed) < 3:
+        return
+    left, right = min(x for x, _ in framed) / 1.1, max(x for x, _ in framed) * 1.1
+    low, high = min(y for _, y in framed), max(y for _, y in framed)
+    if quality.name == "kl":
+        low, high = low / 1.5, high * 1.5
+    else:
+        margin = 0.06 * (high - low) or 1.0
+        low, high = low - margin, high + margin
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, high)
+    beyond = [
+        f"{label}: {x:.3g} bpw" + ("" if y is None else f", {y:.3g}")
+        for label, x, y, _ in places
+        if y is None or not (left <= x <= right and low <= y <= high)
+    ]
+    if beyond:
+        text = "beyond: " + "; ".join(beyond)
+        axes.text(
+            0.995, 0.005, fill(text, 110), transform=axes.transAxes, fontsize=6, ha="right",
+            va="bottom", color="grey",
+        )  # fmt: skip
 
 
 def _ticks(axes: Any, rows: Sequence[Row]) -> None:
