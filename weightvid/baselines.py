@@ -93,6 +93,18 @@ def int8_dequantize(quantized: Int8Tensor) -> npt.NDArray[np.float32]:
     return levels * scales
 
 
+def xz(chunks: Iterable[bytes]) -> bytes:
+    """The concatenated chunks as one ``xz -9e`` file.
+
+    Examples
+    --------
+    >>> lzma.decompress(xz([b"ab", b"c"]))
+    b'abc'
+    """
+    compressor = lzma.LZMACompressor(preset=XZ_PRESET)
+    return b"".join([*map(compressor.compress, chunks), compressor.flush()])
+
+
 def xz_bytes(chunks: Iterable[bytes]) -> int:
     """Bytes of the concatenated chunks as one ``xz -9e`` file.
 
@@ -116,7 +128,7 @@ def int8_xz(tensors: Mapping[str, Array]) -> Baseline:
     tensors : mapping of str to ndarray
         float16, float32 or float64 weights and whatever else the model holds.
     """
-    quantized = {name: int8_per_channel(t) for name, t in tensors.items() if _is_weight(t)}
+    quantized = {name: int8_per_channel(t) for name, t in tensors.items() if is_weight(t)}
     restored = {
         name: int8_dequantize(quantized[name]).astype(t.dtype) if name in quantized else t
         for name, t in tensors.items()
@@ -144,22 +156,22 @@ def fp16_zstd(tensors: Mapping[str, Array]) -> Baseline | None:
         return None
     import zstandard
 
-    halves = {name: _to_half(t) for name, t in tensors.items()}
+    halves = {name: to_half(t) for name, t in tensors.items()}
     payload = b"".join(t.tobytes() for t in halves.values())
     file_bytes = len(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(payload))
     restored = {name: halves[name].astype(t.dtype) for name, t in tensors.items()}
     return Baseline("fp16+zstd", file_bytes, restored)
 
 
-def _is_weight(tensor: Array) -> bool:
-    """Whether the int8 baseline quantizes the tensor: at least 2-D, finite as float32."""
+def is_weight(tensor: Array) -> bool:
+    """Whether a baseline of integers quantizes the tensor: at least 2-D, finite as float32."""
     if tensor.ndim < 2 or tensor.dtype.kind != "f":
         return False
     with np.errstate(over="ignore"):
         return bool(np.isfinite(tensor.astype(np.float32)).all())
 
 
-def _to_half(tensor: Array) -> Array:
+def to_half(tensor: Array) -> Array:
     """The tensor as float16 where that stays finite, else unchanged."""
     if tensor.dtype.kind != "f" or tensor.dtype.itemsize <= 2:
         return tensor

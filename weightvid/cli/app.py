@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from weightvid.cli import calibrate, demo, inspect, output, pack, preview, unpack, verify
+from weightvid.cli import calibrate, compare, demo, inspect, output, pack, preview, unpack, verify
 from weightvid.errors import WeightvidError
 from weightvid.version import __version__
 
@@ -65,6 +65,7 @@ app.command("inspect", no_args_is_help=True)(inspect.inspect)
 app.command("verify", no_args_is_help=True)(verify.verify)
 app.command("preview", no_args_is_help=True)(preview.preview)
 app.command("calibrate", no_args_is_help=True)(calibrate.calibrate)
+app.command("compare", no_args_is_help=True)(compare.compare)
 app.command("demo")(demo.demo)
 
 

@@ -14,6 +14,7 @@ from weightvid.cli.options import Force, Json, named_after, usage_error
 if TYPE_CHECKING:
     from weightvid.checkpoint import CheckpointReader
     from weightvid.pack import PackOptions, PackReport
+    from weightvid.planning.named import Quantizer
 
 ARCHIVE_SUFFIX = ".mp4"
 
@@ -67,6 +68,14 @@ def pack(
     max_kl: targets.MaxKl = None,
     eval_budget: targets.Budget = None,
     eval_cache: targets.EvalCache = None,
+    quantizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="pack (default), sqnr, uniform, shaped, trellis4 to trellis64: what "
+            "[bold]weightvid compare[/bold] measures.",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -118,7 +127,7 @@ def pack(
     [bold]weightvid pack all-MiniLM-L6-v2/ -o minilm.mp4[/bold]
     [bold]weightvid pack hf://sentence-transformers/all-MiniLM-L6-v2 -o minilm.mp4[/bold]
     """
-    from weightvid.allocate import DEFAULT_RECIPE, DEFAULT_RULE, RECIPES, RULES
+    from weightvid.allocate import DEFAULT_RECIPE, RECIPES, RULES
     from weightvid.checkpoint import open_checkpoint
     from weightvid.codec.encode import DEFAULT_PRESET
     from weightvid.errors import ClusterError
@@ -151,9 +160,12 @@ def pack(
         usage_error("a target takes the place of a recipe or step", "--recipe / --step")
     more = targets.Measuring(lower_is_better, eval_budget, eval_cache)
     evaluation = targets.evaluation(evaluate, more, target, rule)
+    named = _quantizer(quantizer)
     options = PackOptions(
+        states=named.states,
+        shaping=named.shaping,
         recipe=recipe or DEFAULT_RECIPE,
-        rule=rule or DEFAULT_RULE,
+        rule=rule or named.rule,
         step_factor=step,
         target=target,
         evaluation=evaluation,
@@ -186,6 +198,17 @@ def pack(
         )
     else:
         _show(made, destination, options)
+
+
+def _quantizer(name: str | None) -> Quantizer:
+    from weightvid.codec.registry import suggestion
+    from weightvid.planning.named import DEFAULT_QUANTIZER, QUANTIZERS
+
+    chosen = name or DEFAULT_QUANTIZER
+    if chosen not in QUANTIZERS:
+        known = suggestion(chosen, tuple(QUANTIZERS))
+        usage_error(f"unknown quantizer {chosen!r}{known}", "--quantizer")
+    return QUANTIZERS[chosen]
 
 
 def _check_keeps(reader: CheckpointReader, options: PackOptions) -> None:

@@ -70,21 +70,23 @@ def encode(frames: Sequence[Luma], coding: Coding) -> Stream:
     height, width = frames[0].shape
     try:
         context = _encoder(coding, width, height)
-        packets: list[bytes] = []
+        packets: list[av.Packet[Any]] = []
         for number, luma in enumerate(frames):
             frame = _frame(luma, coding.pixel_format)
             frame.pts = number
             if not coding.inter:
                 frame.pict_type = PictureType.I
-            packets += [bytes(packet) for packet in context.encode(frame)]
-        packets += [bytes(packet) for packet in context.encode(None)]
+            packets += context.encode(frame)
+        packets += context.encode(None)
     except (av.FFmpegError, ValueError, MemoryError) as error:
         raise CodecError(f"{coding.codec.encoder} failed ({coding.label}): {error}") from error
     if len(packets) != len(frames):
         raise CodecError(
             f"{coding.codec.encoder} gave {len(packets)} packets for {len(frames)} frames"
         )
-    return Stream(tuple(packets), bytes(context.extradata or b""))
+    if not coding.inter and not all(packet.is_keyframe for packet in packets):
+        raise CodecError(f"{coding.codec.encoder} predicted frames that were to be coded alone")
+    return Stream(tuple(map(bytes, packets)), bytes(context.extradata or b""))
 
 
 def _encoder(coding: Coding, width: int, height: int) -> Any:

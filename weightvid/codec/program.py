@@ -160,8 +160,10 @@ def encode(frames: Sequence[Luma], coding: Coding, program: Program) -> tuple[St
     with av.open(io.BytesIO(ran.data), "r", format="nut") as container:
         video: Any = container.streams.video[0]
         extradata = bytes(video.codec_context.extradata or b"")
-        packets = tuple(bytes(packet) for packet in container.demux(video) if packet.size)
-    return Stream(packets, extradata), ran.peak_bytes
+        packets = [packet for packet in container.demux(video) if packet.size]
+        if not coding.inter and not all(packet.is_keyframe for packet in packets):
+            raise CodecError(f"{coding.codec.encoder} predicted frames that were to be coded alone")
+        return Stream(tuple(map(bytes, packets)), extradata), ran.peak_bytes
 
 
 def decode(

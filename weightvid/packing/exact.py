@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +15,19 @@ from weightvid.container.exact import (
     PlainLevels,
     exact_payload,
 )
-from weightvid.container.writer import ArchiveWriter
 from weightvid.dtypes import stored_dtype
 from weightvid.packing.quantized import CodedTensor
 from weightvid.packing.workers import Outbox
 from weightvid.spec import TensorSpec
 
 Array = npt.NDArray[np.generic]
+
+
+class ExactSink(Protocol):
+    """Where boxes of exact tensors go: an archive's writer, or whoever wants to know their size."""
+
+    def write_exact(self, payload: bytes, tensors: tuple[int, ...]) -> None:
+        """Write one box."""
 
 
 class ExactWriter:
@@ -30,9 +37,7 @@ class ExactWriter:
     resemble each other.
     """
 
-    def __init__(
-        self, writer: ArchiveWriter, tensors: Sequence[TensorSpec], outbox: Outbox
-    ) -> None:
+    def __init__(self, writer: ExactSink, tensors: Sequence[TensorSpec], outbox: Outbox) -> None:
         self._writer = writer
         self._tensors = tensors
         self._outbox = outbox

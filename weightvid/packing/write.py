@@ -143,7 +143,7 @@ def write_archive(
     QuantizationError, CodecError, CheckpointError, ClusterError
     """
     weights = sum(plan.header.tensors[number].size for number in plan.params)
-    task = _Task(plan, source, workers)
+    task = Task(plan, source, workers)
     if weights > TRIAL_WEIGHTS:
         return _write(stream, task, progress)
     trials = []
@@ -158,7 +158,7 @@ def write_archive(
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class Task:
     """What is to be written, from where, and by whom."""
 
     plan: WritePlan
@@ -170,7 +170,7 @@ class _Task:
         return TensorRead(self.source, self.plan.header.tensors[number])
 
 
-def _write(stream: BinaryIO, task: _Task, progress: Report, video: bool = True) -> Written:
+def _write(stream: BinaryIO, task: Task, progress: Report, video: bool = True) -> Written:
     plan, workers = task.plan, task.workers
     geometry, tensors = plan.header.geometry, plan.header.tensors
     settings = EncoderSettings(geometry.width, geometry.height, plan.preset)
@@ -181,9 +181,9 @@ def _write(stream: BinaryIO, task: _Task, progress: Report, video: bool = True) 
     meter = _Meter([tensors[number] for number in plan.params], workers, progress)
     written = Written()
     frames = FrameWriter(writer, settings, outbox, meter.encoded)
-    for coded in code_tensors(_requests(task), workers, meter.quantized):
+    for coded in code_tensors(requests(task), workers, meter.quantized):
         if isinstance(coded, Kept):
-            exact.add(coded.number, _kept(task, coded.number))
+            exact.add(coded.number, kept(task, coded.number))
             continue
         _store(coded, frames if video else None, exact, task)
         if coded.choice.coding != "exact":
@@ -198,7 +198,7 @@ def _write(stream: BinaryIO, task: _Task, progress: Report, video: bool = True) 
     return written
 
 
-def _store(coded: Coded, frames: FrameWriter | None, exact: ExactWriter, task: _Task) -> None:
+def _store(coded: Coded, frames: FrameWriter | None, exact: ExactWriter, task: Task) -> None:
     levels = coded.levels
     if coded.choice.coding == "exact" or levels is None:
         exact.add(coded.number, task.read(coded.number).elements)
@@ -217,7 +217,7 @@ def _by_rows(coded: CodedTensor, sequence: npt.NDArray[np.int8] | Scratch) -> Le
     return tile.from_sequence(whole, coded.shape, coded.layout.order).reshape(-1)
 
 
-def _requests(task: _Task) -> Iterator[Request | Kept]:
+def requests(task: Task) -> Iterator[Request | Kept]:
     """All tensors, in order."""
     plan = task.plan
     for number, spec in enumerate(plan.header.tensors):
@@ -230,7 +230,7 @@ def _requests(task: _Task) -> Iterator[Request | Kept]:
         yield Request(number, spec, params, task.read(number), shaped, moments)
 
 
-def _kept(task: _Task, number: int) -> Callable[[int, int], Array]:
+def kept(task: Task, number: int) -> Callable[[int, int], Array]:
     """Reads ranges of a tensor that is not quantized."""
     plan, elements = task.plan, task.read(number).elements
     if plan.mantissa_bits >= FULL_BITS or not _may_round(plan.header.tensors[number], plan.keep):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,8 @@ import numpy.typing as npt
 from weightvid.errors import QuantizationError
 from weightvid.tile.ribbon import BAND
 
-Levels = npt.NDArray[np.int8]
+#: int8 in archives; wider integers in comparisons.
+Levels = npt.NDArray[Any]
 Energies = npt.NDArray[np.uint8]
 
 #: largest energy of a row or a column.
@@ -120,7 +121,7 @@ def _edges(energies: Energies, repeat: int) -> list[slice]:
 def to_sequence(matrix: Levels, order: EnergyOrder | None) -> Levels:
     """Levels of an R x C matrix in coding order, shape (R * C,)."""
     rows, columns = matrix.shape
-    sequence = np.empty(rows * columns, np.int8)
+    sequence = np.empty(rows * columns, matrix.dtype)
     if order is None:
         groups, rest = divmod(rows, BAND)
         full = groups * BAND * columns
@@ -144,7 +145,7 @@ def to_sequence(matrix: Levels, order: EnergyOrder | None) -> Levels:
 def from_sequence(sequence: Levels, shape: tuple[int, int], order: EnergyOrder | None) -> Levels:
     """Undo :func:`to_sequence`; elements of ``sequence`` beyond R * C are ignored."""
     rows, columns = shape
-    matrix = np.empty(shape, np.int8)
+    matrix = np.empty(shape, sequence.dtype)
     if order is None:
         groups, rest = divmod(rows, BAND)
         full = groups * BAND * columns

@@ -104,7 +104,7 @@ def sequence_from_frame(frame: Samples, first: int, count: int) -> Samples:
     ndarray of uint8, shape (64 * count,)
     """
     width = frame.shape[1]
-    columns = np.empty((count, BAND), np.uint8)
+    columns = np.empty((count, BAND), frame.dtype)
     at = 0
     while at < count:
         band, x = divmod(first + at, width)

@@ -1,0 +1,134 @@
+"""``weightvid compare``: what it prints and writes, and how it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import Run
+from schemas import COMPARE_ROW, check
+
+Few = Callable[..., Any]
+
+
+@pytest.fixture
+def few(run: Run, model: Path, tmp_path: Path) -> Few:
+    """A comparison of few points, with its own cache and folder."""
+
+    def call(*arguments: object, status: int = 0) -> Any:
+        return run(
+            "compare", model, "--cache", tmp_path / "cache", "--out", tmp_path / "out",
+            *arguments, status=status,
+        )  # fmt: skip
+
+    return call
+
+
+POINTS = (
+    "--codecs", "x264", "--quantizers", "uniform,pack", "--rates", "0.1,0.2,0.4", "--presets",
+    "ultrafast", "--baselines", "int8,nncodec",
+)  # fmt: skip
+
+
+def test_table_files_and_best(few: Few, tmp_path: Path) -> None:
+    result = few(*POINTS, "--at", "sqnr=22", "--at", "size=1B", "--anchor", "weightvid uniform")
+    text = result.stdout
+    assert "weightvid uniform k=0.2" in text
+    assert "x264 ultrafast qp 20" in text
+    assert "no other point is smaller and better" in text
+    assert "BD-rate against weightvid uniform" in text
+    assert "best of each codec at sqnr 22" in text
+    assert "none reaches it" in text
+    assert "weightvid pack" in text
+    assert "warning: nncodec: needs NNCodec" in result.stderr
+    folder = tmp_path / "out"
+    record = json.loads((folder / "results.json").read_text())
+    labels = [row["label"] for row in record["rows"]]
+    assert labels[0] == "original"
+    assert len(labels) == 1 + 6 + 3 + 5 + 1 + 6
+    for row in record["rows"]:
+        check(row, COMPARE_ROW | {"pareto": [str]}, row["label"])
+    assert record["bd_rate"]["anchor"] == "weightvid uniform"
+    over = record["bd_rate"]["series"]["x264 ultrafast lossless"]["sqnr"]
+    assert over["percent"] is not None or over["reason"]
+    with (folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label"] for row in rows] == labels
+    assert {row["status"] for row in rows} == {"ok", "missing"}
+    assert (folder / "rate_sqnr.svg").read_text().startswith("<?xml")
+    assert (folder / "rate_sqnr.png").read_bytes().startswith(b"\x89PNG")
+    again = few(*POINTS, "--sort", "bytes")
+    sizes = [
+        int(line.split("*")[-1].split()[0].replace(",", "")) if "*" in line else None
+        for line in again.stdout.splitlines()
+        if " k=" in line
+    ]
+    front = [size for size in sizes if size is not None]
+    assert front
+    assert front == sorted(front)
+
+
+def test_json_is_one_object_a_line(few: Few) -> None:
+    result = few("--codecs", "none", "--quantizers", "none", "--baselines", "int8", "--json")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["label"] for row in rows] == ["original", "int8"]
+    for row in rows:
+        check(row, COMPARE_ROW, row["label"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--codecs", "x256"), "did you mean x265"),
+        (("--presets", "ultrafats"), "did you mean ultrafast"),
+        (("--qp", "many"), "no list of numbers"),
+        (("--at", "psnr=3"), "no point such as"),
+        (("--sort", "beauty"), "unknown column"),
+        (("--jobs", "0"), "--jobs"),
+    ],
+)
+def test_wrong_usage(few: Few, arguments: tuple[str, ...], message: str) -> None:
+    assert message in " ".join(few(*arguments, status=2).stderr.replace("│", " ").split())
+
+
+def test_what_fails_is_one_line(few: Few, tmp_path: Path) -> None:
+    script = tmp_path / "judge.py"
+    script.write_text("def f(state):\n    raise RuntimeError('no\\nimages')\n")
+    other = tmp_path / "no-ffmpeg"
+    other.write_text("#!/bin/sh\necho hello\n")
+    other.chmod(0o755)
+    for arguments, message in (
+        (("--eval", f"{script}:f"), "cannot be judged: the evaluation raised RuntimeError: no"),
+        (("--eval", f"{script}:g"), "defines no function 'g'"),
+        (("--ffmpeg", other), "is no ffmpeg"),
+        (("--only", "x264 medum qp 20"), "did you mean 'x264 medium qp 20'"),
+        (("--anchor", "nothing"), "no curve 'nothing'"),
+    ):
+        result = few(*arguments, status=1)
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert message in line
+        assert result.stdout == ""
+
+
+def test_a_folder_that_cannot_be_written(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run("compare", model, "--out", tmp_path / "file" / "out", status=1)
+    assert result.stderr.startswith("error: cannot make the folder")
+    result = run("compare", model, "--out", "/proc/weightvid", status=1)
+    assert result.stderr.startswith("error: cannot make the folder /proc/weightvid")
+
+
+def test_a_failed_point_is_an_exit_of_one(
+    few: Few, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "zstandard.py").write_text("raise SystemExit(9)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = few(
+        "--codecs", "none", "--quantizers", "none", "--baselines", "int8,int8+zstd", status=1
+    )
+    assert "error: int8+zstd: the point's process ended with status 9" in result.stderr
+    assert "int8 " in result.stdout
