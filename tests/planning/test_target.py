@@ -16,6 +16,7 @@ from weightvid.checkpoint import from_mapping
 from weightvid.errors import QuantizationError, TargetError
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, PackReport, Target, pack_checkpoint
+from weightvid.packing.source import ReaderSource, TensorRead
 from weightvid.planning.caution import cautions
 from weightvid.planning.curve import RateCurve, sample_tensor
 from weightvid.planning.target import parse_share, parse_size
@@ -166,7 +167,9 @@ def test_what_is_no_share(text: str) -> None:
 def test_curves_follow_the_theory() -> None:
     """Fine quantization of Gaussian weights: step**2 / 12 a weight, one bit for half the step."""
     array = normal(0, 200, 500, scale=1.0)
-    curve = RateCurve(sample_tensor(array, TensorSpec("w", "F32", array.shape)), array.size)
+    source = from_mapping({"w": array})
+    read = TensorRead(ReaderSource(source), source.spec("w"))
+    curve = RateCurve(sample_tensor(read), array.size)
     assert curve.noise(0.25) / array.size == pytest.approx(0.25**2 / 12, rel=0.02)
     assert curve.bits(0.25) / array.size == pytest.approx(4.047, abs=0.03)
     assert curve.bits(0.25) - curve.bits(0.5) == pytest.approx(array.size, rel=0.02)
