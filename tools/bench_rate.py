@@ -4,6 +4,12 @@
     python tools/bench_rate.py --eval-dir EVAL --minilm MINILM.safetensors \
         --nncodec .venv-nncodec/bin/python --cache CACHE
 
+A curve of its own for steps from an evaluation, on data that no judgement is made with (it keeps
+its evaluations in CACHE/evaluations)::
+
+    WEIGHTVID_EVAL=EVAL python tools/bench_rate.py --eval-dir EVAL --cache CACHE \
+        --variant "weightvid --eval" eval=tools/eval_functions.py:{model}
+
 Whole files count, 8 x bytes over all floats of the model; everything is judged by the same code on
 what each codec gives back. Per model: rate_NAME.json, .md, .svg and .png in the output folder.
 Steps of all quantizers are spaced a quarter octave apart (NNCodec's own spacing), above
@@ -114,8 +120,11 @@ class Bench:
         for name, text in self.options.variant:
             changes = {**main, **_settings(text.format(model=self.model.name))}
             if "eval" in changes:
-                source = Path(changes["eval"].rpartition(":")[0])
-                changes["eval_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
+                script, _, function = changes["eval"].rpartition(":")
+                source = Path(script).read_bytes()
+                if f"def {function}(".encode() not in source:
+                    continue  # not every model has an evaluation
+                changes["eval_sha256"] = hashlib.sha256(source).hexdigest()
             found.append((name, changes))
         return found
 
