@@ -113,7 +113,7 @@ def test_values_that_are_none(mode: str, value: float, message: str) -> None:
 
 
 def test_what_does_not_go_together() -> None:
-    with pytest.raises(QuantizationError, match="neither a target"):
+    with pytest.raises(QuantizationError, match="takes no target"):
         PackOptions(lossy=Lossy("qp", 20), target=Target("bpw", 3.0)).check()
 
 

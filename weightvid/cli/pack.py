@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightvid.cli import output, targets
+from weightvid.cli import lossy, output, targets
 from weightvid.cli.options import Force, Json, named_after, usage_error
 
 if TYPE_CHECKING:
     from weightvid.checkpoint import CheckpointReader
-    from weightvid.codec.encode import Lossy
     from weightvid.pack import PackOptions, PackReport
     from weightvid.planning.named import Quantizer
 
@@ -77,20 +76,9 @@ def pack(
             "[bold]weightvid compare[/bold] measures.",
         ),
     ] = None,
-    qp: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            max=51,
-            help="Lossy video: the codec quantizes, by this QP. Larger at equal error than levels "
-            "at rates above 1.5 bits per weight.",
-        ),
-    ] = None,
-    crf: Annotated[
-        float | None,
-        typer.Option(metavar="N", min=0, max=51, help="Lossy video, by x265's rate factor."),
-    ] = None,
+    codec: lossy.Codec = None,
+    qp: lossy.Qp = None,
+    crf: lossy.Crf = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -176,10 +164,8 @@ def pack(
     more = targets.Measuring(lower_is_better, eval_budget, eval_cache)
     evaluation = targets.evaluation(evaluate, more, target, rule)
     named = _quantizer(quantizer)
-    if (qp, crf) != (None, None) and (recipe, step, quantizer) != (None, None, None):
-        usage_error("lossy video takes no --recipe, --step or --quantizer", "--qp / --crf")
     options = PackOptions(
-        lossy=_lossy(qp, crf),
+        lossy=lossy.chosen(codec, qp, crf, (recipe, step, quantizer) != (None, None, None)),
         states=named.states,
         shaping=named.shaping,
         recipe=recipe or DEFAULT_RECIPE,
@@ -216,16 +202,6 @@ def pack(
         )
     else:
         _show(made, destination, options)
-
-
-def _lossy(qp: int | None, crf: float | None) -> Lossy | None:
-    from weightvid.codec.encode import Lossy
-
-    if qp is not None and crf is not None:
-        usage_error("a QP and a CRF exclude each other", "--qp / --crf")
-    if qp is not None:
-        return Lossy("qp", qp)
-    return None if crf is None else Lossy("crf", crf)
 
 
 def _quantizer(name: str | None) -> Quantizer:

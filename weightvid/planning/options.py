@@ -144,8 +144,9 @@ class PackOptions:
             allocate.check_factor(self.step_factor)
             if self.target is not None:
                 raise QuantizationError("a target and a step factor exclude each other")
-        if self.lossy is not None and (self.target is not None or self.calibration is not None):
-            raise QuantizationError("a lossy codec takes neither a target nor calibration")
+        aims = (self.target, self.calibration, self.evaluation)
+        if self.lossy is not None and aims != (None, None, None):
+            raise QuantizationError("a lossy codec takes no target, calibration or evaluation")
         if self.target is not None and self.target.measured and self.evaluation is None:
             raise QuantizationError(f"a target of {self.target.kind} needs an evaluation")
         if self.evaluation is not None and self.rule == "sqnr":
