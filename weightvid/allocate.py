@@ -32,6 +32,11 @@ FINEST_SIGMAS: Final = 0.04
 #: under ``sqnr``, a tensor of small weights may vanish: that is what one step for all means. At
 #: this many sigmas nearly every level is zero, and a coarser step would save nothing.
 VANISHING_SIGMAS: Final = 4.0
+#: step of 8-bit samples in units of the rule, for a lossy codec: 127 of them are 7 sigmas of an
+#: average tensor. What a QP does to deeper samples is the same in units of the weights.
+SAMPLE_FACTOR: Final = 0.055
+#: samples of every tensor reach so far; what lies beyond is listed.
+SAMPLE_SIGMAS: Final = 6.0
 #: added to a tensor's size over the mean: no step goes to nothing with the size.
 SMALLEST_SHARE: Final = 0.05
 #: measured losses move a unit by at most this factor.
@@ -210,6 +215,25 @@ def steps(
         limited(step_factor * unit, s, rule)
         for unit, s in zip(units(stats, rule), stats, strict=True)
     ]
+
+
+def sample_step(unit: float, stats: TensorStats, bits: int = 8) -> float:
+    """Step of the samples that a lossy codec gets to quantize.
+
+    It follows the rule's unit, so that one QP does to each tensor what one step factor would; but
+    few weights may lie beyond the range of samples.
+
+    Parameters
+    ----------
+    unit : float
+        The tensor's.
+    stats : TensorStats
+    bits : int
+        Of a sample.
+    """
+    most = (1 << (bits - 1)) - 1
+    reach = min(stats.absmax, SAMPLE_SIGMAS * stats.sigma)
+    return round_step(max(SAMPLE_FACTOR * 2.0 ** (8 - bits) * unit, reach / most))
 
 
 def check_factor(step_factor: float) -> None:

@@ -267,7 +267,8 @@ class _Encoder:
         self, steps: Mapping[int, float], factor: float, about: Mapping[str, Any]
     ) -> Trial:
         """Write the archive of these steps."""
-        about = {"slopes": slopes(steps, self._surveyed.units, factor), **about}
+        if self._surveyed.options.lossy is None:
+            about = {"slopes": slopes(steps, self._surveyed.units, factor), **about}
         self.plan = plan_archive(self._surveyed, steps, about)
         self.stream.seek(0)
         self.stream.truncate()

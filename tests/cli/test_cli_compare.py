@@ -132,3 +132,33 @@ def test_a_failed_point_is_an_exit_of_one(
     )
     assert "error: int8+zstd: the point's process ended with status 9" in result.stderr
     assert "int8 " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--codec", "x264"), "x264 writes H.264"),
+        (("--codec", "kvazaar"), "kvazaar writes HEVC, but"),
+        (("--codec", "x256"), "did you mean x265"),
+        (("--qp", "20", "--crf", "20"), "exclude each other"),
+        (("--qp", "20", "--step", "0.2"), "takes no --recipe"),
+        (("--qp", "52"), "--qp"),
+        (("--quantizer", "trelis8"), "did you mean trellis8"),
+    ],
+)
+def test_pack_refuses(
+    run: Run, model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run("pack", model, "-o", tmp_path / "a.mp4", *arguments, status=2)
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pack_lossy(run_json: Run, model: Path, tmp_path: Path) -> None:
+    sizes = []
+    for option, value in (("--qp", 12), ("--qp", 24), ("--crf", 30)):
+        made = run_json(
+            "pack", model, "-o", tmp_path / "a.mp4", "--force", "--codec", "x265", option, value
+        )
+        sizes.append(made["file_bytes"])
+    assert sizes == sorted(sizes, reverse=True)

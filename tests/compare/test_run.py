@@ -86,12 +86,15 @@ def test_rows_tell_everything(comparison: Make, model: Model) -> None:
     assert record["encode_weights_per_s"] == pytest.approx(model.weights / coded.encode_s)
 
 
-@pytest.mark.parametrize("quantizer", ["pack", "uniform", "sqnr"])
+@pytest.mark.parametrize(
+    "curve", ["weightvid", "weightvid uniform", "weightvid sqnr", "weightvid qp"]
+)
 def test_pack_writes_what_compare_said(
-    quantizer: str, comparison: Make, model_path: Path, tmp_path: Path
+    curve: str, comparison: Make, model_path: Path, tmp_path: Path
 ) -> None:
-    rows = measured(comparison({"quantizers": (quantizer,)}))
-    row = rows[f"weightvid{'' if quantizer == 'pack' else f' {quantizer}'} k=0.2"]
+    sweep = {"quantizers": ("pack", "uniform", "sqnr"), "codecs": ("x265",), "qp": (20,)}
+    label = f"{curve} 20" if curve.endswith("qp") else f"{curve} k=0.2"
+    row = measured(comparison({**sweep, "presets": ("ultrafast",)}, only=(label,)))[label]
     words = row.command.split()
     assert words[:2] == ["weightvid", "pack"]
     code = "from weightvid.cli import main; main()"

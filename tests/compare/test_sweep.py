@@ -17,8 +17,14 @@ def test_the_default_has_what_is_promised() -> None:
     settings = Sweep().settings()
     packs = [s for s in settings if s.kind == "pack"]
     assert {s.preset for s in packs if s.quantizer == "pack"} == {"ultrafast", "medium", "slow"}
-    assert len({s.rate for s in packs}) == 5
-    assert {s.quantizer for s in packs} == {"pack", "sqnr", "uniform", "trellis8"}
+    assert len({s.rate for s in packs if s.value is None}) == 5
+    assert len({s.value for s in packs if s.mode == "qp"}) == 5
+    assert {s.quantizer for s in packs if s.value is None} == {
+        "pack",
+        "sqnr",
+        "uniform",
+        "trellis8",
+    }
     for name in ("x265", "x264", "svtav1"):
         assert len([s for s in settings if s.kind == "lossless" and s.method == name]) == 5
         assert len([s for s in settings if s.kind == "lossy" and s.method == name]) == 5

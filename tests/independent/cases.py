@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from weightvid.checkpoint.mapping import from_mapping
 from weightvid.codec import bitstream
-from weightvid.codec.encode import EncoderSettings, HevcEncoder
+from weightvid.codec.encode import EncoderSettings, HevcEncoder, Lossy
 from weightvid.container.exact import LEVEL_DTYPES, ExactItem, PlainLevels, exact_payload
 from weightvid.container.records import TENSOR_HASH_BYTES, Header
 from weightvid.container.writer import ArchiveWriter
@@ -326,7 +326,7 @@ def nothing() -> bytes:
     return build([])
 
 
-def packed(states: int = 8) -> bytes:
+def packed(states: int = 8, lossy: Lossy | None = None) -> bytes:
     """What weightvid's own packer makes of a small checkpoint, choosing for itself."""
     rng = np.random.default_rng(5)
     weights = rng.standard_normal((60, 70)) * np.exp(rng.standard_normal(60))[:, None]
@@ -344,7 +344,7 @@ def packed(states: int = 8) -> bytes:
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.mp4"
-        options = PackOptions(states=states, jobs=1)
+        options = PackOptions(states=states, lossy=lossy, jobs=1)
         pack_checkpoint(from_mapping(arrays, metadata={"a": "b"}), path, options)
         return path.read_bytes()
 

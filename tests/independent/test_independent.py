@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from independent import cases, container, reader, video
 
+from weightvid.codec.encode import Lossy
 from weightvid.errors import TruncatedError
 from weightvid.loader import open_archive
 from weightvid.quantize import TrellisParams, UniformParams
@@ -25,11 +26,13 @@ HERE = Path(__file__).parent
 FORMAT = HERE.parent.parent / "FORMAT.md"
 
 
-@pytest.fixture(scope="module", params=[*cases.CASES, "packed-uniform"])
+@pytest.fixture(scope="module", params=[*cases.CASES, "packed-uniform", "packed-lossy"])
 def archive(request: pytest.FixtureRequest) -> bytes:
     """Every archive in turn."""
     if request.param == "packed-uniform":
         return cases.packed(states=0)
+    if request.param == "packed-lossy":
+        return cases.packed(lossy=Lossy("qp", 14))
     return cases.CASES[request.param]()
 
 

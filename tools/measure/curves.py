@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+
+from weightvid.compare import bd
 
 Floats = npt.NDArray[np.float64]
 Pair = tuple[float, float]
@@ -100,13 +101,12 @@ def _line(points: Sequence[Pair], goal: float) -> tuple[float | None, float | No
 
 
 def bd_rate(anchor: Sequence[Pair], test: Sequence[Pair]) -> dict[str, Any] | None:
-    """Mean rate difference in percent at equal quality: PCHIP over log rate (``bjontegaard``).
+    """Mean rate difference in percent at equal quality (:mod:`weightvid.compare.bd`).
 
     Parameters
     ----------
     anchor, test : sequence of (bits per weight, quality)
-        More quality is better. Points that a cheaper one of the same curve beats are left out:
-        the method needs curves that rise.
+        More quality is better.
 
     Returns
     -------
@@ -115,31 +115,11 @@ def bd_rate(anchor: Sequence[Pair], test: Sequence[Pair]) -> dict[str, Any] | No
         ``points``, how many of the anchor's and the test's lie in it. None where the curves share
         no range.
     """
-    import bjontegaard
-
-    rising = [_rising(curve) for curve in (anchor, test)]
-    if min(map(len, rising)) < 3:
+    found = bd.bd_rate(anchor, test)
+    if found.percent is None:
         return None
-    low = max(curve[0][1] for curve in rising)
-    high = min(curve[-1][1] for curve in rising)
-    if low >= high:
-        return None
-    (rate_a, quality_a), (rate_t, quality_t) = (np.array(curve).T for curve in rising)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # small overlaps are told by the range
-        percent = bjontegaard.bd_rate(
-            rate_a, quality_a, rate_t, quality_t, method="pchip", require_matching_points=False
-        )
-    inside = [sum(low <= q <= high for _, q in curve) for curve in rising]
-    return {"percent": float(percent), "from": low, "to": high, "points": inside}
-
-
-def _rising(curve: Sequence[Pair]) -> list[Pair]:
-    found: list[Pair] = []
-    for rate, quality in sorted(curve):
-        if math.isfinite(quality) and (not found or quality > found[-1][1]):
-            found.append((rate, quality))
-    return found
+    points = list(found.points)
+    return {"percent": found.percent, "from": found.low, "to": found.high, "points": points}
 
 
 class GaussianBound:

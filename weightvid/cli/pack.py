@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightvid.cli import output, targets
+from weightvid.cli import lossy, output, targets
 from weightvid.cli.options import Force, Json, named_after, usage_error
 
 if TYPE_CHECKING:
@@ -76,6 +76,9 @@ def pack(
             "[bold]weightvid compare[/bold] measures.",
         ),
     ] = None,
+    codec: lossy.Codec = None,
+    qp: lossy.Qp = None,
+    crf: lossy.Crf = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -162,6 +165,7 @@ def pack(
     evaluation = targets.evaluation(evaluate, more, target, rule)
     named = _quantizer(quantizer)
     options = PackOptions(
+        lossy=lossy.chosen(codec, qp, crf, (recipe, step, quantizer) != (None, None, None)),
         states=named.states,
         shaping=named.shaping,
         recipe=recipe or DEFAULT_RECIPE,

@@ -40,10 +40,40 @@ NEUTRAL_CHROMA: Final = 128
 #: Without loop filters x265 has no reason to write its running pattern into the slice headers,
 #: which would make a packet depend on its number. One thread each: we run encoders side by side.
 _X265_PARAMS: Final = (
-    "lossless=1:keyint=2:min-keyint=1:open-gop=0:bframes=0:b-adapt=0:scenecut=0:rc-lookahead=0"
+    "keyint=2:min-keyint=1:open-gop=0:bframes=0:b-adapt=0:scenecut=0:rc-lookahead=0"
     ":cutree=0:no-deblock=1:no-sao=1:info=0:wpp=0:pools=none:frame-threads=1:log-level=none"
-    ":ctu=64:min-cu-size=16"
 )
+#: of lossless frames: smaller blocks do not help them.
+_LOSSLESS: Final = "lossless=1:ctu=64:min-cu-size=16"
+#: of lossy ones: the codec's own decisions about what an eye would miss are of no use to weights.
+_LOSSY: Final = "aq-mode=0:psy-rd=0:psy-rdoq=0:rdoq-level=2:ipratio=1:strong-intra-smoothing=0"
+MOST_QP: Final = 51.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lossy:
+    """How much a lossy codec may lose.
+
+    Attributes
+    ----------
+    mode : str
+        ``qp``: a quantization parameter for every block; ``crf``: x265's constant rate factor.
+    value : float
+        0..51; a QP is an integer.
+    """
+
+    mode: str
+    value: float
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("qp", "crf"):
+            raise CodecError(f"unknown lossy mode {self.mode!r}; known: qp, crf")
+        if not 0 <= self.value <= MOST_QP or (self.mode == "qp" and self.value % 1):
+            what = "an integer" if self.mode == "qp" else "a number"
+            raise CodecError(f"{self.mode} is {what} from 0 to {MOST_QP:g}, not {self.value:g}")
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.value:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +86,25 @@ class EncoderSettings:
         Frame size in samples; multiples of 64.
     preset : str
         x265's preset, one of :data:`PRESETS`.
+    lossy : Lossy or None
+        None: lossless.
     """
 
     width: int
     height: int
     preset: str = DEFAULT_PRESET
+    lossy: Lossy | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise CodecError(f"unknown x265 preset {self.preset!r}; known: {', '.join(PRESETS)}")
+
+    @property
+    def x265_params(self) -> str:
+        """Options in x265's own words."""
+        if self.lossy is None:
+            return f"{_LOSSLESS}:{_X265_PARAMS}"
+        return f"{_LOSSY}:{self.lossy.mode}={self.lossy.value:g}:{_X265_PARAMS}"
 
     @property
     def level(self) -> str:
@@ -87,7 +127,7 @@ class HevcEncoder:
             context.flags |= Flags.global_header
             context.options = {
                 "preset": settings.preset,
-                "x265-params": _X265_PARAMS,
+                "x265-params": settings.x265_params,
                 "forced-idr": "1",
             }
             context.open()

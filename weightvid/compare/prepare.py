@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
+from weightvid.allocate import sample_step
 from weightvid.checkpoint import open_checkpoint
+from weightvid.codec.encode import DEFAULT_PRESET, Lossy
 from weightvid.codec.registry import bit_depth
 from weightvid.compare.frames import Matrix
 from weightvid.compare.model import Model
@@ -22,14 +24,7 @@ from weightvid.packing.write import Task, kept
 from weightvid.planning.named import QUANTIZERS
 from weightvid.planning.options import PackOptions
 from weightvid.planning.survey import plan_archive, survey
-from weightvid.quantize.params import round_step
 from weightvid.spec import TensorSpec
-
-#: step of 8-bit samples in units of pack's step rule: 127 of them are 7 sigmas of an average
-#: tensor. What the codec does to samples of more bits is the same in units of the weights.
-SAMPLE_FACTOR: Final = 0.055
-#: largest share of weights that lie beyond the range of samples.
-_OUTLIERS: Final = 0.001
 
 
 @dataclass(slots=True)
@@ -68,13 +63,15 @@ class Prepared:
 def pack_options(setting: Setting, jobs: int) -> PackOptions:
     """Pack's options at a setting."""
     quantizer = QUANTIZERS[setting.quantizer or "pack"]
+    lossy = setting.kind == "pack" and setting.value is not None
     return PackOptions(
+        lossy=Lossy(setting.mode, setting.value or 0.0) if lossy else None,
         rule=quantizer.rule,
         step_factor=setting.rate,
         states=quantizer.states,
         shaping=quantizer.shaping,
         side_files=False,
-        preset=setting.preset if setting.kind == "pack" else PackOptions().preset,
+        preset=setting.preset if setting.kind == "pack" else DEFAULT_PRESET,
         jobs=jobs,
         verify=False,
     )
@@ -99,7 +96,6 @@ def levels(model: Model, setting: Setting, jobs: int) -> Prepared:
 def samples(model: Model, setting: Setting, jobs: int) -> Prepared:
     """Weights rounded to fine steps, which follow pack's rule; the codec does the quantizing."""
     bits = bit_depth(setting.coding.pixel_format)
-    factor = SAMPLE_FACTOR * 2.0 ** (8 - bits)
     options = PackOptions(side_files=False)
     with open_checkpoint(model.path) as reader, local_workers(jobs) as workers:
         surveyed = survey(reader, options, workers=workers)
@@ -116,7 +112,7 @@ def samples(model: Model, setting: Setting, jobs: int) -> Prepared:
                 continue
             weights = to_float32(reader.read(spec.name), spec.dtype)
             matrix = weights.reshape(tile.matrix_shape(spec.shape))
-            step = np.float32(round_step(max(factor * unit, _least_step(matrix, bits))))
+            step = np.float32(sample_step(unit, surveyed.stats[number], bits))
             made.numbers.append(number)
             plane, outliers = sample(matrix, step, bits)
             made.planes.append(plane)
@@ -125,13 +121,6 @@ def samples(model: Model, setting: Setting, jobs: int) -> Prepared:
         exact.flush()
         outbox.flush()
     return made
-
-
-def _least_step(matrix: npt.NDArray[np.float32], bits: int) -> float:
-    """Finest step at which few weights lie beyond the range of samples."""
-    magnitudes = np.abs(matrix).reshape(-1)
-    rank = magnitudes.size - 1 - int(_OUTLIERS * magnitudes.size)
-    return float(np.partition(magnitudes, rank)[rank]) / ((1 << (bits - 1)) - 1)
 
 
 def sample(

@@ -22,7 +22,8 @@ class Setting:
     Attributes
     ----------
     kind : str
-        ``original``: the model itself; ``pack``: an archive by weightvid; ``lossless``: pack's
+        ``original``: the model itself; ``pack``: an archive by weightvid, with lossy video if it
+        has a value; ``lossless``: pack's
         levels as plain samples of some codec; ``lossy``: a codec that does the quantizing;
         ``baseline``.
     method : str
@@ -66,9 +67,8 @@ class Setting:
         CodecError
             Something that the codec does not take.
         """
-        lossy = self.value if self.kind == "lossy" else None
-        mode = self.mode or "lossless"
-        return Coding(codec(self.method), mode, lossy, self.preset, self.pixel_format, self.inter)
+        row, mode = codec(self.method), self.mode or "lossless"
+        return Coding(row, mode, self.value, self.preset, self.pixel_format, self.inter)
 
     @property
     def series(self) -> str:
@@ -85,7 +85,8 @@ class Setting:
             return self.method
         if self.kind == "pack":
             parts = ["weightvid"]
-            parts += [self.quantizer] if self.quantizer != DEFAULT_QUANTIZER else []
+            parts += [self.mode] if self.value is not None else []
+            parts += [self.quantizer] if self.quantizer not in (DEFAULT_QUANTIZER, "") else []
             parts += [self.preset] if self.preset != DEFAULT_PRESET else []
             return " ".join(parts)
         parts = [self.coding.label]
@@ -98,7 +99,7 @@ class Setting:
     @property
     def label(self) -> str:
         """Short name of the point, unique in a comparison."""
-        if self.kind in ("pack", "lossless"):
+        if self.rate is not None:
             return f"{self.series} k={self.rate:g}"
         return self.series if self.value is None else f"{self.series} {self.value:g}"
 
@@ -106,8 +107,12 @@ class Setting:
         """What a shell runs to get this point again."""
         quoted = shlex.quote(model)
         if self.kind == "pack":
-            parts = ["weightvid pack", quoted, f"--step {self.rate:g}"]
-            parts += [f"--quantizer {self.quantizer}"] if self.quantizer != "pack" else []
+            parts = ["weightvid pack", quoted]
+            if self.value is not None:
+                parts.append(f"--{self.mode} {self.value:g}")
+            else:
+                parts.append(f"--step {self.rate:g}")
+                parts += [f"--quantizer {self.quantizer}"] if self.quantizer != "pack" else []
             parts += [f"--preset {self.preset}"] if self.preset != DEFAULT_PRESET else []
             parts += ["--no-side-files"] if Path(model).is_dir() else []
             return " ".join(parts)

@@ -105,12 +105,25 @@ class Sweep:
         presets = tuple(p for p in self.presets if p in x265)
         if not presets:
             presets = PRESETS if "x265" in codecs and not self.presets else PRESETS[:1]
-        for name in _known(self.quantizers, tuple(QUANTIZERS), "quantizer"):
+        names = _known(self.quantizers, tuple(QUANTIZERS), "quantizer")
+        for name in names:
             for preset in presets if name == DEFAULT_QUANTIZER else presets[:1]:
                 for rate in self.rates:
                     yield Setting(
                         "pack", "x265", preset, "lossless", _USUAL, None, name, rate
                     )  # fmt: skip
+        if "x265" in codecs and DEFAULT_QUANTIZER in names:
+            for mode, values in (("qp", self.qp), ("crf", self.crf)):
+                for value in self._values("x265", mode, values):
+                    yield Setting("pack", "x265", presets[0], mode, _USUAL, value)
+
+    def _values(self, name: str, mode_name: str, chosen: Sequence[float]) -> Sequence[float]:
+        """Values of a lossy mode: those asked for that the codec takes, or its own."""
+        if mode_name == "crf" and not chosen:
+            return ()
+        mode = CODECS[name].modes[mode_name]
+        low, high = mode.limits
+        return [v for v in chosen if low <= v <= high] or mode.values
 
     def _codec(self, name: str) -> Iterator[Setting]:
         row = CODECS[name]
@@ -132,10 +145,7 @@ class Sweep:
                         )  # fmt: skip
                     continue
                 chosen = {"qp": self.qp, "crf": self.crf}.get(mode_name, ())
-                if mode_name == "crf" and not chosen:
-                    continue
-                low, high = mode.limits
-                for value in [v for v in chosen if low <= v <= high] or mode.values:
+                for value in self._values(name, mode_name, chosen):
                     yield Setting(
                         "lossy", name, preset, mode_name, pixel_format, value,
                         frames=frames, inter=inter,

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from math import prod
 from typing import BinaryIO, Final
 
@@ -15,12 +16,13 @@ import numpy.typing as npt
 from weightvid import tile
 from weightvid.calibration import TensorMoments
 from weightvid.codec import bitstream
-from weightvid.codec.encode import EncoderSettings, HevcEncoder
+from weightvid.codec.encode import EncoderSettings, HevcEncoder, Lossy
 from weightvid.container.records import Header, Index
 from weightvid.container.writer import ArchiveWriter
 from weightvid.packing.biases import Corrections, bias_numbers
 from weightvid.packing.exact import ExactWriter
 from weightvid.packing.frames import FrameWriter
+from weightvid.packing.lossy import LossyWriter
 from weightvid.packing.quantized import CodedTensor, sqnr_db
 from weightvid.packing.quantizer import Coded, Request
 from weightvid.packing.schedule import Kept, code_tensors
@@ -66,6 +68,8 @@ class WritePlan:
         Calibration statistics of tensors that are quantized with error feedback, by id.
     files : tuple of bytes
         Boxes of the side files that the header lists.
+    lossy : Lossy or None
+        The codec quantizes; the levels are samples of fine steps. None: lossless frames.
     """
 
     header: Header
@@ -76,6 +80,7 @@ class WritePlan:
     keep: tuple[str, ...] = ()
     moments: Mapping[int, TensorMoments] = field(default_factory=dict)
     files: tuple[bytes, ...] = ()
+    lossy: Lossy | None = None
 
 
 @dataclass(slots=True)
@@ -145,7 +150,7 @@ def write_archive(
     """
     weights = sum(plan.header.tensors[number].size for number in plan.params)
     task = Task(plan, source, workers)
-    if weights > TRIAL_WEIGHTS:
+    if weights > TRIAL_WEIGHTS or plan.lossy is not None:
         return _write(stream, task, progress)
     trials = []
     for video in (True, False):
@@ -174,15 +179,20 @@ class Task:
 def _write(stream: BinaryIO, task: Task, progress: Report, video: bool = True) -> Written:
     plan, workers = task.plan, task.workers
     geometry, tensors = plan.header.geometry, plan.header.tensors
-    settings = EncoderSettings(geometry.width, geometry.height, plan.preset)
+    settings = EncoderSettings(geometry.width, geometry.height, plan.preset, plan.lossy)
     hvcc = bitstream.hvcc(HevcEncoder(settings).parameter_sets)
     writer = ArchiveWriter(stream, plan.header, hvcc, plan.files)
     outbox = Outbox(workers)
     exact = ExactWriter(writer, tensors, outbox)
     meter = _Meter([tensors[number] for number in plan.params], workers, progress)
     written = Written()
-    frames = FrameWriter(writer, settings, outbox, meter.encoded)
-    biases = bias_numbers(tensors, plan.moments, plan.params.keys(), plan.keep)
+    frames: FrameWriter | LossyWriter
+    if plan.lossy is None:
+        frames = FrameWriter(writer, settings, outbox, meter.encoded)
+        biases = bias_numbers(tensors, plan.moments, plan.params.keys(), plan.keep)
+    else:
+        frames = LossyWriter(writer, settings, outbox, partial(_whole, task), written.add)
+        biases = {}
     corrections = Corrections(tensors, biases)
     for coded in code_tensors(requests(task), workers, meter.quantized):
         if isinstance(coded, Kept):
@@ -193,7 +203,7 @@ def _write(stream: BinaryIO, task: Task, progress: Report, video: bool = True) -
         for number, read in corrections.quantized(coded.number, shift):
             exact.add(number, _rounded(plan, number, read))
         _store(coded, frames if video else None, exact, task)
-        if coded.choice.coding != "exact":
+        if coded.choice.coding != "exact" and plan.lossy is None:
             written.add(coded.tensor)
         if isinstance(coded.levels, Scratch):
             coded.levels.close()
@@ -205,16 +215,33 @@ def _write(stream: BinaryIO, task: Task, progress: Report, video: bool = True) -
     return written
 
 
-def _store(coded: Coded, frames: FrameWriter | None, exact: ExactWriter, task: Task) -> None:
+def _whole(task: Task, number: int) -> Array:
+    return task.read(number)()
+
+
+def _store(
+    coded: Coded, frames: FrameWriter | LossyWriter | None, exact: ExactWriter, task: Task
+) -> None:
     levels = coded.levels
     if coded.choice.coding == "exact" or levels is None:
         exact.add(coded.number, task.read(coded.number).elements)
+    elif isinstance(frames, LossyWriter):
+        frames.add(coded.number, coded.tensor, _by_layout(coded, levels))
     elif coded.choice.coding == "video" and frames is not None:
         frames.add(coded.number, coded.tensor, levels)
     else:
         rows = _by_rows(coded.tensor, levels) if coded.choice.coding == "video" else levels
         read = rows.read if isinstance(rows, Scratch) else lambda begin, end: rows[begin:end]
         exact.add_plain(coded.number, coded.tensor, read, coded.choice.video_bytes)
+
+
+def _by_layout(coded: Coded, levels: Levels | Scratch) -> Levels | Scratch:
+    """Levels in the order of the layout, whatever they were meant for."""
+    if coded.choice.coding == "video":
+        return levels
+    size, tensor = coded.tensor.spec.size, coded.tensor
+    whole = levels.read(0, size).view(np.int8) if isinstance(levels, Scratch) else levels
+    return tile.to_sequence(whole.reshape(tensor.shape), tensor.layout.order)
 
 
 def _by_rows(coded: CodedTensor, sequence: npt.NDArray[np.int8] | Scratch) -> Levels:

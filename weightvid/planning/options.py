@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from weightvid import allocate, tile
 from weightvid.calibration import CalibrationStats
-from weightvid.codec.encode import DEFAULT_PRESET, EncoderSettings
+from weightvid.codec.encode import DEFAULT_PRESET, EncoderSettings, Lossy
 from weightvid.errors import QuantizationError
 from weightvid.planning.function import Function
 from weightvid.planning.target import Target
@@ -74,6 +74,9 @@ class PackOptions:
     calibration : path, CalibrationStats or None
         Statistics of this very model: its tensors are quantized with error feedback. Tensors
         without statistics are packed as ever.
+    lossy : Lossy or None
+        Let the codec quantize samples of fine steps, instead of coding levels losslessly; step
+        factor, recipe, states and shaping play no part then.
     keep : tuple of str
         Shell-style patterns of tensor names that are kept exactly.
     side_files : bool
@@ -102,6 +105,7 @@ class PackOptions:
     shaping: bool = True
     mantissa_bits: int | None = None
     calibration: str | os.PathLike[str] | CalibrationStats | None = None
+    lossy: Lossy | None = None
     keep: tuple[str, ...] = ()
     side_files: bool = True
     preset: str = DEFAULT_PRESET
@@ -140,6 +144,9 @@ class PackOptions:
             allocate.check_factor(self.step_factor)
             if self.target is not None:
                 raise QuantizationError("a target and a step factor exclude each other")
+        aims = (self.target, self.calibration, self.evaluation)
+        if self.lossy is not None and aims != (None, None, None):
+            raise QuantizationError("a lossy codec takes no target, calibration or evaluation")
         if self.target is not None and self.target.measured and self.evaluation is None:
             raise QuantizationError(f"a target of {self.target.kind} needs an evaluation")
         if self.evaluation is not None and self.rule == "sqnr":

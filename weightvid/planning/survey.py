@@ -76,7 +76,15 @@ class Survey:
         return sum(spec.size for spec in self.specs if spec.dtype in PACKABLE)
 
     def steps(self, factor: float) -> dict[int, float]:
-        """Step of each tensor at a step factor, within its limits."""
+        """Step of each tensor at a step factor, within its limits.
+
+        Where a lossy codec quantizes, its samples' steps, whatever the factor.
+        """
+        if self.options.lossy is not None:
+            return {
+                number: allocate.sample_step(self.units[number], stats)
+                for number, stats in self.stats.items()
+            }
         return {number: self.limited(number, factor * self.units[number]) for number in self.stats}
 
     def limited(self, number: int, step: float) -> float:
@@ -101,7 +109,7 @@ class Survey:
         if stats.absmax + 2 * step >= LARGEST[spec.dtype]:
             return None  # a dequantized weight might round to infinity
         try:
-            if not self.options.states or self.shaped(number):
+            if self.options.lossy is not None or not self.options.states or self.shaped(number):
                 return UniformParams(step)
             return TrellisParams(step, self.options.states)
         except QuantizationError:
@@ -195,11 +203,12 @@ def plan_archive(
         header,
         params,
         options.preset,
-        options.shapes_noise,
+        options.shapes_noise and options.lossy is None,
         options.kept_mantissa_bits,
         options.keep,
         surveyed.moments,
         boxes,
+        options.lossy,
     )
 
 
@@ -289,6 +298,8 @@ def _about(options: PackOptions) -> dict[str, Any]:
     elif options.step_factor is not None:
         recipe = f"step {options.step_factor:g}"
     about: dict[str, Any] = {"generator": f"weightvid {__version__}", "recipe": recipe}
+    if options.lossy is not None:
+        about["recipe"] = f"lossy video, {options.lossy}"
     if options.rule != allocate.DEFAULT_RULE:
         about["rule"] = options.rule
     if options.kept_mantissa_bits < FULL_BITS:
