@@ -20,5 +20,5 @@ def site() -> Iterator[Site]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that transfers would have waited."""
     seconds: list[float] = []
-    monkeypatch.setattr(retry, "pause", seconds.append)
+    monkeypatch.setattr(retry, "pause", lambda wait_s, _: seconds.append(wait_s))
     return seconds

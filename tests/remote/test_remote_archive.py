@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from weightvid.verify import verify_archive
 
 pytest.importorskip("aiohttp")
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 ARRAYS = sample_arrays()
 
 
@@ -327,3 +333,29 @@ def test_one_line_and_no_output(
     assert len(lines) == 1
     assert re.match(rf"error: .*({said})", lines[0])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("name", ["m.npz", "m.safetensors"])
+def test_an_interrupted_download_leaves_nothing(site: Site, name: str, tmp_path: Path) -> None:
+    arrays = {"a": normal(1, 2000, 1000)}
+    if name.endswith(".npz"):
+        np.savez(tmp_path / name, **arrays)
+    else:
+        save_file(arrays, tmp_path / name)
+    url = site.put(name, (tmp_path / name).read_bytes(), piece_bytes=1000, piece_pause_s=0.02)
+    spool, out = tmp_path / "spool", tmp_path / "m.mp4"
+    spool.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from weightvid.cli import main; main()", "pack", url, "-o", out],
+        env={**os.environ, "TMPDIR": str(spool), "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
+    while not (len(site.asked) > 2 or site.sent_bytes > 100_000):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b"interrupted\n"
+    assert process.returncode == 130
+    assert not list(spool.iterdir())
+    assert not list(tmp_path.glob("*.mp4"))
+    assert not list(tmp_path.glob(".weightvid*"))

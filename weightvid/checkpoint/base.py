@@ -152,6 +152,13 @@ class CheckpointReader(ABC):
     def _read(self, spec: TensorSpec) -> Array:
         """Elements of a tensor that is known to exist."""
 
+    def stop(self) -> None:
+        """End a long read in another thread with an error there; close follows.
+
+        Does nothing for files of this machine, which are read in no time.
+        """
+        return
+
     def close(self) -> None:
         """Release the file. Reading afterwards is an error; arrays already read stay valid."""
         self._closed = True

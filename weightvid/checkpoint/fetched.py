@@ -108,6 +108,11 @@ class _Local:
             stream.close()
             raise
 
+    def stop(self) -> None:
+        """End what another thread reads."""
+        for mirror in tuple(self._mirrors.values()):
+            mirror.stop()
+
     def remove(self) -> None:
         """Close and remove everything."""
         for mirror in self._mirrors.values():
@@ -147,6 +152,9 @@ class _FetchedReader(CheckpointReader):
     def _read_range(self, spec: TensorSpec, first: int, count: int) -> Array:
         with _named(self._local, self._url):
             return self._inner.read_range(spec.name, first, count)
+
+    def stop(self) -> None:
+        self._local.stop()
 
     def close(self) -> None:
         super().close()

@@ -141,6 +141,12 @@ class MirrorFile(io.RawIOBase):
                 merged.append((start, stop))
         self._have = merged
 
+    def stop(self) -> None:
+        """End what another thread reads, with an error there."""
+        stop = getattr(self._remote, "stop", None)
+        if stop is not None:
+            stop()
+
     def close(self) -> None:
         """Let go of both files."""
         if not self.closed:

@@ -148,6 +148,8 @@ class Workers:
 
     def stop(self) -> None:
         """Forget what has not begun, and wait for what has."""
+        if self._source is not None:
+            self._source[0].stop()
         if isinstance(self._executor, ThreadPoolExecutor):
             self._executor.shutdown(wait=True, cancel_futures=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, BinaryIO, Final, cast
@@ -82,6 +83,8 @@ class Transfer:
         Whether ranges can be asked for; known after the first answer.
     requests, bytes_received : int
         What it took so far.
+    stopped : threading.Event
+        Set by whoever wants nothing more of it, from any thread.
     """
 
     def __init__(self, store: Store) -> None:
@@ -90,6 +93,7 @@ class Transfer:
         self.ranged = False
         self.requests = 0
         self.bytes_received = 0
+        self.stopped = threading.Event()
         self._tag: str | None = None
 
     def pieces(
@@ -128,7 +132,7 @@ class Transfer:
                         f"cannot read {self.store.shown}: {error}; gave up after {failures} tries "
                         f"at byte {at}"
                     ) from None
-                retry.pause(retry.POLICY.wait_s(failures, error.wait_s))
+                retry.pause(retry.POLICY.wait_s(failures, error.wait_s), self.stopped)
 
     def _ended(self, at: int, end: int | None) -> bool:
         total = self.total_bytes
@@ -137,6 +141,8 @@ class Transfer:
         return at >= (total if end is None else min(end, total))
 
     def _once(self, at: int, asked_end: int | None, end: int | None) -> Generator[bytes]:
+        if self.stopped.is_set():
+            raise RemoteError(f"{self.store.shown} is wanted no longer")
         self.requests += 1
         answer = self.store.request(at, asked_end)
         with closing(answer.chunks):
@@ -147,6 +153,8 @@ class Transfer:
             stop = asked_end if answer.ranged else end
             limit = None if stop is None else stop - at
             for chunk in answer.chunks:
+                if self.stopped.is_set():
+                    raise RemoteError(f"{self.store.shown} is wanted no longer")
                 self.bytes_received += len(chunk)
                 data, skip = chunk[skip:], max(0, skip - len(chunk))
                 if limit is not None:
@@ -181,6 +189,10 @@ class _Remote(io.RawIOBase):
         super().__init__()
         self.transfer = transfer
         self.name = transfer.store.shown
+
+    def stop(self) -> None:
+        """End what another thread reads, with an error there."""
+        self.transfer.stopped.set()
 
     def readable(self) -> bool:
         """Yes."""

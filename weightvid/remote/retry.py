@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
+import threading
 from dataclasses import dataclass
 
 
@@ -63,6 +63,6 @@ class RetryPolicy:
 POLICY = RetryPolicy()
 
 
-def pause(seconds: float) -> None:
-    """Wait before a transfer is tried again."""
-    time.sleep(seconds)
+def pause(seconds: float, stopped: threading.Event) -> None:
+    """Wait before a transfer is tried again, unless it is stopped meanwhile."""
+    stopped.wait(seconds)

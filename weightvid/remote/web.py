@@ -8,8 +8,10 @@ before a cut are kept.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Coroutine, Generator, Mapping
+from concurrent.futures import wait
 from contextlib import suppress
 from typing import Any, Final
 
@@ -27,6 +29,10 @@ _REFUSED: Final = frozenset({401, 402, 403, 407, 451})
 _GONE: Final = frozenset({404, 410})
 _UNSATISFIABLE: Final = 416
 _PARTIAL: Final = 206
+#: how long bytes are gathered before they are handed on.
+_GATHER_S: Final = 0.5
+#: what a connection takes to close after an interruption.
+_SETTLE_S: Final = 0.02
 _LEAST_REFUSAL: Final = 400
 
 
@@ -67,7 +73,6 @@ class WebStore(Store):
         self._target = target or url
         self._headers = dict(headers or {})
         self._aiohttp: Any = need("aiohttp", "remote", url)
-        self._asyn: Any = need("fsspec.asyn", "remote", url)
         fsspec: Any = need("fsspec", "remote", url)
         kind = scheme(self._target)
         # Proxies and passwords of the environment, unless fsspec's configuration says otherwise.
@@ -110,11 +115,15 @@ class WebStore(Store):
             total=None, sock_connect=policy.connect_s, sock_read=policy.silence_s
         )
         response = await session.get(self._address, headers=headers, timeout=patience, **options)
-        if response.status < _LEAST_REFUSAL:
-            # At once: aiohttp forgets what has come when the connection breaks before it is read.
-            # The error, if there is one, comes again with the next piece.
-            with suppress(self._aiohttp.ClientError, OSError):
-                await _gather(response.content, parts)
+        try:
+            if response.status < _LEAST_REFUSAL:
+                # At once: aiohttp forgets what has come when the connection breaks before it is
+                # read. The error, if there is one, comes again with the next piece.
+                with suppress(self._aiohttp.ClientError, OSError):
+                    await _gather(response.content, parts)
+        except BaseException:
+            response.close()
+            raise
         return response
 
     def _answer(self, response: Any, begin: int, parts: list[bytes]) -> Answer:
@@ -185,7 +194,7 @@ class WebStore(Store):
         """Run a coroutine on fsspec's loop; aiohttp's errors become ours."""
         errors = self._aiohttp
         try:
-            return self._asyn.sync(self._files.loop, function, *arguments)
+            return _run(self._files.loop, function(*arguments))
         except errors.ClientSSLError as error:
             raise RemoteError(_certificate(self.shown, error)) from None
         except errors.InvalidURL:
@@ -204,15 +213,36 @@ class WebStore(Store):
             raise TransferError(_plain(error)) from None
 
 
+def _run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Wait for a coroutine on fsspec's loop; an interruption (Ctrl-C) ends it, too."""
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    try:
+        # In steps, because not every system can interrupt a wait without an end.
+        while not wait((future,), timeout=1.0).done:
+            pass
+    except BaseException:
+        future.cancel()
+        settled = asyncio.run_coroutine_threadsafe(asyncio.sleep(_SETTLE_S), loop)
+        wait((settled,), timeout=1.0)
+        raise
+    return future.result()
+
+
 async def _gather(content: Any, parts: list[bytes]) -> None:
-    """Bytes that come next, about a megabyte; what came before an error is in ``parts``."""
+    """Bytes that come next: about a megabyte, less on a slow line.
+
+    What came before an error is in ``parts``.
+    """
     left = _CHUNK_BYTES
+    patience = asyncio.get_running_loop().time() + _GATHER_S
     while left > 0:
         data = await content.read(left)
         if not data:
             return
         parts.append(data)
         left -= len(data)
+        if asyncio.get_running_loop().time() > patience:
+            return
 
 
 def _none() -> Generator[bytes]:
