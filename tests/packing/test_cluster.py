@@ -26,6 +26,7 @@ from weightvid.packing.engines import open_workers
 from weightvid.progress import Progress
 
 distributed = pytest.importorskip("distributed", reason="needs the extra dask")
+dask = pytest.importorskip("dask", reason="needs the extra dask")
 
 WORKERS = 4
 
@@ -58,9 +59,16 @@ def local(model: Path) -> bytes:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A Dask cluster of worker processes; each has weightvid from this checkout."""
-    with distributed.LocalCluster(
-        n_workers=WORKERS, threads_per_worker=1, processes=True, dashboard_address=None
-    ) as made:
+    # A busy machine takes its time to start processes.
+    patience = {
+        f"distributed.{key}": "300s" for key in ("comm.timeouts.connect", "comm.timeouts.tcp")
+    }
+    with (
+        dask.config.set(patience),
+        distributed.LocalCluster(
+            n_workers=WORKERS, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
+        ) as made,
+    ):
         yield made
 
 
