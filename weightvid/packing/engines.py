@@ -73,7 +73,10 @@ def _dask(cluster: str, jobs: int) -> Iterator[Workers]:
         if cluster == "dask":
             count = jobs or os.cpu_count() or 1
             client = Client(
-                n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None
+                n_workers=count,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address="127.0.0.1:0",
             )
         else:
             client = Client(cluster, timeout=_CONNECT_S)
