@@ -120,6 +120,14 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_blocks_of_other_sizes_give_the_same_bytes(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightvid.packing.quantizer._BLOCK_WEIGHTS", 1 << 30)
+    monkeypatch.setattr("weightvid.packing.quantizer._BLOCK_ROWS", 850)
+    assert pack(tmp_path / "model.mp4") == archive.read_bytes()
+
+
 @pytest.mark.usefixtures("tiny_memory")
 def test_packing_in_rooms_gives_the_same_bytes(archive: Path, tmp_path: Path) -> None:
     assert pack(tmp_path / "model.mp4") == archive.read_bytes()
@@ -224,6 +232,7 @@ def test_memory_does_not_grow_with_the_tensor(
     """Packing and unpacking hold a fraction of the tensor, its levels included."""
     monkeypatch.setattr("weightvid.packing.quantizer.BATCH_WEIGHTS", 1 << 14)
     monkeypatch.setattr("weightvid.packing.quantizer._SAMPLE_WEIGHTS", 1 << 14)
+    monkeypatch.setattr("weightvid.packing.quantizer._BLOCK_ROWS", 1)
     monkeypatch.setattr("weightvid.packing.schedule.BATCH_WEIGHTS", 1 << 14)
     monkeypatch.setattr("weightvid.packing.sums.BLOCK", 1 << 15)
     options = PackOptions(jobs=1, states=0)

@@ -43,6 +43,10 @@ Levels = npt.NDArray[np.int32]
 
 #: tensors are quantized together up to this many weights; larger ones in blocks of about as many.
 BATCH_WEIGHTS: Final = 1 << 20
+#: rows are searched side by side, and few of them take longer each: so wide matrices are cut into
+#: blocks of more weights, up to a bound, as a block is what a worker holds.
+_BLOCK_ROWS: Final = 512
+_BLOCK_WEIGHTS: Final = 1 << 21
 #: weights that the choice of numbering and the rate model of a large tensor are fitted to.
 _SAMPLE_WEIGHTS: Final = 1 << 16
 
@@ -201,7 +205,8 @@ def block_rows(shape: tuple[int, int], params: Params) -> int:
     """Rows of a large tensor that are quantized at a time."""
     if isinstance(params, TrellisParams) and params.axis == 0:
         return max(1, shape[0])
-    return max(1, BATCH_WEIGHTS // shape[1])
+    rows = max(BATCH_WEIGHTS, min(_BLOCK_ROWS * shape[1], _BLOCK_WEIGHTS)) // shape[1]
+    return max(1, rows)
 
 
 def code_batch(requests: Sequence[Request]) -> list[Coded]:

@@ -72,7 +72,7 @@ def code_tensors(
     CheckpointError, ClusterError
     """
     running: deque[_Job] = deque()
-    limit = (workers.count + workers.ahead) * BATCH_WEIGHTS
+    most = workers.count + workers.ahead
     under_way = 0
 
     def finish_first() -> Iterable[Coded | Kept]:
@@ -85,7 +85,7 @@ def code_tensors(
         return found
 
     for job in _jobs(requests, workers):
-        while running and under_way + job.weights > limit:
+        while len(running) >= most and under_way + job.weights > most * BATCH_WEIGHTS:
             yield from finish_first()
         job.work = job.start()
         under_way += job.weights
