@@ -26,11 +26,15 @@ _PROBING_NUMBERS: Final = 0.7
 #: evaluations of whole models on the way to a factor.
 _WHOLE: Final = 8
 #: sweeps of the descent that a default budget has room for.
-_SWEEPS: Final = 2
+_SWEEPS: Final = 3
 #: a bound on a loss is aimed at this little below it.
 _AIM: Final = 0.98
 #: where a bound does not hold, steps shrink at least by this factor.
 _FINER: Final = 0.95
+#: a sweep that ends so far below its aim, in the logarithm, is made again from coarser steps, but
+#: not from ones coarser than by this.
+_SLACK: Final = 0.15
+_FARTHEST: Final = 1.5
 #: encodings at most, until a bound holds on the decoded archive.
 _MOST_ENCODINGS: Final = 12
 #: sizes at which the descent is aimed, in parts of the bound.
@@ -237,13 +241,26 @@ class Planner:
             f"{target.show(target.value)} at most cannot be reached; the nearest is {nearest}"
         )
 
+    def _lucky(self, start: Point, aim: float, reserve: int) -> Point:
+        """A sweep; if it saves more harm than was hoped for, another one from coarser steps."""
+        point = self._descent.first(start, self._evaluator.left - reserve)
+        slack = log(aim / self._loss(point))
+        if slack < _SLACK or self._evaluator.left - reserve < TRIES * len(self._groups):
+            return point
+        # Harm goes with the square of the steps: where a sweep with this luck ends at the aim.
+        coarser = exp(min(_FARTHEST, slack) / 2)
+        steps = {n: self._surveyed.limited(n, coarser * s) for n, s in start.steps.items()}
+        again = self._descent.first(self._descent.point(steps), self._evaluator.left - reserve)
+        bound = self._loss_bound(aim, False, point)
+        return min(point, again, key=lambda found: self._descent.cost(found, bound))
+
     def _descended(self, found: tuple[float, Point], loss: float, target: Target | None) -> Trial:
         """Improve the steps, encode, and judge the archive, until the bound holds."""
         point = found[1]
         aim = _AIM * loss
         if self._vectors:
             reserve = len(self._groups)
-            point = self._descent.first(point, self._evaluator.left - reserve)
+            point = self._lucky(point, aim, reserve)
             bound = partial(self._loss_bound, aim, False)
             point = self._descent.run(point, bound, self._evaluator.left - reserve)
         while True:
