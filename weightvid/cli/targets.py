@@ -65,7 +65,7 @@ LowerIsBetter = Annotated[
 Budget = Annotated[
     int | None,
     typer.Option(
-        "--eval-budget", min=3, metavar="N", help="Calls of --eval; default: 8 a tensor, or so."
+        "--eval-budget", min=3, metavar="N", help="Calls of --eval; default: 11 a tensor, or so."
     ),
 ]
 EvalCache = Annotated[

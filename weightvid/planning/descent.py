@@ -8,7 +8,7 @@ slope are tried for each tensor, and the one that serves the whole model best is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import exp, log
 from typing import Final
 
@@ -27,14 +27,16 @@ TRIES: Final = 3
 _REACH: Final = 0.25
 #: and these move by at most so many logarithms at a time towards a bound.
 _SHIFT: Final = 0.4
+#: best of a few draws, in standard deviations of one.
+_LUCK: Final = 0.8
+_MOST_LUCK: Final = 0.4
 #: harm goes with 4**-bits: what a bit for every weight is worth, in the logarithm of the harm.
 _PER_BIT: Final = 2 * log(2)
-#: what lies inside the bound counts this much, and what lies beyond it.
-_INSIDE, _BEYOND = 0.5, 2.5
-#: towards the end, what is left inside the bound counts this much: it is there to be used.
-_AT_LAST: Final = 0.1
-#: tries for each group, of the last part.
-_CLOSING: Final = 2.0
+#: what lies inside the bound counts this much, and what lies beyond it: near 1, so that no bit is
+#: bought or sold much above its price.
+_INSIDE, _BEYOND = 0.8, 1.3
+#: what lies beyond counts this much where a bound was missed.
+STRICT: Final = 3.0
 #: a sweep that gains less ends the search.
 _LEAST_GAIN: Final = 0.02
 
@@ -48,13 +50,14 @@ class Bound:
     kind : str
         ``drive`` of the verdict, or ``bits`` of all quantized tensors by the curves.
     value : float
-    inside : float
-        What a gain counts that lies inside the bound.
+    inside, beyond : float
+        What harm or bits count that lie inside the bound, and beyond it.
     """
 
     kind: str
     value: float
     inside: float = _INSIDE
+    beyond: float = _BEYOND
 
 
 @dataclass(slots=True)
@@ -92,15 +95,21 @@ class Descent:
         """Bits of the levels, as the curves have it."""
         return sum(self._surveyed.curves[n].bits(step) for n, step in steps.items())
 
+    def luck(self, scatter: Mapping[Group, float]) -> float:
+        """Logarithm of the harm that a first sweep should save, by the scatter of the probes."""
+        sizes = {g: sum(self._surveyed.specs[n].size for n in g) for g in self._groups}
+        found = sum(sizes[g] * scatter.get(g, 0.0) for g in self._groups)
+        return min(_MOST_LUCK, _LUCK * found / max(1, self._weights))
+
     def cost(self, point: Point, bound: Bound) -> float:
         """What is to become small: harm and bits, in logarithms of the harm."""
         harm = log(max(point.verdict.drive, 1e-12))
         bits = _PER_BIT * point.bits / max(1, self._weights)
         if bound.kind == "drive":
             excess = harm - log(max(bound.value, 1e-12))
-            return bits + (_BEYOND if excess > 0 else bound.inside) * excess
+            return bits + (bound.beyond if excess > 0 else bound.inside) * excess
         excess = bits - _PER_BIT * bound.value / max(1, self._weights)
-        return harm + (_BEYOND if excess > 0 else bound.inside) * excess
+        return harm + (bound.beyond if excess > 0 else bound.inside) * excess
 
     def run(self, point: Point, bound: Callable[[Point], Bound], calls: int) -> Point:
         """Improve a point until little is gained, or so many calls are spent.
@@ -112,27 +121,29 @@ class Descent:
             Gives the bound for a sweep that begins at a point.
         calls : int
         """
-        last = self._evaluator.asked + min(calls, self._evaluator.left)
-        room = int(_CLOSING * len(self._groups))
-        closing = False
+        last = self._evaluator.asked + max(0, min(calls, self._evaluator.left))
         while self._evaluator.asked < last and self._groups:
-            closing = closing or self._evaluator.asked >= last - room
             before = self.cost(point, bound(point))
             for place in self._draw.permutation(len(self._groups)):
-                held = bound(point)
-                if closing:
-                    held = replace(held, inside=_AT_LAST)
-                point = self._improved(point, self._groups[place], held, last)
+                point = self._improved(point, self._groups[place], bound(point), last)
             if before - self.cost(point, bound(point)) < _LEAST_GAIN:
-                # Little is to be gained: what is left inside the bound is used up.
-                if closing:
-                    break
-                closing, last = True, min(last, self._evaluator.asked + room)
+                break
         return point
 
-    def _improved(self, point: Point, group: Group, bound: Bound, last: int) -> Point:
-        """Best of a point and a few that differ in one group."""
-        factor = self._aimed(point, bound)
+    def first(self, point: Point, calls: int) -> Point:
+        """One sweep without a bound, bits and harm at one price; parameters as in :meth:`run`."""
+        last = self._evaluator.asked + max(0, min(calls, self._evaluator.left))
+        neutral = Bound("drive", point.verdict.drive, 1.0, 1.0)
+        factor = self.factor(point.steps)
+        for place in self._draw.permutation(len(self._groups)):
+            point = self._improved(point, self._groups[place], neutral, last, factor)
+        return point
+
+    def _improved(
+        self, point: Point, group: Group, bound: Bound, last: int, factor: float | None = None
+    ) -> Point:
+        """Best of a point and a few that differ in one group, whose steps lie near a factor."""
+        factor = factor or self._aimed(point, bound)
         for _ in range(min(TRIES, last - self._evaluator.asked)):
             steps = self._changed(point, group, factor)
             if steps == point.steps:

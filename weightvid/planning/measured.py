@@ -9,7 +9,7 @@ from math import exp, log, sqrt
 from typing import Any, BinaryIO, Final
 
 from weightvid.errors import TargetError
-from weightvid.planning.descent import TRIES, Bound, Descent, Point
+from weightvid.planning.descent import STRICT, TRIES, Bound, Descent, Point
 from weightvid.planning.evaluate import Evaluator, check_target
 from weightvid.planning.search import Trial, factor_range, search
 from weightvid.planning.sensitivity import PROBES, Group, groups_of, measured_units
@@ -26,11 +26,15 @@ _PROBING_NUMBERS: Final = 0.7
 #: evaluations of whole models on the way to a factor.
 _WHOLE: Final = 8
 #: sweeps of the descent that a default budget has room for.
-_SWEEPS: Final = 2
+_SWEEPS: Final = 3
 #: a bound on a loss is aimed at this little below it.
 _AIM: Final = 0.98
 #: where a bound does not hold, steps shrink at least by this factor.
 _FINER: Final = 0.95
+#: a sweep that ends so far below its aim, in the logarithm, is made again from coarser steps, but
+#: not from ones coarser than by this.
+_SLACK: Final = 0.15
+_FARTHEST: Final = 1.5
 #: encodings at most, until a bound holds on the decoded archive.
 _MOST_ENCODINGS: Final = 12
 #: sizes at which the descent is aimed, in parts of the bound.
@@ -105,11 +109,13 @@ class Planner:
             check_target(original, target.kind, self._evaluator.name)
         self._vectors = original.outputs.vectors is not None
         factor = _PROBING if self._vectors else _PROBING_NUMBERS
-        units = self._free.units
+        units: Mapping[int, float] = self._free.units
+        scatter: dict[Group, float] = {}
         if self._free.stats:
-            units = measured_units(self._free, self._evaluator, factor, self._groups)
+            units, scatter = measured_units(self._free, self._evaluator, factor, self._groups)
         self._surveyed = replace(self._free, units=units, measured=True)
         self._descent = Descent(self._surveyed, self._evaluator, self._groups)
+        self._luck = exp(self._descent.luck(scatter)) if self._vectors else 1.0
         if target is None or target.measured:
             made = self._bounded_loss(target)
         else:
@@ -161,9 +167,9 @@ class Planner:
                 return self._encode_factor(first)
             # As faithful as the recipe's own steps.
             loss = self._evaluator.verdict(self._free.steps(first)).loss
-            return self._descended(self._solve(loss), loss, None)
+            return self._descended(self._solve(self._luck * loss), loss, None)
         if target.kind == "kl":
-            solved = self._solve(_AIM * target.value)
+            solved = self._solve(_AIM * self._luck * target.value)
             lowest = factor_range(self._surveyed)[0]
             if solved[0] <= lowest * 1.0001 and not self._holds(solved[1].verdict, target):
                 raise self._unreachable(target, solved[1].verdict)
@@ -190,9 +196,10 @@ class Planner:
             factor = moved
         return best if best is not None else (factor, self._at(factor))
 
-    def _loss_bound(self, loss: float, point: Point) -> Bound:
+    def _loss_bound(self, loss: float, strict: bool, point: Point) -> Bound:
         """The loss and what drives the search go together, nearly."""
-        return Bound("drive", loss * point.verdict.drive / self._loss(point))
+        bound = Bound("drive", loss * point.verdict.drive / self._loss(point))
+        return replace(bound, beyond=STRICT) if strict else bound
 
     @staticmethod
     def _loss(point: Point) -> float:
@@ -234,14 +241,32 @@ class Planner:
             f"{target.show(target.value)} at most cannot be reached; the nearest is {nearest}"
         )
 
+    def _lucky(self, start: Point, aim: float, reserve: int) -> Point:
+        """A sweep; if it saves more harm than was hoped for, another one from coarser steps."""
+        point = self._descent.first(start, self._evaluator.left - reserve)
+        slack = log(aim / self._loss(point))
+        if slack < _SLACK or self._evaluator.left - reserve < TRIES * len(self._groups):
+            return point
+        # Harm goes with the square of the steps: where a sweep with this luck ends at the aim.
+        coarser = exp(min(_FARTHEST, slack) / 2)
+        steps = {n: self._surveyed.limited(n, coarser * s) for n, s in start.steps.items()}
+        again = self._descent.first(self._descent.point(steps), self._evaluator.left - reserve)
+        bound = self._loss_bound(aim, False, point)
+        return min(point, again, key=lambda found: self._descent.cost(found, bound))
+
     def _descended(self, found: tuple[float, Point], loss: float, target: Target | None) -> Trial:
         """Improve the steps, encode, and judge the archive, until the bound holds."""
         point = found[1]
         aim = _AIM * loss
-        calls = self._evaluator.left
+        if self._vectors:
+            reserve = len(self._groups)
+            point = self._lucky(point, aim, reserve)
+            bound = partial(self._loss_bound, aim, False)
+            point = self._descent.run(point, bound, self._evaluator.left - reserve)
         while True:
-            if self._vectors:
-                point = self._descent.run(point, partial(self._loss_bound, aim), calls)
+            if self._vectors and target is not None and self._loss(point) > aim:
+                bound = partial(self._loss_bound, aim, True)
+                point = self._descent.run(point, bound, TRIES * len(self._groups))
             factor = self._descent.factor(point.steps)
             made = self._encode(point.steps, factor)
             if target is None:
@@ -257,7 +282,6 @@ class Planner:
             if finer == point.steps or self._encodings >= _MOST_ENCODINGS:
                 raise self._unreachable(target, verdict)
             point = self._descent.point(finer)
-            calls = TRIES * len(self._groups)
 
 
 def _fixed(bound: Bound, _: Point) -> Bound:

@@ -37,7 +37,7 @@ class Evaluation:
     cache : path or None
         Folder where finished evaluations are kept; None: the user's cache folder.
     budget : int or None
-        Evaluations at most, or nearly; None: eight for each quantized tensor, and a few.
+        Evaluations at most, or nearly; None: eleven for each quantized tensor, and a few.
     """
 
     function: str | Function | Judge

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from math import exp, log, sqrt
+from math import exp, log, pi, sqrt
 from typing import Final
 
 from weightvid.planning.evaluate import Evaluator
@@ -49,7 +49,7 @@ def groups_of(surveyed: Survey, most: int) -> list[Group]:
 
 def measured_units(
     surveyed: Survey, evaluator: Evaluator, factor: float, groups: Sequence[Group]
-) -> dict[int, float]:
+) -> tuple[dict[int, float], dict[Group, float]]:
     """Units from a probe or two of each group.
 
     Parameters
@@ -65,13 +65,16 @@ def measured_units(
     Returns
     -------
     mapping of int to float
-        Scaled so that the steps at ``factor`` do as much harm as the data-free ones, as far as
-        the probes tell.
+        Units, scaled so that the steps at ``factor`` do as much harm as the data-free ones, as
+        far as the probes tell.
+    mapping of tuple to float
+        Standard deviation of the logarithm of a group's harm from draw to draw; empty where each
+        was probed once.
     """
     base = surveyed.steps(factor)
     believed = evaluator.original().outputs.vectors is not None
     probes = PROBES if evaluator.left >= 3 * len(groups) else PROBES[:1]
-    harms = []
+    harms, scatter = [], {}
     for group in groups:
         found = []
         for probe in probes:
@@ -81,13 +84,16 @@ def measured_units(
             )
             found.append(max(0.0, evaluator.verdict(steps).drive) / expected)
         harms.append(sum(found) / len(found))
+        if len(found) > 1 and min(found) > 0:
+            # Two draws differ by the root of pi / 4 standard deviations, twice, in the mean.
+            scatter[group] = abs(log(found[1] / found[0])) * sqrt(pi) / 2
     relative = _tempered(harms, _TRUST[believed])
     units = {
         n: surveyed.units[n] / sqrt(harm)
         for group, harm in zip(groups, relative, strict=True)
         for n in group
     }
-    return _equally_harmful(surveyed, units, factor)
+    return _equally_harmful(surveyed, units, factor), scatter
 
 
 def _tempered(harms: Sequence[float], trust: float) -> list[float]:
