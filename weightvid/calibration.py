@@ -53,6 +53,8 @@ class TensorMoments:
         Output error on samples held back, without the moment against with it; None: not measured.
     counts : ndarray of int64, shape (rows of the tensor,), or None
         How often each row of an embedding table was looked up.
+    bias : str or None
+        Name of the tensor that is added to the layer's output, if there is one.
     """
 
     moment: npt.NDArray[np.float32] | None
@@ -62,6 +64,7 @@ class TensorMoments:
     damping: float = 0.01
     gain_db: float | None = None
     counts: npt.NDArray[np.int64] | None = None
+    bias: str | None = None
 
     @property
     def useful(self) -> bool:
@@ -136,6 +139,7 @@ class CalibrationStats:
                 "rows": tensor.rows,
                 "damping": tensor.damping,
                 "gain_db": tensor.gain_db,
+                "bias": tensor.bias,
             }
         record = {
             "version": VERSION,
@@ -212,7 +216,7 @@ def _read_tensor(reader: CheckpointReader, name: str, entry: Any) -> TensorMomen
         good = good and counts.dtype == np.int64 and counts.ndim == 1
     if not good or (moment is None and counts is None):
         raise CheckpointError(f"the calibration statistics of tensor {name!r} are damaged")
-    gain = entry["gain_db"]
+    gain, bias = entry["gain_db"], entry.get("bias")
     return TensorMoments(
         moment=moment,
         mean=mean,
@@ -221,6 +225,7 @@ def _read_tensor(reader: CheckpointReader, name: str, entry: Any) -> TensorMomen
         damping=damping,
         gain_db=None if gain is None else float(gain),
         counts=counts,
+        bias=None if bias is None else str(bias),
     )
 
 

@@ -64,6 +64,8 @@ class Accumulator:
     direct : set of str
         Tensors with inputs of their own. Gradients of a table that is an output layer too (tied
         weights) are no part of its statistics, as its rows matter wherever they are looked up.
+    biases : dict of str to str or None
+        What is added to the output of a tensor's layer; None if nothing, or not always the same.
     sizes : dict of str to int
         Rows of embedding tables.
     """
@@ -75,6 +77,7 @@ class Accumulator:
     held: dict[str, Sums] = field(default_factory=dict)
     counts: dict[str, torch.Tensor] = field(default_factory=dict)
     direct: set[str] = field(default_factory=set)
+    biases: dict[str, str | None] = field(default_factory=dict)
 
     def add(self, seen: Seen) -> None:
         """Take in the inputs of one call.
@@ -98,6 +101,8 @@ class Accumulator:
             return
         if not seen.gradient:
             self.direct.add(seen.name)
+            known = self.biases.setdefault(seen.name, seen.bias)
+            self.biases[seen.name] = seen.bias if known == seen.bias else None
         sums = self._sums(seen)
         place, shares = seen.share
         for group, rows in enumerate(seen.inputs):

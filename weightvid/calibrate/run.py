@@ -282,6 +282,7 @@ def _finish(
             damping=damping,
             gain_db=gain,
             counts=counted,
+            bias=accumulator.biases.get(name),
         )
     }
 

@@ -46,6 +46,8 @@ class Seen:
         Which group of how many these inputs are for; (0, 1): all.
     gradient : bool
         Gradients by what was looked up in a table, in place of inputs.
+    bias : str or None
+        Name of what is added to the layer's output.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Seen:
     axis: int
     share: tuple[int, int] = (0, 1)
     gradient: bool = False
+    bias: str | None = None
 
 
 Sink = Callable[[Seen], None]
@@ -85,6 +88,11 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         self._sink = sink
         self._gradients = gradients
         self._names: dict[Any, tuple[str, bool]] = {}
+        self._biases = {
+            _look(tensor): name
+            for name, tensor in reversed(list(tensors.items()))
+            if tensor.ndim == 1 and tensor.dtype in _DTYPES and not tensor.is_meta
+        }
         for name, tensor in tensors.items():
             if tensor.ndim < 2 or tensor.is_meta or tensor.dtype not in _DTYPES:
                 continue
@@ -116,14 +124,23 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
             return None
         return self._names.get(_look(weight))
 
-    def matrix_product(self, inputs: torch.Tensor, weight: Any, axis: int) -> None:
+    def bias_of(self, bias: Any) -> str | None:
+        """Name of a bias, if it is a whole tensor of the model."""
+        if not isinstance(bias, torch.Tensor) or bias.layout != torch.strided:
+            return None
+        return self._biases.get(_look(bias))
+
+    def matrix_product(
+        self, inputs: torch.Tensor, weight: Any, axis: int, bias: Any = None
+    ) -> None:
         """Report the inputs of a 2-D weight; along ``axis`` 1 or 0 of the weight as given."""
         found = self.name_of(weight)
         if found is None or weight.ndim != 2:
             return
         name, transposed = found
         rows = inputs.detach().reshape(1, -1, inputs.shape[-1])
-        self._sink(Seen(name, rows, 1 - axis if transposed else axis))
+        along = 1 - axis if transposed else axis
+        self._sink(Seen(name, rows, along, bias=self.bias_of(bias)))
 
     def send(self, seen: Seen) -> None:
         """Report inputs as they are."""
@@ -158,7 +175,10 @@ def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: 
 
 def _linear(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     watch.matrix_product(
-        _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight"), 1
+        _argument(args, kwargs, 0, "input"),
+        _argument(args, kwargs, 1, "weight"),
+        1,
+        _argument(args, kwargs, 2, "bias"),
     )
 
 
@@ -172,7 +192,9 @@ def _matmul(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
 
 def _addmm(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     left, right = _argument(args, kwargs, 1, "mat1"), _argument(args, kwargs, 2, "mat2")
-    watch.matrix_product(left, right, 0)
+    scaled = kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1
+    bias = None if scaled else _argument(args, kwargs, 0, "input")
+    watch.matrix_product(left, right, 0, bias)
 
 
 def _embedding(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -212,6 +234,7 @@ def _convolution(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[s
         for size, side, r, s in zip(data.shape[2:], sides, reach, stride, strict=True)
     )
     step = max(1, _CHUNK_ELEMENTS // max(1, outputs * data.shape[1] * prod(kernel)))
+    bias = watch.bias_of(_argument(args, kwargs, 2, "bias"))
     for part in data.split(step):
         patches = fn.pad(part, [side for pair in reversed(sides) for side in pair])
         for dim in range(dims):
@@ -223,7 +246,7 @@ def _convolution(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[s
         patches = patches.unflatten(1, (groups, -1)).movedim(1, 0)
         patches = patches.movedim(2, 2 + dims)
         rows = patches.reshape(groups, -1, data.shape[1] // groups * prod(kernel))
-        watch.send(Seen(found[0], rows, 1))
+        watch.send(Seen(found[0], rows, 1, bias=bias))
 
 
 def _transposed(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -249,7 +272,8 @@ def _attention(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str
             weight = given[("q_proj_weight", "k_proj_weight", "v_proj_weight")[place]]
             watch.matrix_product(inputs, weight, 1)
         elif packed is not None:
-            watch.send(Seen(packed[0], rows, 1, (place, 3)))
+            bias = watch.bias_of(given["in_proj_bias"])
+            watch.send(Seen(packed[0], rows, 1, (place, 3), bias=bias))
     projection = given["out_proj_weight"]
     if watch.name_of(projection) is not None:
         # With no projection, what comes out is the input of the projection.
@@ -258,7 +282,7 @@ def _attention(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str
         bare["out_proj_weight"] = torch.eye(size, dtype=projection.dtype, device=projection.device)
         bare["out_proj_bias"] = None
         attended, weights = func(**bare)
-        watch.matrix_product(attended, projection, 1)
+        watch.matrix_product(attended, projection, 1, given["out_proj_bias"])
         return fn.linear(attended, projection, given["out_proj_bias"]), weights
     return None
 

@@ -73,6 +73,32 @@ class Calibrated:
         return np.ascontiguousarray(found.T) if self.transposed else found
 
 
+def mean_shift(error: Matrix, moments: TensorMoments) -> Matrix | None:
+    """By how much an error of the weights lowers the mean output of a layer, channel by channel.
+
+    Parameters
+    ----------
+    error : ndarray of float32, shape (R, C)
+        Original less dequantized.
+    moments : TensorMoments
+
+    Returns
+    -------
+    ndarray of float32, shape (outputs,), or None
+        What a bias must gain to make up for it; None without mean inputs.
+    """
+    if moments.mean is None:
+        return None
+    if moments.axis == 0:
+        if len(moments.mean) > 1:
+            return None
+        shift: Matrix = error.T @ moments.mean[0]
+    else:
+        parts = zip(np.split(error, len(moments.mean)), moments.mean, strict=True)
+        shift = np.concatenate([part @ mean for part, mean in parts])
+    return shift
+
+
 def fits(shape: tuple[int, int], moments: TensorMoments) -> bool:
     """Whether statistics are of a matrix of this shape."""
     if moments.moment is None:

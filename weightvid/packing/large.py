@@ -49,6 +49,7 @@ class LargeTensor:
         self._row_sums: list[npt.NDArray[np.int64]] = []
         self._column_sums = np.zeros(self._shape[1], np.int64)
         self._noise = self._power = 0.0
+        self._shifts: list[npt.NDArray[np.float32]] = []
 
     def take(self, block: Rows) -> None:
         """Add the next rows."""
@@ -63,6 +64,8 @@ class LargeTensor:
         self._row_sums.append(block.magnitudes.rows)
         self._column_sums += block.magnitudes.columns
         self._escapes.append(block.escapes)
+        if block.shift is not None:
+            self._shifts.append(block.shift)
 
     def _dequantized(self, block: Rows) -> Iterator[npt.NDArray[np.generic]]:
         exact = block.escapes.placed_in(block.levels)
@@ -91,7 +94,8 @@ class LargeTensor:
         for unused in (sequence, self._levels):
             if unused is not kept:
                 unused.close()
-        return Coded(self._request.number, tensor, choice, kept)
+        shift = np.concatenate(self._shifts) if self._shifts else None
+        return Coded(self._request.number, tensor, choice, kept, shift)
 
     def _row_blocks(self) -> Iterator[tuple[int, Levels]]:
         for begin, end in BlockOrder(self._shape, None).blocks():

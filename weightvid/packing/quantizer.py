@@ -19,7 +19,7 @@ from weightvid.calibration import TensorMoments
 from weightvid.container.records import Escapes
 from weightvid.dtypes import to_float32
 from weightvid.errors import QuantizationError
-from weightvid.packing.calibrated import Calibrated, calibrate_quantizer
+from weightvid.packing.calibrated import Calibrated, calibrate_quantizer, mean_shift
 from weightvid.packing.layout import Magnitudes
 from weightvid.packing.plain import Choice, LevelBytes, PlaneBytes, choose_coding, video_bytes
 from weightvid.packing.quantized import (
@@ -31,7 +31,7 @@ from weightvid.packing.quantized import (
     split_levels,
 )
 from weightvid.packing.source import TensorRead
-from weightvid.quantize import Params, TrellisParams, UniformParams, shaped, uniform
+from weightvid.quantize import Params, TrellisParams, UniformParams, dequantize, shaped, uniform
 from weightvid.quantize.rate import RateModel
 from weightvid.quantize.trellis_search import TrellisConfig, TrellisJob, quantize_many
 from weightvid.scratch import Scratch
@@ -149,12 +149,15 @@ class Coded:
         How it is best stored.
     levels : ndarray of int8, Scratch or None
         For video, in the order of the layout; for plain levels, row by row; else None.
+    shift : ndarray of float32 or None
+        What the layer's bias must gain; None if the tensor was quantized without statistics.
     """
 
     number: int
     tensor: CodedTensor
     choice: Choice
     levels: npt.NDArray[np.int8] | Scratch | None
+    shift: Matrix | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +174,8 @@ class Rows:
     magnitudes : Magnitudes
     restored : Restored
         Without the elements, if they were not asked for.
+    shift : ndarray of float32 or None
+        As in :class:`Coded`, of these rows.
     """
 
     params: Params
@@ -178,6 +183,7 @@ class Rows:
     escapes: Escapes
     magnitudes: Magnitudes
     restored: Restored
+    shift: Matrix | None = None
 
 
 def fit(request: Request) -> Wish:
@@ -245,8 +251,10 @@ def code_calibrated(request: Request) -> list[Coded]:
         array = request.read()
         matrix = to_float32(matrix_of(array, request.spec), request.spec.dtype)
         quantizer = fit_calibrated(request, matrix)
-        piece = Piece(quantizer.params, *split_levels(quantizer.levels(matrix)))
-        return [_finish(request, array, piece)]
+        levels = quantizer.levels(matrix)
+        shift = _shift(request, matrix, levels, quantizer)
+        piece = Piece(quantizer.params, *split_levels(levels))
+        return [replace(_finish(request, array, piece), shift=shift)]
 
 
 def fit_calibrated(request: Request, matrix: Matrix | None = None) -> Calibrated:
@@ -266,8 +274,19 @@ def calibrated_rows(
     """Quantize some rows with error feedback; parameters as in :func:`code_rows`."""
     with naming([request]):
         rows = request.read.rows(*span)
-        levels = quantizer.levels(to_float32(rows, request.spec.dtype))
-        return _rows(request, rows, Piece(quantizer.params, *split_levels(levels)), keep)
+        weights = to_float32(rows, request.spec.dtype)
+        levels = quantizer.levels(weights)
+        shift = _shift(request, weights, levels, quantizer)
+        made = _rows(request, rows, Piece(quantizer.params, *split_levels(levels)), keep)
+        return replace(made, shift=shift)
+
+
+def _shift(
+    request: Request, weights: Matrix, levels: Levels, quantizer: Calibrated
+) -> Matrix | None:
+    if request.moments is None or request.moments.bias is None:
+        return None
+    return mean_shift(weights - dequantize(levels, quantizer.params), request.moments)
 
 
 def _rows(request: Request, rows: Array, piece: Piece, keep: bool) -> Rows:

@@ -18,6 +18,7 @@ from weightvid.codec import bitstream
 from weightvid.codec.encode import EncoderSettings, HevcEncoder
 from weightvid.container.records import Header, Index
 from weightvid.container.writer import ArchiveWriter
+from weightvid.packing.biases import Corrections, bias_numbers
 from weightvid.packing.exact import ExactWriter
 from weightvid.packing.frames import FrameWriter
 from weightvid.packing.quantized import CodedTensor, sqnr_db
@@ -181,10 +182,16 @@ def _write(stream: BinaryIO, task: Task, progress: Report, video: bool = True) -
     meter = _Meter([tensors[number] for number in plan.params], workers, progress)
     written = Written()
     frames = FrameWriter(writer, settings, outbox, meter.encoded)
+    biases = bias_numbers(tensors, plan.moments, plan.params.keys(), plan.keep)
+    corrections = Corrections(tensors, biases)
     for coded in code_tensors(requests(task), workers, meter.quantized):
         if isinstance(coded, Kept):
-            exact.add(coded.number, kept(task, coded.number))
+            for number, read in corrections.kept(coded.number, task.read(coded.number).elements):
+                exact.add(number, _rounded(plan, number, read))
             continue
+        shift = None if coded.choice.coding == "exact" else coded.shift
+        for number, read in corrections.quantized(coded.number, shift):
+            exact.add(number, _rounded(plan, number, read))
         _store(coded, frames if video else None, exact, task)
         if coded.choice.coding != "exact":
             written.add(coded.tensor)
@@ -232,7 +239,13 @@ def requests(task: Task) -> Iterator[Request | Kept]:
 
 def kept(task: Task, number: int) -> Callable[[int, int], Array]:
     """Reads ranges of a tensor that is not quantized."""
-    plan, elements = task.plan, task.read(number).elements
+    return _rounded(task.plan, number, task.read(number).elements)
+
+
+def _rounded(
+    plan: WritePlan, number: int, elements: Callable[[int, int], Array]
+) -> Callable[[int, int], Array]:
+    """Reads ranges of a tensor that is not quantized, with the mantissas that it keeps."""
     if plan.mantissa_bits >= FULL_BITS or not _may_round(plan.header.tensors[number], plan.keep):
         return elements
 
