@@ -281,7 +281,8 @@ def markdown(results: Record) -> str:
             "",
             f"## {name}",
             "",
-            f"{model['samples']} samples; {model['profit']} of {model['tensors']} tensors profit.",
+            f"{model['samples']} samples; {model['profit']} of {model['tensors']} tensors profit."
+            + (f" Measured {model['code']}." if "code" in model else ""),
             "",
             "| curve | step factor | bytes | bits per weight | loss | pack s |",
             "|---|---|---|---|---|---|",
