@@ -158,6 +158,7 @@ COMPARE_ROW = {
     "metric": OPTIONAL_NUMBER,
     "metric_change": OPTIONAL_NUMBER,
     "kl": OPTIONAL_NUMBER,
+    "cosine_loss": OPTIONAL_NUMBER,
     "agreement": OPTIONAL_NUMBER,
     "restored_sha256": str,
     "options": dict,

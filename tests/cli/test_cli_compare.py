@@ -102,7 +102,7 @@ def test_what_fails_is_one_line(few: Few, tmp_path: Path) -> None:
     other.write_text("#!/bin/sh\necho hello\n")
     other.chmod(0o755)
     for arguments, message in (
-        (("--eval", f"{script}:f"), "cannot be judged: the evaluation raised RuntimeError: no"),
+        (("--eval", f"{script}:f"), "judge.py:f failed: RuntimeError: no images"),
         (("--eval", f"{script}:g"), "defines no function 'g'"),
         (("--ffmpeg", other), "is no ffmpeg"),
         (("--only", "x264 medum qp 20"), "did you mean 'x264 medium qp 20'"),

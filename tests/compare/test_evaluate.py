@@ -1,4 +1,4 @@
-"""Functions of users: what they may return, and what is said where they fail."""
+"""What is said of restored models; how functions are found is tested with planning."""
 
 from __future__ import annotations
 
@@ -8,126 +8,87 @@ from typing import Any
 import numpy as np
 import pytest
 
-from weightvid.compare.evaluate import Outcome, fingerprint, judge, load, outcome
+from weightvid.compare import evaluate
 from weightvid.errors import EvaluationError
+from weightvid.planning.function import load_function
+from weightvid.planning.verdict import Outputs
 
 LOGITS = np.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
 
 
+def said(result: Any) -> Outputs:
+    return evaluate.run(load_function(lambda state: result), {})
+
+
 def test_numbers() -> None:
-    verdict = judge(outcome(91.5), outcome(np.float32(90.5)))
+    verdict = evaluate.judge(said(91.5), said(np.float32(90.5)), "f")
     assert (verdict.metric, verdict.metric_change, verdict.kl) == (90.5, -1.0, None)
 
 
 def test_logits_and_labels() -> None:
-    before, after = outcome((LOGITS, [0, 1])), outcome((LOGITS[::-1], [0, 1]))
-    verdict = judge(before, after)
+    before, after = said((LOGITS, [0, 1])), said((LOGITS[::-1], [0, 1]))
+    verdict = evaluate.judge(before, after, "f")
     assert (verdict.metric, verdict.metric_change, verdict.agreement) == (0.0, -100.0, 0.0)
     p = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
-    expected = (p * np.log(p / p[::-1])).sum(1).mean()
-    assert verdict.kl == pytest.approx(expected)
-    same = judge(before, before)
-    assert (same.kl, same.agreement) == (pytest.approx(0), 1.0)
+    assert verdict.kl == pytest.approx((p * np.log(p / p[::-1])).sum(1).mean(), rel=1e-6)
+    same = evaluate.judge(before, before, "f")
+    assert (same.kl, same.agreement, same.cosine_loss) == (pytest.approx(0), 1.0, None)
+
+
+def test_logits_and_a_number() -> None:
+    assert said((LOGITS, 91.5)).metric == 91.5
 
 
 def test_logits_without_labels_have_no_metric() -> None:
-    verdict = judge(outcome(LOGITS), outcome(LOGITS + 1))
+    verdict = evaluate.judge(said(LOGITS), said(LOGITS + 1), "f")
     assert verdict.metric is None
     assert verdict.kl == pytest.approx(0, abs=1e-12)
 
 
-def test_sequences_of_logits() -> None:
-    assert outcome(LOGITS.reshape(1, 2, 3)).logits is not None
-
-
-def test_torch_tensors() -> None:
-    import torch
-
-    found = outcome((torch.from_numpy(LOGITS).bfloat16(), torch.tensor([0, 1])))
-    assert found.metric == 100.0
-
-
-@pytest.mark.parametrize(
-    ("result", "message"),
-    [
-        (float("nan"), "NaN"),
-        (np.array([[1.0, np.inf]]), "NaN or an infinity"),
-        ("good", "must return a number"),
-        (None, "NaN|must return"),
-        ([1.0, 2.0], "logits of shape"),
-        (np.empty((0, 3)), "logits of shape"),
-        ((LOGITS, [0, 1, 2]), "3 labels for 2 rows"),
-        ((LOGITS, "no"), "must return"),
-    ],
-)
-def test_what_cannot_be_judged(result: Any, message: str) -> None:
-    with pytest.raises(EvaluationError, match=message):
-        outcome(result)
+def test_unit_vectors() -> None:
+    first, second = np.eye(3), np.roll(np.eye(3), 1, axis=0)
+    verdict = evaluate.judge(said(first), said(second), "f")
+    assert (verdict.cosine_loss, verdict.kl, verdict.agreement) == (1.0, None, None)
+    assert evaluate.judge(said(first), said(first), "f").cosine_loss == 0.0
 
 
 def test_other_shapes_and_kinds() -> None:
-    with pytest.raises(EvaluationError, match=r"of shape \(1, 3\), and \(2, 3\)"):
-        judge(outcome(LOGITS), outcome(LOGITS[:1]))
-    with pytest.raises(EvaluationError, match="numbers for some"):
-        judge(outcome(1.0), outcome(LOGITS))
+    for after in (LOGITS[:1], 1.0):
+        with pytest.raises(EvaluationError, match="another shape"):
+            evaluate.judge(said(LOGITS), said(after), "f")
 
 
-def test_outcomes_are_kept(tmp_path: Path) -> None:
-    for made in (outcome(3.5), outcome(LOGITS), outcome((LOGITS, [1, 0]))):
-        made.save(tmp_path / "o.npz")
-        again = Outcome.load(tmp_path / "o.npz")
+@pytest.mark.parametrize("result", [float("nan"), np.array([[1.0, np.inf]]), "good", None, [1, 2]])
+def test_what_cannot_be_judged(result: Any) -> None:
+    with pytest.raises(EvaluationError):
+        said(result)
+
+
+def test_outputs_are_kept(tmp_path: Path) -> None:
+    for made in (said(3.5), said(LOGITS), said((LOGITS, [1, 0]))):
+        evaluate.save(tmp_path / "o.npz", made)
+        again = evaluate.load(tmp_path / "o.npz")
         assert again.metric == made.metric
-        assert judge(made, again).kl in (None, pytest.approx(0))
+        assert evaluate.judge(made, again, "f").kl in (None, pytest.approx(0))
 
 
-def script(folder: Path, text: str) -> str:
-    path = folder / "script.py"
-    path.write_text(text)
-    return f"{path}:score"
-
-
-def test_a_script_gets_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = script(tmp_path, "def score(s):\n    print('hello')\n    return float(s['w'].sum())\n")
-    function = load(name)
-    assert not function.torch
+def test_tensors_come_as_the_script_wants_them(tmp_path: Path) -> None:
     frozen = np.ones((2, 2), np.float32)
     frozen.flags.writeable = False
-    assert function({"w": frozen}).metric == 4.0
-    assert capsys.readouterr().out == ""
+    for text in ("", "import torch\n"):
+        path = tmp_path / "script.py"
+        path.write_text(f"{text}def score(s):\n    s['w'] += 1\n    return float(s['w'].sum())\n")
+        function = load_function(f"{path}:score")
+        assert function.torch == bool(text)
+        assert evaluate.run(function, {"w": frozen}).metric == 8.0
 
 
-def test_a_script_that_imports_torch_gets_tensors(tmp_path: Path) -> None:
-    name = script(tmp_path, "import torch\ndef score(s):\n    return torch.sum(s['w'])\n")
-    function = load(name)
-    assert function.torch
-    assert function({"w": np.ones(3, np.float32)}).metric == 3.0
-
-
-def test_a_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "judging_module.py").write_text("def score(s):\n    return 1\n")
+def test_fingerprint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    assert load("judging_module:score")({}).metric == 1.0
-    first = fingerprint("judging_module:score")
-    (tmp_path / "judging_module.py").write_text("def score(s):\n    return 2\n")
-    assert fingerprint("judging_module:score") != first
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("def score(s):\n    raise KeyError('conv.weight')\n", "raised KeyError: 'conv.weight'"),
-        ("def score(s):\n    return float('nan')\n", "NaN"),
-        ("def other(s):\n    return 1\n", "defines no function 'score'"),
-        ("import nowhere_to_be_found\n", "cannot be imported: ModuleNotFoundError"),
-        ("def score(s)\n", "cannot be imported: SyntaxError"),
-    ],
-)
-def test_scripts_that_fail(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(EvaluationError, match=message):
-        load(script(tmp_path, text))({})
-
-
-@pytest.mark.parametrize("name", ["script.py", ":f", "a.py:", "absent.py:f", "no.such.module:f"])
-def test_names_that_are_none(name: str) -> None:
-    with pytest.raises(EvaluationError):
-        load(name)
+    path = tmp_path / "judging_module.py"
+    found = set()
+    for text in ("a = 1", "a = 2"):
+        path.write_text(text)
+        found |= {evaluate.fingerprint(name) for name in ("judging_module:f", f"{path}:f")}
+    assert len(found) == 4
+    assert evaluate.fingerprint("no.such.module:f")

@@ -33,6 +33,7 @@ SORTS: Final[Mapping[str, Callable[[Row], Any] | None]] = {
     "worst": _falling("worst_sqnr_db"),
     "metric": _falling("metric"),
     "kl": _rising("kl"),
+    "cosine": _rising("cosine_loss"),
     "agreement": _falling("agreement"),
     "encode": _rising("encode_s"),
     "decode": _rising("decode_s"),
@@ -46,9 +47,10 @@ def show(results: Results, sort: str = "curve") -> None:
     key = SORTS[sort]
     if key is not None:
         rows.sort(key=key)
-    judged = any(row.metric is not None or row.kl is not None for row in rows)
+    judged = any((row.metric, row.kl, row.cosine_loss) != (None, None, None) for row in rows)
+    unit = any(row.cosine_loss is not None for row in rows)
     columns = ["point", "", ">bytes", ">bpw", ">SQNR dB", ">worst"]
-    columns += [">metric", ">KL", ">agree"] if judged else []
+    columns += [">metric", ">1-cos" if unit else ">KL", ">agree"] if judged else []
     columns += [">enc M/s", ">all", ">dec M/s", ">all", ">MiB"]
     output.table(columns, [_cells(row, results, judged) for row in rows])
     shared = any(row.timing == "shared" for row in rows)
@@ -72,7 +74,7 @@ def _cells(row: Row, results: Results, judged: bool) -> list[str]:
         agree = None if row.agreement is None else 100 * row.agreement
         cells += [
             output.number(row.metric, 4),
-            output.number(row.kl, 3),
+            output.number(row.kl if row.cosine_loss is None else row.cosine_loss, 3),
             "" if agree is None else f"{agree:.1f}",
         ]
     speeds = (row.encode_s, row.encode_all_s, row.decode_s, row.decode_all_s)

@@ -45,6 +45,10 @@ def _kl(row: Row) -> float | None:
     return row.kl
 
 
+def _cosine(row: Row) -> float | None:
+    return row.cosine_loss
+
+
 def _minus_log(value: float) -> float:
     return -10 * math.log10(value) if value > 0 else math.inf
 
@@ -54,6 +58,7 @@ def qualities(rows: Sequence[Row], lower_is_better: bool = False) -> list[Qualit
     sign = -1.0 if lower_is_better else 1.0
     known = [
         Quality("kl", "KL divergence (nats)", _kl, _minus_log),
+        Quality("cosine", "1 - cosine of the outputs", _cosine, _minus_log),
         Quality("metric", "metric", _metric, lambda value: sign * value),
         Quality("sqnr", "SQNR (dB)", _sqnr, float),
     ]
@@ -128,7 +133,7 @@ def bd_rates(
 
 
 #: what ``--at`` takes.
-POINTS: Final = ("sqnr", "metric", "kl", "size", "bpw")
+POINTS: Final = ("sqnr", "metric", "kl", "cosine", "size", "bpw")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from weightvid.compare import evaluate
 from weightvid.compare.coded import Tensors
-from weightvid.compare.evaluate import Function, Outcome, judge, load
 from weightvid.errors import WeightvidError
+from weightvid.planning.function import Function, load_function
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +70,16 @@ def answer(function: Function, question: Question) -> Mapping[str, Any]:
     ------
     WeightvidError
     """
-    after = function(_load_tensors(question))
+    after = evaluate.run(function, _load_tensors(question))
     path = Path(question.original)
     if question.is_original:
-        after.save(path)
-    return asdict(judge(Outcome.load(path), after))
+        evaluate.save(path, after)
+    return asdict(evaluate.judge(evaluate.load(path), after, function.name))
 
 
 def main(name: str) -> None:
     """Answer every question."""
-    # What functions print must not look like an answer.
+    # What functions print, by whatever means, must not look like an answer.
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
     function: Function | None = None
@@ -86,7 +87,7 @@ def main(name: str) -> None:
         question = Question(**json.loads(line))
         found: Mapping[str, Any]
         try:
-            function = function or load(name)
+            function = function or load_function(name)
             found = answer(function, question)
         except (WeightvidError, OSError, MemoryError) as error:
             found = {"status": "error", "message": str(error) or type(error).__name__}

@@ -53,7 +53,7 @@ class Row:
         ``alone``, or ``shared``: other points ran beside it.
     weights : int
         Floating-point elements of the model.
-    metric, metric_change, kl, agreement : float or None
+    metric, metric_change, kl, cosine_loss, agreement : float or None
         See :class:`.evaluate.Verdict`.
     restored_sha256 : str
         Of the restored tensors.
@@ -92,6 +92,7 @@ class Row:
     metric: float | None = None
     metric_change: float | None = None
     kl: float | None = None
+    cosine_loss: float | None = None
     agreement: float | None = None
     restored_sha256: str = ""
     options: Mapping[str, str] = field(default_factory=dict)

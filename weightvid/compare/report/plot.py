@@ -70,7 +70,7 @@ def _draw(axes: Any, results: Results, quality: Quality) -> None:
     original = next((row for row in results.rows if row.kind == "original" and row.ok), None)
     if quality.name == "metric" and original is not None and original.metric is not None:
         axes.axhline(original.metric, color="grey", linewidth=0.8, label="original")
-    if quality.name == "kl":
+    if quality.name in ("kl", "cosine"):
         axes.set_yscale("log")
     front = [r for r in results.rows if r.label in results.fronts[quality.name]]
     places = [(x, y) for row in front for x, y in [_place(row, quality)] if y is not None]
@@ -100,7 +100,7 @@ def _near(axes: Any, curves: Mapping[str, Sequence[Row]], quality: Quality) -> N
         return
     left, right = min(x for x, _ in framed) / 1.1, max(x for x, _ in framed) * 1.1
     low, high = min(y for _, y in framed), max(y for _, y in framed)
-    if quality.name == "kl":
+    if quality.name in ("kl", "cosine"):
         low, high = low / 1.5, high * 1.5
     else:
         margin = 0.06 * (high - low) or 1.0
@@ -133,5 +133,5 @@ def _ticks(axes: Any, rows: Sequence[Row]) -> None:
 
 def _place(row: Row, quality: Quality) -> tuple[float, float | None]:
     value = quality.value(row)
-    usable = value is not None and (quality.name != "kl" or value > 0)
+    usable = value is not None and (quality.name not in ("kl", "cosine") or value > 0)
     return row.bits_per_weight or 0.0, value if usable else None

@@ -22,7 +22,8 @@ SCHEMA: Final = 1
 #: columns of results.csv, in order.
 COLUMNS: Final = (
     "label", "series", "kind", "status", "message", "file_bytes", "bits_per_weight", "exact",
-    "sqnr_db", "worst_sqnr_db", "worst_tensor", "metric", "metric_change", "kl", "agreement",
+    "sqnr_db", "worst_sqnr_db", "worst_tensor", "metric", "metric_change", "kl", "cosine_loss",
+    "agreement",
     "encode_weights_per_s", "decode_weights_per_s", "encode_all_weights_per_s",
     "decode_all_weights_per_s", "codec_encode_s", "codec_decode_s", "encode_peak_bytes",
     "decode_peak_bytes", "timing", "pareto", "command",
