@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import uuid
 from abc import ABC, abstractmethod
@@ -102,15 +103,20 @@ class _Opened:
         self.reader: CheckpointReader | None = None
         self.source: ReaderSource | None = None
 
+    def close(self) -> None:
+        """Close the checkpoint."""
+        if self.reader is not None:
+            self.reader.close()
+        self.token, self.reader, self.source = "", None, None
+
     def replace(self, shared: SharedSource) -> None:
+        """Open another one."""
         if shared.versions != versions():
             raise CheckpointError(
                 f"a worker runs weightvid and libavcodec {versions()}, not {shared.versions}: "
                 "the archive's bytes would depend on who made them; install one version everywhere"
             )
-        if self.reader is not None:
-            self.reader.close()
-        self.token, self.reader, self.source = "", None, None
+        self.close()
         try:
             self.reader = open_checkpoint(shared.location)
         except (CheckpointError, RemoteError) as error:
@@ -123,6 +129,7 @@ class _Opened:
 
 
 _OPENED: Final = _Opened()
+atexit.register(_OPENED.close)
 
 
 @dataclass(frozen=True, slots=True)
