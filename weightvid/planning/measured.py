@@ -166,7 +166,7 @@ class Planner:
             if not self._vectors:
                 return self._encode_factor(first)
             # As faithful as the recipe's own steps.
-            loss = self._evaluator.verdict(self._free.steps(first)).loss
+            loss = self._loss(self._descent.point(self._free.steps(first)))
             return self._descended(self._solve(self._luck * loss), loss, None)
         if target.kind == "kl":
             solved = self._solve(_AIM * self._luck * target.value)
@@ -187,7 +187,7 @@ class Planner:
         best: tuple[float, Point] | None = None
         for _ in range(_WHOLE):
             point = self._at(factor)
-            off = log(max(point.verdict.loss, 1e-12) / max(loss, 1e-12))
+            off = log(self._loss(point) / max(loss, 1e-12))
             if best is None or abs(off) < abs(log(self._loss(best[1]) / max(loss, 1e-12))):
                 best = (factor, point)
             moved = min(high, max(low, factor * exp(-min(2.0, max(-2.0, off)) / 2)))
@@ -201,9 +201,10 @@ class Planner:
         bound = Bound("drive", loss * point.verdict.drive / self._loss(point))
         return replace(bound, beyond=STRICT) if strict else bound
 
-    @staticmethod
-    def _loss(point: Point) -> float:
-        return max(point.verdict.loss, 1e-12)
+    def _loss(self, point: Point) -> float:
+        """What is bounded: without a target, the smoother form, which chance moves less."""
+        verdict = point.verdict
+        return max(verdict.drive if self._target is None else verdict.loss, 1e-12)
 
     def _largest(self, target: Target) -> tuple[float, Point]:
         """Largest step factor that was seen to keep the metric."""
@@ -251,6 +252,8 @@ class Planner:
         coarser = exp(min(_FARTHEST, slack) / 2)
         steps = {n: self._surveyed.limited(n, coarser * s) for n, s in start.steps.items()}
         again = self._descent.first(self._descent.point(steps), self._evaluator.left - reserve)
+        if log(self._loss(again) / aim) < _SLACK:
+            return again  # the bound is what is asked for, and this is the smaller file
         bound = self._loss_bound(aim, False, point)
         return min(point, again, key=lambda found: self._descent.cost(found, bound))
 
