@@ -293,11 +293,14 @@ def markdown(results: Record) -> str:
                 f"{p['loss']:.4f} | {p['pack_s']} |"
                 for p in points
             ]
+        if "noise_code" in model:
+            lines += ["", f"Curve noise: {model['noise_code']}."]
         if "pairs" in model:
             lines += [
                 "",
                 "Pairs of one size (calibrated: at most 1 % smaller); the change of the loss is "
-                "paired, with its standard error over the test samples.",
+                "paired, with its standard error over the test samples."
+                + (f" Measured {model['pairs_code']}." if "pairs_code" in model else ""),
                 "",
                 "| bytes without | calibrated | loss without | change when calibrated |",
                 "|---|---|---|---|",
