@@ -127,6 +127,18 @@ def test_a_missing_encoder_is_told() -> None:
     assert reason is None or "hevc_videotoolbox" in reason
 
 
+@pytest.mark.parametrize("name", HARDWARE)
+def test_hardware_encoders_run_or_say_what_they_need(name: str) -> None:
+    row = CODECS[name]
+    reason = pictures.missing(row)
+    if reason is not None:
+        assert row.encoder in reason
+        return
+    given = frames(8)
+    coding = Coding(row, "qp", row.modes["qp"].values[1])
+    judge(coding, given, pictures.decode(pictures.encode(given, coding), coding, given[0].shape))
+
+
 def test_a_program_that_is_no_ffmpeg(tmp_path: Path) -> None:
     with pytest.raises(CodecError, match="cannot be run"):
         program.programs(str(tmp_path / "absent"))

@@ -20,6 +20,8 @@ from weightvid.errors import CodecError
 Luma = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 #: some encoders demand an ordinary frame rate; nothing depends on it.
 RATE = 25
+#: side of the picture that shows whether a machine has the device of an encoder.
+_TRIAL_PX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,13 @@ def missing(codec: VideoCodec) -> str | None:
             av.Codec(name, cast(Any, mode))
         except (av.FFmpegError, ValueError):
             return f"this PyAV ({av.__version__}) has no {name}"
+    if codec.device:
+        mode, about = next(iter(codec.modes.items()))
+        coding = Coding(codec, mode, about.values[0] if about.values else None)
+        try:
+            _encoder(coding, _TRIAL_PX, _TRIAL_PX)
+        except (av.FFmpegError, ValueError):
+            return f"{codec.encoder} needs {codec.device}, and finds none here"
     return None
 
 

@@ -76,6 +76,8 @@ class VideoCodec:
         What the stream is usually stored in; ``muxer``: what the ffmpeg program writes to a pipe.
     hardware : str
         Where phones decode it without a program.
+    device : str
+        What a machine must have to run the encoder; empty for programs.
     """
 
     name: str
@@ -95,6 +97,7 @@ class VideoCodec:
     container: str = "mp4"
     muxer: str = "nut"
     hardware: str = "no phone"
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,12 +317,12 @@ _ROWS: Final = (
             "qp": Mode({"rc": "constqp", "qp": "{value}"}, ("yuv420p",), _8BIT, _QP, (0, 51)),
         },
         tuple(f"p{n}" for n in range(1, 8)), "p4", {"preset": "{preset}"}, {"bf": "0"},
-        {"forced-idr": "1"}, predicts=True, hardware=_HEVC_PHONES,
+        {"forced-idr": "1"}, predicts=True, hardware=_HEVC_PHONES, device="an NVIDIA GPU",
     ),
     VideoCodec(
         "videotoolbox", "HEVC", "hevc_videotoolbox", "hevc", "pyav",
         {"qp": Mode({"q:v": "{value}"}, ("yuv420p",), _8BIT, (90, 75, 60, 45, 30), (1, 100))},
-        predicts=True, hardware=_HEVC_PHONES,
+        predicts=True, hardware=_HEVC_PHONES, device="an Apple computer",
     ),
     VideoCodec(
         "aom", "AV1", "libaom-av1", "libdav1d", "ffmpeg",
