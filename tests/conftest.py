@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from hypothesis import settings
 settings.register_profile("weightvid", deadline=None)
 settings.register_profile("weightvid-ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("weightvid-ci" if os.environ.get("CI") else "weightvid")
+
+
+# A shell that starts this in the background has it ignore Ctrl-C, and every process that the tests
+# start would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
