@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, isfinite, log, log10
@@ -106,7 +107,7 @@ def factor_range(surveyed: Survey) -> tuple[float, float]:
     return max(low, _SMALLEST), min(high, _LARGEST)
 
 
-class _Goal:
+class _Goal(ABC):
     """A target in numbers, with an estimate that earlier trials correct."""
 
     aim: float
@@ -114,25 +115,25 @@ class _Goal:
     def __init__(self, surveyed: Survey) -> None:
         self._surveyed = surveyed
 
+    @abstractmethod
     def value(self, made: Trial) -> float:
         """What the target is about."""
-        raise NotImplementedError
 
+    @abstractmethod
     def met(self, value: float) -> bool:
         """Whether a value is good."""
-        raise NotImplementedError
 
+    @abstractmethod
     def too_coarse(self, value: float) -> bool:
         """Whether the steps must become finer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def estimate(self, factor: float) -> float:
         """Value to be expected."""
-        raise NotImplementedError
 
+    @abstractmethod
     def corrected(self, factor: float, tried: list[tuple[Trial, float]]) -> float:
         """Value to be expected, knowing earlier trials."""
-        raise NotImplementedError
 
     def next_factor(self, low: float, high: float, tried: list[tuple[Trial, float]]) -> float:
         """Step factor to try next, within the limits."""
@@ -159,9 +160,9 @@ class _Goal:
             return found if len(tried) < 3 else (low * high) ** 0.5
         return found
 
+    @abstractmethod
     def too_coarse_of_aim(self, value: float) -> bool:
         """Whether a value lies on the coarse side of the aim."""
-        raise NotImplementedError
 
 
 class _Size(_Goal):
