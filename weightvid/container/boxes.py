@@ -79,13 +79,21 @@ def uuid_box(kind: bytes, *parts: bytes) -> bytes:
     return box(b"uuid", kind, *parts)
 
 
+#: less memory means a new code after fewer symbols, which some texts are smaller for.
+_MEMORY_LEVELS: Final = (9, 5, 4, 3)
+
+
 def deflate(*parts: bytes) -> bytes:
     """Deflate in the zlib format (RFC 1950), best effort: one stream.
 
     Each part gets a code of its own: text, hashes and numbers share no statistics, and one code for
     all takes a tenth more.
     """
-    packer = zlib.compressobj(9, zlib.DEFLATED, 15, 9)
+    return min((_deflated(parts, memory) for memory in _MEMORY_LEVELS), key=len)
+
+
+def _deflated(parts: tuple[bytes, ...], memory: int) -> bytes:
+    packer = zlib.compressobj(9, zlib.DEFLATED, 15, memory)
     packed = bytearray()
     for part in parts[:-1]:
         packed += packer.compress(part) + packer.flush(zlib.Z_BLOCK)

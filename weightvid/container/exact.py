@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from weightvid.container.boxes import LIMITS, deflate, from_json, inflate, seal, to_json, unseal
 from weightvid.container.fields import bad, integer, items, mapping, parse_params
-from weightvid.container.records import TENSOR_HASH_BYTES
+from weightvid.container.records import SQNR_PLACES, TENSOR_HASH_BYTES
 from weightvid.dtypes import stored_dtype
 from weightvid.errors import FormatError
 from weightvid.quantize.params import Params
@@ -195,7 +195,7 @@ def _item_record(item: ExactItem, tensors: Tensors) -> dict[str, Any]:
         record |= {"levels": item.plain.dtype, **item.plain.params.to_dict()}
         record["sha256"] = item.plain.sha256.hex()
         if item.plain.sqnr_db is not None:
-            record["sqnr_db"] = round(item.plain.sqnr_db, 2)
+            record["sqnr_db"] = round(item.plain.sqnr_db, SQNR_PLACES)
         if item.plain.video_bytes:
             record["video_bytes"] = item.plain.video_bytes
     return record

@@ -33,7 +33,6 @@ def header_payload(header: Header) -> bytes:
     version = max(header.version, FILES_VERSION) if header.files else header.version
     record: dict[str, Any] = {
         "weightvid": list(version),
-        "must_understand": [],
         "track": {
             "codec": "hevc",
             "width": header.geometry.width,

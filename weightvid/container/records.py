@@ -22,6 +22,8 @@ VERSION: Final = (1, 0)
 FILES_VERSION: Final = (1, 1)
 #: of the SHA-256 of a tensor, the first 16 bytes are kept: in a small archive of many tensors the
 #: hashes would otherwise be the largest part of the metadata.
+#: decimals of the SQNR of a tensor, which is for people.
+SQNR_PLACES: Final = 1
 TENSOR_HASH_BYTES: Final = 16
 
 

@@ -18,6 +18,7 @@ from weightvid.container.digits import Kind
 from weightvid.container.fields import bad, exactly, integer, items, mapping, parse_params
 from weightvid.container.records import (
     NO_ESCAPES,
+    SQNR_PLACES,
     TENSOR_HASH_BYTES,
     Escapes,
     Sidecar,
@@ -67,7 +68,7 @@ def _head(sidecar: Sidecar) -> bytes:
     for end in sidecar.ends:
         ends.append({"id": end.tensor})
         if end.sqnr_db is not None:
-            ends[-1]["sqnr_db"] = round(end.sqnr_db, 2)
+            ends[-1]["sqnr_db"] = round(end.sqnr_db, SQNR_PLACES)
     record: dict[str, Any] = {"frame": sidecar.frame}
     for key, value in (("starts", starts), ("ends", ends)):
         if value:
