@@ -22,7 +22,6 @@ from measure.evaluation import Model, State
 from measure.report import (
     Cache,
     Record,
-    code_sha256,
     machine,
     number,
     table,
@@ -32,6 +31,7 @@ from measure.report import (
 from measure.report import plain as as_dict
 
 from weightvid.allocate import RECIPES
+from weightvid.version import code_sha256
 
 SCHEMA = 1
 MB = 1e6

@@ -34,10 +34,11 @@ from measure import archives, nncodec, plain
 from measure.curves import GaussianBound, bd_rate, crossing
 from measure.evaluation import Model, State
 from measure.rate_report import FOR_SQNR, markdown, overview
-from measure.report import Cache, Record, code_sha256, machine, versions, write
+from measure.report import Cache, Record, machine, versions, write
 
 from weightvid.pack import MIN_MANTISSA_BITS, Evaluation, PackOptions, pack_checkpoint
 from weightvid.quantize.mantissa import FULL_BITS
+from weightvid.version import code_sha256
 
 #: octaves (log2) of the step factors, from 0.055 to 0.88 sigma of a tensor of average size.
 STEP_FACTORS: Final = tuple(round(0.22 * 2 ** (i / 4), 4) for i in range(-8, 9))

@@ -20,7 +20,9 @@ from typing import Final
 import measure.models
 from measure import nncodec, worker
 from measure.models import Source
-from measure.report import Cache, Record, code_sha256, machine, number, table, versions, write
+from measure.report import Cache, Record, machine, number, table, versions, write
+
+from weightvid.version import code_sha256
 
 WORKERS: Final = (1, 2)
 #: turns of loader and bare decoder within a round.

@@ -181,7 +181,9 @@ SCRIPT = """
 """
 
 
-def test_a_search_that_was_broken_off_goes_on(tmp_path: Path) -> None:
+def test_a_search_that_was_broken_off_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     calls = tmp_path / "calls.txt"
@@ -204,6 +206,10 @@ def test_a_search_that_was_broken_off_goes_on(tmp_path: Path) -> None:
     changed = pack(tmp_path / "c.mp4", call, budget=20)
     assert changed.evaluations > 10
     assert len(list((tmp_path / "cache").iterdir())) == 2
+    # And so is a quantizer that makes other levels of a step.
+    monkeypatch.setattr("weightvid.planning.evaluate.code_sha256", lambda _: "of another version")
+    assert pack(tmp_path / "d.mp4", call, budget=20).evaluations > 10
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

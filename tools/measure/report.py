@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import weightvid
+from weightvid.version import code_sha256
 
 Record = dict[str, Any]
 
@@ -53,16 +53,6 @@ class Cache:
     def _path(self, key: Record) -> Path:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return Path(self.folder or ".") / f"{digest[:32]}.json"
-
-
-def code_sha256() -> str:
-    """Hash of weightvid's source: a point measured with other code is not used again."""
-    root = Path(weightvid.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def versions() -> Record:

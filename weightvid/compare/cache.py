@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -26,8 +25,7 @@ from weightvid.version import __version__
 #: of what points hold; another one measures everything again.
 SCHEMA: Final = 1
 #: rooms of this package that no point depends on.
-_NOT_MEASURING: Final = ("cli", "compare/report")
-_PACKAGE: Final = Path(__file__).resolve().parent.parent
+NOT_MEASURING: Final = ("cli", "compare/report")
 
 
 class Cache:
@@ -106,17 +104,6 @@ def key_of(parts: Mapping[str, Any]) -> str:
     """
     text = json.dumps({"schema": SCHEMA, **parts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@lru_cache
-def code_sha256() -> str:
-    """SHA-256 of this package's own code, but for what only shows results."""
-    digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        name = path.relative_to(_PACKAGE).as_posix()
-        if not name.startswith(_NOT_MEASURING):
-            digest.update(name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def versions(setting: Setting, program: Program | None = None) -> dict[str, str]:

@@ -16,7 +16,7 @@ from weightvid.codec.program import Program
 from weightvid.codec.registry import codec
 from weightvid.compare import evaluate, meter, nnc
 from weightvid.compare.baselines import BASELINES
-from weightvid.compare.cache import Cache, code_sha256, default_folder, key_of, versions
+from weightvid.compare.cache import NOT_MEASURING, Cache, default_folder, key_of, versions
 from weightvid.compare.children import Children, Judge
 from weightvid.compare.judge import Question
 from weightvid.compare.model import Model, load_model
@@ -25,6 +25,7 @@ from weightvid.compare.row import ERROR, MISSING, OK, Row
 from weightvid.compare.settings import ORIGINAL, Setting
 from weightvid.compare.sweep import Sweep, select
 from weightvid.errors import EvaluationError, QuantizationError
+from weightvid.version import code_sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +204,7 @@ class Comparison:
                 "setting": task.setting.record(),
                 "options": dict(task.row.options),
                 "versions": dict(task.row.versions),
-                "code": code_sha256(),
+                "code": code_sha256(leave=NOT_MEASURING),
                 "timing": task.row.timing,
                 "machine": [self._machine["processor"], self._machine["cores"]],
             }
@@ -215,7 +216,7 @@ class Comparison:
                 "model": self.subject.sha256,
                 "evaluation": self._evaluation,
                 "restored": restored_sha256,
-                "code": code_sha256(),
+                "code": code_sha256(leave=NOT_MEASURING),
             }
         )
 

@@ -27,12 +27,14 @@ from weightvid.planning.survey import Survey
 from weightvid.planning.verdict import Original, Verdict, read_outputs
 from weightvid.progress import Progress, Report
 from weightvid.spec import TensorSpec
-from weightvid.version import __version__
+from weightvid.version import __version__, code_sha256
 
 Array = npt.NDArray[np.generic]
 
 #: of quantized tensors that are kept for the next evaluation, or the model twice.
 _KEPT_BYTES: Final = 1 << 28
+#: code that decides what the weights of a step are.
+_QUANTIZING: Final = ("quantize/", "packing/", "dtypes.py")
 _NUMPY: Final = frozenset({"F16", "F32", "F64"})
 
 
@@ -196,6 +198,7 @@ def _identity(
     options = surveyed.options
     return {
         "version": __version__,
+        "code": code_sha256(_QUANTIZING),
         "model": model_hash(surveyed.reader, [spec.name for spec in surveyed.specs]),
         "function": function.digest,
         "lower_is_better": lower_is_better,
