@@ -101,12 +101,14 @@ class Bench:
         for name, changes in self.variants():
             for factor in STEP_FACTORS[:: self.stride]:
                 yield self.weightvid_job(name, {**changes, "step_factor": factor})
-        if self.options.no_plain:
+        if self.options.plain == "none":
             return
         for factor in GLOBAL_FACTORS[:: self.stride]:
             yield self.global_job(factor, FULL_BITS)
             if self.model.floats <= LARGE_FLOATS:  # above, the 1-D floats weigh next to nothing
                 yield self.global_job(factor, MIN_MANTISSA_BITS)
+        if self.options.plain == "global":
+            return
         for bits in CHANNEL_BITS:
             yield self.channel_job(bits)
 
@@ -328,7 +330,12 @@ def parse() -> argparse.Namespace:
     add("--pack", default="", metavar="KEY=VALUE,...", help="further PackOptions")
     add("--sqnr-pack", default="rule=sqnr", help="PackOptions of the curve set for SQNR")
     add("--variant", nargs=2, action="append", default=[], metavar=("NAME", "KEY=VALUE,..."))
-    add("--no-plain", action="store_true", help="leave out the plain codings (xz is slow)")
+    add(
+        "--plain",
+        choices=("all", "global", "none"),
+        default="all",
+        help="which plain codings (xz is slow): all, one global step, or none",
+    )
     add("--stride", type=int, help="measure every N-th point alone")
     add("--samples", type=int, help="evaluate on so many samples")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="points measured side by side")
@@ -346,7 +353,7 @@ def main() -> None:
         result = analysed(model, measured(model, options))
         extra = "--nncodec PYTHON" if options.nncodec else ""
         extra += f" --pack {options.pack}" if options.pack else ""
-        extra += " --no-plain" if options.no_plain else ""
+        extra += f" --plain {options.plain}" if options.plain != "all" else ""
         record: dict[str, Any] = {
             "schema": SCHEMA,
             "command": measure.models.shown_command("bench_rate.py", options, extra),
