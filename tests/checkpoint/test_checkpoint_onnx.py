@@ -97,6 +97,40 @@ def test_a_network_there_and_back(path: Path, tmp_path: Path, digits_dir: Path) 
         assert np.array_equal(numpy_helper.to_array(tensor), weights[tensor.name])
 
 
+def test_weights_in_constant_nodes(
+    model: Any, path: Path, tmp_path: Path, digits_dir: Path
+) -> None:
+    """Some exporters write no initializers at all."""
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    del other.graph.initializer[:]
+    constants = [
+        helper.make_node("Constant", [], [tensor.name], value=tensor)
+        for tensor in model.graph.initializer
+    ]
+    small = helper.make_node("Constant", [], ["few"], value_floats=[1.0, 2.0])
+    nodes = list(other.graph.node)
+    del other.graph.node[:]
+    other.graph.node.extend([*constants, small, *nodes])
+    onnx.save(other, tmp_path / "constants.onnx")
+    report = pack_checkpoint(tmp_path / "constants.onnx", tmp_path / "c.mp4")
+    sizes = [int(np.prod(t.dims)) for t in model.graph.initializer]
+    assert report.weights == sum(size for size in sizes if size >= 16)  # the others stay
+    unpack_archive(tmp_path / "c.mp4", tmp_path / "back.onnx", UnpackOptions())
+    onnx.checker.check_model(str(tmp_path / "back.onnx"), full_check=True)
+    pack_checkpoint(path, tmp_path / "i.mp4")
+    unpack_archive(tmp_path / "i.mp4", tmp_path / "same.onnx", UnpackOptions())
+    images = np.load(digits_dir / "digits_holdout.npz")["images"]
+    shown = (images.astype(np.float32) / 16).reshape(-1, 1, 8, 8)
+    found = predictions(tmp_path / "back.onnx", shown)
+    assert np.array_equal(found, predictions(tmp_path / "same.onnx", shown))
+    # A format in which initializers must be inputs is left as it is.
+    other.ir_version = 3
+    onnx.save(other, tmp_path / "old.onnx")
+    with open_checkpoint(tmp_path / "old.onnx") as reader:
+        assert not reader.contents.tensors
+
+
 def test_inline_fields_and_types(tmp_path: Path) -> None:
     bf16 = helper.make_tensor("bf16", TensorProto.BFLOAT16, [2], [1.5, -2.0])
     tensors = [

@@ -189,4 +189,5 @@ def test_sensitive_models_are_named_in_advance() -> None:
     assert "dw0" in found[0]
     assert not cautions(pointwise, range(4), 0.18)
     assert not cautions([*depthwise, *pointwise], range(8), 0.05)
+    assert "no floating-point weights" in cautions([], [], 0.18)[0]
     assert "5,000 weights" in cautions([spec("w", 50, 100)], [0], 0.18)[0]

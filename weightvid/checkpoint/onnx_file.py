@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,12 +33,18 @@ __all__ = ["open_reader", "open_writer"]
 
 _NAMES: Final = {number: name for name, number in DTYPES.items()}
 _OPEN_FILES: Final = 4
+_FLOATS: Final = frozenset(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
+#: smaller constants stay in the graph.
+_LEAST_CONSTANT: Final = 16
+#: from this version of the format on, an initializer need not be an input of the graph.
+_FREE_INITIALIZERS: Final = 4
 
 
 def open_reader(path: Path) -> CheckpointReader:
     """Open an ONNX model.
 
     Initializers of types that weightvid lacks (strings, 4-bit integers, ...) stay in the graph.
+    Weights that an exporter wrote as ``Constant`` nodes become initializers, which means the same.
 
     Raises
     ------
@@ -94,6 +101,7 @@ class _OnnxReader(CheckpointReader):
         self._places: dict[str, _Place] = {}
         self._files: dict[Path, BufferedReader] = {}
         specs: list[TensorSpec] = []
+        _constants_to_initializers(model)
         for number, tensor in enumerate(model.graph.initializer):
             dtype = _NAMES.get(tensor.data_type)
             if dtype is None or not tensor.name:
@@ -217,6 +225,36 @@ class _OnnxReader(CheckpointReader):
             file.close()
         self._files = {}
         self._inline = {}
+
+
+def _constants_to_initializers(model: Any) -> None:
+    """Weights in nodes, as some exporters write them, behind the other initializers."""
+    if model.ir_version < _FREE_INITIALIZERS:
+        return
+    graph = model.graph
+    nodes = list(graph.node)
+    kept = []
+    for node in nodes:
+        tensor = _constant(node)
+        if tensor is None:
+            kept.append(node)
+        else:
+            graph.initializer.add().CopyFrom(tensor)
+            graph.initializer[-1].name = node.output[0]
+    if len(kept) < len(nodes):
+        del graph.node[:]
+        graph.node.extend(kept)
+
+
+def _constant(node: Any) -> Any | None:
+    """Weights that a node stands for."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.output) != 1:
+        return None
+    if len(node.attribute) != 1 or node.attribute[0].name != "value" or not node.output[0]:
+        return None
+    tensor = node.attribute[0].t
+    small = prod(tensor.dims) < _LEAST_CONSTANT
+    return None if small or tensor.data_type not in _FLOATS else tensor
 
 
 def _slice(path: Path, offset: int, length: int) -> bytes:

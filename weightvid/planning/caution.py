@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from math import prod
 from typing import Final
 
+from weightvid.dtypes import PACKABLE
 from weightvid.spec import TensorSpec
 
 #: a layer whose outputs add up fewer products than this cannot average its errors away.
@@ -32,13 +33,15 @@ def cautions(
     coded : collection of int
         Ids of those that will be quantized.
     step_factor : float
-        k; at 0.08 or below nothing is said.
+        k; at 0.08 or below nothing is said of the steps.
 
     Returns
     -------
     tuple of str
         None, one or two sentences.
     """
+    if not any(spec.dtype in PACKABLE for spec in specs):
+        return ("there are no floating-point weights in it: nothing is quantized",)
     if step_factor <= _FINE or not coded:
         return ()
     layers = [spec for spec in specs if len(spec.shape) >= 2 and spec.shape[0] >= 8]
