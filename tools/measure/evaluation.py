@@ -104,20 +104,11 @@ class Model:
 
     def matrices(self) -> dict[str, npt.NDArray[np.float32]]:
         """Float tensors of two or more dimensions, as float32: what the SQNR is taken over."""
-        return {
-            name: tensor.float().numpy()
-            for name, tensor in self.state.items()
-            if tensor.is_floating_point() and tensor.dim() >= 2
-        }
+        return matrices(self.state)
 
     def sqnr_db(self, restored: State) -> float:
         """10 log10(sum x^2 / sum (x - x')^2) over all float tensors of two or more dimensions."""
-        signal = noise = 0.0
-        for name, x in self.matrices().items():
-            error = x - restored[name].float().numpy().reshape(x.shape)
-            signal += float(np.square(x, dtype=np.float64).sum())
-            noise += float(np.square(error, dtype=np.float64).sum())
-        return 10 * math.log10(signal / noise) if noise else math.inf
+        return sqnr_db(self.state, restored)
 
     def judge(self, restored: State) -> Fidelity:
         """Evaluate a restored model beside the original."""
@@ -173,6 +164,25 @@ class Model:
                 self._script.spearman(truth[i], new[i]) - self._script.spearman(truth[i], old[i])
             )
         return 100 * float(np.std(changes, ddof=1))
+
+
+def matrices(state: State) -> dict[str, npt.NDArray[np.float32]]:
+    """Float tensors of two or more dimensions, as float32."""
+    return {
+        name: tensor.float().numpy()
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and tensor.dim() >= 2
+    }
+
+
+def sqnr_db(state: State, restored: State) -> float:
+    """10 log10(sum x^2 / sum (x - x')^2) over all float tensors of two or more dimensions."""
+    signal = noise = 0.0
+    for name, x in matrices(state).items():
+        error = x - restored[name].float().numpy().reshape(x.shape)
+        signal += float(np.square(x, dtype=np.float64).sum())
+        noise += float(np.square(error, dtype=np.float64).sum())
+    return 10 * math.log10(signal / noise) if noise else math.inf
 
 
 def _import(script: Path) -> Any:
