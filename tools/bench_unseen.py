@@ -85,7 +85,7 @@ class Bench:
             "int8_xz_bytes": int8,
             "recipes": recipes,
             "bd_rate_sqnr": {
-                peer: bd_rate(_pairs(points), ours)
+                peer: bd_rate(_pairs(points), ours) if points else "fails"
                 for peer, points in curves.items()
                 if peer != OURS
             },
@@ -130,8 +130,9 @@ Whole files, bpw over all floats of the checkpoint. *Same integers in xz*: the a
 and exact tensors in one `xz -9e`, without names, shapes or index. *Stream over H0*: packets,
 digits, orders and folds over the zero-order entropy of the levels. BD-rate over SQNR (PCHIP, by
 `bjontegaard`), percent of the peer's rate: negative means that weightvid (`--rule sqnr`, 8 states)
-is smaller. *Short 1-D floats*: with the same 11 bits of mantissa that weightvid keeps. xz's and
-NNCodec's files hold no graph of a model; nor do these archives, for all take its weights alone."""
+is smaller; *fails*: the peer ended with an error. *Short 1-D floats*: with the same 11 bits of
+mantissa that weightvid keeps. All of these files hold the weights alone, without the graph of an
+ONNX model."""
 
 
 def markdown(record: Record) -> str:
