@@ -221,6 +221,11 @@ class Archive:
             yield entry, reader.read_file(self._source, entry)
 
     @property
+    def head_bytes(self) -> int:
+        """Of what comes before side files and frames."""
+        return self._head.size
+
+    @property
     def track(self) -> Any:
         """The video track: frame size and ``hvcC`` record."""
         return self._head.track
