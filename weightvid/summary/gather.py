@@ -92,10 +92,12 @@ def _walk(stream: BinaryIO, file_bytes: int) -> Iterator[_Place]:
     at = 0
     while at + BOX_HEADER_BYTES <= file_bytes:
         stream.seek(at)
-        data = stream.read(UUID_HEADER_BYTES + 8)
+        # No more than the header: a file elsewhere that is read on does not go back.
+        data = stream.read(UUID_HEADER_BYTES)
         size, kind, head = int.from_bytes(data[:4], "big"), data[4:8], BOX_HEADER_BYTES
         if size == 1:
             size, head = int.from_bytes(data[8:16], "big"), 16
+            data += stream.read(8)
         if kind == b"uuid":
             kind, head = data[head : head + 16], head + 16
         if size < head or at + size > file_bytes:
