@@ -173,6 +173,7 @@ class Archive:
 
     def close(self) -> None:
         """Close the file, if it was opened here."""
+        self._pipeline.close()
         if self._owned:
             self._stream.close()
 
