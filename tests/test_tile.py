@@ -181,3 +181,30 @@ def test_folding_is_a_bijection(core: int, width: int, seed: int, most: int) -> 
     samples, inner, tail = fold_levels(found, fold)
     assert count_digits(samples, fold) == (inner.size, tail.size)
     assert np.array_equal(unfold(samples, fold, inner, tail), found)
+
+
+@given(st.integers(0, 15), st.integers(1, 4), st.integers(0, 1 << 20))
+def test_unfolding_any_samples(core: int, width: int, seed: int) -> None:
+    """Also those that no level gives, which come from damaged files: levels wrap around."""
+    rng = np.random.default_rng(seed)
+    samples = np.concatenate([rng.permutation(256), np.full(rng.integers(0, 50), 128)])
+    samples = rng.permutation(samples).astype(np.uint8)
+    fold = Fold(core, width)
+    counts = count_digits(samples, fold)
+    digits = [
+        rng.integers(0, radix, n, dtype=np.uint8)
+        for radix, n in zip((2 * core + 1, width), counts, strict=True)
+    ]
+    inner, outer = map(iter, (digits[0].tolist(), digits[1].tolist()))
+    expected = []
+    for step in (samples.astype(int) - 128).tolist():
+        if step == 0:
+            expected.append(next(inner) - core if core else 0)
+            continue
+        magnitude = core + 1 + (abs(step) - 1) * width
+        level = (magnitude if step > 0 else -magnitude) + 128
+        more = next(outer) if width > 1 else 0
+        # The digit leads away from zero as the wrapped level has it.
+        wrapped = level % 256 - 128
+        expected.append((wrapped + (more if wrapped >= 0 else -more) + 128) % 256 - 128)
+    assert unfold(samples, fold, *digits).tolist() == expected

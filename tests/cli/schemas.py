@@ -93,7 +93,8 @@ INSPECT = {
     "weights": int,
     "coded_weights": int,
     "bits_per_weight": NUMBER,
-    "stream_bits_per_weight": NUMBER,
+    "stream_bits_per_weight": OPTIONAL_NUMBER,
+    "detailed": bool,
     "video": {
         "codec": str,
         "profile": str,

@@ -81,7 +81,7 @@ def test_failure_is_one_line(
 def test_memory_error(run: Run, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from weightvid import summary
 
-    def exhaust(_: Any) -> Any:
+    def exhaust(_: Any, details: bool) -> Any:
         raise MemoryError
 
     monkeypatch.setattr(summary, "summarize_archive", exhaust)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -159,6 +160,54 @@ def test_ray_gives_the_bytes_of_a_local_run(model: Path, local: bytes, tmp_path:
     path = tmp_path / "model.mp4"
     done = run_cli(["pack", str(model), "-o", str(path), "--cluster", "ray", "--jobs", "2"])
     assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == local
+
+
+#: packs on a Ray cluster of this machine, and kills a worker while it is in a task.
+_RAY_KILLING = """
+import json, os, signal, sys
+import psutil
+from weightvid.pack import PackOptions, pack_checkpoint
+
+model, path, jobs = sys.argv[1], sys.argv[2], int(sys.argv[3])
+killed, shares = [], []
+
+def told(progress):
+    shares[:] = [(share.name, share.done) for share in progress.workers]
+    if progress.stage != "encode" or progress.done < progress.total // 4 or killed:
+        return
+    for process in psutil.Process().children(recursive=True):
+        # A worker of Ray is called after the task that it is in; one that waits, ray::IDLE.
+        if process.cmdline()[:1] == ["ray::_call"]:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed.append(process.pid)
+            return
+
+pack_checkpoint(model, path, PackOptions(cluster="ray", jobs=jobs, verify=False), told)
+print(json.dumps({"killed": killed, "shares": shares, "here": os.getpid()}))
+"""
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray")
+def test_a_worker_of_ray_that_is_killed(model: Path, local: bytes, tmp_path: Path) -> None:
+    """What it had in hand is done again by others; the bytes are the same."""
+    script, path = tmp_path / "script.py", tmp_path / "model.mp4"
+    script.write_text(_RAY_KILLING)
+    done = subprocess.run(
+        [sys.executable, str(script), str(model), str(path), str(WORKERS)],
+        env=os.environ | {"PYTHONPATH": str(Path(weightvid.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    pids = {int(name.rpartition(":")[2]) for name, _ in told["shares"]}
+    assert len(told["killed"]) == 1
+    assert len(pids) > 1, "more than one process did the work"
+    assert told["here"] not in pids
     assert path.read_bytes() == local
 
 

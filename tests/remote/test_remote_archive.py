@@ -25,7 +25,7 @@ from weightvid.cli.app import app
 from weightvid.errors import CheckpointError, FormatError, RemoteError
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
-from weightvid.summary import summarize_archive
+from weightvid.summary import OUTLINE, summarize_archive
 from weightvid.unpack import UnpackOptions, unpack_archive
 from weightvid.verify import verify_archive
 
@@ -103,7 +103,65 @@ def test_everything(
     assert report.ok
     # A stream is not read beyond its index.
     assert report.file_bytes == len(data) if ranges else report.file_bytes > len(data) - 200
-    assert summarize_archive(url).account == summarize_archive(archive_file(data, tmp_path)).account
+    assert summarize_archive(url) == summarize_archive(archive_file(data, tmp_path))
+
+
+def test_inspecting_by_the_index(site: Site, data: bytes, tmp_path: Path) -> None:
+    """As much as head and index say, in a few requests."""
+    url = site.put("m.mp4", data)
+    here = summarize_archive(archive_file(data, tmp_path))
+    found = summarize_archive(url, details=False)
+    assert len(site.asked) <= 4
+    assert site.sent_bytes < 48 << 10
+    assert not found.detailed
+    assert found.stream_bits_per_weight is None
+    assert sum(found.account.values()) == found.file_bytes == len(data)
+    assert tuple(found.account) == OUTLINE
+    assert found.account["sidecar_boxes"] == sum(
+        here.account[part] for part in ("sidecars", "orders", "digits")
+    )
+    assert found.account["fragments"] == here.account["fragment_boxes"] + here.account["packets"]
+    assert found.account["exact_boxes"] == sum(
+        here.account[part] for part in ("exact_tensors", "plain_tensors")
+    )
+    for part in ("ftyp", "moov", "header", "index", "mfra", "other"):
+        assert found.account[part] == here.account[part]
+    assert found.video == here.video
+    assert (found.weights, found.coded_weights) == (here.weights, here.coded_weights)
+    for outlined, known in zip(found.tensors, here.tensors, strict=True):
+        assert outlined.name == known.name
+        assert outlined.frames == known.frames
+        assert outlined.coding == {"video": "video"}.get(known.coding, "boxed")
+    # A file of this machine is read at once, so its details are always told.
+    assert summarize_archive(archive_file(data, tmp_path), details=False) == here
+
+
+def test_inspecting_tensors_by_ranges(
+    site: Site, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts of sidecars and boxes, and no digits."""
+    url = site.put("m.mp4", data)
+    here = summarize_archive(archive_file(data, tmp_path))
+    with open_archive(tmp_path / "here.mp4") as archive:
+        boxes = len(archive.index.frames) + len(archive.index.exact)
+    monkeypatch.setattr("weightvid.summary.gather._TEXT_BYTES", 64)
+    assert summarize_archive(url) == here
+    assert len(site.asked) <= 4 + 2 * boxes
+    assert site.sent_bytes < len(data) * 2 // 3, "32 KiB of them are the first request"
+    monkeypatch.setattr("weightvid.summary.MOST_RANGES", boxes - 1)
+    site.asked.clear()
+    assert summarize_archive(url) == here, "where there are too many, all is read at once"
+    assert len(site.asked) <= 4
+
+
+@pytest.mark.parametrize("details", [True, False])
+def test_inspecting_a_file_that_is_cut_short(
+    site: Site, data: bytes, tmp_path: Path, details: bool
+) -> None:
+    url = site.put("m.mp4", data[: len(data) * 2 // 3])
+    found = summarize_archive(url, details)
+    assert found == summarize_archive(archive_file(data[: len(data) * 2 // 3], tmp_path))
+    assert not found.complete
 
 
 def archive_file(data: bytes, folder: Path) -> Path:
@@ -305,7 +363,12 @@ def test_verbs(site: Site, local: Path, tmp_path: Path, monkeypatch: pytest.Monk
     run("pack", site.put("some.model.safetensors", local.read_bytes()), "--step", "0.2")
     archive = tmp_path / "some.model.mp4"
     url = site.put("m.mp4", archive.read_bytes())
-    assert json.loads(run("inspect", url, "--json").stdout)["archive"] == url
+    told = json.loads(run("inspect", url, "--json").stdout)
+    assert (told["archive"], told["detailed"]) == (url, False)
+    told = json.loads(run("inspect", url, "--tensors", "--json").stdout)
+    assert told["detailed"]
+    assert all(tensor["coding"] in ("video", "plain", "exact") for tensor in told["tensors"])
+    assert "bits per weight" in run("inspect", url).stdout
     assert "ok" in run("verify", url, "--against", local).stdout
     run("unpack", url, "-o", "out.safetensors")
     assert load_file(tmp_path / "out.safetensors").keys() == {"a", "b"}

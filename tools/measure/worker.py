@@ -2,7 +2,9 @@
 
 Prints JSON. Times begin after the imports. Memory is the kernel's high-water mark of this process's
 own memory (``VmHWM``), less what was resident after the imports; ``ru_maxrss`` would begin
-with the parent's, which it inherits through ``vfork``.
+with the parent's, which it inherits through ``vfork``. Worker processes that the task started and
+waited for are counted, from their first instruction on: their CPU time, and the memory of the
+largest of them (``ru_maxrss``, so never too little).
 """
 
 from __future__ import annotations
@@ -31,28 +33,45 @@ def memory_bytes(field: str) -> int:
 def measured(work: Callable[[], Any]) -> Record:
     """Run it: wall and CPU seconds, memory above what was resident before."""
     before = memory_bytes("VmRSS")
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu, main = time.perf_counter(), time.process_time(), time.thread_time()
     work()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "wall_s": time.perf_counter() - wall,
-        "cpu_s": time.process_time() - cpu,
+        "cpu_s": time.process_time() - cpu + children.ru_utime + children.ru_stime,
+        "main_thread_cpu_s": time.thread_time() - main,
         "import_bytes": before,
         "peak_bytes": memory_bytes("VmHWM") - before,
+        "largest_child_bytes": children.ru_maxrss * KIB,
     }
 
 
 def pack(settings: Record) -> Record:
-    """Pack ``source`` to ``archive`` with ``options``; ``whole``: every level wholly as video."""
+    """Pack ``source`` to ``archive`` with ``options``, by threads or processes as `pack` does.
+
+    ``whole``: every level wholly as video.
+    """
     from safetensors import safe_open  # noqa: F401 - what packing imports is no part of it
 
+    from weightvid.checkpoint import open_checkpoint
     from weightvid.pack import PackOptions, pack_checkpoint
     from weightvid.packing import layout
+    from weightvid.packing.engines import local_engine
     from weightvid.tile import Fold
 
     if settings.get("whole"):
         vars(layout)["fold_for"] = lambda mean_magnitude: Fold()
-    options = PackOptions(force=True, **settings["options"])
-    return measured(lambda: pack_checkpoint(settings["source"], settings["archive"], options))
+    given = settings["options"]
+    # The change of the layout would not reach another process.
+    engine = "threads" if settings.get("whole") else given.get("cluster")
+
+    def work() -> None:
+        with open_checkpoint(settings["source"]) as reader:
+            cluster = engine or local_engine(reader, given.get("jobs", 0))
+            options = PackOptions(force=True, **{**given, "cluster": cluster})
+            pack_checkpoint(reader, settings["archive"], options)
+
+    return measured(work)
 
 
 def unpack(settings: Record) -> Record:

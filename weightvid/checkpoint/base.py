@@ -59,10 +59,14 @@ class CheckpointReader(ABC):
     location : str or None
         What :func:`weightvid.checkpoint.open_checkpoint` opened, so that another process can open
         it too; None for a source that lives in this process alone.
+    shareable : bool
+        It costs next to nothing to open, and a range of a tensor is read without the rest, so
+        that many processes of this machine may well have it open at once.
     """
 
     contents: Contents
     location: str | None = None
+    shareable: bool = False
 
     def __init__(self, contents: Contents) -> None:
         self.contents = contents

@@ -164,6 +164,7 @@ class _FolderReader(CheckpointReader):
             self._close_shards()
             raise
         super().__init__(contents)
+        self.shareable = all(reader.shareable for reader in self._open.values())
 
     def _check(self, shard: str, names: set[str] | None, contents: Contents) -> None:
         if names is None:

@@ -78,6 +78,8 @@ def open_writer(path: Path, contents: Contents, *, force: bool = False) -> Check
 
 
 class _SafetensorsReader(CheckpointReader):
+    shareable = True
+
     def __init__(self, path: Path, file: RawIOBase | BufferedReader) -> None:
         self._path = path
         self._file = file

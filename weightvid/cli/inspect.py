@@ -28,6 +28,9 @@ _PARTS = {
     "index": "index",
     "mfra": "MP4's own index",
     "other": "other",
+    "sidecar_boxes": "frame sidecars with orders and digits",
+    "fragments": "HEVC packets and the boxes around them",
+    "exact_boxes": "tensors without video",
 }
 #: title, and whether a narrow terminal shows it too.
 _COLUMNS = (
@@ -54,13 +57,15 @@ def inspect(
 ) -> None:
     """Show what is in an archive, without decoding it.
 
+    Of an address, the index alone is read; with --tensors, what is said of each tensor, too.
+
     [bold]weightvid inspect model.mp4[/bold]
     [bold]weightvid inspect model.mp4 --tensors[/bold]
     [bold]weightvid inspect model.mp4 --json | jq '.tensors[] | select(.coding == "video")'[/bold]
     """
     from weightvid.summary import summarize_archive
 
-    summary = summarize_archive(archive)
+    summary = summarize_archive(archive, details=tensors)
     if json:
         output.emit_json(
             summary,
@@ -90,7 +95,7 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
         ("weights", f"{output.count(summary.weights)}, of which "
                     f"{output.count(summary.coded_weights)} as video"),
         ("bits per weight", f"{summary.bits_per_weight:.3f} (whole file)"),
-        ("", f"{summary.stream_bits_per_weight:.3f} (the video's weights in its stream)"),
+        *_stream(summary),
         ("tensors", ", ".join(f"{number} {kind}" for kind, number in kinds.items())),
         ("video", f"{video.codec}, {video.profile} profile, {video.tier} tier, "
                   f"level {video.level}"),
@@ -103,6 +108,11 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
     rows += [(f"{key}", str(value)) for key, value in summary.about.items()]
     rows += [(f"metadata {key}", _cut(value)) for key, value in summary.metadata.items()]
     output.facts(rows)
+
+
+def _stream(summary: ArchiveSummary) -> list[tuple[str, str]]:
+    rate = summary.stream_bits_per_weight
+    return [] if rate is None else [("", f"{rate:.3f} (the video's weights in its stream)")]
 
 
 def _cut(text: str, limit: int = 200) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -101,8 +102,9 @@ def pack(
         str | None,
         typer.Option(
             metavar="WHERE",
-            help="Let a cluster do the work: dask or ray (processes on this machine), ray:auto, or "
-            "a scheduler's address such as tcp://host:8786.",
+            help="Who does the work: threads or processes of this machine (default: processes for "
+            "large models in safetensors files), or a cluster: dask or ray (started on this "
+            "machine), ray:auto, or a scheduler's address such as tcp://host:8786.",
         ),
     ] = None,
     force: Force = False,
@@ -187,7 +189,7 @@ def pack(
         usage_error(f"{destination} is the model itself", "--output")
     with output.progress_bars() as report, open_checkpoint(model, report) as reader:
         _check_keeps(reader, options)
-        made = pack_checkpoint(reader, destination, options, report)
+        made = pack_checkpoint(reader, destination, _with_workers(options, reader), report)
     for entry in made.skipped:
         output.warn(f"not packed: {entry}")
     for text in made.warnings:
@@ -213,6 +215,18 @@ def _quantizer(name: str | None) -> Quantizer:
         known = suggestion(chosen, tuple(QUANTIZERS))
         usage_error(f"unknown quantizer {chosen!r}{known}", "--quantizer")
     return QUANTIZERS[chosen]
+
+
+def _with_workers(options: PackOptions, reader: CheckpointReader) -> PackOptions:
+    """The options, with the faster way to use this machine where no other was asked for.
+
+    Error feedback is matrix products, which use all cores by themselves.
+    """
+    from weightvid.packing.engines import local_engine
+
+    if options.cluster is not None or options.calibration is not None:
+        return options
+    return replace(options, cluster=local_engine(reader, options.jobs))
 
 
 def _check_keeps(reader: CheckpointReader, options: PackOptions) -> None:

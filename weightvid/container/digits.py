@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -29,6 +30,8 @@ from weightvid.tile.ribbon import Samples
 
 #: a stream of digits: ("core", core) or ("tail", width).
 Kind = tuple[str, int]
+#: streams that are being inflated.
+Inflated = Mapping[Kind, "Future[Digits]"]
 _NO_DIGITS: Final[Digits] = np.empty(0, np.uint8)
 
 
@@ -94,10 +97,15 @@ class DigitReader:
     streams : mapping of Kind to bytes
     samples : int
         Samples of the frame: no stream can hold more digits.
+    inflated : mapping of Kind to Future, optional
+        Streams that something else inflates.
     """
 
-    def __init__(self, streams: Mapping[Kind, bytes], samples: int) -> None:
+    def __init__(
+        self, streams: Mapping[Kind, bytes], samples: int, inflated: Inflated | None = None
+    ) -> None:
         self._streams = streams
+        self._inflated = inflated or {}
         self._samples = samples
         self._digits: dict[Kind, Digits] = {}
         self._at: dict[Kind, int] = {}
@@ -124,8 +132,12 @@ class DigitReader:
             return _NO_DIGITS
         digits = self._digits.get(kind)
         if digits is None:
-            data = self._streams.get(kind, b"\x03\x00")
-            digits = self._digits[kind] = decompress(data, kind, self._samples)
+            if (elsewhere := self._inflated.get(kind)) is not None:
+                digits = elsewhere.result()
+            else:
+                data = self._streams.get(kind, b"\x03\x00")
+                digits = decompress(data, kind, self._samples)
+            self._digits[kind] = digits
         begin = self._at.get(kind, 0)
         if begin + count > digits.size:
             raise FormatError("a frame has too few digits", code="digits")

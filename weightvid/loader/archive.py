@@ -173,6 +173,7 @@ class Archive:
 
     def close(self) -> None:
         """Close the file, if it was opened here."""
+        self._pipeline.close()
         if self._owned:
             self._stream.close()
 
@@ -219,6 +220,11 @@ class Archive:
             self._rewind()
         for entry in self.files:
             yield entry, reader.read_file(self._source, entry)
+
+    @property
+    def head_bytes(self) -> int:
+        """Of what comes before side files and frames."""
+        return self._head.size
 
     @property
     def track(self) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
-from weightvid.container.digits import DigitReader
+from weightvid.container.digits import DigitReader, Inflated
 from weightvid.container.exact import LEVEL_DTYPES, ExactItem, PlainLevels
 from weightvid.container.records import (
     NO_ESCAPES,
@@ -20,6 +20,7 @@ from weightvid.container.records import (
 )
 from weightvid.dtypes import PACKABLE, stored_dtype
 from weightvid.errors import FormatError
+from weightvid.loader.side import ALONE, Side
 from weightvid.loader.stream import (
     STREAMED_ELEMENTS,
     Dequantizer,
@@ -39,6 +40,8 @@ Levels = npt.NDArray[np.integer]
 
 #: weights dequantized at a time; what stays in the second-level cache.
 _BLOCK: int = 1 << 18
+#: and at least, where a part is hashed while the next one is dequantized.
+_LEAST_BLOCK: int = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +83,39 @@ class Quantized:
         FormatError
             ``tensor-digest``.
         """
-        rows, columns = self.levels.shape
         dequantizer = Dequantizer(self.spec, self.params, self.sha256 if check else None)
-        step = max(1, _BLOCK // max(1, columns))
-        if isinstance(self.params, TrellisParams) and self.params.axis == 0:
-            step = max(64, step)
-        for begin in range(0, rows, step):
-            block = self.levels[begin : begin + step]
-            yield dequantizer.rows(self.escapes.placed_in(block, begin * columns))
+        for _, levels in self._blocks(_BLOCK):
+            yield dequantizer.rows(levels)
         dequantizer.finish()
 
-    def stored(self, check: bool = False) -> Array:
+    def stored(self, check: bool = False, side: Side = ALONE) -> Array:
         """Dequantized elements in the tensor's own dtype and shape.
 
         Parameters
         ----------
         check : bool
             Compare with the tensor's SHA-256 as well.
+        side : Side
+            Hashes what has been dequantized, meanwhile.
         """
         out = np.empty(self.levels.shape, stored_dtype(self.spec.dtype))
-        begin = 0
-        for part in self.parts(check):
-            out[begin : begin + len(part)] = part
-            begin += len(part)
+        sha256 = self.sha256 if check else None
+        dequantizer = Dequantizer(self.spec, self.params, sha256, side)
+        share = _BLOCK if side.alone else min(_BLOCK, max(_LEAST_BLOCK, out.size // 4))
+        for begin, levels in self._blocks(share):
+            dequantizer.rows(levels, out[begin : begin + len(levels)])
+        dequantizer.finish()
         return out.reshape(self.spec.shape)
+
+    def _blocks(self, size: int) -> Iterator[tuple[int, Levels]]:
+        """True levels of consecutive rows, about so many at a time, and their first row."""
+        rows, columns = self.levels.shape
+        step = max(1, size // max(1, columns))
+        if isinstance(self.params, TrellisParams) and self.params.axis == 0:
+            step = max(64, step)
+        for begin in range(0, rows, step):
+            block = self.levels[begin : begin + step]
+            yield begin, self.escapes.placed_in(block, begin * columns)
 
 
 @dataclass(slots=True)
@@ -168,13 +180,26 @@ class Assembler:
         self._seen: set[int] = set()
         self._pending: dict[int, _Pending] = {}
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether every tensor is wanted."""
+        return self._wanted is None
+
     def add(
-        self, sidecar: Sidecar, luma: Samples
+        self, sidecar: Sidecar, luma: Samples, inflated: Inflated | None = None
     ) -> Iterator[tuple[int, Quantized | StreamedTensor]]:
-        """Take one frame; give every tensor that is complete with it, with its id."""
+        """Take one frame; give every tensor that is complete with it, with its id.
+
+        Parameters
+        ----------
+        sidecar : Sidecar
+        luma : ndarray, shape (height, width)
+        inflated : mapping, optional
+            Digits of the frame that have been inflated already, or will be.
+        """
         first = sidecar.frame * self._geometry.columns
         last = first + self._geometry.columns
-        digits = DigitReader(sidecar.digits, luma.size)
+        digits = DigitReader(sidecar.digits, luma.size, inflated)
         if not self._pending:
             digits.skip(sidecar.carried)
         for start in sidecar.starts:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from weightvid.codec.decode import DecoderSettings, HevcDecoder
+from weightvid.container.digits import Inflated, decompress
 from weightvid.container.exact import parse_exact
 from weightvid.container.reader import ExactPayload, Fragment, Head
 from weightvid.container.records import ExactEntry, FrameEntry, Index, Sidecar
 from weightvid.container.sidecar import check_frame
 from weightvid.errors import CodecError, FormatError
 from weightvid.loader.assemble import Array, Assembler, ExactAssembler, Quantized
+from weightvid.loader.side import ALONE, Side
 from weightvid.loader.stream import Spill, Streamed
 from weightvid.tile import Samples
 
@@ -27,11 +30,12 @@ class Found:
 
     tensor: int
     value: Array | Quantized | Streamed
+    side: Side = ALONE
 
     def stored(self, check: bool) -> Array:
         """Elements in the tensor's own dtype; ``check`` compares a quantized one's hash."""
         if isinstance(self.value, Quantized):
-            return self.value.stored(check)
+            return self.value.stored(check, self.side)
         if isinstance(self.value, Streamed):
             parts = [part.reshape(-1) for part in self.value.parts(check)]
             return np.concatenate(parts).reshape(self.value.spec.shape)
@@ -65,6 +69,8 @@ class _Run:
     """The state of one pass."""
 
     exact: ExactAssembler
+    inflate: Callable[[Sidecar], Inflated] | None = None
+    inflated: dict[int, Inflated] = field(default_factory=dict)
     waiting: deque[Fragment | ExactPayload] = field(default_factory=deque)
     seen: _Seen = field(default_factory=_Seen)
     failure: FormatError | None = None
@@ -88,6 +94,11 @@ class Pipeline:
         self._tensors = head.header.tensors
         geometry = head.header.geometry
         self._settings = DecoderSettings(head.track.hvcc, geometry.width, geometry.height, threads)
+        self._side = Side(threads)
+
+    def close(self) -> None:
+        """End the thread that works beside."""
+        self._side.close()
 
     def run(
         self, events: Iterable[Event], assembler: Assembler, spill: Spill | None = None
@@ -102,12 +113,22 @@ class Pipeline:
         FormatError
             ``packet``, ``order``, ``digest``, ``digits``, ``index``, and whatever the events raise.
         """
-        run = _Run(ExactAssembler(self._tensors, spill))
+        beside = assembler.takes_all and not self._side.alone
+        run = _Run(ExactAssembler(self._tensors, spill), self._inflate if beside else None)
         for fragment, luma in self._decode(events, run):
+            # The frame is hashed while it is unfolded; no tensor leaves before.
+            checked = self._check(fragment, luma)
             yield from self._boxed(run)
             run.waiting.popleft()
-            for done in assembler.add(fragment.sidecar, luma):
-                yield Found(*done)
+            inflated = run.inflated.pop(fragment.sidecar.frame, None)
+            found = assembler.add(fragment.sidecar, luma, inflated)
+            try:
+                done = next(found, None)
+            finally:
+                checked.result()
+            while done is not None:
+                yield Found(*done, self._side)
+                done = next(found, None)
         yield from self._boxed(run)
         if run.failure is not None:
             raise run.failure
@@ -118,20 +139,30 @@ class Pipeline:
         """Each frame's sidecar and luma, shape (height, width); a view until the next is asked."""
         run = _Run(ExactAssembler(self._tensors))
         for fragment, luma in self._decode(events, run):
+            self._check(fragment, luma).result()
             run.waiting.popleft()
             yield fragment.sidecar, luma
         if run.failure is not None:
             raise run.failure
 
+    def _check(self, fragment: Fragment, luma: Samples) -> Future[None]:
+        return self._side.do(check_frame, fragment.payload, luma, fragment.sidecar.frame)
+
+    def _inflate(self, sidecar: Sidecar) -> Inflated:
+        samples = self._settings.width * self._settings.height
+        return {
+            kind: self._side.do(decompress, data, kind, samples)
+            for kind, data in sidecar.digits.items()
+        }
+
     def _decode(self, events: Iterable[Event], run: _Run) -> Iterator[tuple[Fragment, Samples]]:
-        """Decoded frames whose digests match; each still waits in ``run``."""
+        """Decoded frames, their digests to be checked; each still waits in ``run``."""
         decoder = HevcDecoder(self._settings)
         try:
             for number, luma in decoder.decode(_packets(events, run)):
                 fragment = next(e for e in run.waiting if isinstance(e, Fragment))
                 if fragment.sidecar.frame != number:
                     raise FormatError(f"frame {number} comes out of order", code="order")
-                check_frame(fragment.payload, luma, number)
                 yield fragment, luma
         except CodecError as error:
             raise FormatError(str(error), code="packet") from None
@@ -159,6 +190,8 @@ def _packets(events: Iterable[Event], run: _Run) -> Iterator[tuple[int, bytes]]:
             if isinstance(event, Fragment):
                 run.seen.frames.append(event.entry)
                 run.seen.ribbon += [start.tensor for start in event.sidecar.starts]
+                if run.inflate is not None:
+                    run.inflated[event.sidecar.frame] = run.inflate(event.sidecar)
                 yield event.sidecar.frame, event.packet
     except FormatError as error:
         run.failure = error

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from weightvid.container.exact import LEVEL_DTYPES, PlainLevels
 from weightvid.container.records import TENSOR_HASH_BYTES, Escapes
 from weightvid.dtypes import PACKABLE, from_float32, stored_dtype
 from weightvid.errors import FormatError
+from weightvid.loader.side import ALONE, Side
 from weightvid.quantize import Params, TrellisParams, dequantize
 from weightvid.quantize.trellis import ColumnDequantizer
 from weightvid.scratch import Scratch
@@ -58,9 +60,15 @@ class Dequantizer:
     params : Params
     sha256 : bytes or None
         What the first bytes of the SHA-256 must be; None: unchecked.
+    side : Side
+        Hashes.
     """
 
-    def __init__(self, spec: TensorSpec, params: Params, sha256: bytes | None) -> None:
+    def __init__(
+        self, spec: TensorSpec, params: Params, sha256: bytes | None, side: Side = ALONE
+    ) -> None:
+        self._side = side
+        self._hashed: Future[None] | None = None
         self._spec = spec
         self._params = params
         self._sha256 = sha256
@@ -70,17 +78,30 @@ class Dequantizer:
             columns = tile.matrix_shape(spec.shape)[1]
             self._columns = ColumnDequantizer(columns, params.states, params.zero)
 
-    def rows(self, levels: Levels) -> Array:
-        """Stored elements of the next whole rows, in their shape."""
+    def rows(self, levels: Levels, out: Array | None = None) -> Array:
+        """Stored elements of the next whole rows, in their shape.
+
+        Parameters
+        ----------
+        levels : ndarray of integers, shape (r, C)
+        out : ndarray, shape (r, C), optional
+            Takes the elements. They must stay as they are until :meth:`finish`.
+        """
+        # Elements that are float32 go to their place at once.
+        place = cast("npt.NDArray[np.float32] | None", out if self._spec.dtype == "F32" else None)
         if self._columns is None:
-            values = dequantize(levels, self._params)
+            values = dequantize(levels, self._params, place)
         else:
             index = self._columns.feed(levels)
             unit = self._params.unit
-            values = np.multiply(index, unit, dtype=np.float32, casting="unsafe")
+            values = np.multiply(index, unit, out=place, dtype=np.float32, casting="unsafe")
         stored = np.ascontiguousarray(from_float32(values, self._spec.dtype))
+        if out is not None and place is None:
+            out[...] = stored
         if self._sha256 is not None:
-            self._digest.update(stored.data)
+            if self._hashed is not None:
+                self._hashed.result()
+            self._hashed = self._side.do(self._digest.update, stored.data)
         return stored
 
     def finish(self) -> None:
@@ -91,6 +112,8 @@ class Dequantizer:
         FormatError
             ``tensor-digest``: they are not those that were packed.
         """
+        if self._hashed is not None:
+            self._hashed.result()
         if self._sha256 not in (None, self._digest.digest()[:TENSOR_HASH_BYTES]):
             raise FormatError(
                 f"tensor {self._spec.name!r} does not match its SHA-256",

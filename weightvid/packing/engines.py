@@ -1,5 +1,6 @@
-"""Clusters: the executors that Dask and Ray offer themselves, opened by name or address; or any.
+"""Who packs: threads, processes of this machine, or a cluster's.
 
+Of clusters, the executors that Dask and Ray offer themselves, opened by name or address; or any.
 Scheduling, moving data and doing again what a dead worker had in hand is theirs. Either library is
 imported only when it is asked for.
 """
@@ -13,21 +14,29 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
+from weightvid.checkpoint import CheckpointReader
+from weightvid.dtypes import PACKABLE
 from weightvid.errors import ClusterError
-from weightvid.packing.workers import Workers, local_workers
+from weightvid.packing.children import can_start
+from weightvid.packing.workers import Place, Workers, local_workers, process_workers
 
+#: workers of this machine, without a library.
+LOCAL: Final = ("threads", "processes")
+#: from so many weights on, processes win back the time that they take to start.
+PROCESS_WEIGHTS: Final = 10_000_000
 #: how often a task is done again when its worker dies.
 _RETRIES: Final = 3
 _CONNECT_S: Final = 20
 
 
 def open_workers(cluster: str | Executor | None, jobs: int = 0) -> AbstractContextManager[Workers]:
-    """Workers of a cluster, or threads of this process.
+    """Workers of this machine or of a cluster.
 
     Parameters
     ----------
     cluster : str, Executor or None
-        ``dask`` or ``ray``: worker processes on this machine. ``scheme://host:port`` of a Dask
+        ``threads`` of this process, or ``processes`` on this machine. ``dask`` or ``ray``: worker
+        processes of theirs on this machine. ``scheme://host:port`` of a Dask
         scheduler; ``ray:auto`` or ``ray://host:port``: a running Ray cluster. Any executor, which
         stays open; unless it is a ThreadPoolExecutor, its workers are other processes. None:
         threads.
@@ -44,9 +53,31 @@ def open_workers(cluster: str | Executor | None, jobs: int = 0) -> AbstractConte
         return local_workers(jobs)
     if isinstance(cluster, Executor):
         count = jobs or getattr(cluster, "_max_workers", 0) or os.cpu_count() or 1
-        return nullcontext(Workers(cluster, count, not isinstance(cluster, ThreadPoolExecutor)))
+        threads = isinstance(cluster, ThreadPoolExecutor)
+        return nullcontext(Workers(cluster, count, Place.THREADS if threads else Place.CLUSTER))
     check_cluster(cluster)
+    if cluster in LOCAL:
+        return (local_workers if cluster == "threads" else process_workers)(jobs)
     return (_ray if cluster == "ray" or cluster.startswith("ray:") else _dask)(cluster, jobs)
+
+
+def local_engine(reader: CheckpointReader, jobs: int = 0) -> str:
+    """The faster of threads and processes: one of :data:`LOCAL`.
+
+    Small operations of numpy contend for Python's lock, so that two threads do the work of one and
+    a half. Processes read the checkpoint for themselves.
+
+    Parameters
+    ----------
+    reader : CheckpointReader
+    jobs : int
+        As in :func:`open_workers`.
+    """
+    alone = (jobs or os.cpu_count() or 1) == 1
+    if alone or reader.location is None or not (reader.shareable and can_start()):
+        return "threads"
+    weights = sum(spec.size for spec in reader.contents.tensors if spec.dtype in PACKABLE)
+    return "processes" if weights >= PROCESS_WEIGHTS else "threads"
 
 
 def check_cluster(cluster: str) -> None:
@@ -56,10 +87,10 @@ def check_cluster(cluster: str) -> None:
     ------
     ClusterError
     """
-    if cluster not in ("dask", "ray", "ray:auto") and "://" not in cluster:
+    if cluster not in (*LOCAL, "dask", "ray", "ray:auto") and "://" not in cluster:
         raise ClusterError(
-            f"no cluster {cluster!r}: it is dask, ray, ray:auto, or an address such as "
-            "tcp://10.0.0.1:8786 (Dask) or ray://10.0.0.1:10001"
+            f"no cluster {cluster!r}: it is threads, processes, dask, ray, ray:auto, or an address "
+            "such as tcp://10.0.0.1:8786 (Dask) or ray://10.0.0.1:10001"
         )
 
 
@@ -89,7 +120,7 @@ def _dask(cluster: str, jobs: int) -> Iterator[Workers]:
         if not threads:
             raise ClusterError(f"the Dask cluster {cluster} has no workers")
         executor = client.get_executor(pure=False, retries=_RETRIES)
-        workers = Workers(executor, threads, True, _explain_dask)
+        workers = Workers(executor, threads, Place.CLUSTER, _explain_dask)
         try:
             yield workers
         except BaseException:
@@ -145,7 +176,7 @@ def _ray(cluster: str, jobs: int) -> Iterator[Workers]:
         count = int(ray.cluster_resources().get("CPU", 0))
         if not count:
             raise ClusterError(f"the Ray cluster {cluster} has no processors")
-        yield Workers(_RayExecutor(ray), count, True, _explain_ray)
+        yield Workers(_RayExecutor(ray), count, Place.CLUSTER, _explain_ray)
     finally:
         ray.shutdown()
 

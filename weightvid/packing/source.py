@@ -94,6 +94,26 @@ class SharedSource(Source):
             return _OPENED.source
 
 
+class HandedSource(ReaderSource):
+    """A reader of this process; in another one, the same checkpoint opened once more.
+
+    Parameters
+    ----------
+    reader : CheckpointReader
+    location : str
+        Path or address of the checkpoint.
+    """
+
+    def __init__(self, reader: CheckpointReader, location: str) -> None:
+        super().__init__(reader)
+        self._shared = SharedSource(location)
+
+    def __reduce__(self) -> tuple[type[SharedSource], tuple[object, ...]]:
+        """What a pipe carries."""
+        shared = self._shared
+        return SharedSource, (shared.location, shared.token, shared.versions)
+
+
 class _Opened:
     """The checkpoint that this process serves."""
 

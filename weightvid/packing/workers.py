@@ -9,14 +9,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Generic, TypeVar
 
 from weightvid.checkpoint import CheckpointReader
 from weightvid.errors import ClusterError, WeightvidError
-from weightvid.packing.source import ReaderSource, SharedSource, Source
+from weightvid.packing.children import ProcessExecutor
+from weightvid.packing.source import HandedSource, ReaderSource, SharedSource, Source
 from weightvid.progress import WorkerShare
 
 _T = TypeVar("_T")
+
+
+class Place(Enum):
+    """Where workers are."""
+
+    THREADS = "threads of this process"
+    CHILDREN = "this process and others that it has started here"
+    CLUSTER = "processes anywhere"
 
 
 class Work(Generic[_T]):
@@ -55,8 +65,8 @@ class Workers:
     executor : Executor
     count : int
         Tasks that it runs at the same time.
-    shared : bool
-        Its workers are other processes, which read the checkpoint themselves.
+    place : Place
+        Where its workers are.
     explain : callable or None
         Turns an exception of the engine's own into one for the user.
 
@@ -70,12 +80,12 @@ class Workers:
         self,
         executor: Executor,
         count: int,
-        shared: bool = False,
+        place: Place = Place.THREADS,
         explain: Callable[[Exception], Exception] | None = None,
     ) -> None:
         self._executor = executor
         self.count = count
-        self.shared = shared
+        self.place = place
         self.folder: str | os.PathLike[str] | None = None
         self._explain = explain
         self._weights: dict[str, int] = {}
@@ -109,18 +119,23 @@ class Workers:
         self._weights[who] = self._weights.get(who, 0) + weights
 
     @property
+    def shared(self) -> bool:
+        """Whether workers are other processes, which read the checkpoint themselves."""
+        return self.place is not Place.THREADS
+
+    @property
     def ahead(self) -> int:
         """Tasks that are worth having under way besides one for each worker.
 
         While a worker of a cluster runs one, the next one's arguments and the last one's result
         travel.
         """
-        return self.count + 1 if self.shared else 1
+        return self.count + 1 if self.place is Place.CLUSTER else 1
 
     @property
     def shares(self) -> tuple[WorkerShare, ...]:
-        """What each worker of a cluster has done; nothing for threads of this process."""
-        if not self.shared:
+        """What each worker of a cluster has done; nothing for those of this machine."""
+        if self.place is not Place.CLUSTER:
             return ()
         return tuple(WorkerShare(name, done) for name, done in sorted(self._weights.items()))
 
@@ -144,13 +159,17 @@ class Workers:
                 "this checkpoint lies in the memory of one process, and the workers of a cluster "
                 "cannot read it: save it to a file on shared storage, or pack without a cluster"
             )
+        if self.place is Place.CHILDREN:
+            return HandedSource(reader, reader.location)
         return SharedSource(reader.location)
 
     def stop(self) -> None:
-        """Forget what has not begun, and wait for what has."""
+        """Forget what has not begun; end what other processes do, and wait for threads."""
         if self._source is not None:
             self._source[0].stop()
-        if isinstance(self._executor, ThreadPoolExecutor):
+        if isinstance(self._executor, ProcessExecutor):
+            self._executor.kill()
+        elif isinstance(self._executor, ThreadPoolExecutor):
             self._executor.shutdown(wait=True, cancel_futures=True)
 
 
@@ -170,12 +189,34 @@ def local_workers(jobs: int = 0) -> Iterator[Workers]:
     """
     count = jobs or os.cpu_count() or 1
     with ThreadPoolExecutor(count, "weightvid-pack") as executor:
-        workers = Workers(executor, count)
-        try:
-            yield workers
-        except BaseException:
-            workers.stop()
-            raise
+        yield from _until_done(Workers(executor, count))
+
+
+@contextmanager
+def process_workers(jobs: int = 0) -> Iterator[Workers]:
+    """A thread of this process, and other processes that it starts on this machine.
+
+    Parameters
+    ----------
+    jobs : int
+        Of them all; 0: one per core.
+
+    Raises
+    ------
+    ClusterError
+        A process cannot be started.
+    """
+    count = jobs or os.cpu_count() or 1
+    with ProcessExecutor(count) as executor:
+        yield from _until_done(Workers(executor, count, Place.CHILDREN))
+
+
+def _until_done(workers: Workers) -> Iterator[Workers]:
+    try:
+        yield workers
+    except BaseException:
+        workers.stop()
+        raise
 
 
 @dataclass(slots=True)

@@ -86,8 +86,10 @@ class PackOptions:
     jobs : int
         Workers side by side, on this machine; 0: one per core.
     cluster : str, Executor or None
-        Let the workers of a cluster quantize and encode: ``dask`` or ``ray`` starts one on this
-        machine, of ``jobs`` processes; ``tcp://host:port`` is a Dask scheduler's address, and
+        Who quantizes and encodes. None or ``threads``: threads of this process; ``processes``: this
+        process and others that it starts on this machine, which is faster for large models in
+        files. Or the workers of a cluster: ``dask`` or ``ray`` starts one on this machine, of
+        ``jobs`` processes; ``tcp://host:port`` is a Dask scheduler's address, and
         ``ray://host:port`` or ``ray:auto`` a Ray cluster's. Any ``concurrent.futures.Executor``
         will do. The archive's bytes are the same.
     force : bool

@@ -15,7 +15,11 @@ from weightvid.quantize.params import Params, TrellisParams, UniformParams, para
 __all__ = ["Params", "TrellisParams", "UniformParams", "dequantize", "params_from_dict"]
 
 
-def dequantize(levels: npt.NDArray[np.integer], params: Params) -> npt.NDArray[np.float32]:
+def dequantize(
+    levels: npt.NDArray[np.integer],
+    params: Params,
+    out: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[np.float32]:
     """Weights of a matrix of levels.
 
     Parameters
@@ -24,6 +28,8 @@ def dequantize(levels: npt.NDArray[np.integer], params: Params) -> npt.NDArray[n
         True levels (outliers included). A trellis along rows needs whole rows.
     params : Params
         The tensor's quantizer.
+    out : ndarray of float32, same shape, optional
+        Takes the weights.
 
     Returns
     -------
@@ -32,6 +38,5 @@ def dequantize(levels: npt.NDArray[np.integer], params: Params) -> npt.NDArray[n
     if isinstance(params, TrellisParams):
         from weightvid.quantize import trellis
 
-        index = trellis.dequantize_index(levels, params.states, params.axis, params.zero)
-        return np.multiply(index, params.unit, dtype=np.float32, casting="unsafe")
-    return uniform.dequantize(levels, params)
+        return trellis.dequantize(levels, params, out)
+    return uniform.dequantize(levels, params, out)

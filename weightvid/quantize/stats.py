@@ -12,8 +12,10 @@ import numpy.typing as npt
 from weightvid.dtypes import PACKABLE, to_float32
 from weightvid.spec import TensorSpec
 
-#: weights looked at in one go.
+#: weights of one sum.
 BLOCK = 1 << 20
+#: weights looked at in one go; their float64 stays in the cache.
+_PIECE = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,14 @@ def block_sums(array: npt.NDArray[np.generic], dtype: str) -> list[Sums]:
     # float64 beyond the range of float32 becomes infinite here, and the tensor is kept exact.
     with np.errstate(over="ignore", invalid="ignore"):
         for begin in range(0, flat.size, BLOCK):
-            block = to_float32(flat[begin : begin + BLOCK], dtype).astype(np.float64)
-            squares = float(np.dot(block, block))
-            found.append((float(block.sum()), squares, float(np.abs(block).max())))
+            block = to_float32(flat[begin : begin + BLOCK], dtype)
+            total = squares = 0.0
+            for first in range(0, block.size, _PIECE):
+                piece = block[first : first + _PIECE].astype(np.float64)
+                total += float(piece.sum())
+                # No product of vectors: its last bits depend on how many threads it runs on.
+                squares += float(np.square(piece, out=piece).sum())
+            found.append((total, squares, max(float(block.max()), -float(block.min()))))
     return found
 
 

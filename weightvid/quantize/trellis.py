@@ -64,6 +64,7 @@ Wang, "Entropy-constrained trellis-coded quantization", 1992; ITU-T H.266, 8.7.3
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -72,7 +73,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.errors import QuantizationError
-from weightvid.quantize.params import TRELLIS_STATES
+from weightvid.quantize.params import TRELLIS_STATES, TrellisParams
 
 DEFAULT_STATES = 8
 
@@ -240,22 +241,53 @@ def dequantize_index(
     [[4, 6, -6, 2, 14]]
     """
     _check(levels, axis)
-    tables = _byte_tables(machine(states).states)
-    rows, columns = levels.shape
     index = np.empty(levels.shape, np.int32)
-    if axis == 1:
-        block = max(1, _BLOCK // max(columns, 1))
-        for first in range(0, rows, block):
-            part = slice(first, first + block)
-            bits, _ = _quantizer_bits(levels[part], tables, 1, None)
-            _combine(levels[part], bits, index[part], zero)
-    else:
-        block = max(64, _BLOCK // max(rows, 1))
-        for first in range(0, columns, block):
-            part = slice(first, first + block)
-            bits, _ = _quantizer_bits(levels[:, part], tables, 0, None)
-            _combine(levels[:, part], bits, index[:, part], zero)
+    tables = _byte_tables(machine(states).states)
+    for part in _blocks(levels.shape, axis):
+        bits, _ = _quantizer_bits(levels[part], tables, axis, None)
+        _combine(levels[part], bits, index[part], zero)
     return index
+
+
+def dequantize(
+    levels: LevelArray, params: TrellisParams, out: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.float32]:
+    """Values of a matrix of levels.
+
+    Parameters
+    ----------
+    levels : ndarray of int8, int16 or int32, shape (R, C)
+        As in `dequantize_index`.
+    params : TrellisParams
+    out : ndarray of float32, shape (R, C), optional
+        Takes the values.
+
+    >>> dequantize(np.array([[1, 1, -2]], np.int8), TrellisParams(1.0, states=4)).tolist()
+    [[0.75, -0.75, 2.25]]
+    """
+    _check(levels, params.axis)
+    found = np.empty(levels.shape, np.float32) if out is None else out
+    tables = _byte_tables(machine(params.states).states)
+    for part in _blocks(levels.shape, params.axis):
+        bits, _ = _quantizer_bits(levels[part], tables, params.axis, None)
+        # Indices of 8-bit levels are below 2**10.
+        index = np.empty(bits.shape, np.int16 if levels.itemsize == 1 else np.int32)
+        _combine(levels[part], bits, index, params.zero)
+        np.multiply(index, params.unit, out=found[part], dtype=np.float32, casting="unsafe")
+    return found
+
+
+def _blocks(shape: tuple[int, ...], axis: int) -> Iterator[tuple[slice, slice]]:
+    """Parts of a matrix that hold whole runs and stay in the cache."""
+    rows, columns = shape
+    if axis == 1:
+        step = max(1, _BLOCK // max(columns, 1))
+        for first in range(0, rows, step):
+            yield slice(first, first + step), slice(None)
+    else:
+        step = max(64, _BLOCK // max(rows, 1))
+        for first in range(0, columns, step):
+            yield slice(None), slice(first, first + step)
 
 
 class ColumnDequantizer:
@@ -342,7 +374,10 @@ def _quantizer_bits(
 
 
 def _combine(
-    levels: LevelArray, bits: npt.NDArray[np.uint8], index: npt.NDArray[np.int32], zero: bool
+    levels: LevelArray,
+    bits: npt.NDArray[np.uint8],
+    index: npt.NDArray[np.signedinteger[Any]],
+    zero: bool,
 ) -> None:
     """Reconstruction indices from levels and quantizer choices (overwritten), in place."""
     np.copyto(index, levels)

@@ -40,9 +40,9 @@ def search_torch(
     taken = np.empty((block.length, states, count), np.bool_)
     decisions = torch.from_numpy(taken)
     for start, stop in block.chunks():
-        cost = torch.from_numpy(block.costs(start, stop))
+        cost = torch.from_numpy(block.costs(start, stop, np.arange(4)))
         for column in range(start, stop):
-            torch.index_select(cost[:, column - start], 0, entering, out=branch)
+            torch.index_select(cost[column - start], 0, entering, out=branch)
             by_source += metric.view(2, 1, half, count)
             torch.minimum(
                 by_source[0], by_source[1], out=after.view(half, 2, count).transpose(0, 1)

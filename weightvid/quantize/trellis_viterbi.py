@@ -123,16 +123,29 @@ def _best_members(
 
 @dataclass(slots=True)
 class Branches:
-    """The machine as index tables for a vectorised search; S states, L lanes.
+    """The machine as tables for a vectorised search; S states, L lanes.
+
+    A branch goes from state ``d * S / 2 + j`` to state ``2 j + w``. Its subset is ``2 q + p`` with
+    ``q`` the XOR of some bits of j, and ``p`` that of d, w and some bits of j. A XOR is the parity
+    of a sum: where subset ``2 (q & 1) + (p & 1)`` is held in row ``q * width + p`` for all sums q
+    and p, the costs of all branches are a strided view of the rows, and none need be copied.
 
     Attributes
     ----------
+    rows : ndarray of intp, shape (R,)
+        Subset of each row.
+    strides : tuple of int
+        In rows: of d, w, and the bits of j, the highest first.
     entering : ndarray of intp, shape (2 * S,)
         Subset on the branch into state ``2 j + w`` from ``j + d * S / 2``, in order d, w, j.
-    subset, previous : ndarray, shape (2 * S,)
-        Subset and predecessor of the branch d into a state, at ``2 * state + d``.
+    subset : ndarray of uint8, shape (2 * S,)
+        Subset of the branch d into a state, at ``2 * state + d``.
+    previous : ndarray of intp, shape (2 * S,)
+        Predecessor, at the same place.
     """
 
+    rows: npt.NDArray[np.intp]
+    strides: tuple[int, ...]
     entering: npt.NDArray[np.intp]
     subset: npt.NDArray[np.uint8]
     previous: npt.NDArray[np.intp]
@@ -151,7 +164,38 @@ class Branches:
                 entering[state // half, after & 1, state % half] = branch
                 subset[after, state // half] = branch
                 previous[after, state // half] = state
-        return cls(entering.ravel(), subset.ravel(), previous.ravel())
+        # The highest bit is d: it is fed back by every machine, and chooses no quantizer in any.
+        fed_back = trellis.feedback & (half - 1)
+        width = fed_back.bit_count() + 3
+        sums = np.arange((trellis.output.bit_count() + 1) * width)
+        bits = [half >> (place + 1) for place in range(half.bit_length() - 1)]
+        return cls(
+            rows=2 * (sums // width & 1) + (sums % width & 1),
+            strides=(
+                *(1, 1),
+                *(bool(trellis.output & bit) * width + bool(fed_back & bit) for bit in bits),
+            ),
+            entering=entering.ravel(),
+            subset=subset.ravel(),
+            previous=previous.ravel(),
+        )
+
+    def view(self, rows: FloatMatrix) -> npt.NDArray[np.float32]:
+        """Costs of all branches from rows of costs of several columns.
+
+        Parameters
+        ----------
+        rows : ndarray of float32, shape (n, R, L)
+
+        Returns
+        -------
+        ndarray of float32, shape (n, 2, 2, 2, ..., L)
+            By column, d, w, and the bits of j; not to be written.
+        """
+        column, row, lane = rows.strides
+        shape = (len(rows), *(2 for _ in self.strides), rows.shape[2])
+        strides = (column, *(row * each for each in self.strides), lane)
+        return np.lib.stride_tricks.as_strided(rows, shape, strides, writeable=False)
 
 
 class LaneBlock:
@@ -183,30 +227,51 @@ class LaneBlock:
         for start in range(0, self.length, columns):
             yield start, min(start + columns, self.length)
 
-    def costs(self, start: int, stop: int) -> FloatMatrix:
-        """Cost of the best member of each subset for columns start..stop, shape (4, n, lanes)."""
-        cost = np.zeros((_SUBSETS, stop - start, self.count), np.float32)
+    def costs(self, start: int, stop: int, rows: npt.NDArray[np.intp]) -> FloatMatrix:
+        """Cost of the best member of a subset for columns start..stop.
+
+        Parameters
+        ----------
+        start, stop : int
+        rows : ndarray of intp, shape (R,)
+            A subset each; each of the four at least once.
+
+        Returns
+        -------
+        ndarray of float32, shape (n, R, lanes)
+        """
+        homes = [int(np.argmax(rows == subset)) for subset in range(_SUBSETS)]
+        cost = np.empty((stop - start, len(rows), self.count), np.float32)
         for (first, last, size), table in zip(self._parts, self._tables, strict=True):
-            if size <= start:
+            end = max(start, min(stop, size))
+            cost[end - start :, :, first:last] = 0.0
+            if end == start:
                 continue
-            end = min(stop, size)
             weight = self.scaled[start:end, first:last]
             position = weight * np.float32(_CELLS)
             position += np.float32(table.middle)
             top = 2 * table.middle - 1
             np.clip(position, np.float32(0), np.float32(top), out=position)
-            cell = position.astype(np.intp)
-            self._cells[start:end, first:last] = cell
-            for subset in range(_SUBSETS):
-                error = np.take(table.point[subset], cell, mode="clip")
+            # By way of int32, which vectors convert to.
+            short = position.astype(np.int32)
+            self._cells[start:end, first:last] = short
+            cell = short.astype(np.intp)
+            error, price = position, np.empty_like(position)
+            part = cost[: end - start, :, first:last]
+            for subset, home in enumerate(homes):
+                table.point[subset].take(cell, None, error, "clip")
                 np.subtract(weight, error, out=error)
                 error *= error
-                price = np.take(table.price[subset], cell, mode="clip")
-                np.add(error, price, out=cost[subset, : end - start, first:last])
+                table.price[subset].take(cell, None, price, "clip")
+                np.add(error, price, out=part[:, home])
             if table.peaked:
                 far = np.nonzero((cell == 0) | (cell == top))
                 if far[0].size:
-                    cost[:, far[0], far[1] + first] = self._far_costs(weight[far], table)
+                    for home, exact in zip(homes, self._far_costs(weight[far], table), strict=True):
+                        part[far[0], home, far[1]] = exact
+        for row, subset in enumerate(rows):
+            if row != homes[subset]:
+                cost[:, row] = cost[:, homes[subset]]
         return cost
 
     @staticmethod
@@ -260,29 +325,28 @@ def search_numpy(
     block = LaneBlock(lanes, tables)
     branches = Branches.of(trellis)
     states, count = trellis.states, block.count
-    half = states // 2
-    # Branch metrics in the order d, w, j; metrics in the order of states, 2 j + w.
-    branch = np.empty((2 * states, count), np.float32)
-    by_source = branch.reshape(2, 2, half, count)
-    metric = np.full((states, count), np.float32(np.inf))
-    metric[0] = 0.0
-    after = np.empty_like(metric)
+    half, bits = states // 2, (2,) * (len(branches.strides) - 2)
+    branch = np.empty((2, 2, half, count), np.float32)
+    by_bits = branch.reshape(2, 2, *bits, count)
+    metrics = np.empty((2, states, count), np.float32)
+    metrics[0] = np.float32(np.inf)
+    metrics[0, 0] = 0.0
+    # Two metrics take turns. States come as 2 j + w, and go as d, j.
+    coming = metrics.reshape(2, half, 2, count).swapaxes(1, 2)
+    going = metrics.reshape(2, 2, 1, *bits, count)
     taken = np.empty((block.length, states, count), np.bool_)
+    decisions = taken.reshape(block.length, half, 2, count).swapaxes(1, 2)
+    turn = 0
     for start, stop in block.chunks():
-        cost = block.costs(start, stop)
-        for column in range(start, stop):
-            np.take(cost[:, column - start], branches.entering, axis=0, out=branch, mode="clip")
-            by_source += metric.reshape(2, 1, half, count)
-            np.minimum(by_source[0], by_source[1], out=after.reshape(half, 2, count).swapaxes(0, 1))
-            np.less(
-                by_source[1],
-                by_source[0],
-                out=taken[column].reshape(half, 2, count).swapaxes(0, 1),
-            )
-            metric, after = after, metric
+        costs = branches.view(block.costs(start, stop, branches.rows))
+        for cost, decision in zip(costs, decisions[start:stop], strict=True):
+            np.add(cost, going[turn], out=by_bits)
+            turn ^= 1
+            np.minimum(branch[0], branch[1], out=coming[turn])
+            np.less(branch[1], branch[0], out=decision)
         if stop % RENORM == 0:
-            metric -= metric.min(axis=0)
-    subsets = trace_back(taken, np.argmin(metric, axis=0), branches)
+            metrics[turn] -= metrics[turn].min(axis=0)
+    subsets = trace_back(taken, np.argmin(metrics[turn], axis=0), branches)
     return block.levels(subsets)
 
 
@@ -290,16 +354,20 @@ def trace_back(
     taken: npt.NDArray[np.bool_], state: npt.NDArray[np.intp], branches: Branches
 ) -> npt.NDArray[np.uint8]:
     """Subset of every weight along the best paths that end in ``state``, shape (columns, lanes)."""
-    length, _, count = taken.shape
+    length, states, count = taken.shape
     lane = np.arange(count)
-    subsets = np.empty((length, count), np.uint8)
-    entry = np.empty(count, np.intp)
+    # A branch into a state is 2 * state + d. Of each: where its predecessor's decision lies.
+    place = branches.previous * count
+    before = (2 * branches.previous).astype(np.uint8)
+    branch = np.empty((length, count), np.uint8)
+    at = state * count + lane
+    double = (2 * state).astype(np.uint8)
+    decision = np.empty(count, np.bool_)
+    flat = taken.reshape(length, states * count)
     for column in range(length - 1, -1, -1):
-        np.multiply(state, count, out=entry)
-        entry += lane
-        decision = np.take(taken[column], entry, mode="clip")
-        np.add(state, state, out=entry)
-        entry += decision
-        np.take(branches.subset, entry, out=subsets[column], mode="clip")
-        state = np.take(branches.previous, entry, mode="clip")
-    return subsets
+        flat[column].take(at, None, decision, "clip")
+        entry = np.add(double, decision.view(np.uint8), out=branch[column])
+        place.take(entry, None, at, "clip")
+        at += lane
+        before.take(entry, None, double, "clip")
+    return np.take(branches.subset, branch, mode="clip")

@@ -61,8 +61,17 @@ def reconstruction_index(levels: IntArray, params: UniformParams) -> npt.NDArray
     return index.astype(np.int32, copy=False)
 
 
-def dequantize(levels: IntArray, params: UniformParams) -> FloatArray:
+def dequantize(
+    levels: IntArray, params: UniformParams, out: FloatArray | None = None
+) -> FloatArray:
     """Values of levels: exact float32 arithmetic, one multiplication per weight.
+
+    Parameters
+    ----------
+    levels : ndarray of integers
+    params : UniformParams
+    out : ndarray of float32, of the shape of ``levels``, optional
+        Takes the values.
 
     Examples
     --------
@@ -75,8 +84,9 @@ def dequantize(levels: IntArray, params: UniformParams) -> FloatArray:
         # Eight-bit levels have few values: a table is one pass instead of five.
         every = np.arange(-128, 128, dtype=np.int32)
         table = dequantize(every.astype(np.int32), params)
-        found: FloatArray = table[levels.view(np.uint8) ^ np.uint8(128)]
+        places = levels.view(np.uint8) ^ np.uint8(128)
+        found: FloatArray = np.take(table, places, out=out, mode="clip")
         return found
     else:
         index = reconstruction_index(levels, params)
-    return np.multiply(index, params.unit, dtype=np.float32, casting="unsafe")
+    return np.multiply(index, params.unit, out=out, dtype=np.float32, casting="unsafe")

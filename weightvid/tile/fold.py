@@ -202,12 +202,16 @@ def count_digits(samples: Samples, fold: Fold) -> tuple[int, int]:
 
 def unfold(samples: Samples, fold: Fold, core: Digits, tail: Digits) -> Levels:
     """Undo :func:`fold_levels`; the digits must be as many as :func:`count_digits` says."""
-    levels: Levels = np.take(_level_table(fold), samples)
-    if fold.core:
-        levels[np.flatnonzero(samples == ZERO_SAMPLE)] = core.view(np.int8) - np.int8(fold.core)
-    if fold.width > 1:
-        outer = np.flatnonzero(samples != ZERO_SAMPLE)
-        base = levels[outer]
+    levels: Levels = (samples ^ np.uint8(ZERO_SAMPLE)).view(np.int8)
+    outer = np.flatnonzero(levels != 0) if fold.width > 1 else None
+    # Nearly all samples are of the core: its digits go to their places in runs.
+    inner = levels == 0 if fold.core else None
+    if fold.width == 1:
+        levels += np.sign(levels) * np.int8(fold.core)
+    if inner is not None:
+        levels[inner] = core.view(np.int8) - np.int8(fold.core)
+    if outer is not None:
+        base = np.take(_level_table(fold), samples[outer])
         more = tail.view(np.int8)
         levels[outer] = np.where(base < 0, base - more, base + more)
     return levels

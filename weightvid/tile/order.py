@@ -29,6 +29,8 @@ Energies = npt.NDArray[np.uint8]
 
 #: largest energy of a row or a column.
 MAX_ENERGY: Final = 63
+#: rows that are put in place at a time.
+_ROWS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,11 @@ def from_sequence(sequence: Levels, shape: tuple[int, int], order: EnergyOrder |
         at += height * width
     row_order, column_order = order.permutations(columns)
     row_place, column_place = np.argsort(row_order), np.argsort(column_order)
-    return np.take(matrix[row_place], column_place, axis=1)
+    found = np.empty(shape, sequence.dtype)
+    for begin in range(0, rows, _ROWS):
+        some = slice(begin, begin + _ROWS)
+        np.take(matrix[row_place[some]], column_place, axis=1, out=found[some], mode="clip")
+    return found
 
 
 def element(number: int, rows: int, columns: int) -> tuple[int, int]:

@@ -5,42 +5,43 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import e, log2, pi
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from weightvid.codec import bitstream
-from weightvid.container import boxes
-from weightvid.container.boxes import BOX_HEADER_BYTES, DIGEST_BYTES, LIMITS, UUID_HEADER_BYTES
-from weightvid.container.exact import LEVEL_DTYPES
-from weightvid.container.fields import integer, items, mapping, parse_params
-from weightvid.container.records import Header, Sidecar, StoredFile, TensorEnd, TensorStart
-from weightvid.container.sidecar import order_bytes, parse_sidecar
-from weightvid.dtypes import PACKABLE, stored_dtype
-from weightvid.errors import FormatError
+from weightvid.container.records import Header, StoredFile, TensorEnd
+from weightvid.dtypes import PACKABLE
 from weightvid.loader import Archive, open_archive
 from weightvid.quantize import Params, TrellisParams
 from weightvid.remote import is_url, open_remote
-from weightvid.spec import TensorSpec
+from weightvid.summary.gather import (
+    ACCOUNT,
+    OUTLINE,
+    STREAM,
+    Found,
+    gather_boxes,
+    gather_by_index,
+    outline,
+)
 
-#: parts of the byte account, in file order; ``other`` is what no reader of this version knows.
-ACCOUNT: Final = (
-    "ftyp", "moov", "header", "side_files", "sidecars", "orders", "digits", "fragment_boxes",
-    "packets", "exact_tensors", "plain_tensors", "index", "mfra", "other",
-)  # fmt: skip
-#: what the levels of the tensors on frames cost.
-STREAM: Final = ("packets", "digits")
+__all__ = [
+    "ACCOUNT",
+    "MOST_RANGES",
+    "OUTLINE",
+    "ArchiveSummary",
+    "TensorSummary",
+    "VideoSummary",
+    "summarize_archive",
+]
+
+#: boxes whose texts are worth a request each.
+MOST_RANGES: Final = 256
 #: bits per weight where the SQNR is not known, and at least.
 _USUAL_RATE: Final = 4.0
 _LEAST_RATE: Final = 0.01
-_BOXES: Final = {b"ftyp": "ftyp", b"moov": "moov", b"moof": "fragment_boxes", b"mfra": "mfra"}
-_UUIDS: Final = {
-    boxes.HEADER_UUID: "header",
-    boxes.INDEX_UUID: "index",
-    boxes.FILE_UUID: "side_files",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class TensorSummary:
         Number of elements.
     coding : str
         ``video``, ``plain`` (levels in a box), ``exact``, or ``missing`` (the file is cut short).
+        Of an archive of which the index alone has been read: ``video`` or ``boxed``.
     alias_of : str or None
         The tensor whose storage this name shares; then nothing is counted here.
     quantizer : str or None
@@ -127,13 +129,16 @@ class ArchiveSummary:
     tensors : tuple of TensorSummary
         In the order of the source; aliases last.
     account : mapping of str to int
-        Bytes by :data:`ACCOUNT`; they sum to ``file_bytes``.
+        Bytes by :data:`ACCOUNT`, or by :data:`OUTLINE`; they sum to ``file_bytes``.
     about : mapping
         What the packer says of itself: generator, recipe.
     metadata : mapping of str to str
         The source checkpoint's own.
     files : tuple of StoredFile
         Small other files of the model.
+    detailed : bool
+        False: the index alone has been read. Then nothing is known of quantizers, SQNR and the
+        bits of each tensor.
     """
 
     file_bytes: int
@@ -147,6 +152,7 @@ class ArchiveSummary:
     about: Mapping[str, Any]
     metadata: Mapping[str, str]
     files: tuple[StoredFile, ...] = ()
+    detailed: bool = True
 
     @property
     def bits_per_weight(self) -> float:
@@ -154,43 +160,25 @@ class ArchiveSummary:
         return 8 * self.file_bytes / self.weights if self.weights else 0.0
 
     @property
-    def stream_bits_per_weight(self) -> float:
-        """8 x (packets and digits) / weights on frames; 0 without any."""
+    def stream_bits_per_weight(self) -> float | None:
+        """8 x (packets and digits) / weights on frames; 0 without any, None without details."""
+        if not self.detailed:
+            return None
         stream = sum(self.account[part] for part in STREAM)
         return 8 * stream / self.coded_weights if self.coded_weights else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A top-level box: uuid or four characters, and where it lies."""
-
-    kind: bytes
-    offset: int
-    size: int
-    head: int
-
-
-@dataclass(slots=True)
-class _Found:
-    """What has been gathered from the boxes so far, by tensor id or frame number."""
-
-    account: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ACCOUNT, 0))
-    starts: dict[int, TensorStart] = field(default_factory=dict)
-    ends: dict[int, TensorEnd] = field(default_factory=dict)
-    stream_bytes: list[int] = field(default_factory=list)
-    boxed_bytes: dict[int, float] = field(default_factory=dict)
-    boxed_count: dict[int, int] = field(default_factory=dict)
-    plain: dict[int, tuple[Params, float | None]] = field(default_factory=dict)
-
-
-def summarize_archive(archive: str | os.PathLike[str]) -> ArchiveSummary:
+def summarize_archive(archive: str | os.PathLike[str], details: bool = True) -> ArchiveSummary:
     """Summarize an archive; reads its boxes' headers and sidecars, and no packet of a whole file.
 
     Parameters
     ----------
     archive : path or address
-        From an address everything is read, but nothing kept: a request for each sidecar would take
-        longer.
+        From a server without ranges everything is read, but nothing kept.
+    details : bool
+        False: of an address, read the index alone, in two to four requests. With details, the text
+        of each sidecar and box takes one or two requests; of archives of more than
+        :data:`MOST_RANGES` of them, one request reads everything, and keeps nothing.
 
     Raises
     ------
@@ -201,20 +189,39 @@ def summarize_archive(archive: str | os.PathLike[str]) -> ArchiveSummary:
     """
     if not is_url(archive):
         with Path(archive).open("rb") as stream:
-            return _summarize(stream)
+            return _summarize(stream, _walked)
     with open_remote(archive) as stream:
         if stream.seekable():
-            return _summarize(stream)
+            return _summarize(stream, _indexed if details else _outlined)
         with tempfile.TemporaryFile() as spool:
             shutil.copyfileobj(stream, spool)
-            return _summarize(cast(BinaryIO, spool))
+            return _summarize(cast(BinaryIO, spool), _walked)
 
 
-def _summarize(stream: BinaryIO) -> ArchiveSummary:
+_Gather = Callable[[Archive, BinaryIO, int], Found]
+
+
+def _walked(archive: Archive, stream: BinaryIO, file_bytes: int) -> Found:
+    return gather_boxes(stream, file_bytes, archive.header.tensors)
+
+
+def _indexed(archive: Archive, stream: BinaryIO, file_bytes: int) -> Found:
+    index = archive.index
+    if not archive.complete or len(index.frames) + len(index.exact) > MOST_RANGES:
+        return _walked(archive, stream, file_bytes)
+    return gather_by_index(archive, stream, file_bytes)
+
+
+def _outlined(archive: Archive, stream: BinaryIO, file_bytes: int) -> Found:
+    if not archive.complete:
+        return _walked(archive, stream, file_bytes)
+    return outline(archive, file_bytes)
+
+
+def _summarize(stream: BinaryIO, how: _Gather) -> ArchiveSummary:
     with open_archive(stream) as opened:
-        found = _Found()
         file_bytes = stream.seek(0, os.SEEK_END)
-        _gather(stream, file_bytes, opened.header.tensors, found)
+        found = how(opened, stream, file_bytes)
         tensors = _with_slopes(_tensors(opened, found), opened.header)
         video = bitstream.describe_hvcc(opened.track.hvcc)
         header = opened.header
@@ -231,13 +238,14 @@ def _summarize(stream: BinaryIO) -> ArchiveSummary:
                 level=video["level"],
                 width=header.geometry.width,
                 height=header.geometry.height,
-                frames=len(found.stream_bytes),
+                frames=found.frames,
             ),
             tensors=tensors,
             account=found.account,
             about={key: value for key, value in header.about.items() if key != "slopes"},
             metadata=dict(header.metadata),
             files=header.files,
+            detailed="sidecars" in found.account,
         )
 
 
@@ -253,125 +261,7 @@ def _with_slopes(tensors: Iterable[TensorSummary], header: Header) -> tuple[Tens
     return tuple(found)
 
 
-def _walk(stream: BinaryIO, file_bytes: int) -> Iterator[_Place]:
-    """Top-level boxes that are whole."""
-    at = 0
-    while at + BOX_HEADER_BYTES <= file_bytes:
-        stream.seek(at)
-        data = stream.read(UUID_HEADER_BYTES + 8)
-        size, kind, head = int.from_bytes(data[:4], "big"), data[4:8], BOX_HEADER_BYTES
-        if size == 1:
-            size, head = int.from_bytes(data[8:16], "big"), 16
-        if kind == b"uuid":
-            kind, head = data[head : head + 16], head + 16
-        if size < head or at + size > file_bytes:
-            return
-        yield _Place(kind, at, size, head)
-        at += size
-
-
-def _gather(
-    stream: BinaryIO, file_bytes: int, tensors: tuple[TensorSpec, ...], found: _Found
-) -> None:
-    account = found.account
-    sidecar: Sidecar | None = None
-    stream.seek(0)
-    if (hint := getattr(stream, "read_on", None)) is not None:
-        hint(skipping=True)
-    for place in _walk(stream, file_bytes):
-        if place.kind == b"mdat":
-            account["fragment_boxes"] += place.head
-            account["packets"] += place.size - place.head
-            if sidecar is not None:
-                digits = sum(map(len, sidecar.digits.values()))
-                found.stream_bytes.append(place.size - place.head + digits)
-                found.ends |= {end.tensor: end for end in sidecar.ends}
-            sidecar = None
-        elif place.kind == boxes.SIDECAR_UUID:
-            sidecar = parse_sidecar(_payload(stream, place), tensors)
-            found.starts |= {start.tensor: start for start in sidecar.starts}
-            digits = sum(map(len, sidecar.digits.values()))
-            account["digits"] += digits
-            orders = order_bytes(sidecar)
-            account["orders"] += orders
-            account["sidecars"] += place.size - digits - orders
-        elif place.kind == boxes.EXACT_UUID:
-            _gather_exact(stream, place, tensors, found)
-        else:
-            account[_BOXES.get(place.kind) or _UUIDS.get(place.kind) or "other"] += place.size
-    account["other"] += file_bytes - sum(account.values())
-
-
-def _payload(stream: BinaryIO, place: _Place) -> bytes:
-    if place.size > LIMITS.box_bytes:
-        raise FormatError(f"a box claims {place.size} bytes", code="limit", offset=place.offset)
-    stream.seek(place.offset + place.head)
-    return stream.read(place.size - place.head)
-
-
-def _gather_exact(
-    stream: BinaryIO, place: _Place, tensors: tuple[TensorSpec, ...], found: _Found
-) -> None:
-    what = "a box of exact tensors"
-    payload = _payload(stream, place)
-    begin = DIGEST_BYTES + 4
-    text = boxes.inflate(
-        payload[begin : begin + int.from_bytes(payload[DIGEST_BYTES:begin], "big")],
-        LIMITS.json_bytes,
-        what,
-    )
-    record = mapping(boxes.from_json(text, what), what)
-    heads = [mapping(item, what) for item in items(record.get("items"), LIMITS.tensors, what)]
-    sizes = [integer(stream_[1], 0, place.size, what) for stream_ in record.get("streams", [])]
-    plain_bytes = 0.0
-    for group, bytes_ in _stream_groups(heads, sizes, tensors):
-        elements = sum(count for _, count, _ in group)
-        for tensor, count, plain in group:
-            share = bytes_ * count / elements if elements else 0.0
-            found.boxed_bytes[tensor] = found.boxed_bytes.get(tensor, 0.0) + share
-            found.boxed_count[tensor] = found.boxed_count.get(tensor, 0) + count
-            plain_bytes += share if plain else 0.0
-    for head in heads:
-        if "levels" in head:
-            found.plain[integer(head.get("id"), 0, len(tensors) - 1, what)] = (
-                parse_params(head, what),
-                head.get("sqnr_db"),
-            )
-    found.account["plain_tensors"] += round(plain_bytes)
-    found.account["exact_tensors"] += place.size - round(plain_bytes)
-
-
-def _stream_groups(
-    heads: list[dict[str, Any]], sizes: list[int], tensors: tuple[TensorSpec, ...]
-) -> Iterator[tuple[list[tuple[int, int, bool]], int]]:
-    """Items whose bytes are compressed together: (tensor, elements, plain?), and their bytes."""
-    what = "a box of exact tensors"
-    group: list[tuple[int, int, bool]] = []
-    group_size = 0
-    at = 0
-
-    def closed() -> tuple[list[tuple[int, int, bool]], int]:
-        nonlocal at
-        planes = group_size if group_size in (2, 4, 8, 16) else 1
-        taken = sum(sizes[at : at + planes])
-        at += planes
-        return group, taken
-
-    for head in heads:
-        tensor = integer(head.get("id"), 0, len(tensors) - 1, what)
-        levels = LEVEL_DTYPES.get(head.get("levels", ""))
-        itemsize = (levels or stored_dtype(tensors[tensor].dtype)).itemsize
-        if group and itemsize != group_size:
-            yield closed()
-            group = []
-        group_size = itemsize
-        count = integer(head.get("count", tensors[tensor].size), 0, 1 << 62, what)
-        group.append((tensor, count, levels is not None))
-    if group:
-        yield closed()
-
-
-def _tensors(archive: Archive, found: _Found) -> Iterator[TensorSummary]:
+def _tensors(archive: Archive, found: Found) -> Iterator[TensorSummary]:
     used = [0.0] * len(found.stream_bytes)
     tiles = [archive.tiles_of(spec.name) for spec in archive.header.tensors]
     rates = [_rate(found.ends.get(number)) for number in range(len(tiles))]
@@ -402,6 +292,9 @@ def _tensors(archive: Archive, found: _Found) -> Iterator[TensorSummary]:
                 )
             else:
                 summary = TensorSummary(*common, "exact", bits_per_weight=bits)
+        elif number in found.outlined:
+            frames = (tiles[number][0].frame, tiles[number][-1].frame) if tiles[number] else None
+            summary = TensorSummary(*common, found.outlined[number], frames=frames)
         else:
             summary = TensorSummary(*common, "missing")
         made[spec.name] = summary
