@@ -11,7 +11,7 @@ from math import e, log2, pi
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
-from weightvid.codec import bitstream
+from weightvid.codec.tracks import TRACKS
 from weightvid.container import boxes
 from weightvid.container.boxes import BOX_HEADER_BYTES, DIGEST_BYTES, LIMITS, UUID_HEADER_BYTES
 from weightvid.container.exact import LEVEL_DTYPES
@@ -94,7 +94,9 @@ class VideoSummary:
     Attributes
     ----------
     codec, profile, tier, level : str
-        As the track claims them.
+        As the track claims them; empty where the codec has no such thing.
+    bit_depth : int
+        Of a sample.
     width, height : int
         Of a frame, in samples.
     frames : int
@@ -104,6 +106,7 @@ class VideoSummary:
     profile: str
     tier: str
     level: str
+    bit_depth: int
     width: int
     height: int
     frames: int
@@ -216,8 +219,8 @@ def _summarize(stream: BinaryIO) -> ArchiveSummary:
         file_bytes = stream.seek(0, os.SEEK_END)
         _gather(stream, file_bytes, opened.header.tensors, found)
         tensors = _with_slopes(_tensors(opened, found), opened.header)
-        video = bitstream.describe_hvcc(opened.track.hvcc)
         header = opened.header
+        claim = TRACKS[header.codec].describe(opened.track.record)
         return ArchiveSummary(
             file_bytes=file_bytes,
             complete=bool(opened.complete),
@@ -225,10 +228,11 @@ def _summarize(stream: BinaryIO) -> ArchiveSummary:
             weights=sum(spec.size for spec in header.tensors if spec.dtype in PACKABLE),
             coded_weights=sum(t.weights for t in tensors if t.coding == "video" and not t.alias_of),
             video=VideoSummary(
-                codec="hevc",
-                profile=video["profile"],
-                tier=video["tier"],
-                level=video["level"],
+                codec=header.codec,
+                profile=claim.profile,
+                tier=claim.tier,
+                level=claim.level,
+                bit_depth=header.bit_depth,
                 width=header.geometry.width,
                 height=header.geometry.height,
                 frames=len(found.stream_bytes),

@@ -10,7 +10,7 @@ from weightvid.cli import output
 from weightvid.cli.options import ArchivePath, Json
 
 if TYPE_CHECKING:
-    from weightvid.summary import ArchiveSummary, TensorSummary
+    from weightvid.summary import ArchiveSummary, TensorSummary, VideoSummary
 
 #: what the parts of the byte account are, in words.
 _PARTS = {
@@ -22,7 +22,7 @@ _PARTS = {
     "orders": "orders of rows and columns, and folds",
     "digits": "digits stored beside the frames",
     "fragment_boxes": "boxes around the packets",
-    "packets": "HEVC packets",
+    "packets": "video packets",
     "exact_tensors": "exact tensors",
     "plain_tensors": "levels stored without video",
     "index": "index",
@@ -92,8 +92,7 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
         ("bits per weight", f"{summary.bits_per_weight:.3f} (whole file)"),
         ("", f"{summary.stream_bits_per_weight:.3f} (the video's weights in its stream)"),
         ("tensors", ", ".join(f"{number} {kind}" for kind, number in kinds.items())),
-        ("video", f"{video.codec}, {video.profile} profile, {video.tier} tier, "
-                  f"level {video.level}"),
+        ("video", _track(video)),
         ("frames", f"{video.frames} of {video.width} x {video.height}"),
     ]  # fmt: skip
     if summary.files:
@@ -103,6 +102,15 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
     rows += [(f"{key}", str(value)) for key, value in summary.about.items()]
     rows += [(f"metadata {key}", _cut(value)) for key, value in summary.metadata.items()]
     output.facts(rows)
+
+
+def _track(video: VideoSummary) -> str:
+    """Codec, and what it claims of itself, as far as it has such things."""
+    parts = [video.codec]
+    parts += [f"{video.profile} profile"] if video.profile else []
+    parts += [f"{video.tier} tier"] if video.tier else []
+    parts += [f"level {video.level}"] if video.level else []
+    return ", ".join([*parts, f"{video.bit_depth} bits"])
 
 
 def _cut(text: str, limit: int = 200) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,6 +23,7 @@ Luma = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 RATE = 25
 #: side of the picture that shows whether a machine has the device of an encoder.
 _TRIAL_PX = 256
+_SVT_FATAL = "0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,8 @@ def encode(frames: Sequence[Luma], coding: Coding) -> Stream:
 
 
 def _encoder(coding: Coding, width: int, height: int) -> Any:
+    # SVT-AV1 would tell the terminal about itself; FFmpeg has no say in it.
+    os.environ.setdefault("SVT_LOG", _SVT_FATAL)
     context: Any = av.CodecContext.create(coding.codec.encoder, "w")
     context.width, context.height = width, height
     context.pix_fmt = coding.pixel_format

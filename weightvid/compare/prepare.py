@@ -11,7 +11,7 @@ import numpy.typing as npt
 from weightvid import tile
 from weightvid.allocate import sample_step
 from weightvid.checkpoint import open_checkpoint
-from weightvid.codec.encode import DEFAULT_PRESET, Lossy
+from weightvid.codec.encode import Lossy
 from weightvid.codec.registry import bit_depth
 from weightvid.compare.frames import Matrix
 from weightvid.compare.model import Model
@@ -71,7 +71,7 @@ def pack_options(setting: Setting, jobs: int) -> PackOptions:
         states=quantizer.states,
         shaping=quantizer.shaping,
         side_files=False,
-        preset=setting.preset if setting.kind == "pack" else DEFAULT_PRESET,
+        preset=setting.preset if setting.kind == "pack" else "",
         jobs=jobs,
         verify=False,
     )

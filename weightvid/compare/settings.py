@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from weightvid.codec.encode import DEFAULT_PRESET
-from weightvid.codec.registry import Coding, codec
+from weightvid.codec.registry import X265_PRESET, Coding, codec
 from weightvid.planning.named import DEFAULT_QUANTIZER
 
 #: kinds of points, in the order of tables.
@@ -87,7 +86,7 @@ class Setting:
             parts = ["weightvid"]
             parts += [self.mode] if self.value is not None else []
             parts += [self.quantizer] if self.quantizer not in (DEFAULT_QUANTIZER, "") else []
-            parts += [self.preset] if self.preset != DEFAULT_PRESET else []
+            parts += [self.preset] if self.preset != X265_PRESET else []
             return " ".join(parts)
         parts = [self.coding.label]
         if self.frames != "ribbon" and not self.inter:
@@ -113,7 +112,7 @@ class Setting:
             else:
                 parts.append(f"--step {self.rate:g}")
                 parts += [f"--quantizer {self.quantizer}"] if self.quantizer != "pack" else []
-            parts += [f"--preset {self.preset}"] if self.preset != DEFAULT_PRESET else []
+            parts += [f"--preset {self.preset}"] if self.preset != X265_PRESET else []
             parts += ["--no-side-files"] if Path(model).is_dir() else []
             return " ".join(parts)
         if self.kind == "original":

@@ -8,8 +8,7 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Final
 
-from weightvid.codec.encode import DEFAULT_PRESET
-from weightvid.codec.registry import CODECS, suggestion
+from weightvid.codec.registry import CODECS, X265_PRESET, suggestion
 from weightvid.compare.baselines import BASELINES
 from weightvid.compare.settings import Setting
 from weightvid.errors import CodecError, QuantizationError, WeightvidError
@@ -18,7 +17,7 @@ from weightvid.planning.named import DEFAULT_QUANTIZER, QUANTIZERS
 #: factors of pack's step rule.
 RATES: Final = (0.065, 0.12, 0.18, 0.33, 0.5)
 #: of lossless x265 where none are asked for; they make the same archive but for 0.1 %.
-PRESETS: Final = (DEFAULT_PRESET, "medium", "slow")
+PRESETS: Final = (X265_PRESET, "medium", "slow")
 DEFAULT_CODECS: Final = ("x265", "x264", "svtav1")
 DEFAULT_QUANTIZERS: Final = ("pack", "sqnr", "uniform", "trellis8")
 _USUAL: Final = "yuv420p"

@@ -222,7 +222,7 @@ class Archive:
 
     @property
     def track(self) -> Any:
-        """The video track: frame size and ``hvcC`` record."""
+        """The video track: frame size and configuration record."""
         return self._head.track
 
     @property

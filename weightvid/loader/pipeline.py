@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from weightvid.codec.decode import DecoderSettings, HevcDecoder
+from weightvid.codec.decode import Decoder, DecoderSettings
 from weightvid.container.exact import parse_exact
 from weightvid.container.reader import ExactPayload, Fragment, Head
 from weightvid.container.records import ExactEntry, FrameEntry, Index, Sidecar
@@ -86,8 +86,8 @@ class Pipeline:
     def __init__(self, head: Head, threads: int, strict: bool = False) -> None:
         self._strict = strict
         self._tensors = head.header.tensors
-        geometry = head.header.geometry
-        self._settings = DecoderSettings(head.track.hvcc, geometry.width, geometry.height, threads)
+        header = head.header
+        self._settings = DecoderSettings(head.track.record, header.form, header.codec, threads)
 
     def run(
         self, events: Iterable[Event], assembler: Assembler, spill: Spill | None = None
@@ -125,8 +125,8 @@ class Pipeline:
 
     def _decode(self, events: Iterable[Event], run: _Run) -> Iterator[tuple[Fragment, Samples]]:
         """Decoded frames whose digests match; each still waits in ``run``."""
-        decoder = HevcDecoder(self._settings)
         try:
+            decoder = Decoder(self._settings)
             for number, luma in decoder.decode(_packets(events, run)):
                 fragment = next(e for e in run.waiting if isinstance(e, Fragment))
                 if fragment.sidecar.frame != number:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
-from weightvid.codec.encode import EncoderSettings, HevcEncoder
+from weightvid.codec.encode import Encoder, EncoderSettings, open_encoder
 from weightvid.container.digits import DigitWriter, Kind
 from weightvid.container.records import Sidecar, TensorEnd, TensorStart
 from weightvid.container.sidecar import sidecar_payload
@@ -60,12 +60,12 @@ class _Encoders(threading.local):
     """An encoder for each thread, of the settings it was last asked for."""
 
     settings: EncoderSettings | None = None
-    encoder: HevcEncoder | None = None
+    encoder: Encoder | None = None
 
     def encode(self, settings: EncoderSettings, luma: Samples) -> bytes:
         """Packet of one frame."""
         if self.encoder is None or self.settings != settings:
-            self.encoder, self.settings = HevcEncoder(settings), settings
+            self.encoder, self.settings = open_encoder(settings), settings
         return self.encoder.encode(luma)
 
 

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
-from weightvid.codec import bitstream
-from weightvid.codec.decode import DecoderSettings, HevcDecoder
-from weightvid.codec.encode import EncoderSettings, HevcEncoder
+from weightvid.codec.decode import Decoder, DecoderSettings
+from weightvid.codec.encode import EncoderSettings, open_encoder
 from weightvid.container.records import TENSOR_HASH_BYTES, Sidecar, TensorEnd, TensorStart
 from weightvid.container.sidecar import sidecar_payload
 from weightvid.container.writer import ArchiveWriter, CodedFrame
@@ -73,10 +72,10 @@ def encode_lossy(settings: EncoderSettings, work: LossyWork) -> LossyFrame:
         samples = np.full(count * BAND, ZERO_SAMPLE, np.uint8)
         samples[: part.levels.size] = part.levels.view(np.uint8) ^ np.uint8(ZERO_SAMPLE)
         ribbon[:, part.column : part.column + count] = samples.reshape(count, BAND).T
-    encoder = HevcEncoder(settings)
+    encoder = open_encoder(settings)
     packet = encoder.encode(tile.frame_from_ribbon(ribbon, geometry))
-    record = bitstream.hvcc(encoder.parameter_sets)
-    decoder = HevcDecoder(DecoderSettings(record, settings.width, settings.height, 1))
+    track = settings.video.track.name
+    decoder = Decoder(DecoderSettings(encoder.record, settings.form, track, threads=1))
     ((_, luma),) = [(n, shown.copy()) for n, shown in decoder.decode([(0, packet)])]
     return LossyFrame(work, packet, luma)
 

@@ -15,8 +15,7 @@ import numpy.typing as npt
 
 from weightvid import tile
 from weightvid.calibration import TensorMoments
-from weightvid.codec import bitstream
-from weightvid.codec.encode import EncoderSettings, HevcEncoder, Lossy
+from weightvid.codec.encode import EncoderSettings, Video, open_encoder
 from weightvid.container.records import Header, Index
 from weightvid.container.writer import ArchiveWriter
 from weightvid.packing.biases import Corrections, bias_numbers
@@ -56,8 +55,9 @@ class WritePlan:
         Its tensors are those of the source, in order.
     params : mapping of int to Params
         Quantizer of each tensor that is coded, by id; all others are kept exactly.
-    preset : str
-        x265's preset.
+    video : Video
+        How the frames are coded. If lossy, the codec quantizes; the levels are samples of fine
+        steps.
     shaping : bool
         Round convolutions with noise shaping.
     mantissa_bits : int
@@ -68,19 +68,16 @@ class WritePlan:
         Calibration statistics of tensors that are quantized with error feedback, by id.
     files : tuple of bytes
         Boxes of the side files that the header lists.
-    lossy : Lossy or None
-        The codec quantizes; the levels are samples of fine steps. None: lossless frames.
     """
 
     header: Header
     params: Mapping[int, Params]
-    preset: str
+    video: Video
     shaping: bool = True
     mantissa_bits: int = FULL_BITS
     keep: tuple[str, ...] = ()
     moments: Mapping[int, TensorMoments] = field(default_factory=dict)
     files: tuple[bytes, ...] = ()
-    lossy: Lossy | None = None
 
 
 @dataclass(slots=True)
@@ -150,7 +147,7 @@ def write_archive(
     """
     weights = sum(plan.header.tensors[number].size for number in plan.params)
     task = Task(plan, source, workers)
-    if weights > TRIAL_WEIGHTS or plan.lossy is not None:
+    if weights > TRIAL_WEIGHTS or plan.video.lossy is not None:
         return _write(stream, task, progress)
     trials = []
     for video in (True, False):
@@ -179,15 +176,14 @@ class Task:
 def _write(stream: BinaryIO, task: Task, progress: Report, video: bool = True) -> Written:
     plan, workers = task.plan, task.workers
     geometry, tensors = plan.header.geometry, plan.header.tensors
-    settings = EncoderSettings(geometry.width, geometry.height, plan.preset, plan.lossy)
-    hvcc = bitstream.hvcc(HevcEncoder(settings).parameter_sets)
-    writer = ArchiveWriter(stream, plan.header, hvcc, plan.files)
+    settings = EncoderSettings(geometry.width, geometry.height, plan.video)
+    writer = ArchiveWriter(stream, plan.header, open_encoder(settings).record, plan.files)
     outbox = Outbox(workers)
     exact = ExactWriter(writer, tensors, outbox)
     meter = _Meter([tensors[number] for number in plan.params], workers, progress)
     written = Written()
     frames: FrameWriter | LossyWriter
-    if plan.lossy is None:
+    if plan.video.lossy is None:
         frames = FrameWriter(writer, settings, outbox, meter.encoded)
         biases = bias_numbers(tensors, plan.moments, plan.params.keys(), plan.keep)
     else:
@@ -203,7 +199,7 @@ def _write(stream: BinaryIO, task: Task, progress: Report, video: bool = True) -
         for number, read in corrections.quantized(coded.number, shift):
             exact.add(number, _rounded(plan, number, read))
         _store(coded, frames if video else None, exact, task)
-        if coded.choice.coding != "exact" and plan.lossy is None:
+        if coded.choice.coding != "exact" and plan.video.lossy is None:
             written.add(coded.tensor)
         if isinstance(coded.levels, Scratch):
             coded.levels.close()
