@@ -137,6 +137,8 @@ class ArchiveSummary:
         The source checkpoint's own.
     files : tuple of StoredFile
         Small other files of the model.
+    sqnr_db : float or None
+        Over all quantized tensors, where the archive says it.
     """
 
     file_bytes: int
@@ -150,6 +152,7 @@ class ArchiveSummary:
     about: Mapping[str, Any]
     metadata: Mapping[str, str]
     files: tuple[StoredFile, ...] = ()
+    sqnr_db: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -239,6 +242,7 @@ def _summarize(stream: BinaryIO) -> ArchiveSummary:
             ),
             tensors=tensors,
             account=found.account,
+            sqnr_db=opened.sqnr_db,
             about={key: value for key, value in header.about.items() if key != "slopes"},
             metadata=dict(header.metadata),
             files=header.files,

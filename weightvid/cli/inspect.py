@@ -95,6 +95,8 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
         ("video", _track(video)),
         ("frames", f"{video.frames} of {video.width} x {video.height}"),
     ]  # fmt: skip
+    if summary.sqnr_db is not None:
+        rows.append(("SQNR", output.db(summary.sqnr_db)))
     if summary.files:
         rows.append(
             ("side files", ", ".join(f"{f.path} ({output.size(f.size)})" for f in summary.files))
@@ -107,7 +109,9 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
 def _track(video: VideoSummary) -> str:
     """Codec, and what it claims of itself, as far as it has such things."""
     parts = [video.codec]
-    parts += [f"{video.profile} profile"] if video.profile else []
+    if video.profile:
+        named = video.profile.startswith("Profile")
+        parts.append(video.profile if named else f"{video.profile} profile")
     parts += [f"{video.tier} tier"] if video.tier else []
     parts += [f"level {video.level}"] if video.level else []
     return ", ".join([*parts, f"{video.bit_depth} bits"])

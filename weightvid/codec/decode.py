@@ -15,7 +15,7 @@ from weightvid.codec.tracks import DEFAULT_CODEC, TRACKS
 from weightvid.errors import CodecError
 
 #: luma of one frame: uint8 for 8-bit samples, else uint16.
-Samples = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+Samples = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +122,10 @@ class Decoder:
 
     def _run(self, packet: av.Packet[Any] | None, number: int) -> list[av.VideoFrame]:
         try:
-            return self._context.decode(packet)
+            found: list[av.VideoFrame] = self._context.decode(packet)
         except (av.FFmpegError, ValueError, MemoryError) as error:
             raise CodecError(f"the decoder failed near frame {number}: {error}") from error
+        return found
 
     def _next(self, pending: list[int], frame: av.VideoFrame) -> tuple[int, Samples]:
         want = self._form

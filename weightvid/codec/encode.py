@@ -87,7 +87,9 @@ class Video:
         if self.lossy is None and "lossless" not in row.modes:
             raise CodecError(f"{row.name} has no lossless mode: give it a --qp")
         if self.lossy is None and self.bits != 8:
-            raise CodecError("lossless archives have samples of 8 bits; deeper ones need a QP or CRF")
+            raise CodecError(
+                "lossless archives have samples of 8 bits; deeper ones need a QP or CRF"
+            )
         object.__setattr__(self, "preset", self.coding.preset)
 
     @property

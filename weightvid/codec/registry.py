@@ -90,6 +90,10 @@ class VideoCodec:
         is none.
     unfit : str
         Why it is none.
+    folds : bool
+        In archives, the dense core of the levels lies beside its pictures; False: on them, because
+        it codes what is left, few samples that are not zero, worse than all of them (README.md,
+        "Other codecs in archives").
     """
 
     name: str
@@ -112,6 +116,7 @@ class VideoCodec:
     device: str = ""
     track: str = ""
     unfit: str = ""
+    folds: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,10 +251,9 @@ _HEVC_PROFILES: Final = {
 }  # fmt: skip
 _HEVC_PHONES: Final = "every phone since about 2015 (8-bit 4:2:0; 10-bit: most)"
 _AV1_PHONES: Final = "phones since about 2021-2023"
+_AVC_PROFILES: Final = {"yuv420p": "H.264 High", "yuv420p10le": "H.264 High 10 Intra"}
 _8BIT: Final = {"yuv420p": "HEVC Main"}
-_DEVICE_BYTES: Final = (
-    "its bytes depend on the device and its driver, and no such encoder has been tried in an archive"
-)
+_DEVICE_BYTES: Final = "its bytes depend on device and driver, and none was tried in an archive"
 
 #: keyint=2 and forced IDR pictures: keyint=1 would signal Range Extensions (see x265.py).
 _X265: Final = "info=0:log-level=none:pools=none:wpp=0:frame-threads=1:bframes=0:no-sao=1"
@@ -280,9 +284,9 @@ _ROWS: Final = (
                              {"yuv420p": "H.264 High 4:4:4 Intra"}),
             "qp": Mode({"qp": "{value}", "x264-params": "ipratio=1"},
                        ("yuv420p", "yuv420p10le", "gray", "gray10le"),
-                       {"yuv420p": "H.264 High", "yuv420p10le": "H.264 High 10 Intra"}, _QP, (1, 51)),
+                       _AVC_PROFILES, _QP, (1, 51)),
             "crf": Mode({"crf": "{value}"}, ("yuv420p", "yuv420p10le", "gray", "gray10le"),
-                        {"yuv420p": "H.264 High", "yuv420p10le": "H.264 High 10 Intra"}, _CRF, (1, 51)),
+                        _AVC_PROFILES, _CRF, (1, 51)),
         },
         X265_PRESETS, "medium", {"preset": "{preset}"},
         {"bf": "0", "x264-params": "log-level=none", "aq-mode": "0", "psy": "0"},
@@ -304,7 +308,7 @@ _ROWS: Final = (
         },
         tuple(str(n) for n in range(12, -1, -1)), "8", {"preset": "{preset}"},
         {"svtav1-params": "pred-struct=1:lp=1"},
-        predicts=True, hardware=_AV1_PHONES, track="av1",
+        predicts=True, hardware=_AV1_PHONES, track="av1", folds=False,
     ),
     VideoCodec(
         "vp9", "VP9", "libvpx-vp9", "vp9", "pyav",
@@ -315,7 +319,7 @@ _ROWS: Final = (
         },
         tuple(str(n) for n in range(8, -1, -1)), "4", {"cpu-used": "{preset}"},
         {"auto-alt-ref": "0", "lag-in-frames": "0", "deadline": "good"},
-        predicts=True, container="webm", hardware="most phones", track="vp9",
+        predicts=True, container="webm", hardware="most phones", track="vp9", folds=False,
     ),
     VideoCodec("ffv1", "FFV1", "ffv1", "ffv1", "pyav",
                {"lossless": Mode({"level": "3", "coder": "range_def", "context": "1"},
@@ -324,10 +328,11 @@ _ROWS: Final = (
                {"lossless": Mode({}, ("gray",))}, container="matroska",
                unfit="no sample entry of an MP4 is registered for JPEG-LS"),
     VideoCodec("jpeg2000", "JPEG 2000", "jpeg2000", "jpeg2000", "pyav",
-               {"lossless": Mode({"pred": "dwt53", "format": "j2k"}, ("gray",))}, track="jpeg2000"),
+               {"lossless": Mode({"pred": "dwt53", "format": "j2k"}, ("gray",))},
+               track="jpeg2000", folds=False),
     VideoCodec("png", "PNG", "png", "png", "pyav",
                {"lossless": Mode({"pred": "mixed"}, ("gray",))}, container="matroska",
-               hardware="every phone (in software)", track="png"),
+               hardware="every phone (in software)", track="png", folds=False),
     VideoCodec(
         "nvenc", "HEVC", "hevc_nvenc", "hevc", "pyav",
         {
@@ -357,7 +362,7 @@ _ROWS: Final = (
         },
         tuple(str(n) for n in range(8, -1, -1)), "6", {"cpu-used": "{preset}"},
         {"b:v": "0", "lag-in-frames": "0"}, {"g": "1"}, {"g": "9999"},
-        predicts=True, hardware=_AV1_PHONES, track="av1",
+        predicts=True, hardware=_AV1_PHONES, track="av1", folds=False,
     ),
     VideoCodec(
         "vvenc", "VVC", "libvvenc", "vvc", "ffmpeg",
@@ -375,7 +380,7 @@ _ROWS: Final = (
                },
                tuple(str(n) for n in range(1, 10)), "7", {"effort": "{preset}"},
                container="none", muxer="image2pipe",
-               unfit="no sample entry of an MP4 is registered for JPEG XL, and PyAV has no decoder for it"),
+               unfit="no sample entry of an MP4 is registered for JPEG XL; PyAV has no decoder"),
     VideoCodec(
         "kvazaar", "HEVC", "libkvazaar", "hevc", "ffmpeg",
         {
@@ -396,7 +401,7 @@ _ROWS: Final = (
                     (10, 40, 80, 120, 160), (1, 255))},
         tuple(str(n) for n in range(10, -1, -1)), "8", {"speed": "{preset}"},
         {"rav1e-params": "low_latency=true"}, {"g": "1"}, {"g": "9999"},
-        predicts=True, hardware=_AV1_PHONES, track="av1",
+        predicts=True, hardware=_AV1_PHONES, track="av1", folds=False,
     ),
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from weightvid.codec import avc, av1, hevc, stills, vp9
+from weightvid.codec import av1, avc, hevc, stills, vp9
 from weightvid.codec.form import Claim, Form
 
 

@@ -6,6 +6,7 @@ FORMAT.md is the specification.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any, Final
 
 from weightvid.codec.tracks import DEFAULT_CODEC, TRACKS
@@ -104,9 +105,7 @@ def parse_header(payload: bytes) -> Header:
     about = mapping(record.get("about", {}), what)
     codec, depth, geometry = _parse_track(mapping(record.get("track"), what))
     files = parse_files(record.get("files", []))
-    return Header(
-        geometry, tensors, aliases, metadata, about, (major, minor), files, codec, depth
-    )
+    return Header(geometry, tensors, aliases, metadata, about, (major, minor), files, codec, depth)
 
 
 def _parse_aliases(aliases: dict[str, Any], tensors: Sequence[TensorSpec]) -> dict[str, str]:
@@ -167,7 +166,9 @@ def index_payload(index: Index) -> bytes:
         frames.append([entry.offset - end, entry.sidecar_bytes, entry.fragment_bytes])
         end = entry.end
     exact = [[e.offset, e.box_bytes, list(e.tensors)] for e in index.exact]
-    record = {"ribbon": list(index.ribbon), "frames": frames, "exact": exact}
+    record: dict[str, Any] = {"ribbon": list(index.ribbon), "frames": frames, "exact": exact}
+    if index.sqnr_db is not None:
+        record["sqnr_db"] = round(index.sqnr_db, 2)
     sealed = seal(deflate(to_json(record)))
     return sealed + (24 + len(sealed) + 4).to_bytes(4, "big")
 
@@ -196,4 +197,7 @@ def parse_index(payload: bytes, tensors: int) -> Index:
         found = tuple(integer(i, 0, tensors - 1, what) for i in items(members, tensors, what))
         entry_bytes = integer(size, 0, LIMITS.box_bytes, what)
         exact.append(ExactEntry(integer(offset, 0, top, what), entry_bytes, found))
-    return Index(tuple(ids), tuple(frames), tuple(exact))
+    sqnr = record.get("sqnr_db")
+    if sqnr is not None and (type(sqnr) not in (int, float) or not isfinite(sqnr)):
+        raise bad(what, "sqnr_db must be a number")
+    return Index(tuple(ids), tuple(frames), tuple(exact), sqnr)

@@ -1,8 +1,8 @@
 """The MP4 side of an archive: ftyp, moov, one fragment a frame, and mfra.
 
-Sources: ISO/IEC 14496-12 (boxes); for sample entries see :mod:`weightvid.codec.tracks`. Written here and not by FFmpeg's muxer
-so that the bytes, and the offsets in ``mfra``, do not depend on FFmpeg's version and can know of
-our own boxes between the fragments.
+Source: ISO/IEC 14496-12 (boxes); for sample entries see :mod:`weightvid.codec.tracks`. Written
+here and not by FFmpeg's muxer so that the bytes, and the offsets in ``mfra``, do not depend on
+FFmpeg's version and can know of our own boxes between the fragments.
 """
 
 from __future__ import annotations

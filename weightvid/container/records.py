@@ -214,8 +214,11 @@ class Index:
         Ids of the tensors on the ribbon, in its order.
     frames : tuple of FrameEntry
     exact : tuple of ExactEntry
+    sqnr_db : float or None
+        Over all quantized tensors; None where the archive does not say.
     """
 
     ribbon: tuple[int, ...]
     frames: tuple[FrameEntry, ...]
     exact: tuple[ExactEntry, ...]
+    sqnr_db: float | None = None

@@ -106,9 +106,15 @@ class ArchiveWriter:
         size = self._write(boxes.uuid_box(boxes.EXACT_UUID, payload))
         self._exact.append(ExactEntry(offset, size, tuple(tensors)))
 
-    def finish(self) -> Index:
-        """Write the index and the MP4's own random-access box; returns the index."""
-        index = Index(tuple(self._ribbon), tuple(self._frames), tuple(self._exact))
+    def finish(self, sqnr_db: float | None = None) -> Index:
+        """Write the index and the MP4's own random-access box; returns the index.
+
+        Parameters
+        ----------
+        sqnr_db : float or None
+            Over all quantized tensors, if the index is to say it.
+        """
+        index = Index(tuple(self._ribbon), tuple(self._frames), tuple(self._exact), sqnr_db)
         self._write(boxes.uuid_box(boxes.INDEX_UUID, index_payload(index)))
         self._write(mp4.mfra([entry.offset + entry.sidecar_bytes for entry in index.frames]))
         self._stream.flush()

@@ -231,6 +231,11 @@ class Archive:
         return self._need_index()
 
     @property
+    def sqnr_db(self) -> float | None:
+        """Over all quantized tensors, where the archive says it (lossy ones do); else None."""
+        return None if self._index is None else self._index.sqnr_db
+
+    @property
     def bytes_read(self) -> int:
         """Bytes asked of the file so far."""
         return self._source.bytes_read
@@ -385,7 +390,7 @@ class Archive:
         if frames[-1] >= len(index.frames):
             raise self._missing([number])
         assembler = Assembler(
-            self.header.tensors, self.header.geometry, self._columns, frozenset({number})
+            self.header.tensors, self.header.form, self._columns, frozenset({number})
         )
         events = self._fragments(frames)
         for found in self._pipeline.run(events, assembler):
@@ -497,7 +502,7 @@ class Archive:
         spans = {n: s for n, s in spans.items() if n in wanted and s[-1] < len(index.frames)}
         for run in _runs(sorted({frame for span in spans.values() for frame in span})):
             assembler = Assembler(
-                self.header.tensors, self.header.geometry, self._columns, frozenset(spans), spill
+                self.header.tensors, self.header.form, self._columns, frozenset(spans), spill
             )
             for found in self._pipeline.run(self._fragments(run), assembler):
                 wanted.discard(found.tensor)
@@ -513,8 +518,10 @@ class Archive:
         if wanted:
             raise self._missing(sorted(wanted))
 
-    def frames(self, numbers: range) -> Iterator[tuple[Sidecar, npt.NDArray[np.uint8]]]:
+    def frames(self, numbers: range) -> Iterator[tuple[Sidecar, tile.Samples]]:
         """Decode consecutive frames: each with its sidecar and its luma, shape (height, width).
+
+        Samples are uint8, or uint16 where the track has more than 8 bits.
 
         The array is a view that is valid until the next frame is asked for.
         """
@@ -535,7 +542,7 @@ class Archive:
             self._rewind()
         self._used = True
         left = dict.fromkeys(range(len(self.header.tensors)))
-        assembler = Assembler(self.header.tensors, self.header.geometry, spill=spill)
+        assembler = Assembler(self.header.tensors, self.header.form, spill=spill)
         events = reader.read_events(self._source, self._head)
         try:
             for found in self._pipeline.run(events, assembler, spill):

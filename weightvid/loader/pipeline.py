@@ -56,7 +56,8 @@ class _Seen:
     def check(self) -> None:
         if self.index is None:
             return
-        if self.index != Index(tuple(self.ribbon), tuple(self.frames), tuple(self.exact)):
+        seen = Index(tuple(self.ribbon), tuple(self.frames), tuple(self.exact), self.index.sqnr_db)
+        if self.index != seen:
             raise FormatError("the index does not match what the file holds", code="index")
 
 

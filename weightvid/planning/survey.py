@@ -83,7 +83,7 @@ class Survey:
         """
         if self.options.lossy is not None:
             return {
-                number: allocate.sample_step(self.units[number], stats)
+                number: allocate.sample_step(self.units[number], stats, self.options.bit_depth)
                 for number, stats in self.stats.items()
             }
         return {number: self.limited(number, factor * self.units[number]) for number in self.stats}
