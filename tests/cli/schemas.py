@@ -99,6 +99,7 @@ INSPECT = {
         "profile": str,
         "tier": str,
         "level": str,
+        "bit_depth": int,
         "width": int,
         "height": int,
         "frames": int,
@@ -124,6 +125,7 @@ INSPECT = {
     "about": dict,
     "metadata": dict,
     "files": [{"path": str, "role": str, "size": int, "codec": str, "box_bytes": int}],
+    "sqnr_db": OPTIONAL_NUMBER,
 }
 PREVIEW = {"archive": str, "pictures": [str]}
 COMPARE_ROW = {

@@ -41,15 +41,17 @@ def describe(data: bytes) -> dict[str, Any]:
     return record
 
 
-def write() -> None:
-    """Make all golden archives anew."""
+def write(new: bool = False) -> None:
+    """Make golden archives: all anew, or only those that are not there."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    archives = {}
+    known = json.loads(EXPECTED.read_text(encoding="utf-8")) if new else {"archives": {}}
+    archives = known["archives"]
     for name, make in MAKERS.items():
-        data = make()
-        (FOLDER / f"{name}.mp4").write_bytes(data)
-        archives[name] = describe(data)
-    text = json.dumps({"format": [1, 0], "archives": archives}, indent=1, ensure_ascii=False)
+        if name not in archives:
+            data = make()
+            (FOLDER / f"{name}.mp4").write_bytes(data)
+            archives[name] = describe(data)
+    text = json.dumps({"format": [1, 2], "archives": archives}, indent=1, ensure_ascii=False)
     EXPECTED.write_text(text + "\n", encoding="utf-8")
 
 

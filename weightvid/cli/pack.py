@@ -165,9 +165,10 @@ def pack(
     more = targets.Measuring(lower_is_better, eval_budget, eval_cache)
     evaluation = targets.evaluation(evaluate, more, target, rule)
     named = _quantizer(quantizer)
+    wish = video.Wish(video.known_codec(codec), qp, crf, bit_depth)
     options = PackOptions(
-        codec=video.known_codec(codec),
-        lossy=video.lossy(qp, crf, bit_depth, (recipe, step, quantizer) != (None, None, None)),
+        codec=wish.codec,
+        lossy=wish.lossy(levels=(recipe, step, quantizer) != (None, None, None)),
         bit_depth=bit_depth,
         states=named.states,
         shaping=named.shaping,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,16 +61,43 @@ def known_codec(name: str | None) -> str:
     return name
 
 
-def lossy(qp: int | None, crf: float | None, bit_depth: int, levels: bool) -> Lossy | None:
-    """How lossy the video is to be; None: not at all.
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a command line says of the codec.
 
-    Parameters
+    Attributes
     ----------
+    codec : str
+        Of archives.
     qp, crf : number or None
     bit_depth : int
-    levels : bool
-        Options about levels were given, which lossy video has none of.
     """
+
+    codec: str
+    qp: int | None
+    crf: float | None
+    bit_depth: int
+
+    def lossy(self, levels: bool) -> Lossy | None:
+        """How lossy the video is to be; None: not at all.
+
+        Parameters
+        ----------
+        levels : bool
+            Options about levels were given, which lossy video has none of.
+        """
+        from weightvid.codec.encode import Video
+        from weightvid.errors import CodecError
+
+        wanted = _lossy(self.qp, self.crf, self.bit_depth, levels)
+        try:
+            Video(self.codec, "", wanted, self.bit_depth)
+        except CodecError as error:
+            usage_error(str(error), "--codec / --qp / --crf / --bit-depth")
+        return wanted
+
+
+def _lossy(qp: int | None, crf: float | None, bit_depth: int, levels: bool) -> Lossy | None:
     from weightvid.codec.encode import Lossy
 
     if qp is not None and crf is not None:

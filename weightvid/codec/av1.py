@@ -20,8 +20,24 @@ _PROFILES: Final = ("Main", "High", "Professional")
 _RECORD_BYTES: Final = 4
 #: marker and version of the record.
 _RECORD_START: Final = 0x81
-#: seq_level_idx of streams without a bound.
-_NO_LEVEL: Final = 31
+#: seq_level_idx -> (MaxPicSize, MaxHSize, MaxVSize, MaxBR of the Main tier in kbit/s); A.3.
+LEVELS: Final[dict[int, tuple[int, int, int, int]]] = {
+    0: (147_456, 2_048, 1_152, 1_500),
+    1: (278_784, 2_816, 1_584, 3_000),
+    4: (665_856, 4_352, 2_448, 6_000),
+    5: (1_065_024, 5_504, 3_096, 10_000),
+    8: (2_359_296, 6_144, 3_456, 12_000),
+    9: (2_359_296, 6_144, 3_456, 20_000),
+    12: (8_912_896, 8_192, 4_352, 30_000),
+    13: (8_912_896, 8_192, 4_352, 40_000),
+    14: (8_912_896, 8_192, 4_352, 60_000),
+}
+#: levels above this one are followed by their tier.
+_LAST_WITHOUT_TIER: Final = 7
+#: more bits than a lossless picture takes per luma sample; measured: uniform noise 11.4.
+_WORST_BITS_PER_SAMPLE: Final = 14.0
+#: where seq_level_idx stands in a sequence header, in bits: of still pictures, and of others.
+_LEVEL_OF_STILL, _LEVEL_AT = 5, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +133,7 @@ def parse_sequence(payload: bytes) -> Sequence:
             raise CodecError("the AV1 track has timing or several operating points")
         bits.take(12)  # operating_point_idc
         level = bits.take(5)
-        tier = bits.take(1) if level > 7 else 0
+        tier = bits.take(1) if level > _LAST_WITHOUT_TIER else 0
     wide, high = bits.take(4) + 1, bits.take(4) + 1
     width, height = bits.take(wide) + 1, bits.take(high) + 1
     _skip_tools(bits, reduced)
@@ -148,6 +164,38 @@ def _skip_tools(bits: Bits, reduced: bool) -> None:
     bits.take(3)  # enable_superres, enable_cdef, enable_restoration
 
 
+def choose_level(form: Form) -> int:
+    """Lowest seq_level_idx that one such frame a second meets in any case, Main tier.
+
+    Examples
+    --------
+    >>> choose_level(Form(256, 256)), choose_level(Form(1024, 1024))
+    (0, 9)
+    """
+    samples = form.width * form.height
+    worst = samples * _WORST_BITS_PER_SAMPLE * form.bits / 8
+    for level, (picture, wide, high, kbits) in LEVELS.items():
+        fits = samples <= picture and form.width <= wide and form.height <= high
+        if fits and worst <= 1000 * kbits:
+            return level
+    raise CodecError(f"no AV1 level allows frames of {form.width} x {form.height}")
+
+
+def with_level(payload: bytes, level: int) -> bytes:
+    """A sequence header that claims another level of the Main tier.
+
+    Encoders go by the size and rate of pictures, and some claim no level at all.
+    """
+    still = bool(payload[0] & 0x08)
+    at, old = (_LEVEL_OF_STILL if still else _LEVEL_AT), parse_sequence(payload).level
+    bits = "".join(f"{byte:08b}" for byte in payload).rstrip("0")[:-1]
+    new = f"{level:05b}" + ("0" if level > _LAST_WITHOUT_TIER and not still else "")
+    skipped = 6 if old > _LAST_WITHOUT_TIER and not still else 5
+    text = bits[:at] + new + bits[at + skipped :] + "1"
+    text += "0" * (-len(text) % 8)
+    return int(text, 2).to_bytes(len(text) // 8, "big")
+
+
 def wrap(extradata: bytes, packet: bytes, form: Form) -> tuple[bytes, bytes]:
     """The ``av1C`` record, and one picture as it lies in an MP4.
 
@@ -171,6 +219,7 @@ def wrap(extradata: bytes, packet: bytes, form: Form) -> tuple[bytes, bytes]:
     header = unique((data for kind, data in found if kind == _SEQUENCE), "sequence headers")
     frames = [(k, data) for k, data in found if k in (_FRAME, _FRAME_HEADER, _TILE_GROUP)]
     _check_sequence(parse_sequence(header), form)
+    header = with_level(header, choose_level(form))
     if not frames or not _is_key_frame(frames[0][1], header):
         raise CodecError("expected a key frame, the encoder gave another AV1 picture")
     sample = b"".join(unit(kind, data) for kind, data in [(_SEQUENCE, header), *frames])
@@ -204,8 +253,8 @@ def _sequence_of(record: bytes) -> Sequence:
 def describe(record: bytes) -> Claim:
     """What an ``av1C`` record claims."""
     found = _sequence_of(record)
-    level = "" if found.level == _NO_LEVEL else f"{2 + found.level // 4}.{found.level % 4}"
-    return Claim(_PROFILES[found.profile], "High" if found.tier else "Main", level)
+    tier = "High" if found.tier else "Main"
+    return Claim(_PROFILES[found.profile], tier, f"{2 + found.level // 4}.{found.level % 4}")
 
 
 def check(record: bytes, form: Form) -> None:

@@ -50,7 +50,7 @@ def choose_level(form: Form, profile: int) -> int:
     Examples
     --------
     >>> choose_level(Form(256, 256), 244), choose_level(Form(1024, 1024), 100)
-    (20, 40)
+    (20, 32)
     """
     wide, high = form.width // _MACROBLOCK, form.height // _MACROBLOCK
     bits = form.width * form.height * _WORST_BITS_PER_SAMPLE * form.bits / 8

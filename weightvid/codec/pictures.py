@@ -14,6 +14,7 @@ import numpy.typing as npt
 from av.codec.context import Flags
 from av.video.frame import PictureType
 
+from weightvid.codec.priority import usual_priority
 from weightvid.codec.registry import Coding, VideoCodec
 from weightvid.errors import CodecError
 
@@ -111,7 +112,8 @@ def _encoder(coding: Coding, width: int, height: int) -> Any:
     context.gop_size = 9999 if coding.inter else 1
     context.flags |= Flags.global_header
     context.options = coding.options
-    context.open()
+    with usual_priority():
+        context.open()
     return context
 
 
