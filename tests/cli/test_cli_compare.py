@@ -49,7 +49,7 @@ def test_table_files_and_best(few: Few, tmp_path: Path) -> None:
     record = json.loads((folder / "results.json").read_text())
     labels = [row["label"] for row in record["rows"]]
     assert labels[0] == "original"
-    assert len(labels) == 1 + 6 + 3 + 5 + 1 + 6
+    assert len(labels) == 1 + 6 + 8 + 3 + 5 + 1 + 6
     for row in record["rows"]:
         check(row, COMPARE_ROW | {"pareto": [str]}, row["label"])
     assert record["bd_rate"]["anchor"] == "weightvid uniform"
