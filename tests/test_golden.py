@@ -35,6 +35,7 @@ NAMES = (
     "truncated",
     "uniform",
     "vp9",
+    "vvc",
 )
 Row = tuple[str, str, list[int], str]
 

@@ -27,6 +27,7 @@ LOSSLESS = [name for name in FIT if "lossless" in CODECS[name].modes]
 LOSSY = [
     ("x265", 14, 8), ("x265", 14, 10), ("x264", 14, 8), ("x264", 20, 10), ("svtav1", 13, 8),
     ("svtav1", 20, 10), ("vp9", 12, 8), ("aom", 12, 10), ("kvazaar", 14, 8), ("rav1e", 40, 10),
+    ("vvenc", 14, 10),
 ]  # fmt: skip
 
 

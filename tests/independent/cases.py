@@ -377,6 +377,11 @@ def packed(
         return path.read_bytes()
 
 
+def vvc() -> bytes:
+    """Lossy VVC, whose samples have ten bits."""
+    return packed(lossy=Lossy("qp", 20), bits=10, codec="vvenc")
+
+
 def truncated() -> bytes:
     """An archive that ends within its second frame."""
     whole = layout()

@@ -27,8 +27,8 @@ ITEM_BYTES = {
 #: sample entry and configuration box of each codec (section 10.1).
 TRACKS = {
     "hevc": (b"hvc1", b"hvcC"), "avc": (b"avc1", b"avcC"), "av1": (b"av01", b"av1C"),
-    "vp9": (b"vp09", b"vpcC"), "ffv1": (b"FFV1", b"glbl"), "png": (b"mp4v", b"esds"),
-    "jpeg2000": (b"mp4v", b"esds"),
+    "vp9": (b"vp09", b"vpcC"), "vvc": (b"vvc1", b"vvcC"), "ffv1": (b"FFV1", b"glbl"),
+    "png": (b"mp4v", b"esds"), "jpeg2000": (b"mp4v", b"esds"),
 }  # fmt: skip
 LEVEL_FORMAT = {"I8": ("<b", 1), "I16": ("<h", 2), "I32": ("<i", 4)}
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Decode = Callable[["Video", Sequence[bytes]], list[bytes]]
-#: FFmpeg's decoder of each codec, and whether it is told the configuration record.
+#: FFmpeg's decoder of each codec, and from which byte on it is told the configuration record.
 DECODERS = {
-    "hevc": ("hevc", True), "avc": ("h264", True), "av1": ("libdav1d", True), "vp9": ("vp9", False),
-    "ffv1": ("ffv1", True), "png": ("png", False), "jpeg2000": ("jpeg2000", False),
+    "hevc": ("hevc", 0), "avc": ("h264", 0), "av1": ("libdav1d", 0), "vp9": ("vp9", None),
+    "vvc": ("vvc", 4), "ffv1": ("ffv1", 0), "png": ("png", None), "jpeg2000": ("jpeg2000", None),
 }  # fmt: skip
 
 
@@ -38,8 +38,8 @@ def by_pyav(video: Video, packets: Sequence[bytes]) -> list[bytes]:
     name, told = DECODERS[video.codec]
     context = av.CodecContext.create(name, "r")
     context.width, context.height = video.width, video.height
-    if told:
-        context.extradata = video.record
+    if told is not None:
+        context.extradata = video.record[told:]
     context.thread_count = 1
     frames = []
     for number, data in enumerate(packets):

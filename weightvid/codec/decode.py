@@ -77,8 +77,8 @@ class Decoder:
                 f"the track is {track.standard}, and this PyAV ({av.__version__}) has no "
                 f"{track.decoder} to decode it"
             ) from None
-        if track.configured:
-            context.extradata = settings.record
+        if told := track.extradata(settings.record):
+            context.extradata = told
         # FFV1 has the size from the container alone; the others bring theirs.
         context.width, context.height = form.width, form.height
         context.thread_type = "FRAME"

@@ -370,7 +370,7 @@ _ROWS: Final = (
                     {"yuv420p10le": "VVC Main 10"}, _QP, (0, 63))},
         ("faster", "fast", "medium", "slow", "slower"), "faster", {"preset": "{preset}"},
         {"threads": "1"}, {"g": "1"}, {"g": "9999"},
-        predicts=True, muxer="vvc",
+        predicts=True, muxer="vvc", track="vvc", folds=False,
     ),
     VideoCodec("jxl", "JPEG XL", "libjxl", "libjxl", "ffmpeg",
                {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from weightvid.codec import av1, avc, hevc, stills, vp9
+from weightvid.codec import av1, avc, hevc, stills, vp9, vvc
 from weightvid.codec.form import Claim, Form
 
 
@@ -38,8 +38,8 @@ class TrackCodec:
         What a configuration record claims.
     check : callable
         Refuses a configuration record that contradicts the track, by a CodecError.
-    configured : bool
-        The decoder is told the record; the packets of others say all.
+    extradata : callable
+        What of the configuration record the decoder is told.
     """
 
     name: str
@@ -51,12 +51,17 @@ class TrackCodec:
     wrap: Callable[[bytes, bytes, Form], tuple[bytes, bytes]]
     describe: Callable[[bytes], Claim]
     check: Callable[[bytes, Form], None]
-    configured: bool = True
+    extradata: Callable[[bytes], bytes] = bytes
 
     @property
     def depths(self) -> tuple[int, ...]:
         """Bits that a sample may have."""
         return tuple(self.formats)
+
+
+def _nothing(record: bytes) -> bytes:
+    """The packets say all."""
+    return b""
 
 
 DEFAULT_CODEC: Final = "hevc"
@@ -72,14 +77,16 @@ _ROWS: Final = (
     TrackCodec("av1", "AV1", b"av01", b"av1C", "libdav1d", _DEEP,
                av1.wrap, av1.describe, av1.check),
     TrackCodec("vp9", "VP9", b"vp09", b"vpcC", "vp9", _EIGHT,
-               vp9.wrap, vp9.describe, vp9.check, configured=False),
+               vp9.wrap, vp9.describe, vp9.check, extradata=_nothing),
+    TrackCodec("vvc", "VVC", b"vvc1", b"vvcC", "vvc", {10: ("yuv420p10le",)},
+               vvc.wrap, vvc.describe, vvc.check, vvc.extradata),
     TrackCodec("ffv1", "FFV1", b"FFV1", b"glbl", "ffv1", _GRAY,
                stills.wrap_ffv1, stills.describe_ffv1, stills.check_ffv1),
     TrackCodec("png", "PNG", b"mp4v", b"esds", "png", _GRAY,
-               stills.wrap_png, stills.describe_png, stills.check_png, configured=False),
+               stills.wrap_png, stills.describe_png, stills.check_png, extradata=_nothing),
     TrackCodec("jpeg2000", "JPEG 2000", b"mp4v", b"esds", "jpeg2000", _GRAY,
                stills.wrap_jpeg2000, stills.describe_jpeg2000, stills.check_jpeg2000,
-               configured=False),
+               extradata=_nothing),
 )  # fmt: skip
 
 #: every codec, by name.
