@@ -44,8 +44,8 @@ def wrap_ffv1(extradata: bytes, packet: bytes, form: Form) -> tuple[bytes, bytes
     return extradata, packet
 
 
-def describe_ffv1(record: bytes) -> Claim:
-    """FFV1 has no profiles; versions with a record are 3 and later."""
+def describe(record: bytes) -> Claim:
+    """None of them has profiles, or says so in its record."""
     return Claim("")
 
 
@@ -67,14 +67,9 @@ def wrap_png(extradata: bytes, packet: bytes, form: Form) -> tuple[bytes, bytes]
     ------
     CodecError
     """
-    if packet[:8] != _PNG_START or _size(packet[16:24], 0) != (form.width, form.height):
+    if packet[:8] != _PNG_START or _size(packet[16:24]) != (form.width, form.height):
         raise CodecError("the encoder gave no PNG of the frame's size")
     return _esds(_PNG_TYPE), packet
-
-
-def describe_png(record: bytes) -> Claim:
-    """PNG has no profiles."""
-    return Claim("")
 
 
 def check_png(record: bytes, form: Form) -> None:
@@ -94,14 +89,9 @@ def wrap_jpeg2000(extradata: bytes, packet: bytes, form: Form) -> tuple[bytes, b
     ------
     CodecError
     """
-    if packet[:4] != _JPEG2000_START or _size(packet[8:16], 0) != (form.width, form.height):
+    if packet[:4] != _JPEG2000_START or _size(packet[8:16]) != (form.width, form.height):
         raise CodecError("the encoder gave no JPEG 2000 code-stream of the frame's size")
     return _esds(_JPEG2000_TYPE), packet
-
-
-def describe_jpeg2000(record: bytes) -> Claim:
-    """The descriptor says nothing of Part 1's profiles."""
-    return Claim("")
 
 
 def check_jpeg2000(record: bytes, form: Form) -> None:
@@ -114,7 +104,6 @@ def check_jpeg2000(record: bytes, form: Form) -> None:
     _check_esds(record, _JPEG2000_TYPE)
 
 
-def _size(data: bytes, at: int) -> tuple[int, int]:
+def _size(data: bytes) -> tuple[int, int]:
     """Width and height, 4 bytes each."""
-    width, height = data[at : at + 4], data[at + 4 : at + 8]
-    return int.from_bytes(width, "big"), int.from_bytes(height, "big")
+    return int.from_bytes(data[:4], "big"), int.from_bytes(data[4:8], "big")

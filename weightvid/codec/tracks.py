@@ -81,11 +81,11 @@ _ROWS: Final = (
     TrackCodec("vvc", "VVC", b"vvc1", b"vvcC", "vvc", {10: ("yuv420p10le",)},
                vvc.wrap, vvc.describe, vvc.check, vvc.extradata),
     TrackCodec("ffv1", "FFV1", b"FFV1", b"glbl", "ffv1", _GRAY,
-               stills.wrap_ffv1, stills.describe_ffv1, stills.check_ffv1),
+               stills.wrap_ffv1, stills.describe, stills.check_ffv1),
     TrackCodec("png", "PNG", b"mp4v", b"esds", "png", _GRAY,
-               stills.wrap_png, stills.describe_png, stills.check_png, extradata=_nothing),
+               stills.wrap_png, stills.describe, stills.check_png, extradata=_nothing),
     TrackCodec("jpeg2000", "JPEG 2000", b"mp4v", b"esds", "jpeg2000", _GRAY,
-               stills.wrap_jpeg2000, stills.describe_jpeg2000, stills.check_jpeg2000,
+               stills.wrap_jpeg2000, stills.describe, stills.check_jpeg2000,
                extradata=_nothing),
 )  # fmt: skip
 
