@@ -18,15 +18,24 @@ from weightvid.loader import open_archive
 
 #: spelled out, so that an archive cannot vanish together with its entry.
 NAMES = (
+    "av1",
+    "avc",
     "exact",
+    "ffv1",
+    "jpeg2000",
     "layout",
+    "lossy",
+    "main10",
     "mixed",
     "nothing",
     "packed",
+    "png",
     "tiny",
     "trellis",
     "truncated",
     "uniform",
+    "vp9",
+    "vvc",
 )
 Row = tuple[str, str, list[int], str]
 

@@ -17,7 +17,7 @@ import pytest
 from archives import normal, sample_arrays, small_frames
 
 from weightvid.checkpoint.mapping import from_mapping
-from weightvid.codec.encode import HevcEncoder
+from weightvid.codec.x265 import X265Encoder
 from weightvid.errors import CheckpointError, OutputError, QuantizationError, WeightvidError
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
@@ -133,10 +133,10 @@ def test_an_interrupt_at_any_stage(tmp_path: Path, stage: str) -> None:
 
 
 def test_an_encoder_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def encode(self: HevcEncoder, luma: Any) -> bytes:
+    def encode(self: X265Encoder, luma: Any) -> bytes:
         raise BrokenSource("in a worker")
 
-    monkeypatch.setattr(HevcEncoder, "encode", encode)
+    monkeypatch.setattr(X265Encoder, "encode", encode)
     with pytest.raises(BrokenSource):
         pack(tmp_path / "model.mp4")
     assert left_in(tmp_path) == []

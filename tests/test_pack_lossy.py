@@ -10,7 +10,8 @@ import pytest
 import small_models
 
 from weightvid.checkpoint import from_mapping
-from weightvid.codec.encode import EncoderSettings, Lossy
+from weightvid.codec.encode import Lossy, Video
+from weightvid.codec.x265 import x265_params
 from weightvid.errors import CodecError, QuantizationError
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, PackReport, Target, pack_checkpoint
@@ -45,7 +46,7 @@ def test_round_trip(lossy: Lossy, tmp_path: Path) -> None:
     assert {i.name for i in told} == {"conv.weight", "embed.weight", "half.weight"}
     for info in told:
         reached = sqnr_db(arrays[info.name], found[info.name])
-        assert info.sqnr_db == pytest.approx(reached, abs=0.02)
+        assert info.sqnr_db == pytest.approx(reached, abs=0.06)
     everything = [(arrays[i.name], found[i.name]) for i in told]
     power = sum(np.square(x.astype(np.float64)).sum() for x, _ in everything)
     noise = sum(np.square(x.astype(np.float64) - y).sum() for x, y in everything)
@@ -104,12 +105,12 @@ def test_repetitive_levels_are_video_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "value", "message"),
-    [("qp", 52, "from 0 to 51"), ("qp", 2.5, "an integer"), ("crf", -1, "a number"),
+    [("qp", 52, "from 0 to 51"), ("qp", 2.5, "an integer"), ("crf", -1, "from 0 to 51"),
      ("abr", 3, "unknown lossy mode"), ("crf", float("nan"), "a number")],
 )  # fmt: skip
 def test_values_that_are_none(mode: str, value: float, message: str) -> None:
     with pytest.raises(CodecError, match=message):
-        Lossy(mode, value)
+        Video(lossy=Lossy(mode, value))
 
 
 def test_what_does_not_go_together() -> None:
@@ -118,5 +119,5 @@ def test_what_does_not_go_together() -> None:
 
 
 def test_lossless_settings_are_what_they_were() -> None:
-    assert "lossless=1" in EncoderSettings(256, 256).x265_params
-    assert "lossless" not in EncoderSettings(256, 256, lossy=Lossy("qp", 3)).x265_params
+    assert "lossless=1" in x265_params(Video().coding)
+    assert "lossless" not in x265_params(Video(lossy=Lossy("qp", 3)).coding)

@@ -101,5 +101,5 @@ def test_no_packet_is_read(long_archive: Path, monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(decode.HevcDecoder, "decode", refuse)
+    monkeypatch.setattr(decode.Decoder, "decode", refuse)
     assert summarize_archive(long_archive).video.frames == 2

@@ -18,7 +18,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -27,7 +27,7 @@ from typing import Any, cast
 import av
 import numpy as np
 
-from weightvid.codec.decode import DecoderSettings, HevcDecoder
+from weightvid.codec.decode import Decoder, DecoderSettings
 from weightvid.container import reader
 from weightvid.container.reader import Fragment, Source
 from weightvid.loader import open_archive
@@ -104,14 +104,13 @@ def packets(archive: str) -> tuple[DecoderSettings, list[bytes]]:
         head = reader.read_head(source)
         events = reader.read_events(source, head)
         found = [event.packet for event in events if isinstance(event, Fragment)]
-    track = head.track
-    return DecoderSettings(track.hvcc, track.width, track.height), found
+    return DecoderSettings(head.track.record, head.header.form, head.header.codec), found
 
 
 def decode(settings: DecoderSettings, found: list[bytes]) -> float:
     """Seconds of the bare decode of packets that are in memory."""
     began = perf_counter()
-    for _ in HevcDecoder(settings).decode(enumerate(found)):
+    for _ in Decoder(settings).decode(enumerate(found)):
         pass
     return perf_counter() - began
 
@@ -130,7 +129,7 @@ def measure(model: str, threads: int, rounds: int) -> Row:
         values = fresh("--part", "pack", model, archive)
         values |= fresh("--part", "iterate", archive, archive, "--threads", str(threads))
         settings, found = packets(archive)
-        settings = DecoderSettings(settings.extradata, settings.width, settings.height, threads)
+        settings = replace(settings, threads=threads)
         times: list[tuple[float, float]] = []
         for _ in range(rounds):
             times.append((decode(settings, found), iterate(archive, threads)))

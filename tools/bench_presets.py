@@ -19,8 +19,9 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.codec.decode import DecoderSettings, HevcDecoder
-from weightvid.codec.encode import PRESETS, EncoderSettings, HevcEncoder
+from weightvid.codec.decode import Decoder, DecoderSettings
+from weightvid.codec.encode import EncoderSettings, Video, open_encoder
+from weightvid.codec.registry import X265_PRESETS
 from weightvid.container import reader
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
@@ -39,15 +40,14 @@ def frames_of(model: Path, limit: int) -> list[Samples]:
                 (number, reader.read_fragment(archive._source, entry, archive._head).packet)
                 for number, entry in enumerate(archive.index.frames[:limit])
             ]
-            geometry = archive.header.geometry
-            settings = DecoderSettings(archive.track.hvcc, geometry.width, geometry.height)
-            return [luma.copy() for _, luma in HevcDecoder(settings).decode(packets)]
+            settings = DecoderSettings(archive.track.record, archive.header.form)
+            return [luma.copy() for _, luma in Decoder(settings).decode(packets)]
 
 
 def measure(frames: list[Samples], preset: str) -> tuple[int, float]:
     """Bytes of all frames, and seconds to encode them with one encoder."""
     height, width = frames[0].shape
-    encoder = HevcEncoder(EncoderSettings(width, height, preset))
+    encoder = open_encoder(EncoderSettings(width, height, Video(preset=preset)))
     begin = time.perf_counter()
     size = sum(len(encoder.encode(frame)) for frame in frames)
     return size, time.perf_counter() - begin
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--frames", type=int, default=4)
-    parser.add_argument("--presets", nargs="+", default=[p for p in PRESETS if p != "placebo"])
+    parser.add_argument("--presets", nargs="+", default=[p for p in X265_PRESETS if p != "placebo"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     frames = frames_of(options.model, options.frames)

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from weightvid.codec.encode import EncoderSettings, HevcEncoder
+from weightvid.codec.encode import EncoderSettings, open_encoder
 from weightvid.quantize import rdoq, uniform
 from weightvid.quantize.params import TRELLIS_STATES, UniformParams
 from weightvid.quantize.rate import IntArray, RateModel, sign_coded_bits
@@ -73,7 +73,7 @@ def hevc_bits(levels: IntArray) -> float:
     """Bits per level of lossless HEVC, one frame 512 wide; whole rows of 64 samples only."""
     height = levels.size // 512 // 64 * 64
     samples = np.clip(levels.ravel()[: 512 * height] + 128, 1, 255).astype(np.uint8)
-    packet = HevcEncoder(EncoderSettings(512, height)).encode(samples.reshape(height, 512))
+    packet = open_encoder(EncoderSettings(512, height)).encode(samples.reshape(height, 512))
     return 8.0 * len(packet) / samples.size
 
 

@@ -1,6 +1,7 @@
 """Golden archives of the format, and the generated parts of FORMAT.md.
 
-The golden archives of a released format never change; ``--write`` is for a format under work.
+The golden archives of a released format never change; ``--add`` makes those that are missing, and
+``--write`` is for a format under work.
 ``--document`` renews the tables and the dump in FORMAT.md. In any case it says which archives
 today's packer and encoder would make otherwise, which is no fault; outdated parts of FORMAT.md are.
 """
@@ -26,11 +27,12 @@ def main() -> int:
     """Run the tool; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="make the golden archives anew")
+    parser.add_argument("--add", action="store_true", help="make those that are not there")
     parser.add_argument("--document", action="store_true", help="renew the parts of FORMAT.md")
     options = parser.parse_args()
     module = golden()
-    if options.write:
-        module.write()
+    if options.write or options.add:
+        module.write(new=options.add)
     if options.document:
         text = module.DOCUMENT.read_text(encoding="utf-8")
         module.DOCUMENT.write_text(module.generated(text), encoding="utf-8")

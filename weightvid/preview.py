@@ -23,7 +23,7 @@ from weightvid.errors import CodecError, FormatError, TensorNotFoundError
 from weightvid.loader import Archive, open_archive
 from weightvid.tile import BAND, ZERO_SAMPLE, Tile
 
-Samples = npt.NDArray[np.uint8]
+Samples = npt.NDArray[Any]
 Picture = npt.NDArray[np.uint8]
 
 #: colours of the most negative, the zero and the most positive level.
@@ -156,28 +156,36 @@ def _tiles(archive: Archive) -> Mapping[int, list[tuple[str, Tile]]]:
     return found
 
 
-def colours(largest: int) -> Picture:
-    """Colour of each sample, shape (256, 3): blue below zero, red above, near white at zero.
+def colours(largest: int, zero: int = ZERO_SAMPLE) -> Picture:
+    """Colour of each sample, shape (2 zero, 3): blue below zero, red above, near white at zero.
 
     Parameters
     ----------
     largest : int
-        Distance from sample 128 that gets the full colour; those beyond it do too.
+        Distance from the sample of zero that gets the full colour; those beyond it do too.
+    zero : int
+        Sample of level 0.
 
     Examples
     --------
     >>> colours(4)[128].tolist()
     [247, 247, 244]
     """
-    distance = np.clip((np.arange(256) - ZERO_SAMPLE) / largest, -1, 1)
+    distance = np.clip((np.arange(2 * zero) - zero) / largest, -1, 1)
     strength = (np.abs(distance) ** _GAMMA)[:, None]
     ends = np.where(distance[:, None] < 0, np.array(_NEGATIVE), np.array(_POSITIVE))
     return np.round(np.array(_ZERO) * (1 - strength) + ends * strength).astype(np.uint8)
 
 
+def _zero(luma: Samples) -> int:
+    """Sample of level 0: deeper samples than of 8 bits have 10."""
+    return ZERO_SAMPLE if luma.dtype == np.uint8 else 4 * ZERO_SAMPLE
+
+
 def colour_range(luma: Samples) -> int:
-    """Distance from sample 128 that nearly all samples keep to; at least 3."""
-    counts = np.bincount(np.abs(luma.astype(np.int16) - ZERO_SAMPLE).reshape(-1), minlength=129)
+    """Distance from the sample of zero that nearly all samples keep to; at least 3."""
+    zero = _zero(luma)
+    counts = np.bincount(np.abs(luma.astype(np.int16) - zero).reshape(-1), minlength=zero + 1)
     cumulative = np.cumsum(counts)
     return max(_LEAST_RANGE, int(np.searchsorted(cumulative, _QUANTILE * luma.size)))
 
@@ -187,7 +195,7 @@ def draw(luma: Samples, tiles: list[tuple[str, Tile]], title: str, scale: int = 
 
     Parameters
     ----------
-    luma : ndarray of uint8, shape (height, width)
+    luma : ndarray of uint8 or uint16, shape (height, width)
     tiles : list of (name, Tile)
         What lies on it.
     title : str
@@ -204,7 +212,7 @@ def draw(luma: Samples, tiles: list[tuple[str, Tile]], title: str, scale: int = 
     height, width = luma.shape
     zoom = scale or max(1, min(_MAX_SCALE, round(_TARGET_PX / max(height, width))))
     largest = colour_range(luma)
-    table = colours(largest)
+    table = colours(largest, _zero(luma))
     picture = table[luma]
     covered = np.zeros((height // BAND, width), bool)
     for _, tile in tiles:
@@ -306,7 +314,7 @@ def _legend(image: Any, scale: tuple[int, Picture], title: str, font: Any) -> No
     each = max(18, min(34, (image.width - left - _MARGIN_PX) // (len(steps) + 1)))
     for place, level in enumerate(steps):
         x = left + place * each
-        colour = tuple(int(c) for c in table[level + ZERO_SAMPLE])
+        colour = tuple(int(c) for c in table[level + len(table) // 2])
         pen.rectangle((x, top, x + each - 1, top + 13), fill=colour, outline=_INK)
         text = f"{level:+d}" if level else "0"
         offset = (each - font.getlength(text)) / 2

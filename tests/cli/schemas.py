@@ -100,6 +100,7 @@ INSPECT = {
         "profile": str,
         "tier": str,
         "level": str,
+        "bit_depth": int,
         "width": int,
         "height": int,
         "frames": int,
@@ -125,6 +126,7 @@ INSPECT = {
     "about": dict,
     "metadata": dict,
     "files": [{"path": str, "role": str, "size": int, "codec": str, "box_bytes": int}],
+    "sqnr_db": OPTIONAL_NUMBER,
 }
 PREVIEW = {"archive": str, "pictures": [str]}
 COMPARE_ROW = {

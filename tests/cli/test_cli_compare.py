@@ -49,7 +49,7 @@ def test_table_files_and_best(few: Few, tmp_path: Path) -> None:
     record = json.loads((folder / "results.json").read_text())
     labels = [row["label"] for row in record["rows"]]
     assert labels[0] == "original"
-    assert len(labels) == 1 + 6 + 3 + 5 + 1 + 6
+    assert len(labels) == 1 + 6 + 8 + 3 + 5 + 1 + 6
     for row in record["rows"]:
         check(row, COMPARE_ROW | {"pareto": [str]}, row["label"])
     assert record["bd_rate"]["anchor"] == "weightvid uniform"
@@ -137,8 +137,13 @@ def test_a_failed_point_is_an_exit_of_one(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--codec", "x264"), "x264 writes H.264"),
-        (("--codec", "kvazaar"), "kvazaar writes HEVC, but"),
+        (("--codec", "jpegls"), "no sample entry of an MP4 is registered for JPEG-LS"),
+        (("--codec", "nvenc"), "its bytes depend on device and driver"),
+        (("--codec", "rav1e"), "rav1e has no lossless mode: give it a --qp"),
+        (("--codec", "vp9", "--crf", "20"), "vp9 has no CRF"),
+        (("--codec", "vp9", "--qp", "20", "--bit-depth", "10"), "8 bits, not of 10"),
+        (("--codec", "svtav1", "--qp", "64"), "svtav1: qp goes from 1 to 63, not 64"),
+        (("--bit-depth", "10"), "it is of lossy video"),
         (("--codec", "x256"), "did you mean x265"),
         (("--qp", "20", "--crf", "20"), "exclude each other"),
         (("--qp", "20", "--step", "0.2"), "takes no --recipe"),

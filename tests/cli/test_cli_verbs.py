@@ -90,7 +90,7 @@ def test_unpack_partial(run: Run, run_json: Run, archive: Path, tmp_path: Path) 
 
 def test_inspect(run: Run, run_json: Run, archive: Path) -> None:
     output = run("inspect", archive, "--tensors").stdout
-    for text in ("conv.weight", "= embed.weight", "HEVC packets", "Main profile", "whole file"):
+    for text in ("conv.weight", "= embed.weight", "video packets", "Main profile", "whole file"):
         assert text in output
     record = run_json("inspect", archive)
     schemas.check(record, schemas.INSPECT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
@@ -11,9 +10,11 @@ import av
 import numpy as np
 import pytest
 
-from weightvid.codec import bitstream
-from weightvid.codec.decode import DecoderSettings, HevcDecoder
-from weightvid.codec.encode import PRESETS, EncoderPool, EncoderSettings, HevcEncoder
+from weightvid.codec import hevc, nal
+from weightvid.codec.decode import Decoder, DecoderSettings
+from weightvid.codec.encode import EncoderSettings, Video, open_encoder
+from weightvid.codec.form import Form
+from weightvid.codec.registry import X265_PRESETS
 from weightvid.errors import CodecError
 
 Luma = np.ndarray[Any, Any]
@@ -31,8 +32,8 @@ def weights(seed: int, width: int, height: int, sigma: float = 3.0) -> Luma:
 def decode(
     settings: EncoderSettings, packets: Iterable[bytes], threads: int = 1
 ) -> dict[int, Luma]:
-    record = bitstream.hvcc(HevcEncoder(settings).parameter_sets)
-    decoder = HevcDecoder(DecoderSettings(record, settings.width, settings.height, threads))
+    record = open_encoder(settings).record
+    decoder = Decoder(DecoderSettings(record, settings.form, threads=threads))
     return {number: luma.copy() for number, luma in decoder.decode(enumerate(packets))}
 
 
@@ -41,7 +42,7 @@ def decode(
 )
 def test_bit_exact(width: int, height: int) -> None:
     settings = EncoderSettings(width, height)
-    encoder = HevcEncoder(settings)
+    encoder = open_encoder(settings)
     frames = [
         weights(0, width, height),
         noise(1, width, height),
@@ -55,27 +56,26 @@ def test_bit_exact(width: int, height: int) -> None:
         assert np.array_equal(found[number], frame)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", X265_PRESETS)
 def test_every_preset_is_lossless_idr_main(preset: str) -> None:
-    settings = EncoderSettings(256, 256, preset)
-    encoder = HevcEncoder(settings)
+    settings = EncoderSettings(256, 256, Video(preset=preset))
+    encoder = open_encoder(settings)
     frames = [weights(seed, 256, 256) for seed in range(3)]
     packets = [encoder.encode(frame) for frame in frames]
-    assert packets == [HevcEncoder(settings).encode(frame) for frame in frames]
+    assert packets == [open_encoder(settings).encode(frame) for frame in frames]
     found = decode(settings, packets)
     assert all(np.array_equal(found[i], frame) for i, frame in enumerate(frames))
-    record = bitstream.hvcc(encoder.parameter_sets)
-    assert bitstream.describe_hvcc(record)["profile"] == "Main"
+    assert hevc.describe(encoder.record).profile == "Main"
 
 
 def test_every_packet_is_one_idr_picture() -> None:
-    encoder = HevcEncoder(EncoderSettings(320, 256))
+    encoder = open_encoder(EncoderSettings(320, 256))
     for number in range(9):
         packet, kinds, firsts, at = encoder.encode(weights(number, 320, 256)), set(), 0, 0
         while at < len(packet):
             size = int.from_bytes(packet[at : at + 4], "big")
             unit = packet[at + 4 : at + 4 + size]
-            kinds.add(bitstream.nal_type(unit))
+            kinds.add(hevc.nal_type(unit))
             firsts += unit[2] >> 7  # first_slice_segment_in_pic_flag
             at += 4 + size
         assert at == len(packet)
@@ -86,25 +86,16 @@ def test_every_packet_is_one_idr_picture() -> None:
 def test_a_packet_depends_on_its_frame_alone() -> None:
     settings = EncoderSettings(256, 256)
     frame = weights(7, 256, 256)
-    alone = HevcEncoder(settings).encode(frame)
-    encoder = HevcEncoder(settings)
+    alone = open_encoder(settings).encode(frame)
+    encoder = open_encoder(settings)
     for number in range(6):
         encoder.encode(noise(number, 256, 256) if number % 2 else weights(number, 256, 256))
         assert encoder.encode(frame) == alone
 
 
-def test_pool_gives_the_packets_of_one_encoder() -> None:
-    settings = EncoderSettings(256, 256)
-    frames = [weights(seed, 256, 256) for seed in range(12)]
-    encoder, pool = HevcEncoder(settings), EncoderPool(settings)
-    expected = [encoder.encode(frame) for frame in frames]
-    with ThreadPoolExecutor(3) as executor:
-        assert list(executor.map(pool.encode, frames)) == expected
-
-
 def test_decoder_threads_keep_the_order() -> None:
     settings = EncoderSettings(256, 256)
-    encoder = HevcEncoder(settings)
+    encoder = open_encoder(settings)
     frames = [weights(seed, 256, 256) for seed in range(10)]
     found = decode(settings, [encoder.encode(frame) for frame in frames], threads=4)
     assert list(found) == list(range(10))
@@ -115,8 +106,8 @@ def test_decoder_threads_keep_the_order() -> None:
 def test_noise_meets_the_level(width: int, height: int) -> None:
     """At one frame a second, the bits of a frame are the bit rate, and fill the CPB once."""
     settings = EncoderSettings(width, height)
-    kbits = bitstream.LEVELS[settings.level][3]
-    encoder = HevcEncoder(settings)
+    kbits = hevc.LEVELS[hevc.choose_level(width, height)][3]
+    encoder = open_encoder(settings)
     ends = np.random.default_rng(3).choice(np.array([0, 1, 254, 255], np.uint8), (height, width))
     for frame in (noise(0, width, height), ends):
         bits = 8 * len(encoder.encode(frame))
@@ -124,13 +115,13 @@ def test_noise_meets_the_level(width: int, height: int) -> None:
 
 
 def test_unknown_preset_is_refused() -> None:
-    with pytest.raises(CodecError, match="unknown x265 preset"):
-        EncoderSettings(256, 256, "warp")
+    with pytest.raises(CodecError, match="x265 has no preset 'warp'"):
+        Video(preset="warp")
 
 
 def test_slices_of_another_size_give_no_other_size() -> None:
     """Slices do not carry the size; what comes out is refused, or of the declared size."""
-    packet = HevcEncoder(EncoderSettings(320, 256)).encode(weights(0, 320, 256))
+    packet = open_encoder(EncoderSettings(320, 256)).encode(weights(0, 320, 256))
     try:
         found = decode(EncoderSettings(256, 256), [packet])
     except CodecError:
@@ -142,9 +133,8 @@ def test_slices_of_another_size_give_no_other_size() -> None:
 def test_stream_of_another_size_is_refused(width: int, height: int) -> None:
     """The parameter sets say 320 x 256, the archive something else."""
     settings = EncoderSettings(320, 256)
-    encoder = HevcEncoder(settings)
-    record = bitstream.hvcc(encoder.parameter_sets)
-    decoder = HevcDecoder(DecoderSettings(record, width, height, 1))
+    encoder = open_encoder(settings)
+    decoder = Decoder(DecoderSettings(encoder.record, Form(width, height), threads=1))
     with pytest.raises(CodecError):
         list(decoder.decode([(0, encoder.encode(weights(0, 320, 256)))]))
 
@@ -163,10 +153,10 @@ def test_stream_of_another_format_is_refused(pix_fmt: str) -> None:
         plane.update(bytes(plane.buffer_size))
     frame.pts = 0
     packets = [*context.encode(frame), *context.encode(None)]
-    units = bitstream.split_nal_units(bytes(packets[0]))
+    units = nal.split_nal_units(bytes(packets[0]))
     sample = b"".join(len(unit).to_bytes(4, "big") + unit for unit in units)
-    record = bitstream.hvcc(bitstream.parameter_sets(context.extradata, "4"))
-    decoder = HevcDecoder(DecoderSettings(record, 256, 256, 1))
+    record = hevc.hvcc(hevc.parameter_sets(context.extradata, "4"))
+    decoder = Decoder(DecoderSettings(record, Form(256, 256), threads=1))
     with pytest.raises(CodecError):
         list(decoder.decode([(0, sample)]))
 
@@ -178,7 +168,7 @@ def test_stream_of_another_format_is_refused(pix_fmt: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_garbage_packets_are_refused(garbage: bytes, threads: int) -> None:
     settings = EncoderSettings(256, 256)
-    good = HevcEncoder(settings).encode(weights(0, 256, 256))
+    good = open_encoder(settings).encode(weights(0, 256, 256))
     for packets in ([garbage], [good, garbage], [garbage, good], [good, garbage, good]):
         with pytest.raises(CodecError):
             decode(settings, packets, threads)
@@ -186,16 +176,16 @@ def test_garbage_packets_are_refused(garbage: bytes, threads: int) -> None:
 
 def test_broken_hvcc_is_refused() -> None:
     settings = EncoderSettings(256, 256)
-    good = HevcEncoder(settings).encode(weights(0, 256, 256))
+    good = open_encoder(settings).encode(weights(0, 256, 256))
     for record in (b"", b"\x01", bytes(40), b"\xff" * 100):
         with pytest.raises(CodecError):
-            list(HevcDecoder(DecoderSettings(record, 256, 256, 1)).decode([(0, good)]))
+            list(Decoder(DecoderSettings(record, Form(256, 256))).decode([(0, good)]))
 
 
 def test_mutated_packets_never_crash() -> None:
     settings = EncoderSettings(256, 256)
     frame = weights(0, 256, 256, 1.0)
-    good = HevcEncoder(settings).encode(frame)
+    good = open_encoder(settings).encode(frame)
     rng = np.random.default_rng(5)
     for _ in range(60):
         bad = bytearray(good)
@@ -211,10 +201,9 @@ def test_mutated_packets_never_crash() -> None:
 def test_a_dropped_decoder_does_not_wait_for_its_threads() -> None:
     """A decoder with frames on their way is dropped: by an error, or by who loses interest."""
     settings = EncoderSettings(256, 256)
-    encoder = HevcEncoder(settings)
-    record = bitstream.hvcc(encoder.parameter_sets)
+    encoder = open_encoder(settings)
     packets = [encoder.encode(noise(seed, 256, 256)) for seed in range(4)]
     for _ in range(50):
-        decoder = HevcDecoder(DecoderSettings(record, 256, 256, 4))
+        decoder = Decoder(DecoderSettings(encoder.record, Form(256, 256), threads=4))
         next(decoder.decode(enumerate(packets)))
         del decoder

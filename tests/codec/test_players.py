@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from archives import packed, sample_arrays, small_frames
 
-from weightvid.codec.bitstream import describe_hvcc
+from weightvid.codec.hevc import describe
 from weightvid.loader import open_archive
 
 WIDTH, HEIGHT = 320, 256
@@ -79,7 +79,7 @@ def test_ffprobe(path: str) -> None:
     assert len(shown) == 1
     stream = shown[0]
     with open_archive(path) as found:
-        level = describe_hvcc(found.track.hvcc)["level"]
+        level = describe(found.track.record).level
     expected = {
         "codec_name": "hevc",
         "profile": "Main",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +167,13 @@ def test_errors_carry_the_programs_message() -> None:
     # Frames of another size than declared to the encoder end within a frame.
     with pytest.raises(CodecError, match="ffmpeg failed"):
         program.decode(pictures.Stream((b"no stream",)), Coding(row), chosen, (256, 256))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere SVT-AV1 leaves threads alone")
+def test_svtav1_gets_no_real_time_threads() -> None:
+    """As root it would take them for itself, and for all that its caller starts later."""
+    before = os.sched_getscheduler(0)
+    encoder = pictures._encoder(Coding(CODECS["svtav1"]), 256, 256)
+    tasks = [int(path.name) for path in Path("/proc/self/task").iterdir()]
+    assert {os.sched_getscheduler(task) for task in (0, *tasks)} == {before}
+    del encoder

@@ -66,7 +66,8 @@ def test_a_damaged_cache_is_measured_again(comparison: Make, tmp_path: Path) -> 
 def test_rows_tell_everything(comparison: Make, model: Model) -> None:
     rows = measured(comparison({"quantizers": ("pack",), "codecs": ("x264",), "qp": (20,)}))
     assert set(rows) == {
-        "original", "weightvid k=0.2", "x264 medium lossless k=0.2", "x264 medium qp 20",
+        "original", "weightvid k=0.2", "weightvid x264 lossless k=0.2", "weightvid x264 qp 20",
+        "x264 medium lossless k=0.2", "x264 medium qp 20",
     }  # fmt: skip
     for row in rows.values():
         assert row.ok, row.message
@@ -87,13 +88,20 @@ def test_rows_tell_everything(comparison: Make, model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    "curve", ["weightvid", "weightvid uniform", "weightvid sqnr", "weightvid qp"]
-)
+    "curve",
+    [
+        "weightvid", "weightvid uniform", "weightvid sqnr", "weightvid qp",
+        "weightvid qp yuv420p10le", "weightvid x264 lossless ultrafast", "weightvid svtav1 qp",
+    ],
+)  # fmt: skip
 def test_pack_writes_what_compare_said(
     curve: str, comparison: Make, model_path: Path, tmp_path: Path
 ) -> None:
-    sweep = {"quantizers": ("pack", "uniform", "sqnr"), "codecs": ("x265",), "qp": (20,)}
-    label = f"{curve} 20" if curve.endswith("qp") else f"{curve} k=0.2"
+    sweep = {
+        "quantizers": ("pack", "uniform", "sqnr"), "codecs": ("x265", "x264", "svtav1"),
+        "qp": (20,), "formats": ("yuv420p", "yuv420p10le"),
+    }  # fmt: skip
+    label = f"{curve} 20" if " qp" in curve else f"{curve} k=0.2"
     row = measured(comparison({**sweep, "presets": ("ultrafast",)}, only=(label,)))[label]
     words = row.command.split()
     assert words[:2] == ["weightvid", "pack"]

@@ -15,7 +15,7 @@ from weightvid.errors import WeightvidError
 
 def test_the_default_has_what_is_promised() -> None:
     settings = Sweep().settings()
-    packs = [s for s in settings if s.kind == "pack"]
+    packs = [s for s in settings if s.kind == "pack" and s.method == "x265"]
     assert {s.preset for s in packs if s.quantizer == "pack"} == {"ultrafast", "medium", "slow"}
     assert len({s.rate for s in packs if s.value is None}) == 5
     assert len({s.value for s in packs if s.mode == "qp"}) == 5
@@ -28,6 +28,9 @@ def test_the_default_has_what_is_promised() -> None:
     for name in ("x265", "x264", "svtav1"):
         assert len([s for s in settings if s.kind == "lossless" and s.method == name]) == 5
         assert len([s for s in settings if s.kind == "lossy" and s.method == name]) == 5
+        archives = [s for s in settings if s.kind == "pack" and s.method == name]
+        assert len([s for s in archives if s.value is None]) == (30 if name == "x265" else 5)
+        assert len([s for s in archives if s.value is not None]) == 5
     assert {s.method for s in settings if s.kind == "baseline"} == set(BASELINES)
 
 
@@ -39,6 +42,21 @@ def test_every_label_is_unique() -> None:
     labels = [setting.label for setting in everything]
     assert len(set(labels)) == len(labels)
     assert {s.method for s in everything if s.kind in ("lossless", "lossy")} == set(CODECS)
+
+
+def test_archives_come_of_the_codecs_that_fit() -> None:
+    settings = Sweep(
+        codecs=("x265", "vp9", "png", "jpegls", "rav1e"), rates=(0.2,), qp=(20,), crf=(24,),
+        formats=("yuv420p", "yuv420p10le"),
+    ).settings()  # fmt: skip
+    found = {s.label for s in settings if s.kind == "pack" and s.quantizer in ("", "pack")}
+    assert found == {
+        "weightvid k=0.2", "weightvid medium k=0.2", "weightvid slow k=0.2", "weightvid qp 20",
+        "weightvid qp yuv420p10le 20", "weightvid crf 24", "weightvid crf yuv420p10le 24",
+        "weightvid vp9 lossless k=0.2", "weightvid vp9 qp 20", "weightvid png lossless k=0.2",
+        "weightvid rav1e qp 20", "weightvid rav1e qp yuv420p10le 20",
+    }  # fmt: skip
+    assert not [s for s in Sweep(quantizers=("none",)).settings() if s.kind == "pack"]
 
 
 def test_inter_comes_with_the_same_frames_without() -> None:
@@ -88,6 +106,12 @@ def test_select_by_label_and_by_curve() -> None:
 def test_commands_say_what_to_run() -> None:
     pack = Setting("pack", "x265", "medium", "lossless", "yuv420p", None, "pack", 0.18)
     assert pack.command("a b.npz") == "weightvid pack 'a b.npz' --step 0.18 --preset medium"
+    other = Setting("pack", "svtav1", "8", "lossless", "yuv420p", None, "pack", 0.18)
+    assert other.label == "weightvid svtav1 lossless k=0.18"
+    assert other.command("m") == "weightvid pack m --codec svtav1 --step 0.18"
+    deep = Setting("pack", "x264", "slow", "qp", "yuv420p10le", 20.0)
+    assert deep.label == "weightvid x264 qp slow yuv420p10le 20"
+    assert deep.command("m") == "weightvid pack m --codec x264 --qp 20 --bit-depth 10 --preset slow"
 
 
 @pytest.mark.parametrize("more", [{}, {"codecs": ("all",), "inter": True, "crf": (12.0,)}])

@@ -12,8 +12,7 @@ from archives import child, first, normal, packed, small_frames, spans
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightvid.codec import bitstream
-from weightvid.codec.encode import EncoderSettings, HevcEncoder
+from weightvid.codec.encode import EncoderSettings, open_encoder
 from weightvid.container import boxes, mp4
 from weightvid.errors import FormatError
 from weightvid.loader import open_archive
@@ -135,8 +134,7 @@ def test_ffmpeg_reads_the_boxes_back() -> None:
         assert [bytes(packet) for packet in packets] == mdats
         assert [packet.pts for packet in packets] == list(range(len(mdats)))
         assert all(packet.is_keyframe for packet in packets)
-        settings = EncoderSettings(320, 256)
-        record = bitstream.hvcc(HevcEncoder(settings).parameter_sets)
+        record = open_encoder(EncoderSettings(320, 256)).record
         assert bytes(stream.codec_context.extradata) == record
     mfra = first(data, b"mfra")
     assert data[mfra.begin :] == mp4.mfra(moofs)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.checkpoint.mapping import from_mapping
-from weightvid.codec import bitstream
-from weightvid.codec.encode import EncoderSettings, HevcEncoder, Lossy
+from weightvid.codec.encode import EncoderSettings, Lossy, Video, open_encoder
 from weightvid.container.exact import LEVEL_DTYPES, ExactItem, PlainLevels, exact_payload
 from weightvid.container.records import TENSOR_HASH_BYTES, Header
 from weightvid.container.writer import ArchiveWriter
@@ -116,13 +116,18 @@ def build(
     *,
     aliases: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    video: Video | None = None,
 ) -> bytes:
     """Bytes of an archive of these tensors; exact ones of several parts take several boxes."""
     specs = tuple(entry.spec for entry in entries)
-    header = Header(geometry, specs, aliases or {}, metadata or {}, {"generator": "golden"})
-    settings = EncoderSettings(geometry.width, geometry.height)
+    coded = video or Video()
+    header = Header(
+        geometry, specs, aliases or {}, metadata or {}, {"generator": "golden"},
+        codec=coded.track.name,
+    )  # fmt: skip
+    settings = EncoderSettings(geometry.width, geometry.height, coded)
     stream = io.BytesIO()
-    writer = ArchiveWriter(stream, header, bitstream.hvcc(HevcEncoder(settings).parameter_sets))
+    writer = ArchiveWriter(stream, header, open_encoder(settings).record)
     with ThreadPoolExecutor(1) as executor:
         frames = FrameWriter(writer, settings, Outbox(Workers(executor, 1)))
         for number, entry in enumerate(entries):
@@ -326,7 +331,30 @@ def nothing() -> bytes:
     return build([])
 
 
-def packed(states: int = 8, lossy: Lossy | None = None) -> bytes:
+def by_codec(name: str) -> bytes:
+    """Tensors over several frames of a codec: every kind of sample, escapes, an exact tensor."""
+    peaks = levels(1, 40, 60, sigma=9)
+    peaks[0, 0], peaks[3, 4], peaks[39, 59] = 128, -5000, 127
+    rows, columns = _energies(2, 64, 7), _energies(3, 70, 5)
+    entries: list[Entry] = [
+        Coded(TensorSpec("peaks", "F32", (40, 60)), peaks),
+        Coded(
+            TensorSpec("order", "F16", (64, 70)), _spread(4, rows, columns),
+            TrellisParams(0.25), Layout(order := EnergyOrder(rows, columns),
+                                        (Fold(),) * order.classes),
+        ),
+        Exact(TensorSpec("bias", "F32", (9,)), np.linspace(0, 1, 9, dtype=np.float32)),
+        Coded(
+            TensorSpec("folded", "BF16", (30, 90)), levels(5, 30, 90, sigma=3),
+            layout=Layout(None, (Fold(2, 2),)),
+        ),
+    ]  # fmt: skip
+    return build(entries, video=Video(name))
+
+
+def packed(
+    states: int = 8, lossy: Lossy | None = None, *, bits: int = 8, codec: str = "x265"
+) -> bytes:
     """What weightvid's own packer makes of a small checkpoint, choosing for itself."""
     rng = np.random.default_rng(5)
     weights = rng.standard_normal((60, 70)) * np.exp(rng.standard_normal(60))[:, None]
@@ -344,9 +372,14 @@ def packed(states: int = 8, lossy: Lossy | None = None) -> bytes:
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.mp4"
-        options = PackOptions(states=states, lossy=lossy, jobs=1)
+        options = PackOptions(states=states, lossy=lossy, bit_depth=bits, codec=codec, jobs=1)
         pack_checkpoint(from_mapping(arrays, metadata={"a": "b"}), path, options)
         return path.read_bytes()
+
+
+def vvc() -> bytes:
+    """Lossy VVC, whose samples have ten bits."""
+    return packed(lossy=Lossy("qp", 20), bits=10, codec="vvenc")
 
 
 def truncated() -> bytes:
@@ -365,4 +398,12 @@ CASES = {
     "mixed": mixed,
     "nothing": nothing,
     "packed": packed,
+    "lossy": partial(packed, lossy=Lossy("qp", 14)),
+    "main10": partial(packed, lossy=Lossy("qp", 14), bits=10),
+    "avc": partial(by_codec, "x264"),
+    "av1": partial(by_codec, "svtav1"),
+    "vp9": partial(by_codec, "vp9"),
+    "ffv1": partial(by_codec, "ffv1"),
+    "png": partial(by_codec, "png"),
+    "jpeg2000": partial(by_codec, "jpeg2000"),
 }

@@ -24,6 +24,12 @@ ITEM_BYTES = {
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "F6_E2M3": 1, "F6_E3M2": 1, "F4": 1,
 }  # fmt: skip
+#: sample entry and configuration box of each codec (section 10.1).
+TRACKS = {
+    "hevc": (b"hvc1", b"hvcC"), "avc": (b"avc1", b"avcC"), "av1": (b"av01", b"av1C"),
+    "vp9": (b"vp09", b"vpcC"), "vvc": (b"vvc1", b"vvcC"), "ffv1": (b"FFV1", b"glbl"),
+    "png": (b"mp4v", b"esds"), "jpeg2000": (b"mp4v", b"esds"),
+}  # fmt: skip
 LEVEL_FORMAT = {"I8": ("<b", 1), "I16": ("<h", 2), "I32": ("<i", 4)}
 
 
@@ -133,14 +139,18 @@ def find(data: bytes, path: list[bytes], begin: int, end: int) -> tuple[int, int
     return begin, end
 
 
-def read_track(data: bytes, begin: int, end: int) -> Video:
-    """Frame size and decoder configuration record."""
+def read_track(data: bytes, begin: int, end: int, track: dict[str, Any] | None = None) -> Video:
+    """Frame size and decoder configuration record; ``track`` is what the header says of it."""
+    said = track or {"codec": "hevc"}
+    entry, record = TRACKS[said["codec"]]
     path = [b"trak", b"mdia", b"minf", b"stbl", b"stsd"]
     begin, end = find(data, path, begin, end)
-    begin, end = find(data, [b"hvc1"], begin + 8, end)
+    begin, end = find(data, [entry], begin + 8, end)
     width, height = struct.unpack_from(">HH", data, begin + 24)
-    first, last = find(data, [b"hvcC"], begin + 78, end)
-    return Video(data[first:last], width, height)
+    first, last = find(data, [record], begin + 78, end)
+    if track and (width, height) != (track["width"], track["height"]):
+        raise Bad("track")
+    return Video(data[first:last], width, height, said["codec"], said.get("bit_depth", 8))
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
@@ -181,10 +191,12 @@ def read_header(payload: bytes) -> dict[str, Any]:
     header = parse_json(inflate(unseal(payload)))
     if header["weightvid"][0] != 1:
         raise Bad("version")
-    if header.get("must_understand"):
+    if not {*header.get("must_understand", [])} <= {"track.codec", "track.bit_depth"}:
         raise Bad("must_understand")
     track = header["track"]
-    if track["codec"] != "hevc" or track["width"] % 64 or track["height"] % 64:
+    if track["codec"] not in TRACKS or track["width"] % 64 or track["height"] % 64:
+        raise Bad("track")
+    if track.get("bit_depth", 8) not in (8, 10):
         raise Bad("track")
     return header
 

@@ -80,9 +80,10 @@ class ExactParts:
 class Ribbon:
     """Takes frames in order and gives tensors."""
 
-    def __init__(self, specs: list[Spec], width: int, height: int) -> None:
-        self.specs, self.width, self.height = specs, width, height
-        self.per_frame = width * (height // 64)
+    def __init__(self, specs: list[Spec], video: Video) -> None:
+        self.specs, self.width = specs, video.width
+        self.sample_bytes, self.zero = (video.bits + 7) // 8, 1 << (video.bits - 1)
+        self.per_frame = video.width * (video.height // 64)
         self.open: dict[int, Open] = {}
         self.next_column = 0
 
@@ -105,13 +106,13 @@ class Ribbon:
             spec = self.specs[number]
             end = entry.column + ribbon_columns(spec)
             first, last = max(entry.column, begin), min(end, begin + self.per_frame)
-            piece = bytearray()
+            piece = []
             for c in range(first, last):
                 x, top = (
                     (c % self.per_frame) % self.width,
                     64 * ((c % self.per_frame) // self.width),
                 )
-                piece += bytes(luma[(top + r) * self.width + x] for r in range(64))
+                piece += [self.sample(luma, (top + r) * self.width + x) for r in range(64)]
             self.lay(entry, piece, digits)
         for number, tensor_hash in card.ends:
             if number not in self.open:
@@ -129,16 +130,20 @@ class Ribbon:
                 levels[place] = level
             yield finish(spec, levels, entry.start.record, tensor_hash)
 
-    def lay(self, entry: Open, piece: bytearray, digits: DigitStreams) -> None:
+    def sample(self, luma: bytes, place: int) -> int:
+        size = self.sample_bytes
+        return int.from_bytes(luma[place * size : (place + 1) * size], "little")
+
+    def lay(self, entry: Open, piece: list[int], digits: DigitStreams) -> None:
         """Levels of the next samples of a tensor."""
         done = len(entry.levels)
         for sample, (_, _, energy) in zip(piece, entry.sequence[done:], strict=False):
-            entry.levels.append(unfold(sample, entry.start.folds[energy], digits))
+            entry.levels.append(unfold(sample, entry.start.folds[energy], digits, self.zero))
 
 
 def read_stream(data: bytes, decode: Decode = by_pyav) -> Result:
     """All tensors of a file, read from its beginning; what is missing if it is cut short."""
-    video: Video | None = None
+    moov: tuple[int, int] | None = None
     header: dict[str, Any] | None = None
     specs: list[Spec] = []
     cards: list[Card] = []
@@ -153,7 +158,7 @@ def read_stream(data: bytes, decode: Decode = by_pyav) -> Result:
             if b"wvd1" not in brands:
                 raise Bad("not-an-archive")
         elif kind == b"moov":
-            video = read_track(data, begin, end)
+            moov = (begin, end)
         elif kind == b"weightvid-header":
             header = read_header(payload)
             specs = [Spec(name, dtype, tuple(shape)) for name, dtype, shape in header["tensors"]]
@@ -172,9 +177,10 @@ def read_stream(data: bytes, decode: Decode = by_pyav) -> Result:
             for item, part in read_exact(payload, specs):
                 if (tensor := exact.add(item, part)) is not None:
                     found[tensor.spec.name] = tensor
-    if header is None or video is None:
+    if header is None or moov is None:
         raise Bad("truncated")
-    ribbon = Ribbon(specs, video.width, video.height)
+    video = read_track(data, *moov, header["track"])
+    ribbon = Ribbon(specs, video)
     for card, luma in zip(cards, decode(video, packets) if packets else [], strict=True):
         for tensor in ribbon.add(card, luma):
             found[tensor.spec.name] = tensor
@@ -192,9 +198,9 @@ def read_one(data: bytes, name: str, decode: Decode = by_pyav) -> Tensor:
         for kind, begin, end in boxes(data)
         if kind in (b"moov", b"weightvid-header")
     }
-    video = read_track(data, *head[b"moov"])
     begin, end = head[b"weightvid-header"]
     header = read_header(data[begin:end])
+    video = read_track(data, *head[b"moov"], header["track"])
     specs = [Spec(name, dtype, tuple(shape)) for name, dtype, shape in header["tensors"]]
     target = header.get("aliases", {}).get(name, name)
     number = next(i for i, spec in enumerate(specs) if spec.name == target)
@@ -212,7 +218,7 @@ def read_one(data: bytes, name: str, decode: Decode = by_pyav) -> Tensor:
     for gap, sidecar, fragment in index["frames"]:
         places.append((at + gap, at + gap + sidecar, at + gap + sidecar + fragment))
         at += gap + sidecar + fragment
-    ribbon = Ribbon(specs, video.width, video.height)
+    ribbon = Ribbon(specs, video)
     for frame in range(first, last + 1):
         begin, middle, end = places[frame]
         ((_, inner, stop),) = boxes(data, begin, middle)

@@ -26,13 +26,13 @@ HERE = Path(__file__).parent
 FORMAT = HERE.parent.parent / "FORMAT.md"
 
 
-@pytest.fixture(scope="module", params=[*cases.CASES, "packed-uniform", "packed-lossy"])
+@pytest.fixture(scope="module", params=[*cases.CASES, "packed-uniform", "av1-main10"])
 def archive(request: pytest.FixtureRequest) -> bytes:
     """Every archive in turn."""
     if request.param == "packed-uniform":
         return cases.packed(states=0)
-    if request.param == "packed-lossy":
-        return cases.packed(lossy=Lossy("qp", 14))
+    if request.param == "av1-main10":
+        return cases.packed(lossy=Lossy("qp", 20), bits=10, codec="svtav1")
     return cases.CASES[request.param]()
 
 
@@ -65,6 +65,8 @@ def test_one_tensor_at_a_time_is_the_same(archive: bytes) -> None:
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs the ffmpeg program")
 def test_ffmpeg_program_decodes_the_same(archive: bytes) -> None:
+    if b"FFV1" in archive[:700]:
+        pytest.skip("FFV1 has no stream outside a container")
     found = reader.read_stream(archive, video.by_ffmpeg)
     for name, tensor in reader.read_stream(archive).tensors.items():
         assert found.tensors[name].data == tensor.data

@@ -77,10 +77,12 @@ class DigitStreams:
         return self.found[key][self.at[key] - 1]
 
 
-def unfold(sample: int, fold: tuple[int, int], digits: DigitStreams) -> int:
+def unfold(sample: int, fold: tuple[int, int], digits: DigitStreams, zero: int = 128) -> int:
     """Level of a sample (section 8.4)."""
     core, width = fold
-    x = sample - 128
+    x = sample - zero
+    if zero != 128 and fold != (0, 1):
+        raise Bad("schema")
     if x == 0:
         return digits.next("core", core) - core if core else 0
     tail = digits.next("tail", width) if width > 1 else 0

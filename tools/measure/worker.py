@@ -106,7 +106,7 @@ def decode(settings: Record) -> Record:
 
     packets = [fragment.packet for fragment in fragments(Path(settings["archive"]))]
     with open_archive(settings["archive"]) as archive:
-        extradata = archive.track.hvcc
+        extradata = archive.track.record
 
     def bare() -> None:
         context: Any = av.CodecContext.create("hevc", "r")

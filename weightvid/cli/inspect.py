@@ -10,7 +10,7 @@ from weightvid.cli import output
 from weightvid.cli.options import ArchivePath, Json
 
 if TYPE_CHECKING:
-    from weightvid.summary import ArchiveSummary, TensorSummary
+    from weightvid.summary import ArchiveSummary, TensorSummary, VideoSummary
 
 #: what the parts of the byte account are, in words.
 _PARTS = {
@@ -22,7 +22,7 @@ _PARTS = {
     "orders": "orders of rows and columns, and folds",
     "digits": "digits stored beside the frames",
     "fragment_boxes": "boxes around the packets",
-    "packets": "HEVC packets",
+    "packets": "video packets",
     "exact_tensors": "exact tensors",
     "plain_tensors": "levels stored without video",
     "index": "index",
@@ -97,10 +97,11 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
         ("bits per weight", f"{summary.bits_per_weight:.3f} (whole file)"),
         *_stream(summary),
         ("tensors", ", ".join(f"{number} {kind}" for kind, number in kinds.items())),
-        ("video", f"{video.codec}, {video.profile} profile, {video.tier} tier, "
-                  f"level {video.level}"),
+        ("video", _track(video)),
         ("frames", f"{video.frames} of {video.width} x {video.height}"),
     ]  # fmt: skip
+    if summary.sqnr_db is not None:
+        rows.append(("SQNR", output.db(summary.sqnr_db)))
     if summary.files:
         rows.append(
             ("side files", ", ".join(f"{f.path} ({output.size(f.size)})" for f in summary.files))
@@ -113,6 +114,17 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
 def _stream(summary: ArchiveSummary) -> list[tuple[str, str]]:
     rate = summary.stream_bits_per_weight
     return [] if rate is None else [("", f"{rate:.3f} (the video's weights in its stream)")]
+
+
+def _track(video: VideoSummary) -> str:
+    """Codec, and what it claims of itself, as far as it has such things."""
+    parts = [video.codec]
+    if video.profile:
+        named = video.profile.startswith("Profile")
+        parts.append(video.profile if named else f"{video.profile} profile")
+    parts += [f"{video.tier} tier"] if video.tier else []
+    parts += [f"level {video.level}"] if video.level else []
+    return ", ".join([*parts, f"{video.bit_depth} bits"])
 
 
 def _cut(text: str, limit: int = 200) -> str:

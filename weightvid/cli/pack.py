@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightvid.cli import lossy, output, targets
+from weightvid.cli import output, targets, video
 from weightvid.cli.options import Force, Json, named_after, usage_error
 
 if TYPE_CHECKING:
@@ -77,9 +77,10 @@ def pack(
             "[bold]weightvid compare[/bold] measures.",
         ),
     ] = None,
-    codec: lossy.Codec = None,
-    qp: lossy.Qp = None,
-    crf: lossy.Crf = None,
+    codec: video.Codec = None,
+    qp: video.Qp = None,
+    crf: video.Crf = None,
+    bit_depth: video.BitDepth = 8,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -93,8 +94,9 @@ def pack(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="x265's preset, ultrafast (default) to placebo."),
+        typer.Option(metavar="NAME", help="The codec's preset; x265's: ultrafast to placebo."),
     ] = None,
+    ffmpeg: video.Ffmpeg = None,
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=0, help="Workers side by side; 0: one per core.")
     ] = 0,
@@ -134,7 +136,6 @@ def pack(
     """
     from weightvid.allocate import DEFAULT_RECIPE, RECIPES, RULES
     from weightvid.checkpoint import open_checkpoint
-    from weightvid.codec.encode import DEFAULT_PRESET
     from weightvid.errors import ClusterError
     from weightvid.pack import PackOptions, pack_checkpoint
     from weightvid.packing.engines import check_cluster
@@ -166,8 +167,11 @@ def pack(
     more = targets.Measuring(lower_is_better, eval_budget, eval_cache)
     evaluation = targets.evaluation(evaluate, more, target, rule)
     named = _quantizer(quantizer)
+    wish = video.Wish(video.known_codec(codec), qp, crf, bit_depth)
     options = PackOptions(
-        lossy=lossy.chosen(codec, qp, crf, (recipe, step, quantizer) != (None, None, None)),
+        codec=wish.codec,
+        lossy=wish.lossy(levels=(recipe, step, quantizer) != (None, None, None)),
+        bit_depth=bit_depth,
         states=named.states,
         shaping=named.shaping,
         recipe=recipe or DEFAULT_RECIPE,
@@ -177,7 +181,8 @@ def pack(
         evaluation=evaluation,
         calibration=calibration,
         keep=tuple(keep or ()),
-        preset=preset or DEFAULT_PRESET,
+        preset=preset or "",
+        ffmpeg=ffmpeg,
         jobs=jobs,
         cluster=cluster,
         force=force,

@@ -1,4 +1,4 @@
-"""HEVC packets to luma frames, by FFmpeg's own decoder."""
+"""Packets of a track to luma frames, by the one decoder that the track names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import av
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.codec.form import Form
+from weightvid.codec.tracks import DEFAULT_CODEC, TRACKS
 from weightvid.errors import CodecError
 
-Samples = npt.NDArray[np.uint8]
+#: luma of one frame: uint8 for 8-bit samples, else uint16.
+Samples = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +24,19 @@ class DecoderSettings:
 
     Attributes
     ----------
-    extradata : bytes
-        The track's ``hvcC`` record.
-    width, height : int
-        Frame size in samples; a stream of another size is refused, and never allocated.
+    record : bytes
+        The track's configuration record.
+    form : Form
+        Of the frames; a stream of another size is refused, and never allocated.
+    codec : str
+        A name of :data:`.tracks.TRACKS`.
     threads : int
         Frames decoded at the same time; 0: one per core.
     """
 
-    extradata: bytes
-    width: int
-    height: int
+    record: bytes
+    form: Form
+    codec: str = DEFAULT_CODEC
     threads: int = 0
 
 
@@ -48,16 +53,37 @@ def _packet(data: bytes, number: int) -> av.Packet[Any]:
     return packet
 
 
-class HevcDecoder:
-    """Decodes whole IDR pictures in order; several frames may be on their way at a time."""
+class Decoder:
+    """Decodes pictures that need no other, in order; several may be on their way at a time.
+
+    Parameters
+    ----------
+    settings : DecoderSettings
+
+    Raises
+    ------
+    CodecError
+        This FFmpeg has no decoder for the track.
+    """
 
     def __init__(self, settings: DecoderSettings) -> None:
-        self._settings = settings
-        context = av.CodecContext.create("hevc", "r")
-        context.extradata = settings.extradata
+        form, track = settings.form, TRACKS[settings.codec]
+        self._form = form
+        self._formats = track.formats[form.bits]
+        try:
+            context: Any = av.CodecContext.create(track.decoder, "r")
+        except (av.FFmpegError, ValueError):
+            raise CodecError(
+                f"the track is {track.standard}, and this PyAV ({av.__version__}) has no "
+                f"{track.decoder} to decode it"
+            ) from None
+        if told := track.extradata(settings.record):
+            context.extradata = told
+        # FFV1 has the size from the container alone; the others bring theirs.
+        context.width, context.height = form.width, form.height
         context.thread_type = "FRAME"
         context.thread_count = settings.threads
-        context.options = {"max_pixels": str(settings.width * settings.height)}
+        context.options = {"max_pixels": str(form.width * form.height)}
         self._context = context
 
     def decode(self, packets: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, Samples]]:
@@ -66,11 +92,11 @@ class HevcDecoder:
         Parameters
         ----------
         packets : iterable of (int, bytes)
-            Frame number and NAL units with 4-byte lengths.
+            Frame number and one sample of the track.
 
         Yields
         ------
-        (int, ndarray of uint8, shape (height, width))
+        (int, ndarray of uint8 or uint16, shape (height, width))
             Frame number and luma, in the order of the packets. The array is a view that is valid
             until the next one is asked for.
 
@@ -84,6 +110,8 @@ class HevcDecoder:
         for number, data in packets:
             packet = _packet(data, number)
             packet.pts = packet.dts = number
+            # FFmpeg's PNG decoder would take another frame for a difference to the last one.
+            packet.is_keyframe = True
             pending.append(number)
             for frame in self._run(packet, number):
                 yield self._next(pending, frame)
@@ -94,21 +122,24 @@ class HevcDecoder:
 
     def _run(self, packet: av.Packet[Any] | None, number: int) -> list[av.VideoFrame]:
         try:
-            return self._context.decode(packet)
+            found: list[av.VideoFrame] = self._context.decode(packet)
         except (av.FFmpegError, ValueError, MemoryError) as error:
             raise CodecError(f"the decoder failed near frame {number}: {error}") from error
+        return found
 
     def _next(self, pending: list[int], frame: av.VideoFrame) -> tuple[int, Samples]:
-        want = self._settings
+        want = self._form
         if not pending or frame.pts != pending[0]:
             number = pending[0] if pending else frame.pts
             raise CodecError(f"frame {number} cannot be decoded")
         found = (frame.width, frame.height, frame.format.name)
-        if found[:2] != (want.width, want.height) or found[2] not in ("yuv420p", "yuvj420p"):
+        if found[:2] != (want.width, want.height) or found[2] not in self._formats:
             raise CodecError(
                 f"frame {pending[0]} is {found[0]} x {found[1]} {found[2]}, "
-                f"not {want.width} x {want.height} yuv420p"
+                f"not {want.width} x {want.height} {self._formats[0]}"
             )
         plane = frame.planes[0]
         rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(plane.height, plane.line_size)
+        if want.bits > 8:
+            return pending.pop(0), rows.view("<u2")[:, : plane.width]
         return pending.pop(0), rows[:, : plane.width]

@@ -1,53 +1,28 @@
-"""Frames to HEVC packets: lossless x265, 8-bit 4:2:0 Main, every frame an IDR picture.
+"""Frames to the packets of an archive's track, by any encoder of the registry that fits one.
 
-The packet of a frame depends on the frame and the settings alone, not on the frames before it or
-on which encoder made it. So frames may be coded side by side, in any order.
+The packet of a frame depends on the frame and the settings alone. x265 can do that with one encoder
+for many frames (:mod:`.x265`); of the others each frame gets an encoder that has seen no other.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Final, cast
+from functools import lru_cache
+from math import isfinite
+from typing import Final, Protocol
 
-import av
 import numpy as np
-import numpy.typing as npt
-from av.codec.context import Flags
-from av.video.frame import PictureType
 
-from weightvid.codec import bitstream
+from weightvid.codec import pictures, program
+from weightvid.codec.form import Form
+from weightvid.codec.pictures import Luma, middle
+from weightvid.codec.program import Program
+from weightvid.codec.registry import Coding, VideoCodec, bit_depth, codec
+from weightvid.codec.tracks import TRACKS, TrackCodec
+from weightvid.codec.x265 import X265Encoder
 from weightvid.errors import CodecError
 
-#: x265's presets, fastest first. Lossless sizes differ by 0.1 % (tools/results/presets.md).
-PRESETS: Final = (
-    "ultrafast",
-    "superfast",
-    "veryfast",
-    "faster",
-    "fast",
-    "medium",
-    "slow",
-    "slower",
-    "veryslow",
-    "placebo",
-)
-DEFAULT_PRESET: Final = "ultrafast"
-NEUTRAL_CHROMA: Final = 128
-
-#: keyint=1 would signal the Range Extensions profile; open-gop would turn IDR into CRA pictures.
-#: Without loop filters x265 has no reason to write its running pattern into the slice headers,
-#: which would make a packet depend on its number. One thread each: we run encoders side by side.
-_X265_PARAMS: Final = (
-    "keyint=2:min-keyint=1:open-gop=0:bframes=0:b-adapt=0:scenecut=0:rc-lookahead=0"
-    ":cutree=0:no-deblock=1:no-sao=1:info=0:wpp=0:pools=none:frame-threads=1:log-level=none"
-)
-#: of lossless frames: smaller blocks do not help them.
-_LOSSLESS: Final = "lossless=1:ctu=64:min-cu-size=16"
-#: of lossy ones: the codec's own decisions about what an eye would miss are of no use to weights.
-_LOSSY: Final = "aq-mode=0:psy-rd=0:psy-rdoq=0:rdoq-level=2:ipratio=1:strong-intra-smoothing=0"
-MOST_QP: Final = 51.0
+DEFAULT_ENCODER: Final = "x265"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +32,9 @@ class Lossy:
     Attributes
     ----------
     mode : str
-        ``qp``: a quantization parameter for every block; ``crf``: x265's constant rate factor.
+        ``qp``: a quantization parameter for every block; ``crf``: the codec's constant rate factor.
     value : float
-        0..51; a QP is an integer.
+        A QP is an integer. The range is the codec's.
     """
 
     mode: str
@@ -68,12 +43,114 @@ class Lossy:
     def __post_init__(self) -> None:
         if self.mode not in ("qp", "crf"):
             raise CodecError(f"unknown lossy mode {self.mode!r}; known: qp, crf")
-        if not 0 <= self.value <= MOST_QP or (self.mode == "qp" and self.value % 1):
+        if not isfinite(self.value) or (self.mode == "qp" and self.value % 1):
             what = "an integer" if self.mode == "qp" else "a number"
-            raise CodecError(f"{self.mode} is {what} from 0 to {MOST_QP:g}, not {self.value:g}")
+            raise CodecError(f"{self.mode} is {what}, not {self.value:g}")
 
     def __str__(self) -> str:
         return f"{self.mode} {self.value:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """How a track is to be coded, but for the size of its frames.
+
+    Attributes
+    ----------
+    encoder : str
+        A name of :data:`.registry.CODECS`.
+    preset : str
+        One of the encoder's; empty: its usual one.
+    lossy : Lossy or None
+        None: lossless.
+    bits : int
+        Of a sample; more than 8 only if lossy.
+    program : Program or None
+        The ffmpeg program, for encoders that PyAV lacks.
+
+    Raises
+    ------
+    CodecError
+        No such encoder or preset, no such mode of it, or its stream is no track of an archive.
+    """
+
+    encoder: str = DEFAULT_ENCODER
+    preset: str = ""
+    lossy: Lossy | None = None
+    bits: int = 8
+    program: Program | None = None
+
+    def __post_init__(self) -> None:
+        row = codec(self.encoder)
+        if not row.track:
+            raise CodecError(f"{row.name} is no codec of archives: {row.unfit}")
+        if self.lossy is None and "lossless" not in row.modes:
+            raise CodecError(f"{row.name} has no lossless mode: give it a --qp")
+        if self.lossy is None and self.bits != 8:
+            raise CodecError(
+                "lossless archives have samples of 8 bits; deeper ones need a QP or CRF"
+            )
+        object.__setattr__(self, "preset", self.coding.preset)
+
+    @property
+    def coding(self) -> Coding:
+        """The encoder's setting."""
+        row = codec(self.encoder)
+        if self.lossy is None:
+            return Coding(row, "lossless", None, self.preset, _format(row, "lossless", 8))
+        mode = self.lossy.mode
+        if mode not in row.modes:
+            raise CodecError(f"{row.name} has no {mode.upper()}; it has: {', '.join(row.modes)}")
+        chosen = _format(row, mode, self.bits)
+        return Coding(row, mode, float(self.lossy.value), self.preset, chosen)
+
+    @property
+    def track(self) -> TrackCodec:
+        """What the stream is."""
+        return TRACKS[codec(self.encoder).track]
+
+
+def _format(row: VideoCodec, mode: str, bits: int) -> str:
+    """Pixel format of a track's frames, which the encoder must take.
+
+    Raises
+    ------
+    CodecError
+    """
+    track = TRACKS[row.track]
+    known = [f for f in row.modes[mode].formats if f in track.formats.get(bits, ())]
+    if not known:
+        depths = {bit_depth(f) for f in row.modes[mode].formats} & {*track.depths}
+        shown = " or ".join(map(str, sorted(depths)))
+        raise CodecError(f"{row.name} codes samples of {shown} bits, not of {bits}")
+    return known[0]
+
+
+def find_program(name: str, wanted: str | None = None) -> Program | None:
+    """The ffmpeg program that an encoder needs; None for those of PyAV.
+
+    Parameters
+    ----------
+    name : str
+        A name of :data:`.registry.CODECS`.
+    wanted : str or None
+        Path of the program to use.
+
+    Raises
+    ------
+    CodecError
+        The encoder is not to be had here; the message says what is missing.
+    """
+    row = codec(name)
+    if row.backend == "pyav":
+        why = pictures.missing(row)
+        if why is not None:
+            raise CodecError(f"{name} cannot be used here: {why}")
+        return None
+    chosen = program.choose(row, program.programs(wanted))
+    if isinstance(chosen, str):
+        raise CodecError(f"{name} cannot be used here: {chosen}")
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,105 +161,85 @@ class EncoderSettings:
     ----------
     width, height : int
         Frame size in samples; multiples of 64.
-    preset : str
-        x265's preset, one of :data:`PRESETS`.
-    lossy : Lossy or None
-        None: lossless.
+    video : Video
     """
 
     width: int
     height: int
-    preset: str = DEFAULT_PRESET
-    lossy: Lossy | None = None
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise CodecError(f"unknown x265 preset {self.preset!r}; known: {', '.join(PRESETS)}")
+    video: Video = Video()
 
     @property
-    def x265_params(self) -> str:
-        """Options in x265's own words."""
-        if self.lossy is None:
-            return f"{_LOSSLESS}:{_X265_PARAMS}"
-        return f"{_LOSSY}:{self.lossy.mode}={self.lossy.value:g}:{_X265_PARAMS}"
+    def form(self) -> Form:
+        """What the packets decode to."""
+        return Form(self.width, self.height, self.video.bits)
+
+
+class Encoder(Protocol):
+    """Codes frames; not for use by two threads at once."""
 
     @property
-    def level(self) -> str:
-        """HEVC level that the stream claims and meets at one frame a second."""
-        return bitstream.choose_level(self.width, self.height)
+    def record(self) -> bytes:
+        """The track's configuration record."""
+
+    def encode(self, luma: Luma) -> bytes:
+        """Packet of one frame, shape (height, width), as it lies in an MP4."""
 
 
-class HevcEncoder:
-    """One x265 encoder; not for use by two threads at once."""
+def open_encoder(settings: EncoderSettings) -> Encoder:
+    """An encoder of these settings.
+
+    Raises
+    ------
+    CodecError
+    """
+    if settings.video.encoder == DEFAULT_ENCODER:
+        return X265Encoder(settings.video.coding, settings.form)
+    return FreshEncoder(settings)
+
+
+class FreshEncoder:
+    """Opens an encoder anew for each frame, so that a packet depends on its frame alone."""
 
     def __init__(self, settings: EncoderSettings) -> None:
-        self._count = 0
         self._settings = settings
-        try:
-            context = av.CodecContext.create("libx265", "w")
-            context.width, context.height = settings.width, settings.height
-            context.pix_fmt = "yuv420p"
-            context.time_base = context.framerate = Fraction(1, 1)
-            context.thread_count = 1
-            context.flags |= Flags.global_header
-            context.options = {
-                "preset": settings.preset,
-                "x265-params": settings.x265_params,
-                "forced-idr": "1",
-            }
-            context.open()
-        except (av.FFmpegError, ValueError) as error:
-            raise CodecError(
-                f"x265 cannot be opened for {settings.width} x {settings.height} frames: {error}; "
-                "is this PyAV built with libx265?"
-            ) from error
-        self._context = context
-        self._frame = av.VideoFrame(settings.width, settings.height, "yuv420p")
 
     @property
-    def parameter_sets(self) -> bitstream.ParameterSets:
-        """VPS, SPS and PPS, claiming the level of the settings."""
-        return bitstream.parameter_sets(self._context.extradata or b"", self._settings.level)
+    def record(self) -> bytes:
+        """The track's configuration record."""
+        return _blank_record(self._settings)
 
-    def encode(self, luma: npt.NDArray[np.uint8]) -> bytes:
+    def encode(self, luma: Luma) -> bytes:
         """Packet of one frame.
 
-        Parameters
-        ----------
-        luma : ndarray of uint8, shape (height, width)
-
-        Returns
-        -------
-        bytes
-            Slices of one IDR picture, NAL units with 4-byte lengths.
+        Raises
+        ------
+        CodecError
+            The encoder failed, or made a picture that does not fit the track.
         """
-        frame = self._frame
-        frame.make_writable()
-        chroma = np.uint8(NEUTRAL_CHROMA)
-        for plane, samples in zip(frame.planes, (luma, chroma, chroma), strict=True):
-            rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(plane.height, plane.line_size)
-            rows[:, : plane.width] = samples
-        frame.pts = self._count
-        frame.pict_type = PictureType.I
-        self._count += 1
-        try:
-            packets = self._context.encode(frame)
-        except av.FFmpegError as error:
-            raise CodecError(f"x265 failed: {error}") from error
-        if len(packets) != 1:
-            raise CodecError(f"x265 gave {len(packets)} packets for one frame")
-        return bitstream.idr_sample(bytes(packets[0]))
+        record, packet = _encode(self._settings, luma)
+        if record != self.record:
+            raise CodecError(
+                f"{self._settings.video.encoder} wrote a frame with headers of its own, which do "
+                "not fit the others'"
+            )
+        return packet
 
 
-class EncoderPool(threading.local):
-    """An encoder for each thread that asks, opened when first needed."""
+@lru_cache(maxsize=8)
+def _blank_record(settings: EncoderSettings) -> bytes:
+    """Configuration record of a track, as a frame without weights shows it."""
+    form, pixel_format = settings.form, settings.video.coding.pixel_format
+    dtype = np.uint8 if form.bits == 8 else np.uint16
+    blank = np.full((form.height, form.width), middle(pixel_format), dtype)
+    return _encode(settings, blank)[0]
 
-    def __init__(self, settings: EncoderSettings) -> None:
-        self._settings = settings
-        self._encoder: HevcEncoder | None = None
 
-    def encode(self, luma: npt.NDArray[np.uint8]) -> bytes:
-        """Packet of one frame, made by this thread's encoder."""
-        if self._encoder is None:
-            self._encoder = HevcEncoder(self._settings)
-        return self._encoder.encode(luma)
+def _encode(settings: EncoderSettings, luma: Luma) -> tuple[bytes, bytes]:
+    video = settings.video
+    if video.program is None:
+        stream = pictures.encode([luma], video.coding)
+    else:
+        stream, _ = program.encode([luma], video.coding, video.program)
+    if len(stream.packets) != 1:
+        raise CodecError(f"{video.encoder} gave {len(stream.packets)} packets for one frame")
+    return video.track.wrap(stream.extradata, stream.packets[0], settings.form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from av.codec.context import Flags
 from av.video.frame import PictureType
 
+from weightvid.codec.priority import usual_priority
 from weightvid.codec.registry import Coding, VideoCodec
 from weightvid.errors import CodecError
 
@@ -22,6 +24,7 @@ Luma = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 RATE = 25
 #: side of the picture that shows whether a machine has the device of an encoder.
 _TRIAL_PX = 256
+_SVT_FATAL = "0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ def encode(frames: Sequence[Luma], coding: Coding) -> Stream:
 
 
 def _encoder(coding: Coding, width: int, height: int) -> Any:
+    # SVT-AV1 would tell the terminal about itself; FFmpeg has no say in it.
+    os.environ.setdefault("SVT_LOG", _SVT_FATAL)
     context: Any = av.CodecContext.create(coding.codec.encoder, "w")
     context.width, context.height = width, height
     context.pix_fmt = coding.pixel_format
@@ -107,7 +112,8 @@ def _encoder(coding: Coding, width: int, height: int) -> Any:
     context.gop_size = 9999 if coding.inter else 1
     context.flags |= Flags.global_header
     context.options = coding.options
-    context.open()
+    with usual_priority():
+        context.open()
     return context
 
 

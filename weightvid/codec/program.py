@@ -219,9 +219,12 @@ def _command(output: Any, program: Program) -> list[str]:
 
 
 def _run(command: list[str], data: bytes, coding: Coding) -> Ran:
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    except OSError as error:
+        raise CodecError(f"{command[0]} cannot be run: {error}") from None
     given, taken, told = (
         cast(IO[bytes], pipe) for pipe in (process.stdin, process.stdout, process.stderr)
     )

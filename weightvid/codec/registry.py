@@ -1,8 +1,8 @@
 """Video codecs that frames of levels can be coded with: one row each.
 
 A row says how to reach the encoder and how to ask it for a mode; :mod:`.pictures` (PyAV) and
-:mod:`.program` (the ffmpeg program) do what it says. weightvid's own archives are coded by
-:mod:`.encode` alone; the rows are for comparing.
+:mod:`.program` (the ffmpeg program) do what it says. Archives are coded by those whose ``track``
+names a row of :mod:`.tracks` (x265 with settings of its own, in :mod:`.x265`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Final
 
-from weightvid.codec.encode import PRESETS as X265_PRESETS
 from weightvid.errors import CodecError
 
 Options = Mapping[str, str]
+
+#: x265's presets, fastest first; x264 and kvazaar have the same. Lossless sizes differ by 0.1 %
+#: (tools/results/presets.md).
+X265_PRESETS: Final = (
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow",
+    "placebo",
+)  # fmt: skip
+X265_PRESET: Final = "ultrafast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,15 @@ class VideoCodec:
         Where phones decode it without a program.
     device : str
         What a machine must have to run the encoder; empty for programs.
+    track : str
+        Which codec of :data:`.tracks.TRACKS` its stream is, as an archive's track; empty where it
+        is none.
+    unfit : str
+        Why it is none.
+    folds : bool
+        In archives, the dense core of the levels lies beside its pictures; False: on them, because
+        it codes what is left, few samples that are not zero, worse than all of them (README.md,
+        "Other codecs in archives").
     """
 
     name: str
@@ -98,6 +114,9 @@ class VideoCodec:
     muxer: str = "nut"
     hardware: str = "no phone"
     device: str = ""
+    track: str = ""
+    unfit: str = ""
+    folds: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,9 +251,11 @@ _HEVC_PROFILES: Final = {
 }  # fmt: skip
 _HEVC_PHONES: Final = "every phone since about 2015 (8-bit 4:2:0; 10-bit: most)"
 _AV1_PHONES: Final = "phones since about 2021-2023"
+_AVC_PROFILES: Final = {"yuv420p": "H.264 High", "yuv420p10le": "H.264 High 10 Intra"}
 _8BIT: Final = {"yuv420p": "HEVC Main"}
+_DEVICE_BYTES: Final = "its bytes depend on device and driver, and none was tried in an archive"
 
-#: keyint=2 and forced IDR pictures: keyint=1 would signal Range Extensions (see encode.py).
+#: keyint=2 and forced IDR pictures: keyint=1 would signal Range Extensions (see x265.py).
 _X265: Final = "info=0:log-level=none:pools=none:wpp=0:frame-threads=1:bframes=0:no-sao=1"
 _X265_INTRA: Final = "keyint=2:min-keyint=1:open-gop=0:scenecut=0:rc-lookahead=0"
 _X265_INTER: Final = "keyint=-1:scenecut=0:ref=3:me=star:merange=57"
@@ -251,25 +272,25 @@ _ROWS: Final = (
             "crf": Mode({"x265-params": f"{_X265_LOSSY}:crf={{value}}"}, _SIDES, _HEVC_PROFILES,
                         _CRF, (0, 51)),
         },
-        X265_PRESETS, "ultrafast", {"preset": "{preset}"},
+        X265_PRESETS, X265_PRESET, {"preset": "{preset}"},
         {"x265-params": _X265, "forced-idr": "1"},
         {"x265-params": _X265_INTRA}, {"x265-params": _X265_INTER},
-        predicts=True, hardware=_HEVC_PHONES,
+        predicts=True, hardware=_HEVC_PHONES, track="hevc",
     ),
     VideoCodec(
         "x264", "H.264", "libx264", "h264", "pyav",
         {
             "lossless": Mode({"qp": "0"}, ("yuv420p", "gray"),
-                             {"yuv420p": "H.264 High 4:4:4 Predictive"}),
+                             {"yuv420p": "H.264 High 4:4:4 Intra"}),
             "qp": Mode({"qp": "{value}", "x264-params": "ipratio=1"},
                        ("yuv420p", "yuv420p10le", "gray", "gray10le"),
-                       {"yuv420p": "H.264 High", "yuv420p10le": "H.264 High 10"}, _QP, (1, 51)),
+                       _AVC_PROFILES, _QP, (1, 51)),
             "crf": Mode({"crf": "{value}"}, ("yuv420p", "yuv420p10le", "gray", "gray10le"),
-                        {"yuv420p": "H.264 High", "yuv420p10le": "H.264 High 10"}, _CRF, (1, 51)),
+                        _AVC_PROFILES, _CRF, (1, 51)),
         },
         X265_PRESETS, "medium", {"preset": "{preset}"},
         {"bf": "0", "x264-params": "log-level=none", "aq-mode": "0", "psy": "0"},
-        predicts=True, hardware="every phone (High; lossless: none)",
+        predicts=True, hardware="every phone (High; lossless: none)", track="avc",
     ),
     VideoCodec(
         "svtav1", "AV1", "libsvtav1", "libdav1d", "pyav",
@@ -287,7 +308,7 @@ _ROWS: Final = (
         },
         tuple(str(n) for n in range(12, -1, -1)), "8", {"preset": "{preset}"},
         {"svtav1-params": "pred-struct=1:lp=1"},
-        predicts=True, hardware=_AV1_PHONES,
+        predicts=True, hardware=_AV1_PHONES, track="av1", folds=False,
     ),
     VideoCodec(
         "vp9", "VP9", "libvpx-vp9", "vp9", "pyav",
@@ -298,18 +319,20 @@ _ROWS: Final = (
         },
         tuple(str(n) for n in range(8, -1, -1)), "4", {"cpu-used": "{preset}"},
         {"auto-alt-ref": "0", "lag-in-frames": "0", "deadline": "good"},
-        predicts=True, container="webm", hardware="most phones",
+        predicts=True, container="webm", hardware="most phones", track="vp9", folds=False,
     ),
     VideoCodec("ffv1", "FFV1", "ffv1", "ffv1", "pyav",
                {"lossless": Mode({"level": "3", "coder": "range_def", "context": "1"},
-                                 ("gray", "yuv420p"))}, container="matroska"),
+                                 ("gray", "yuv420p"))}, container="matroska", track="ffv1"),
     VideoCodec("jpegls", "JPEG-LS", "jpegls", "jpegls", "pyav",
-               {"lossless": Mode({}, ("gray",))}, container="matroska"),
+               {"lossless": Mode({}, ("gray",))}, container="matroska",
+               unfit="no sample entry of an MP4 is registered for JPEG-LS"),
     VideoCodec("jpeg2000", "JPEG 2000", "jpeg2000", "jpeg2000", "pyav",
-               {"lossless": Mode({"pred": "dwt53", "format": "j2k"}, ("gray",))}),
+               {"lossless": Mode({"pred": "dwt53", "format": "j2k"}, ("gray",))},
+               track="jpeg2000", folds=False),
     VideoCodec("png", "PNG", "png", "png", "pyav",
                {"lossless": Mode({"pred": "mixed"}, ("gray",))}, container="matroska",
-               hardware="every phone (in software)"),
+               hardware="every phone (in software)", track="png", folds=False),
     VideoCodec(
         "nvenc", "HEVC", "hevc_nvenc", "hevc", "pyav",
         {
@@ -318,11 +341,13 @@ _ROWS: Final = (
         },
         tuple(f"p{n}" for n in range(1, 8)), "p4", {"preset": "{preset}"}, {"bf": "0"},
         {"forced-idr": "1"}, predicts=True, hardware=_HEVC_PHONES, device="an NVIDIA GPU",
+        unfit=_DEVICE_BYTES,
     ),
     VideoCodec(
         "videotoolbox", "HEVC", "hevc_videotoolbox", "hevc", "pyav",
         {"qp": Mode({"q:v": "{value}"}, ("yuv420p",), _8BIT, (90, 75, 60, 45, 30), (1, 100))},
         predicts=True, hardware=_HEVC_PHONES, device="an Apple computer",
+        unfit=_DEVICE_BYTES,
     ),
     VideoCodec(
         "aom", "AV1", "libaom-av1", "libdav1d", "ffmpeg",
@@ -337,7 +362,7 @@ _ROWS: Final = (
         },
         tuple(str(n) for n in range(8, -1, -1)), "6", {"cpu-used": "{preset}"},
         {"b:v": "0", "lag-in-frames": "0"}, {"g": "1"}, {"g": "9999"},
-        predicts=True, hardware=_AV1_PHONES,
+        predicts=True, hardware=_AV1_PHONES, track="av1", folds=False,
     ),
     VideoCodec(
         "vvenc", "VVC", "libvvenc", "vvc", "ffmpeg",
@@ -345,7 +370,7 @@ _ROWS: Final = (
                     {"yuv420p10le": "VVC Main 10"}, _QP, (0, 63))},
         ("faster", "fast", "medium", "slow", "slower"), "faster", {"preset": "{preset}"},
         {"threads": "1"}, {"g": "1"}, {"g": "9999"},
-        predicts=True, muxer="vvc",
+        predicts=True, muxer="vvc", track="vvc", folds=False,
     ),
     VideoCodec("jxl", "JPEG XL", "libjxl", "libjxl", "ffmpeg",
                {
@@ -354,7 +379,8 @@ _ROWS: Final = (
                                     (0.1, 0.3, 0.8, 2, 5), (0.01, 15)),
                },
                tuple(str(n) for n in range(1, 10)), "7", {"effort": "{preset}"},
-               container="none", muxer="image2pipe"),
+               container="none", muxer="image2pipe",
+               unfit="no sample entry of an MP4 is registered for JPEG XL; PyAV has no decoder"),
     VideoCodec(
         "kvazaar", "HEVC", "libkvazaar", "hevc", "ffmpeg",
         {
@@ -366,7 +392,7 @@ _ROWS: Final = (
         X265_PRESETS, "ultrafast", {"kvazaar-params": "preset={preset}"},
         {"kvazaar-params": "threads=0,owf=0,wpp=0,info=0,gop=0"},
         {"kvazaar-params": "period=1"}, {"kvazaar-params": "period=0"}, ",",
-        predicts=True, hardware=_HEVC_PHONES,
+        predicts=True, hardware=_HEVC_PHONES, track="hevc",
     ),
     VideoCodec(
         "rav1e", "AV1", "librav1e", "libdav1d", "ffmpeg",
@@ -375,7 +401,7 @@ _ROWS: Final = (
                     (10, 40, 80, 120, 160), (1, 255))},
         tuple(str(n) for n in range(10, -1, -1)), "8", {"speed": "{preset}"},
         {"rav1e-params": "low_latency=true"}, {"g": "1"}, {"g": "9999"},
-        predicts=True, hardware=_AV1_PHONES,
+        predicts=True, hardware=_AV1_PHONES, track="av1", folds=False,
     ),
 )  # fmt: skip
 

@@ -198,7 +198,7 @@ def best_at(rows: Sequence[Row], at: At, lower_is_better: bool = False) -> list[
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.ok and row.kind != "original":
-            name = "weightvid" if row.kind == "pack" else str(row.setting["method"])
+            name = str(row.setting["method"])
             groups.setdefault(f"{row.kind} {name}", []).append(row)
     found: list[Row] = []
     if at.kind in ("size", "bpw"):

@@ -25,10 +25,13 @@ class ArchiveCoder:
     model : Model
     setting : Setting
         Of the kind ``pack``.
+    ffmpeg : str or None
+        The program of codecs that PyAV lacks.
     """
 
     model: Model
     setting: Setting
+    ffmpeg: str | None = None
 
     @property
     def scales(self) -> bool:
@@ -44,7 +47,7 @@ class ArchiveCoder:
         """
         with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
             path = Path(folder) / "model.mp4"
-            pack_checkpoint(self.model.path, path, pack_options(self.setting, jobs))
+            pack_checkpoint(self.model.path, path, pack_options(self.setting, jobs, self.ffmpeg))
             about = summarize_archive(path)
             video = about.video
             facts = {"frames": video.frames, "width": video.width, "height": video.height}

@@ -104,7 +104,7 @@ def coder(model: Model, setting: Setting, ffmpeg: str | None = None) -> Coder:
     if setting.kind == "baseline":
         return _BaselineCoder(model, setting)
     if setting.kind == "pack":
-        return ArchiveCoder(model, setting)
+        return ArchiveCoder(model, setting, ffmpeg=ffmpeg)
     return VideoCoder(model, setting, None if ffmpeg is None else program.inspect(ffmpeg))
 
 

@@ -11,11 +11,11 @@ import numpy.typing as npt
 from weightvid import tile
 from weightvid.allocate import sample_step
 from weightvid.checkpoint import open_checkpoint
-from weightvid.codec.encode import DEFAULT_PRESET, Lossy
+from weightvid.codec.encode import DEFAULT_ENCODER, Lossy
 from weightvid.codec.registry import bit_depth
 from weightvid.compare.frames import Matrix
 from weightvid.compare.model import Model
-from weightvid.compare.settings import Setting
+from weightvid.compare.settings import USUAL_BITS, Setting
 from weightvid.dtypes import to_float32
 from weightvid.packing.exact import ExactWriter
 from weightvid.packing.matrices import quantize
@@ -60,10 +60,11 @@ class Prepared:
         self.exact.append(payload)
 
 
-def pack_options(setting: Setting, jobs: int) -> PackOptions:
-    """Pack's options at a setting."""
+def pack_options(setting: Setting, jobs: int, ffmpeg: str | None = None) -> PackOptions:
+    """Pack's options at a setting; ``ffmpeg`` is the program of codecs that PyAV lacks."""
     quantizer = QUANTIZERS[setting.quantizer or "pack"]
-    lossy = setting.kind == "pack" and setting.value is not None
+    archive = setting.kind == "pack"
+    lossy = archive and setting.value is not None
     return PackOptions(
         lossy=Lossy(setting.mode, setting.value or 0.0) if lossy else None,
         rule=quantizer.rule,
@@ -71,7 +72,10 @@ def pack_options(setting: Setting, jobs: int) -> PackOptions:
         states=quantizer.states,
         shaping=quantizer.shaping,
         side_files=False,
-        preset=setting.preset if setting.kind == "pack" else DEFAULT_PRESET,
+        codec=setting.method if archive else DEFAULT_ENCODER,
+        bit_depth=setting.coding.bits if archive else USUAL_BITS,
+        preset=setting.preset if archive else "",
+        ffmpeg=ffmpeg,
         jobs=jobs,
         verify=False,
     )

@@ -187,7 +187,7 @@ class Comparison:
         return _Task(setting, replace(row, versions=versions(setting, tool)), tool)
 
     def _tool(self, setting: Setting) -> tuple[Program | None, str | None]:
-        if setting.kind in ("lossless", "lossy"):
+        if setting.kind in ("pack", "lossless", "lossy"):
             row = codec(setting.method)
             if row.backend == "pyav":
                 return None, pictures.missing(row)

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from weightvid.codec.encode import DEFAULT_PRESET
+from weightvid.codec.encode import DEFAULT_ENCODER
 from weightvid.codec.registry import Coding, codec
 from weightvid.planning.named import DEFAULT_QUANTIZER
 
+#: bits of a sample that no name mentions.
+USUAL_BITS: Final = 8
 #: kinds of points, in the order of tables.
 KINDS: Final = ("original", "pack", "lossless", "lossy", "baseline")
 
@@ -23,9 +25,8 @@ class Setting:
     ----------
     kind : str
         ``original``: the model itself; ``pack``: an archive by weightvid, with lossy video if it
-        has a value; ``lossless``: pack's
-        levels as plain samples of some codec; ``lossy``: a codec that does the quantizing;
-        ``baseline``.
+        has a value; ``lossless``: pack's levels as plain samples of some codec; ``lossy``: a codec
+        that does the quantizing; ``baseline``.
     method : str
         Codec or baseline.
     preset, mode, pixel_format : str
@@ -84,10 +85,12 @@ class Setting:
         if self.kind in ("baseline", "original"):
             return self.method
         if self.kind == "pack":
-            parts = ["weightvid"]
-            parts += [self.mode] if self.value is not None else []
+            usual = self.method == DEFAULT_ENCODER
+            parts = ["weightvid"] if usual else ["weightvid", self.method]
+            parts += [self.mode] if self.value is not None or not usual else []
             parts += [self.quantizer] if self.quantizer not in (DEFAULT_QUANTIZER, "") else []
-            parts += [self.preset] if self.preset != DEFAULT_PRESET else []
+            parts += [self.preset] if self.preset != codec(self.method).preset else []
+            parts += [self.pixel_format] if self.coding.bits > USUAL_BITS else []
             return " ".join(parts)
         parts = [self.coding.label]
         if self.frames != "ribbon" and not self.inter:
@@ -108,12 +111,16 @@ class Setting:
         quoted = shlex.quote(model)
         if self.kind == "pack":
             parts = ["weightvid pack", quoted]
+            parts += [f"--codec {self.method}"] if self.method != DEFAULT_ENCODER else []
             if self.value is not None:
                 parts.append(f"--{self.mode} {self.value:g}")
+                bits = self.coding.bits
+                parts += [f"--bit-depth {bits}"] if bits > USUAL_BITS else []
             else:
                 parts.append(f"--step {self.rate:g}")
                 parts += [f"--quantizer {self.quantizer}"] if self.quantizer != "pack" else []
-            parts += [f"--preset {self.preset}"] if self.preset != DEFAULT_PRESET else []
+            usual = codec(self.method).preset
+            parts += [f"--preset {self.preset}"] if self.preset != usual else []
             parts += ["--no-side-files"] if Path(model).is_dir() else []
             return " ".join(parts)
         if self.kind == "original":

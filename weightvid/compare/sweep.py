@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Final
 
-from weightvid.codec.encode import DEFAULT_PRESET
-from weightvid.codec.registry import CODECS, suggestion
+from weightvid.codec.encode import DEFAULT_ENCODER, Video
+from weightvid.codec.registry import CODECS, X265_PRESET, suggestion
+from weightvid.codec.tracks import TRACKS
 from weightvid.compare.baselines import BASELINES
 from weightvid.compare.settings import Setting
 from weightvid.errors import CodecError, QuantizationError, WeightvidError
@@ -18,7 +19,7 @@ from weightvid.planning.named import DEFAULT_QUANTIZER, QUANTIZERS
 #: factors of pack's step rule.
 RATES: Final = (0.065, 0.12, 0.18, 0.33, 0.5)
 #: of lossless x265 where none are asked for; they make the same archive but for 0.1 %.
-PRESETS: Final = (DEFAULT_PRESET, "medium", "slow")
+PRESETS: Final = (X265_PRESET, "medium", "slow")
 DEFAULT_CODECS: Final = ("x265", "x264", "svtav1")
 DEFAULT_QUANTIZERS: Final = ("pack", "sqnr", "uniform", "trellis8")
 _USUAL: Final = "yuv420p"
@@ -112,10 +113,36 @@ class Sweep:
                     yield Setting(
                         "pack", "x265", preset, "lossless", _USUAL, None, name, rate
                     )  # fmt: skip
-        if "x265" in codecs and DEFAULT_QUANTIZER in names:
+        if DEFAULT_QUANTIZER in names:
+            for name in codecs:
+                yield from self._archives(name, presets[0])
+
+    def _archives(self, name: str, x265_preset: str) -> Iterator[Setting]:
+        """Archives by a codec, with pack's own quantizer and with lossy video."""
+        row = CODECS[name]
+        if not row.track:
+            return
+        usual = name == DEFAULT_ENCODER
+        presets = [p for p in self.presets if p in row.presets] or [row.preset]
+        for preset in [x265_preset] if usual else presets:
+            if "lossless" in row.modes and not usual:
+                shown = Video(name, preset).coding.pixel_format
+                for rate in self.rates:
+                    yield Setting(
+                        "pack", name, preset, "lossless", shown, None, DEFAULT_QUANTIZER, rate
+                    )
             for mode, values in (("qp", self.qp), ("crf", self.crf)):
-                for value in self._values("x265", mode, values):
-                    yield Setting("pack", "x265", presets[0], mode, _USUAL, value)
+                if mode in row.modes:
+                    for shown in self._archive_formats(name, mode):
+                        for value in self._values(name, mode, values):
+                            yield Setting("pack", name, preset, mode, shown, value)
+
+    def _archive_formats(self, name: str, mode: str) -> list[str]:
+        """Pixel formats that are asked for and fit an archive, or the usual one."""
+        row = CODECS[name]
+        known = [f for fs in TRACKS[row.track].formats.values() for f in fs]
+        fitting = [f for f in row.modes[mode].formats if f in known]
+        return [f for f in self.formats if f in fitting] or fitting[:1]
 
     def _values(self, name: str, mode_name: str, chosen: Sequence[float]) -> Sequence[float]:
         """Values of a lossy mode: those asked for that the codec takes, or its own."""

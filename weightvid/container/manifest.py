@@ -6,13 +6,16 @@ FORMAT.md is the specification.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any, Final
 
+from weightvid.codec.tracks import DEFAULT_CODEC, TRACKS
 from weightvid.container.boxes import LIMITS, deflate, from_json, inflate, seal, to_json, unseal
 from weightvid.container.fields import bad, exactly, integer, items, mapping
 from weightvid.container.files import file_record, parse_files
 from weightvid.container.records import (
     FILES_VERSION,
+    TRACKS_VERSION,
     VERSION,
     ExactEntry,
     FrameEntry,
@@ -23,21 +26,34 @@ from weightvid.errors import CheckpointError, FormatError
 from weightvid.spec import TensorSpec
 from weightvid.tile import BAND, FrameGeometry
 
-#: names that a file may list under ``must_understand``; none is needed by version 1.0.
-UNDERSTOOD: Final[frozenset[str]] = frozenset()
+#: names that a file may list under ``must_understand``: keys of the header whose values change how
+#: frames are read. None is needed by versions 1.0 and 1.1.
+_CODEC: Final = "track.codec"
+_BIT_DEPTH: Final = "track.bit_depth"
+UNDERSTOOD: Final[frozenset[str]] = frozenset({_CODEC, _BIT_DEPTH})
+_USUAL_DEPTH: Final = 8
 _MAX_DIMS: Final = 32
 
 
 def header_payload(header: Header) -> bytes:
     """Payload of the header box."""
     version = max(header.version, FILES_VERSION) if header.files else header.version
+    needed = []
+    if header.codec != DEFAULT_CODEC:
+        needed.append(_CODEC)
+    if header.bit_depth != _USUAL_DEPTH:
+        needed.append(_BIT_DEPTH)
+    track: dict[str, Any] = {
+        "codec": header.codec,
+        "width": header.geometry.width,
+        "height": header.geometry.height,
+    }
+    if header.bit_depth != _USUAL_DEPTH:
+        track["bit_depth"] = header.bit_depth
     record: dict[str, Any] = {
-        "weightvid": list(version),
-        "track": {
-            "codec": "hevc",
-            "width": header.geometry.width,
-            "height": header.geometry.height,
-        },
+        "weightvid": list(max(version, TRACKS_VERSION) if needed else version),
+        **({"must_understand": needed} if needed else {}),
+        "track": track,
         "tensors": [[t.name, t.dtype, list(t.shape)] for t in header.tensors],
     }
     for key in ("aliases", "metadata", "about"):
@@ -87,9 +103,9 @@ def parse_header(payload: bytes) -> Header:
     if any(not isinstance(value, str) for value in metadata.values()):
         raise bad(what, "metadata values must be text")
     about = mapping(record.get("about", {}), what)
-    geometry = _parse_track(mapping(record.get("track"), what))
+    codec, depth, geometry = _parse_track(mapping(record.get("track"), what))
     files = parse_files(record.get("files", []))
-    return Header(geometry, tensors, aliases, metadata, about, (major, minor), files)
+    return Header(geometry, tensors, aliases, metadata, about, (major, minor), files, codec, depth)
 
 
 def _parse_aliases(aliases: dict[str, Any], tensors: Sequence[TensorSpec]) -> dict[str, str]:
@@ -109,13 +125,20 @@ def _check_name(name: str) -> None:
         raise FormatError("a tensor name is too long", code="limit")
 
 
-def _parse_track(track: dict[str, Any]) -> FrameGeometry:
-    if track.get("codec") != "hevc":
-        raise FormatError(f"unknown codec {str(track.get('codec'))[:40]!r}", code="track")
+def _parse_track(track: dict[str, Any]) -> tuple[str, int, FrameGeometry]:
+    name = track.get("codec")
+    known = TRACKS.get(name) if isinstance(name, str) else None
+    if known is None:
+        raise FormatError(
+            f"unknown codec {str(name)[:40]!r}; this reader knows {', '.join(TRACKS)}", code="track"
+        )
+    depth = integer(track.get("bit_depth", _USUAL_DEPTH), 1, 16, "the track")
+    if depth not in known.depths:
+        raise FormatError(f"{known.standard} tracks of {depth} bits are unknown", code="track")
     sides = [integer(track.get(k), BAND, LIMITS.frame_px, "the track") for k in ("width", "height")]
     if any(side % BAND for side in sides):
         raise FormatError(f"frame sides must be multiples of {BAND}", code="track")
-    return FrameGeometry(*sides)
+    return known.name, depth, FrameGeometry(*sides)
 
 
 def _parse_spec(entry: object) -> TensorSpec:
@@ -143,7 +166,9 @@ def index_payload(index: Index) -> bytes:
         frames.append([entry.offset - end, entry.sidecar_bytes, entry.fragment_bytes])
         end = entry.end
     exact = [[e.offset, e.box_bytes, list(e.tensors)] for e in index.exact]
-    record = {"ribbon": list(index.ribbon), "frames": frames, "exact": exact}
+    record: dict[str, Any] = {"ribbon": list(index.ribbon), "frames": frames, "exact": exact}
+    if index.sqnr_db is not None:
+        record["sqnr_db"] = round(index.sqnr_db, 2)
     sealed = seal(deflate(to_json(record)))
     return sealed + (24 + len(sealed) + 4).to_bytes(4, "big")
 
@@ -172,4 +197,7 @@ def parse_index(payload: bytes, tensors: int) -> Index:
         found = tuple(integer(i, 0, tensors - 1, what) for i in items(members, tensors, what))
         entry_bytes = integer(size, 0, LIMITS.box_bytes, what)
         exact.append(ExactEntry(integer(offset, 0, top, what), entry_bytes, found))
-    return Index(tuple(ids), tuple(frames), tuple(exact))
+    sqnr = record.get("sqnr_db")
+    if sqnr is not None and (type(sqnr) not in (int, float) or not isfinite(sqnr)):
+        raise bad(what, "sqnr_db must be a number")
+    return Index(tuple(ids), tuple(frames), tuple(exact), sqnr)

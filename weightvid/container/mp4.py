@@ -1,8 +1,8 @@
 """The MP4 side of an archive: ftyp, moov, one fragment a frame, and mfra.
 
-Sources: ISO/IEC 14496-12 (boxes), ISO/IEC 14496-15 (hvc1). Written here and not by FFmpeg's muxer
-so that the bytes, and the offsets in ``mfra``, do not depend on FFmpeg's version and can know of
-our own boxes between the fragments.
+Source: ISO/IEC 14496-12 (boxes); for sample entries see :mod:`weightvid.codec.tracks`. Written
+here and not by FFmpeg's muxer so that the bytes, and the offsets in ``mfra``, do not depend on
+FFmpeg's version and can know of our own boxes between the fragments.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from weightvid.codec.tracks import TRACKS, TrackCodec
 from weightvid.container.boxes import box, full_box
 from weightvid.errors import FormatError
 
@@ -29,11 +30,27 @@ _SAMPLE_ENTRY_BYTES: Final = 78
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """A video track: frame size in samples and its ``hvcC`` record."""
+    """A video track.
+
+    Attributes
+    ----------
+    width, height : int
+        Frame size in samples.
+    record : bytes
+        The codec's configuration record: payload of its box.
+    entry : bytes
+        Type of the sample entry.
+    """
 
     width: int
     height: int
-    hvcc: bytes
+    record: bytes
+    entry: bytes = b"hvc1"
+
+    @classmethod
+    def of(cls, codec: TrackCodec, width: int, height: int, record: bytes) -> Track:
+        """Track of a codec."""
+        return cls(width, height, record, codec.entry)
 
 
 def _int(value: int, size: int) -> bytes:
@@ -46,7 +63,7 @@ def ftyp() -> bytes:
 
 
 def moov(track: Track) -> bytes:
-    """Movie box of one fragmented ``hvc1`` track."""
+    """Movie box of one fragmented track."""
     mvhd = full_box(
         b"mvhd", 0, 0, bytes(8), _int(TIMESCALE, 4), bytes(4), _int(0x10000, 4), _int(0x100, 2),
         bytes(10), _MATRIX, bytes(24), _int(TRACK_ID + 1, 4),
@@ -56,9 +73,9 @@ def moov(track: Track) -> bytes:
         _int(track.width << 16, 4), _int(track.height << 16, 4),
     )  # fmt: skip
     entry = box(
-        b"hvc1", bytes(6), _int(1, 2), bytes(16), _int(track.width, 2), _int(track.height, 2),
+        track.entry, bytes(6), _int(1, 2), bytes(16), _int(track.width, 2), _int(track.height, 2),
         _int(72 << 16, 4), _int(72 << 16, 4), bytes(4), _int(1, 2), bytes(32), _int(24, 2),
-        b"\xff\xff", box(b"hvcC", track.hvcc),
+        b"\xff\xff", box(_record_box(track.entry), track.record),
     )  # fmt: skip
     stbl = box(
         b"stbl",
@@ -78,6 +95,22 @@ def moov(track: Track) -> bytes:
         _int(_SYNC_SAMPLE, 4),
     )  # fmt: skip
     return box(b"moov", mvhd, trak, box(b"mvex", trex))
+
+
+def _record_box(entry: bytes) -> bytes:
+    """Type of the box that holds the configuration record in a sample entry.
+
+    Raises
+    ------
+    FormatError
+        ``moov``: no codec has such an entry.
+    """
+    for codec in TRACKS.values():
+        if codec.entry == entry:
+            return codec.box
+    known = ", ".join(dict.fromkeys(codec.entry.decode() for codec in TRACKS.values()))
+    name = entry.decode("ascii", "backslashreplace")
+    raise FormatError(f"the track is {name!r}, and this reader knows {known}", code="moov")
 
 
 def moof(number: int, packet_bytes: int) -> bytes:
@@ -141,23 +174,22 @@ def parse_moov(payload: bytes) -> Track:
     Raises
     ------
     FormatError
-        ``moov`` or ``box-size``: no ``hvc1`` video track can be found in it.
+        ``moov`` or ``box-size``: no video track of a known kind can be found in it.
     """
     begin, end = _find(payload, (b"trak", b"mdia", b"minf", b"stbl", b"stsd"))
-    begin, end = _entry(payload, begin + 8, end)
+    entries = _children(payload, begin + 8, end)
+    if len(entries) != 1:
+        raise FormatError("the track has not one sample entry", code="moov")
+    ((kind, begin, end),) = entries
+    record_box = _record_box(kind)
+    if end - begin < _SAMPLE_ENTRY_BYTES:
+        raise FormatError("the sample entry is cut short", code="moov")
     width = int.from_bytes(payload[begin + 24 : begin + 26], "big")
     height = int.from_bytes(payload[begin + 26 : begin + 28], "big")
     for name, inner, stop in _children(payload, begin + _SAMPLE_ENTRY_BYTES, end):
-        if name == b"hvcC":
-            return Track(width, height, payload[inner:stop])
-    raise FormatError("the hvc1 sample entry has no hvcC box", code="moov")
-
-
-def _entry(payload: bytes, begin: int, end: int) -> tuple[int, int]:
-    entries = _children(payload, begin, end)
-    if len(entries) != 1 or entries[0][0] != b"hvc1" or end - begin < 8 + _SAMPLE_ENTRY_BYTES:
-        raise FormatError("the track is not one hvc1 video track", code="moov")
-    return entries[0][1], entries[0][2]
+        if name == record_box:
+            return Track(width, height, payload[inner:stop], kind)
+    raise FormatError(f"the sample entry has no {record_box.decode()} box", code="moov")
 
 
 def parse_moof(payload: bytes) -> int:

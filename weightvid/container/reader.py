@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
+from weightvid.codec.tracks import TRACKS
 from weightvid.container import boxes, mp4
 from weightvid.container.boxes import BOX_HEADER_BYTES, LIMITS, UUID_HEADER_BYTES
 from weightvid.container.exact import parse_exact
@@ -20,7 +21,7 @@ from weightvid.container.records import (
     StoredFile,
 )
 from weightvid.container.sidecar import parse_sidecar
-from weightvid.errors import FormatError, TruncatedError
+from weightvid.errors import CodecError, FormatError, TruncatedError
 from weightvid.spec import TensorSpec
 
 _CHUNK: Final = 1 << 20
@@ -292,6 +293,13 @@ def _head(track: mp4.Track | None, header: Header, size: int) -> Head:
         raise FormatError("the header comes before moov", code="order")
     if (track.width, track.height) != (header.geometry.width, header.geometry.height):
         raise FormatError("moov and the header disagree about the frame size", code="track")
+    codec = TRACKS[header.codec]
+    if codec.entry != track.entry:
+        raise FormatError("moov and the header disagree about the codec", code="track")
+    try:
+        codec.check(track.record, header.form)
+    except CodecError as error:
+        raise FormatError(f"the track's configuration is wrong: {error}", code="track") from None
     return Head(track, header, size)
 
 

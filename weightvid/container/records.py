@@ -12,6 +12,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.codec.form import Form
+from weightvid.codec.tracks import DEFAULT_CODEC
 from weightvid.container.digits import Kind
 from weightvid.quantize.params import Params
 from weightvid.spec import TensorSpec
@@ -20,6 +22,8 @@ from weightvid.tile import PLAIN_LAYOUT, FrameGeometry, Layout
 VERSION: Final = (1, 0)
 #: version written when there are side files.
 FILES_VERSION: Final = (1, 1)
+#: version written when the track is not 8-bit HEVC.
+TRACKS_VERSION: Final = (1, 2)
 #: of the SHA-256 of a tensor, the first 16 bytes are kept: in a small archive of many tensors the
 #: hashes would otherwise be the largest part of the metadata.
 #: decimals of the SQNR of a tensor, which is for people.
@@ -68,6 +72,10 @@ class Header:
         Free information for people: generator, recipe, source kind.
     files : tuple of StoredFile
         Side files; an archive that has some is of format 1.1.
+    codec : str
+        Of the track: a name of :data:`weightvid.codec.tracks.TRACKS`.
+    bit_depth : int
+        Bits of a sample. Archives of another codec or depth are of format 1.2.
     """
 
     geometry: FrameGeometry
@@ -77,6 +85,13 @@ class Header:
     about: Mapping[str, Any] = field(default_factory=dict)
     version: tuple[int, int] = VERSION
     files: tuple[StoredFile, ...] = ()
+    codec: str = DEFAULT_CODEC
+    bit_depth: int = 8
+
+    @property
+    def form(self) -> Form:
+        """Of the track's pictures."""
+        return Form(self.geometry.width, self.geometry.height, self.bit_depth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +214,11 @@ class Index:
         Ids of the tensors on the ribbon, in its order.
     frames : tuple of FrameEntry
     exact : tuple of ExactEntry
+    sqnr_db : float or None
+        Over all quantized tensors; None where the archive does not say.
     """
 
     ribbon: tuple[int, ...]
     frames: tuple[FrameEntry, ...]
     exact: tuple[ExactEntry, ...]
+    sqnr_db: float | None = None

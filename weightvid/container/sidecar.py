@@ -28,11 +28,11 @@ from weightvid.container.records import (
 from weightvid.errors import FormatError, QuantizationError
 from weightvid.quantize.params import MAX_LEVEL
 from weightvid.spec import TensorSpec
-from weightvid.tile import PLAIN_LAYOUT, EnergyOrder, Fold, Layout, matrix_shape
+from weightvid.tile import PLAIN_LAYOUT, EnergyOrder, Fold, Layout, Samples, matrix_shape
 from weightvid.tile.fold import MAX_CORE, MAX_WIDTH
 
 
-def sidecar_payload(sidecar: Sidecar, luma: npt.NDArray[np.uint8]) -> bytes:
+def sidecar_payload(sidecar: Sidecar, luma: Samples) -> bytes:
     """Payload of the sidecar box of a frame with these samples, shape (height, width)."""
     head = _head(sidecar)
     digits = [sidecar.digits[k] for key in ("core", "tail") for k in sidecar.digits if k[0] == key]
@@ -83,14 +83,15 @@ def _head(sidecar: Sidecar) -> bytes:
     return deflate(*(piece for piece in pieces if piece))
 
 
-def frame_digest(body: bytes, luma: npt.NDArray[np.uint8]) -> bytes:
-    """SHA-256 over a sidecar's body and then the frame's luma, row by row."""
+def frame_digest(body: bytes, luma: Samples) -> bytes:
+    """SHA-256 over a sidecar's body and then the frame's luma, row by row, little-endian."""
     digest = hashlib.sha256(body)
-    digest.update(np.ascontiguousarray(luma).data)
+    stored = luma.astype(luma.dtype.newbyteorder("<"), copy=False)
+    digest.update(np.ascontiguousarray(stored).data)
     return digest.digest()
 
 
-def check_frame(payload: bytes, luma: npt.NDArray[np.uint8], number: int) -> None:
+def check_frame(payload: bytes, luma: Samples, number: int) -> None:
     """Compare a decoded frame, and its sidecar, with the digest in the sidecar's payload."""
     if frame_digest(payload[DIGEST_BYTES:], luma) != payload[:DIGEST_BYTES]:
         raise FormatError(f"frame {number} or its sidecar is damaged", code="digest")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from weightvid.codec.tracks import TRACKS
 from weightvid.container import boxes, mp4
 from weightvid.container.manifest import header_payload, index_payload
 from weightvid.container.records import ExactEntry, FrameEntry, Header, Index
@@ -43,8 +44,8 @@ class ArchiveWriter:
     stream : binary file object
         Written in order; need not seek.
     header : Header
-    hvcc : bytes
-        The track's decoder configuration record.
+    record : bytes
+        The track's configuration record.
     files : sequence of bytes
         Boxes of the side files that the header lists.
 
@@ -55,7 +56,7 @@ class ArchiveWriter:
     """
 
     def __init__(
-        self, stream: BinaryIO, header: Header, hvcc: bytes, files: Sequence[bytes] = ()
+        self, stream: BinaryIO, header: Header, record: bytes, files: Sequence[bytes] = ()
     ) -> None:
         self._stream = stream
         self._at = 0
@@ -63,7 +64,8 @@ class ArchiveWriter:
         self._frames: list[FrameEntry] = []
         self._exact: list[ExactEntry] = []
         self.digit_bytes = 0
-        track = mp4.Track(header.geometry.width, header.geometry.height, hvcc)
+        form = header.form
+        track = mp4.Track.of(TRACKS[header.codec], form.width, form.height, record)
         self._write(mp4.ftyp())
         self._write(mp4.moov(track))
         self._write(boxes.uuid_box(boxes.HEADER_UUID, header_payload(header)))
@@ -104,9 +106,15 @@ class ArchiveWriter:
         size = self._write(boxes.uuid_box(boxes.EXACT_UUID, payload))
         self._exact.append(ExactEntry(offset, size, tuple(tensors)))
 
-    def finish(self) -> Index:
-        """Write the index and the MP4's own random-access box; returns the index."""
-        index = Index(tuple(self._ribbon), tuple(self._frames), tuple(self._exact))
+    def finish(self, sqnr_db: float | None = None) -> Index:
+        """Write the index and the MP4's own random-access box; returns the index.
+
+        Parameters
+        ----------
+        sqnr_db : float or None
+            Over all quantized tensors, if the index is to say it.
+        """
+        index = Index(tuple(self._ribbon), tuple(self._frames), tuple(self._exact), sqnr_db)
         self._write(boxes.uuid_box(boxes.INDEX_UUID, index_payload(index)))
         self._write(mp4.mfra([entry.offset + entry.sidecar_bytes for entry in index.frames]))
         self._stream.flush()

@@ -228,13 +228,18 @@ class Archive:
 
     @property
     def track(self) -> Any:
-        """The video track: frame size and ``hvcC`` record."""
+        """The video track: frame size and configuration record."""
         return self._head.track
 
     @property
     def index(self) -> Index:
         """Where everything lies; rebuilt from what is there if the file is cut short."""
         return self._need_index()
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Over all quantized tensors, where the archive says it (lossy ones do); else None."""
+        return None if self._index is None else self._index.sqnr_db
 
     @property
     def bytes_read(self) -> int:
@@ -391,7 +396,7 @@ class Archive:
         if frames[-1] >= len(index.frames):
             raise self._missing([number])
         assembler = Assembler(
-            self.header.tensors, self.header.geometry, self._columns, frozenset({number})
+            self.header.tensors, self.header.form, self._columns, frozenset({number})
         )
         events = self._fragments(frames)
         for found in self._pipeline.run(events, assembler):
@@ -503,7 +508,7 @@ class Archive:
         spans = {n: s for n, s in spans.items() if n in wanted and s[-1] < len(index.frames)}
         for run in _runs(sorted({frame for span in spans.values() for frame in span})):
             assembler = Assembler(
-                self.header.tensors, self.header.geometry, self._columns, frozenset(spans), spill
+                self.header.tensors, self.header.form, self._columns, frozenset(spans), spill
             )
             for found in self._pipeline.run(self._fragments(run), assembler):
                 wanted.discard(found.tensor)
@@ -519,8 +524,10 @@ class Archive:
         if wanted:
             raise self._missing(sorted(wanted))
 
-    def frames(self, numbers: range) -> Iterator[tuple[Sidecar, npt.NDArray[np.uint8]]]:
+    def frames(self, numbers: range) -> Iterator[tuple[Sidecar, tile.Samples]]:
         """Decode consecutive frames: each with its sidecar and its luma, shape (height, width).
+
+        Samples are uint8, or uint16 where the track has more than 8 bits.
 
         The array is a view that is valid until the next frame is asked for.
         """
@@ -541,7 +548,7 @@ class Archive:
             self._rewind()
         self._used = True
         left = dict.fromkeys(range(len(self.header.tensors)))
-        assembler = Assembler(self.header.tensors, self.header.geometry, spill=spill)
+        assembler = Assembler(self.header.tensors, self.header.form, spill=spill)
         events = reader.read_events(self._source, self._head)
         try:
             for found in self._pipeline.run(events, assembler, spill):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
+from weightvid.codec.form import Form
 from weightvid.container.digits import DigitReader, Inflated
 from weightvid.container.exact import LEVEL_DTYPES, ExactItem, PlainLevels
 from weightvid.container.records import (
@@ -32,7 +34,8 @@ from weightvid.loader.stream import (
 from weightvid.quantize import Params, TrellisParams
 from weightvid.scratch import Scratch
 from weightvid.spec import TensorSpec
-from weightvid.tile import FrameGeometry, Samples
+from weightvid.tile import PLAIN, Fold, FrameGeometry, Samples
+from weightvid.tile.fold import FOLDED_BITS, plain_levels
 from weightvid.tile.layout import Segment, cut
 
 Array = npt.NDArray[np.generic]
@@ -51,7 +54,7 @@ class Quantized:
     Attributes
     ----------
     spec : TensorSpec
-    levels : ndarray of int8 (or int16, int32 for plain tensors), shape (R, C)
+    levels : ndarray of int8, int16 or int32, shape (R, C)
         Matrix of levels; where ``escapes`` lists one, a placeholder.
     escapes : Escapes
     params : Params
@@ -128,7 +131,7 @@ class _Pending:
     count: int
     segments: list[Segment]
     room: Scratch | None = None
-    pieces: list[npt.NDArray[np.int8]] = field(default_factory=list)
+    pieces: list[Levels] = field(default_factory=list)
     have: int = 0
     at: int = 0
 
@@ -136,14 +139,15 @@ class _Pending:
     def end(self) -> int:
         return self.column + self.count
 
-    def put(self, pieces: Iterator[npt.NDArray[np.int8]]) -> None:
+    def put(self, pieces: Iterator[Levels]) -> None:
         """Take the next levels of the sequence."""
         if self.room is None:
             self.pieces += pieces
             return
         for piece in pieces:
-            self.room.write(self.at, piece[: self.room.size - self.at])
-            self.at += piece.size
+            data = piece.view(np.int8)
+            self.room.write(self.at, data[: self.room.size - self.at])
+            self.at += data.size
 
 
 class Assembler:
@@ -153,7 +157,8 @@ class Assembler:
     ----------
     tensors : sequence of TensorSpec
         All tensors of the archive; ids are places in it.
-    geometry : FrameGeometry
+    form : Form
+        Of the frames.
     columns : mapping of int to int, or None
         First ribbon column of every tensor on the ribbon, by id. None: frames come from the first
         on, and the places follow from the order of starts.
@@ -166,16 +171,18 @@ class Assembler:
     def __init__(
         self,
         tensors: Sequence[TensorSpec],
-        geometry: FrameGeometry,
+        form: Form,
         columns: Mapping[int, int] | None = None,
         wanted: frozenset[int] | None = None,
         spill: Spill | None = None,
     ) -> None:
         self._tensors = tensors
-        self._geometry = geometry
+        self._bits = form.bits
+        self._geometry = FrameGeometry(form.width, form.height)
         self._columns = columns
         self._wanted = wanted
         self._spill = spill
+        self._dtype: np.dtype[Any] = np.dtype(np.int8 if form.bits == FOLDED_BITS else np.int16)
         self._cursor = 0
         self._seen: set[int] = set()
         self._pending: dict[int, _Pending] = {}
@@ -219,7 +226,7 @@ class Assembler:
             place = (begin - entry.column) * tile.BAND
             parts = cut(entry.segments, place, place + samples.size)
             if self._wanted is None or number in self._wanted:
-                entry.put(digits.unfold(samples[a:b], fold) for a, b, fold in parts)
+                entry.put(self._levels(samples[a:b], fold, digits) for a, b, fold in parts)
                 entry.have += end - begin
                 left -= 1
             else:
@@ -232,6 +239,11 @@ class Assembler:
                 yield finish.tensor, self._finish(finish)
             else:
                 self._pending.pop(finish.tensor, None)
+
+    def _levels(self, samples: Samples, fold: Fold, digits: DigitReader) -> Levels:
+        if self._bits > FOLDED_BITS:
+            return plain_levels(samples, self._bits)
+        return digits.unfold(samples, fold)
 
     def _count_wanted(self) -> int:
         return sum(1 for number in self._pending if number in (self._wanted or ()))
@@ -252,12 +264,18 @@ class Assembler:
                 code="order",
                 tensor=spec.name,
             )
+        if self._bits > FOLDED_BITS and any(fold != PLAIN for fold in start.layout.folds):
+            raise FormatError(
+                f"tensor {spec.name!r} is folded into samples of {self._bits} bits",
+                code="schema",
+                tensor=spec.name,
+            )
         self._seen.add(start.tensor)
         segments = start.layout.segments(*shape)
         room = None
         wanted = self._wanted is None or start.tensor in self._wanted
         if self._spill is not None and wanted and spec.size > STREAMED_ELEMENTS:
-            room = self._spill.room(spec.size)
+            room = self._spill.room(spec.size * self._dtype.itemsize)
         self._pending[start.tensor] = _Pending(start, spec, column, count, segments, room)
 
     def _finish(self, finish: TensorEnd) -> Quantized | StreamedTensor:
@@ -268,8 +286,9 @@ class Assembler:
         start = entry.start
         if entry.room is not None:
             return StreamedTensor(
-                entry.spec, entry.room, start.layout, start.escapes, start.params, finish.sha256
-            )
+                entry.spec, entry.room, start.layout, start.escapes, start.params, finish.sha256,
+                self._dtype,
+            )  # fmt: skip
         sequence = entry.pieces[0] if len(entry.pieces) == 1 else np.concatenate(entry.pieces)
         entry.pieces.clear()
         shape = tile.matrix_shape(entry.spec.shape)

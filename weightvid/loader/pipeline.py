@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from weightvid.codec.decode import DecoderSettings, HevcDecoder
+from weightvid.codec.decode import Decoder, DecoderSettings
 from weightvid.container.digits import Inflated, decompress
 from weightvid.container.exact import parse_exact
 from weightvid.container.reader import ExactPayload, Fragment, Head
@@ -60,7 +60,8 @@ class _Seen:
     def check(self) -> None:
         if self.index is None:
             return
-        if self.index != Index(tuple(self.ribbon), tuple(self.frames), tuple(self.exact)):
+        seen = Index(tuple(self.ribbon), tuple(self.frames), tuple(self.exact), self.index.sqnr_db)
+        if self.index != seen:
             raise FormatError("the index does not match what the file holds", code="index")
 
 
@@ -92,8 +93,8 @@ class Pipeline:
     def __init__(self, head: Head, threads: int, strict: bool = False) -> None:
         self._strict = strict
         self._tensors = head.header.tensors
-        geometry = head.header.geometry
-        self._settings = DecoderSettings(head.track.hvcc, geometry.width, geometry.height, threads)
+        header = head.header
+        self._settings = DecoderSettings(head.track.record, header.form, header.codec, threads)
         self._side = Side(threads)
 
     def close(self) -> None:
@@ -149,7 +150,8 @@ class Pipeline:
         return self._side.do(check_frame, fragment.payload, luma, fragment.sidecar.frame)
 
     def _inflate(self, sidecar: Sidecar) -> Inflated:
-        samples = self._settings.width * self._settings.height
+        form = self._settings.form
+        samples = form.width * form.height
         return {
             kind: self._side.do(decompress, data, kind, samples)
             for kind, data in sidecar.digits.items()
@@ -157,8 +159,8 @@ class Pipeline:
 
     def _decode(self, events: Iterable[Event], run: _Run) -> Iterator[tuple[Fragment, Samples]]:
         """Decoded frames, their digests to be checked; each still waits in ``run``."""
-        decoder = HevcDecoder(self._settings)
         try:
+            decoder = Decoder(self._settings)
             for number, luma in decoder.decode(_packets(events, run)):
                 fragment = next(e for e in run.waiting if isinstance(e, Fragment))
                 if fragment.sidecar.frame != number:

@@ -134,6 +134,8 @@ class StreamedTensor:
     escapes : Escapes
     params : Params
     sha256 : bytes
+    dtype : dtype
+        Of the levels.
     """
 
     spec: TensorSpec
@@ -142,11 +144,12 @@ class StreamedTensor:
     escapes: Escapes
     params: Params
     sha256: bytes
+    dtype: np.dtype[np.integer]
 
     def parts(self, check: bool = False) -> Iterator[Array]:
         """Stored elements of consecutive rows; the room is given back at the end."""
         shape = tile.matrix_shape(self.spec.shape)
-        order = BlockOrder(shape, self.layout.order)
+        order = BlockOrder(shape, self.layout.order, self.dtype)
         dequantizer = Dequantizer(self.spec, self.params, self.sha256 if check else None)
         with self.sequence as room:
             for begin, end in order.blocks():

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
-from weightvid.codec.encode import EncoderSettings, HevcEncoder
+from weightvid.codec.encode import Encoder, EncoderSettings, open_encoder
+from weightvid.codec.registry import codec
 from weightvid.container.digits import DigitWriter, Kind
 from weightvid.container.records import Sidecar, TensorEnd, TensorStart
 from weightvid.container.sidecar import sidecar_payload
@@ -60,12 +61,12 @@ class _Encoders(threading.local):
     """An encoder for each thread, of the settings it was last asked for."""
 
     settings: EncoderSettings | None = None
-    encoder: HevcEncoder | None = None
+    encoder: Encoder | None = None
 
     def encode(self, settings: EncoderSettings, luma: Samples) -> bytes:
         """Packet of one frame."""
         if self.encoder is None or self.settings != settings:
-            self.encoder, self.settings = HevcEncoder(settings), settings
+            self.encoder, self.settings = open_encoder(settings), settings
         return self.encoder.encode(luma)
 
 
@@ -150,8 +151,11 @@ class FrameWriter:
             Its levels in the order of its layout.
         """
         rows, columns = coded.shape
-        segments = coded.layout.segments(rows, columns)
-        self._open.starts.append(TensorStart(tensor, coded.params, coded.escapes, coded.layout))
+        layout = coded.layout
+        if not codec(self._settings.video.encoder).folds:
+            layout = layout.unfolded()
+        segments = layout.segments(rows, columns)
+        self._open.starts.append(TensorStart(tensor, coded.params, coded.escapes, layout))
         at, count = 0, tile.ribbon_columns(rows, columns)
         while at < count:
             run = min(count - at, self._geometry.columns - self._filled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import log2, pi, prod, sqrt
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,8 @@ from weightvid.tile.fold import MAX_CORE, Fold
 from weightvid.tile.layout import Layout
 from weightvid.tile.order import MAX_ENERGY, Energies, EnergyOrder
 
-Levels = npt.NDArray[np.int8]
+#: int8, or int16 of deeper samples.
+Levels = npt.NDArray[Any]
 
 #: one class of energy is this factor in the mean magnitude of levels, as a power of two.
 _CLASS_OCTAVES: Final = 0.5
@@ -59,7 +60,7 @@ class Magnitudes:
     @classmethod
     def of(cls, levels: Levels) -> Magnitudes:
         """Sums of a matrix, or of a block of its rows."""
-        magnitude = np.abs(levels).view(np.uint8)
+        magnitude = _magnitude(levels)
         rows = magnitude.sum(axis=1, dtype=np.int64)
         return cls(rows, magnitude.sum(axis=0, dtype=np.int64))
 
@@ -69,7 +70,7 @@ def choose_layout(levels: Levels, kernel: int) -> Layout:
 
     Parameters
     ----------
-    levels : ndarray of int8, shape (R, C)
+    levels : ndarray of int8 or int16, shape (R, C)
     kernel : int
         Columns that share one energy; divides C.
     """
@@ -134,7 +135,7 @@ def _class_means(
     for begin, levels in blocks:
         energies = order.rows[begin : begin + len(levels)]
         for energy in np.flatnonzero(np.bincount(energies)).tolist():
-            rows = np.abs(levels[energies == energy]).view(np.uint8)
+            rows = _magnitude(levels[energies == energy])
             sums[energy] += _column_sums(rows)
     repeat = columns // order.columns.size
     by_energy = np.repeat(order.columns, repeat)
@@ -152,8 +153,17 @@ def _class_means(
     return [(energy, count, total / count) for energy, (count, total) in falling]
 
 
-def _column_sums(magnitude: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+def _magnitude(levels: Levels) -> npt.NDArray[Any]:
+    """Magnitudes, that of the least level too, in as many bytes."""
+    unsigned = np.uint8 if levels.dtype == np.int8 else np.uint16
+    return np.abs(levels).view(unsigned)
+
+
+def _column_sums(magnitude: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Sum of each column; few sums of many wide numbers, many of small ones, which are fast."""
+    if magnitude.dtype != np.uint8:
+        wide: npt.NDArray[np.int64] = magnitude.sum(axis=0, dtype=np.int64)
+        return wide
     total = np.zeros(magnitude.shape[1], np.int64)
     for begin in range(0, len(magnitude), _SHORT_SUM):
         total += magnitude[begin : begin + _SHORT_SUM].sum(axis=0, dtype=np.uint16)

@@ -8,27 +8,91 @@ made from. A reader sees nothing but levels, so it needs to know nothing of it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
-from weightvid.codec import bitstream
-from weightvid.codec.decode import DecoderSettings, HevcDecoder
-from weightvid.codec.encode import EncoderSettings, HevcEncoder
+from weightvid.codec.decode import Decoder, DecoderSettings
+from weightvid.codec.encode import EncoderSettings, open_encoder
 from weightvid.container.records import TENSOR_HASH_BYTES, Sidecar, TensorEnd, TensorStart
 from weightvid.container.sidecar import sidecar_payload
 from weightvid.container.writer import ArchiveWriter, CodedFrame
+from weightvid.dtypes import to_float32
 from weightvid.errors import CodecError
-from weightvid.packing.quantized import CodedTensor, restore
-from weightvid.packing.workers import Outbox
-from weightvid.scratch import Scratch
-from weightvid.tile import BAND, PLAIN, ZERO_SAMPLE, FrameGeometry, Samples
+from weightvid.packing.layout import choose_layout, kernel_size
+from weightvid.packing.quantized import CodedTensor, matrix_of, restore, split_levels
+from weightvid.packing.quantizer import Request, naming
+from weightvid.packing.schedule import Kept
+from weightvid.packing.workers import Outbox, Work, Workers
+from weightvid.quantize import uniform
+from weightvid.tile import BAND, FrameGeometry, Samples
+from weightvid.tile.fold import FOLDED_BITS, plain_levels, plain_samples
 
-Levels = npt.NDArray[np.int8]
+#: int8, or int16 of samples of more than 8 bits.
+Levels = npt.NDArray[Any]
 Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A tensor as fine samples: its id, what its sidecar will say, and its levels in order.
+
+    Its hash and noise are still unknown: they depend on what the codec gives back.
+    """
+
+    number: int
+    tensor: CodedTensor
+    sequence: Levels
+
+
+def sample_tensor(request: Request, bits: int) -> Sampled:
+    """Round a tensor to its fine steps: a pure function, for any worker.
+
+    Parameters
+    ----------
+    request : Request
+        Its quantizer is uniform.
+    bits : int
+        Of a sample.
+
+    Raises
+    ------
+    QuantizationError
+        The tensor cannot be quantized; it is named.
+    """
+    spec, params = request.spec, request.params
+    with naming([request]):
+        matrix = to_float32(matrix_of(request.read(), spec), spec.dtype)
+        levels, escapes = split_levels(uniform.quantize(matrix, params.step), (1 << bits - 1) - 1)
+    layout = choose_layout(levels, kernel_size(spec.shape)).unfolded()
+    tensor = CodedTensor(spec, params, escapes, layout, b"", 0.0, 0.0)
+    return Sampled(request.number, tensor, tile.to_sequence(levels, layout.order))
+
+
+def sample_tensors(
+    requests: Iterable[Request | Kept], workers: Workers, bits: int
+) -> Iterator[Sampled | Kept]:
+    """Sample tensors, in order; the next one is under way while one is laid out."""
+    ahead: deque[Work[Sampled] | Kept] = deque()
+    for request in requests:
+        if isinstance(request, Kept):
+            ahead.append(request)
+        else:
+            size = request.spec.size
+            ahead.append(workers.submit(sample_tensor, request, bits, weights=size))
+        if len(ahead) > 1:
+            yield _done(ahead.popleft())
+    while ahead:
+        yield _done(ahead.popleft())
+
+
+def _done(found: Work[Sampled] | Kept) -> Sampled | Kept:
+    return found if isinstance(found, Kept) else found.result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +131,18 @@ def encode_lossy(settings: EncoderSettings, work: LossyWork) -> LossyFrame:
     CodecError
     """
     geometry = FrameGeometry(settings.width, settings.height)
-    ribbon = np.full((BAND, geometry.columns), ZERO_SAMPLE, np.uint8)
+    bits = settings.form.bits
+    dtype, zero = np.uint8 if bits == FOLDED_BITS else np.uint16, tile.zero_sample(bits)
+    ribbon = np.full((BAND, geometry.columns), zero, dtype)
     for part in work.parts:
         count = -(-part.levels.size // BAND)
-        samples = np.full(count * BAND, ZERO_SAMPLE, np.uint8)
-        samples[: part.levels.size] = part.levels.view(np.uint8) ^ np.uint8(ZERO_SAMPLE)
+        samples = np.full(count * BAND, zero, dtype)
+        samples[: part.levels.size] = plain_samples(part.levels, bits)
         ribbon[:, part.column : part.column + count] = samples.reshape(count, BAND).T
-    encoder = HevcEncoder(settings)
+    encoder = open_encoder(settings)
     packet = encoder.encode(tile.frame_from_ribbon(ribbon, geometry))
-    record = bitstream.hvcc(encoder.parameter_sets)
-    decoder = HevcDecoder(DecoderSettings(record, settings.width, settings.height, 1))
+    track = settings.video.track.name
+    decoder = Decoder(DecoderSettings(encoder.record, settings.form, track, threads=1))
     ((_, luma),) = [(n, shown.copy()) for n, shown in decoder.decode([(0, packet)])]
     return LossyFrame(work, packet, luma)
 
@@ -122,29 +188,18 @@ class LossyWriter:
         self._work = LossyWork(0)
         self._filled = 0
 
-    def add(self, tensor: int, coded: CodedTensor, sequence: Levels | Scratch) -> None:
-        """Lay a tensor on the ribbon behind the last one.
-
-        Parameters
-        ----------
-        tensor : int
-            Id.
-        coded : CodedTensor
-        sequence : ndarray of int8 or Scratch
-            Its levels in the order of its layout.
-        """
+    def add(self, sampled: Sampled) -> None:
+        """Lay a tensor on the ribbon behind the last one."""
+        tensor, coded, whole = sampled.number, sampled.tensor, sampled.sequence
         size = coded.spec.size
-        layout = replace(coded.layout, folds=(PLAIN,) * len(coded.layout.folds))
-        coded = replace(coded, layout=layout)
-        whole = sequence.read(0, size) if isinstance(sequence, Scratch) else sequence
-        self._tensors[tensor] = _Open(coded, np.empty(size, np.int8))
-        self._work.starts.append(TensorStart(tensor, coded.params, coded.escapes, layout))
+        self._tensors[tensor] = _Open(coded, np.empty(size, whole.dtype))
+        self._work.starts.append(TensorStart(tensor, coded.params, coded.escapes, coded.layout))
         at, count = 0, tile.ribbon_columns(*coded.shape)
         while at < count:
             run = min(count - at, self._geometry.columns - self._filled)
             begin, end = at * BAND, min((at + run) * BAND, size)
             if end > begin:
-                self._work.parts.append(Part(tensor, self._filled, whole[begin:end].view(np.int8)))
+                self._work.parts.append(Part(tensor, self._filled, whole[begin:end]))
             at, self._filled = at + run, self._filled + run
             if at == count:
                 self._work.ends.append(tensor)
@@ -169,8 +224,8 @@ class LossyWriter:
             count = -(-part.levels.size // BAND)
             samples = tile.sequence_from_frame(frame.luma, part.column, count)
             end = known.filled + part.levels.size
-            levels = (samples ^ np.uint8(ZERO_SAMPLE)).view(np.int8)[: part.levels.size]
-            known.sequence[known.filled : end] = levels
+            levels = plain_levels(samples, self._settings.form.bits)
+            known.sequence[known.filled : end] = levels[: part.levels.size]
             known.filled = end
         ends = tuple(self._end(tensor) for tensor in work.ends)
         sidecar = Sidecar(work.number, tuple(work.starts), ends)

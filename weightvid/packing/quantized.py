@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log10
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,9 @@ from weightvid.quantize import Params, dequantize
 from weightvid.spec import TensorSpec
 from weightvid.tile import Layout
 
-#: largest magnitude of a level that a sample can carry; sample 0 is never used.
+Levels = npt.NDArray[Any]
+
+#: largest magnitude of a level that an 8-bit sample can carry; sample 0 is never used.
 SAMPLE_LEVEL: Final = 127
 _BLOCK: Final = 1 << 18
 
@@ -74,14 +76,23 @@ def sqnr_db(power: float, noise: float) -> float | None:
     return 10 * log10(power / noise)
 
 
-def split_levels(
-    levels: npt.NDArray[np.int32],
-) -> tuple[npt.NDArray[np.int8], Escapes]:
-    """Clip true levels of a matrix to the sample range, and list those that were clipped."""
-    outside = np.flatnonzero((levels > SAMPLE_LEVEL) | (levels < -SAMPLE_LEVEL))
+def split_levels(levels: npt.NDArray[np.int32], most: int = SAMPLE_LEVEL) -> tuple[Levels, Escapes]:
+    """Clip true levels of a matrix to the sample range, and list those that were clipped.
+
+    Parameters
+    ----------
+    levels : ndarray of int32
+    most : int
+        Largest magnitude of a sample's level.
+
+    Returns
+    -------
+    ndarray of int8, or of int16 where ``most`` is above 127; Escapes
+    """
+    outside = np.flatnonzero((levels > most) | (levels < -most))
     escapes = Escapes(outside.astype(np.int64), levels.reshape(-1)[outside])
-    clipped = np.clip(levels, -SAMPLE_LEVEL, SAMPLE_LEVEL) if len(outside) else levels
-    return clipped.astype(np.int8), escapes
+    clipped = np.clip(levels, -most, most) if len(outside) else levels
+    return clipped.astype(np.int8 if most <= SAMPLE_LEVEL else np.int16), escapes
 
 
 def join_escapes(parts: Sequence[Escapes], sizes: Sequence[int]) -> Escapes:
@@ -112,7 +123,7 @@ def restore(
     matrix: npt.NDArray[np.generic],
     dtype: str,
     params: Params,
-    levels: npt.NDArray[np.int8],
+    levels: Levels,
     escapes: Escapes,
 ) -> Restored:
     """Dequantize as a reader will, and measure; in blocks of rows, unless runs are columns."""

@@ -15,14 +15,13 @@ import numpy.typing as npt
 
 from weightvid import tile
 from weightvid.calibration import TensorMoments
-from weightvid.codec import bitstream
-from weightvid.codec.encode import EncoderSettings, HevcEncoder, Lossy
+from weightvid.codec.encode import EncoderSettings, Video, open_encoder
 from weightvid.container.records import Header, Index
 from weightvid.container.writer import ArchiveWriter
 from weightvid.packing.biases import Corrections, bias_numbers
 from weightvid.packing.exact import ExactWriter
 from weightvid.packing.frames import FrameWriter
-from weightvid.packing.lossy import LossyWriter
+from weightvid.packing.lossy import LossyWriter, sample_tensors
 from weightvid.packing.quantized import CodedTensor, sqnr_db
 from weightvid.packing.quantizer import Coded, Request
 from weightvid.packing.schedule import Kept, code_tensors
@@ -56,8 +55,9 @@ class WritePlan:
         Its tensors are those of the source, in order.
     params : mapping of int to Params
         Quantizer of each tensor that is coded, by id; all others are kept exactly.
-    preset : str
-        x265's preset.
+    video : Video
+        How the frames are coded. If lossy, the codec quantizes; the levels are samples of fine
+        steps.
     shaping : bool
         Round convolutions with noise shaping.
     mantissa_bits : int
@@ -68,19 +68,16 @@ class WritePlan:
         Calibration statistics of tensors that are quantized with error feedback, by id.
     files : tuple of bytes
         Boxes of the side files that the header lists.
-    lossy : Lossy or None
-        The codec quantizes; the levels are samples of fine steps. None: lossless frames.
     """
 
     header: Header
     params: Mapping[int, Params]
-    preset: str
+    video: Video
     shaping: bool = True
     mantissa_bits: int = FULL_BITS
     keep: tuple[str, ...] = ()
     moments: Mapping[int, TensorMoments] = field(default_factory=dict)
     files: tuple[bytes, ...] = ()
-    lossy: Lossy | None = None
 
 
 @dataclass(slots=True)
@@ -150,7 +147,7 @@ def write_archive(
     """
     weights = sum(plan.header.tensors[number].size for number in plan.params)
     task = Task(plan, source, workers)
-    if weights > TRIAL_WEIGHTS or plan.lossy is not None:
+    if weights > TRIAL_WEIGHTS or plan.video.lossy is not None:
         return _write(stream, task, progress)
     trials = []
     for video in (True, False):
@@ -179,69 +176,89 @@ class Task:
 def _write(stream: BinaryIO, task: Task, progress: Report, video: bool = True) -> Written:
     plan, workers = task.plan, task.workers
     geometry, tensors = plan.header.geometry, plan.header.tensors
-    settings = EncoderSettings(geometry.width, geometry.height, plan.preset, plan.lossy)
-    hvcc = bitstream.hvcc(HevcEncoder(settings).parameter_sets)
-    writer = ArchiveWriter(stream, plan.header, hvcc, plan.files)
-    outbox = Outbox(workers)
-    exact = ExactWriter(writer, tensors, outbox)
+    settings = EncoderSettings(geometry.width, geometry.height, plan.video)
+    writer = ArchiveWriter(stream, plan.header, open_encoder(settings).record, plan.files)
+    room = _Room(task, writer, Outbox(workers), settings)
     meter = _Meter([tensors[number] for number in plan.params], workers, progress)
     written = Written()
-    frames: FrameWriter | LossyWriter
-    if plan.lossy is None:
-        frames = FrameWriter(writer, settings, outbox, meter.encoded)
-        biases = bias_numbers(tensors, plan.moments, plan.params.keys(), plan.keep)
+    lossy = plan.video.lossy is not None
+    if lossy:
+        _write_lossy(room, written, meter)
     else:
-        frames = LossyWriter(writer, settings, outbox, partial(_whole, task), written.add)
-        biases = {}
+        _write_levels(room, written, meter, video)
+    room.exact.flush()
+    room.outbox.flush()
+    meter.finish()
+    written.finish(writer, writer.finish(written.sqnr_db if lossy else None))
+    return written
+
+
+class _Room:
+    """Where the tensors of an archive go."""
+
+    def __init__(
+        self, task: Task, writer: ArchiveWriter, outbox: Outbox, settings: EncoderSettings
+    ) -> None:
+        self.task, self.writer, self.outbox, self.settings = task, writer, outbox, settings
+        self.exact = ExactWriter(writer, task.plan.header.tensors, outbox)
+
+    def keep(self, number: int, elements: Callable[[int, int], Array]) -> None:
+        """Store a tensor that is not quantized, with the mantissas that it keeps."""
+        self.exact.add(number, _rounded(self.task.plan, number, elements))
+
+
+def _write_levels(room: _Room, written: Written, meter: _Meter, video: bool) -> None:
+    """Levels, on frames that are lossless if ``video``, or in boxes."""
+    task, plan = room.task, room.task.plan
+    tensors = plan.header.tensors
+    frames = FrameWriter(room.writer, room.settings, room.outbox, meter.encoded)
+    biases = bias_numbers(tensors, plan.moments, plan.params.keys(), plan.keep)
     corrections = Corrections(tensors, biases)
-    for coded in code_tensors(requests(task), workers, meter.quantized):
+    for coded in code_tensors(requests(task), task.workers, meter.quantized):
         if isinstance(coded, Kept):
             for number, read in corrections.kept(coded.number, task.read(coded.number).elements):
-                exact.add(number, _rounded(plan, number, read))
+                room.keep(number, read)
             continue
         shift = None if coded.choice.coding == "exact" else coded.shift
         for number, read in corrections.quantized(coded.number, shift):
-            exact.add(number, _rounded(plan, number, read))
-        _store(coded, frames if video else None, exact, task)
-        if coded.choice.coding != "exact" and plan.lossy is None:
+            room.keep(number, read)
+        _store(coded, frames if video else None, room.exact, task)
+        if coded.choice.coding != "exact":
             written.add(coded.tensor)
         if isinstance(coded.levels, Scratch):
             coded.levels.close()
     frames.flush()
-    exact.flush()
-    outbox.flush()
-    meter.finish()
-    written.finish(writer, writer.finish())
-    return written
+
+
+def _write_lossy(room: _Room, written: Written, meter: _Meter) -> None:
+    """Samples of fine steps, on frames of which the codec decides what becomes of them."""
+    task = room.task
+    frames = LossyWriter(
+        room.writer, room.settings, room.outbox, partial(_whole, task), written.add
+    )
+    for sampled in sample_tensors(requests(task), task.workers, room.settings.form.bits):
+        if isinstance(sampled, Kept):
+            room.keep(sampled.number, task.read(sampled.number).elements)
+        else:
+            frames.add(sampled)
+            meter.quantized(sampled.tensor.spec.size)
+    frames.flush()
 
 
 def _whole(task: Task, number: int) -> Array:
     return task.read(number)()
 
 
-def _store(
-    coded: Coded, frames: FrameWriter | LossyWriter | None, exact: ExactWriter, task: Task
-) -> None:
+def _store(coded: Coded, frames: FrameWriter | None, exact: ExactWriter, task: Task) -> None:
     levels = coded.levels
     if coded.choice.coding == "exact" or levels is None:
         exact.add(coded.number, task.read(coded.number).elements)
-    elif isinstance(frames, LossyWriter):
-        frames.add(coded.number, coded.tensor, _by_layout(coded, levels))
     elif coded.choice.coding == "video" and frames is not None:
         frames.add(coded.number, coded.tensor, levels)
     else:
         rows = _by_rows(coded.tensor, levels) if coded.choice.coding == "video" else levels
         read = rows.read if isinstance(rows, Scratch) else lambda begin, end: rows[begin:end]
         exact.add_plain(coded.number, coded.tensor, read, coded.choice.video_bytes)
-
-
-def _by_layout(coded: Coded, levels: Levels | Scratch) -> Levels | Scratch:
-    """Levels in the order of the layout, whatever they were meant for."""
-    if coded.choice.coding == "video":
-        return levels
-    size, tensor = coded.tensor.spec.size, coded.tensor
-    whole = levels.read(0, size).view(np.int8) if isinstance(levels, Scratch) else levels
-    return tile.to_sequence(whole.reshape(tensor.shape), tensor.layout.order)
 
 
 def _by_rows(coded: CodedTensor, sequence: npt.NDArray[np.int8] | Scratch) -> Levels:

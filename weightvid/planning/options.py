@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from weightvid import allocate, tile
+from weightvid import allocate
 from weightvid.calibration import CalibrationStats
-from weightvid.codec.encode import DEFAULT_PRESET, EncoderSettings, Lossy
+from weightvid.codec.encode import DEFAULT_ENCODER, Lossy, Video, find_program
 from weightvid.errors import QuantizationError
 from weightvid.planning.function import Function
 from weightvid.planning.target import Target
@@ -81,8 +81,14 @@ class PackOptions:
         Shell-style patterns of tensor names that are kept exactly.
     side_files : bool
         Store the small other files of a folder: configuration, tokenizer.
+    codec : str
+        Encoder of the frames: a name of :data:`weightvid.codec.registry.CODECS`.
+    bit_depth : int
+        Bits of a sample: 8, or 10 if ``lossy``.
     preset : str
-        x265's preset.
+        The encoder's; empty: its usual one.
+    ffmpeg : str or None
+        The ffmpeg program, for encoders that PyAV lacks; None: the system's, or imageio-ffmpeg's.
     jobs : int
         Workers side by side, on this machine; 0: one per core.
     cluster : str, Executor or None
@@ -110,7 +116,10 @@ class PackOptions:
     lossy: Lossy | None = None
     keep: tuple[str, ...] = ()
     side_files: bool = True
-    preset: str = DEFAULT_PRESET
+    codec: str = DEFAULT_ENCODER
+    bit_depth: int = 8
+    preset: str = ""
+    ffmpeg: str | None = None
     jobs: int = 0
     cluster: str | Executor | None = None
     force: bool = False
@@ -133,6 +142,17 @@ class PackOptions:
         """Whether convolutions are rounded with noise shaping."""
         return self.shaping and self.rule != "sqnr"
 
+    def video(self) -> Video:
+        """How the frames are coded.
+
+        Raises
+        ------
+        CodecError
+            There is no such encoder, it cannot be used here, or its stream fits no archive.
+        """
+        made = Video(self.codec, self.preset, self.lossy, self.bit_depth)
+        return replace(made, program=find_program(self.codec, self.ffmpeg))
+
     def check(self) -> None:
         """Refuse settings that contradict each other or themselves.
 
@@ -153,7 +173,7 @@ class PackOptions:
             raise QuantizationError(f"a target of {self.target.kind} needs an evaluation")
         if self.evaluation is not None and self.rule == "sqnr":
             raise QuantizationError("an evaluation and the rule sqnr exclude each other")
-        EncoderSettings(tile.MIN_FRAME_PX, tile.MIN_FRAME_PX, self.preset)
+        self.video()
         if self.states:
             TrellisParams(1.0, self.states)
         if not MIN_MANTISSA_BITS <= self.kept_mantissa_bits <= FULL_BITS:

@@ -11,6 +11,7 @@ from weightvid import allocate, tile
 from weightvid.calibration import CalibrationStats, TensorMoments, load_stats
 from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
+from weightvid.codec.encode import DEFAULT_ENCODER
 from weightvid.container.files import store_files
 from weightvid.container.records import Header
 from weightvid.dtypes import LARGEST, PACKABLE
@@ -82,7 +83,7 @@ class Survey:
         """
         if self.options.lossy is not None:
             return {
-                number: allocate.sample_step(self.units[number], stats)
+                number: allocate.sample_step(self.units[number], stats, self.options.bit_depth)
                 for number, stats in self.stats.items()
             }
         return {number: self.limited(number, factor * self.units[number]) for number in self.stats}
@@ -183,6 +184,7 @@ def plan_archive(
         Further entries of the header for people.
     """
     options, specs = surveyed.options, surveyed.specs
+    video = options.video()
     params: dict[int, Params] = {}
     for number, step in steps.items():
         quantizer = surveyed.quantizer(number, step)
@@ -198,17 +200,18 @@ def plan_archive(
         contents.metadata,
         {**_about(options), **_about_calibration(surveyed, params), **(about or {})},
         files=entries,
+        codec=video.track.name,
+        bit_depth=video.bits,
     )
     return WritePlan(
         header,
         params,
-        options.preset,
+        video,
         options.shapes_noise and options.lossy is None,
         options.kept_mantissa_bits,
         options.keep,
         surveyed.moments,
         boxes,
-        options.lossy,
     )
 
 
@@ -300,6 +303,8 @@ def _about(options: PackOptions) -> dict[str, Any]:
     about: dict[str, Any] = {"generator": f"weightvid {__version__}", "recipe": recipe}
     if options.lossy is not None:
         about["recipe"] = f"lossy video, {options.lossy}"
+    if options.codec != DEFAULT_ENCODER:
+        about["encoder"] = options.codec
     if options.rule != allocate.DEFAULT_RULE:
         about["rule"] = options.rule
     if options.kept_mantissa_bits < FULL_BITS:

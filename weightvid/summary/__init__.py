@@ -11,7 +11,7 @@ from math import e, log2, pi
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
-from weightvid.codec import bitstream
+from weightvid.codec.tracks import TRACKS
 from weightvid.container.records import Header, StoredFile, TensorEnd
 from weightvid.dtypes import PACKABLE
 from weightvid.loader import Archive, open_archive
@@ -96,7 +96,9 @@ class VideoSummary:
     Attributes
     ----------
     codec, profile, tier, level : str
-        As the track claims them.
+        As the track claims them; empty where the codec has no such thing.
+    bit_depth : int
+        Of a sample.
     width, height : int
         Of a frame, in samples.
     frames : int
@@ -106,6 +108,7 @@ class VideoSummary:
     profile: str
     tier: str
     level: str
+    bit_depth: int
     width: int
     height: int
     frames: int
@@ -139,6 +142,8 @@ class ArchiveSummary:
     detailed : bool
         False: the index alone has been read. Then nothing is known of quantizers, SQNR and the
         bits of each tensor.
+    sqnr_db : float or None
+        Over all quantized tensors, where the archive says it.
     """
 
     file_bytes: int
@@ -153,6 +158,7 @@ class ArchiveSummary:
     metadata: Mapping[str, str]
     files: tuple[StoredFile, ...] = ()
     detailed: bool = True
+    sqnr_db: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -223,8 +229,8 @@ def _summarize(stream: BinaryIO, how: _Gather) -> ArchiveSummary:
         file_bytes = stream.seek(0, os.SEEK_END)
         found = how(opened, stream, file_bytes)
         tensors = _with_slopes(_tensors(opened, found), opened.header)
-        video = bitstream.describe_hvcc(opened.track.hvcc)
         header = opened.header
+        claim = TRACKS[header.codec].describe(opened.track.record)
         return ArchiveSummary(
             file_bytes=file_bytes,
             complete=bool(opened.complete),
@@ -232,16 +238,18 @@ def _summarize(stream: BinaryIO, how: _Gather) -> ArchiveSummary:
             weights=sum(spec.size for spec in header.tensors if spec.dtype in PACKABLE),
             coded_weights=sum(t.weights for t in tensors if t.coding == "video" and not t.alias_of),
             video=VideoSummary(
-                codec="hevc",
-                profile=video["profile"],
-                tier=video["tier"],
-                level=video["level"],
+                codec=header.codec,
+                profile=claim.profile,
+                tier=claim.tier,
+                level=claim.level,
+                bit_depth=header.bit_depth,
                 width=header.geometry.width,
                 height=header.geometry.height,
                 frames=found.frames,
             ),
             tensors=tensors,
             account=found.account,
+            sqnr_db=opened.sqnr_db,
             about={key: value for key, value in header.about.items() if key != "slopes"},
             metadata=dict(header.metadata),
             files=header.files,

@@ -23,6 +23,7 @@ from weightvid.tile.ribbon import (
     sequence_from_frame,
     starts,
     tiles,
+    zero_sample,
 )
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "starts",
     "tiles",
     "to_sequence",
+    "zero_sample",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,11 +46,19 @@ class BlockOrder:
     ----------
     shape : (int, int)
     order : EnergyOrder or None
+    dtype : dtype
+        Of the levels.
     """
 
-    def __init__(self, shape: tuple[int, int], order: EnergyOrder | None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        order: EnergyOrder | None,
+        dtype: npt.DTypeLike = np.int8,
+    ) -> None:
         self._rows, self._columns = shape
         self._order = order
+        self._dtype: np.dtype[Any] = np.dtype(dtype)
         if order is None:
             return
         row_order, self._column_order = order.permutations(self._columns)
@@ -86,28 +94,36 @@ class BlockOrder:
             )
             yield _Run(rows, parts)
 
+    def _write(self, room: Room, at: int, levels: Levels) -> None:
+        room.write(at * self._dtype.itemsize, levels.reshape(-1).view(np.int8))
+
+    def _read(self, room: Room, begin: int, end: int) -> Levels:
+        size = self._dtype.itemsize
+        return room.read(begin * size, end * size).view(self._dtype)
+
     def put(self, room: Room, begin: int, block: Levels) -> None:
         """Put the levels of some rows, of :meth:`blocks`, where they lie in the sequence."""
         if self._order is None:
-            room.write(begin * self._columns, to_sequence(block, None))
+            self._write(room, begin * self._columns, to_sequence(block, None))
             return
         ordered = np.take(block, self._column_order, axis=1)
         for run in self._runs(begin, begin + len(block)):
             rows = ordered[run.rows]
             for at, columns in run.parts:
-                room.write(at, np.ascontiguousarray(rows[:, columns]))
+                self._write(room, at, np.ascontiguousarray(rows[:, columns]))
 
     def get(self, room: Room, begin: int, end: int) -> Levels:
         """Levels of some rows, of :meth:`blocks`, from the sequence."""
         shape = (end - begin, self._columns)
         if self._order is None:
-            return from_sequence(room.read(begin * shape[1], end * shape[1]), shape, None)
-        ordered = np.empty(shape, np.int8)
+            whole = self._read(room, begin * shape[1], end * shape[1])
+            return from_sequence(whole, shape, None)
+        ordered = np.empty(shape, self._dtype)
         for run in self._runs(begin, end):
-            rows = np.empty((len(run.rows), self._columns), np.int8)
+            rows = np.empty((len(run.rows), self._columns), self._dtype)
             for at, columns in run.parts:
                 width = columns.stop - columns.start
-                part = room.read(at, at + width * len(rows))
+                part = self._read(room, at, at + width * len(rows))
                 rows[:, columns] = part.reshape(len(rows), width)
             ordered[run.rows] = rows
         return np.take(ordered, self._column_place, axis=1)

@@ -15,17 +15,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from weightvid.errors import QuantizationError
-from weightvid.tile.ribbon import ZERO_SAMPLE, Samples
+from weightvid.tile.ribbon import ZERO_SAMPLE, zero_sample
 
+#: folds are of 8-bit samples; deeper ones have none.
+Samples = npt.NDArray[np.uint8]
 Levels = npt.NDArray[np.int8]
+#: levels without a fold, int8 or int16, and their samples, uint8 or uint16.
+Plain = npt.NDArray[Any]
 Digits = npt.NDArray[np.uint8]
 
+#: bits of samples that levels may be folded into; deeper ones show them as they are.
+FOLDED_BITS: Final = 8
 MAX_CORE: Final = 15
 MAX_WIDTH: Final = 4
 
@@ -60,6 +66,28 @@ class Fold:
 
 
 PLAIN: Final = Fold()
+
+
+def plain_samples(levels: Plain, bits: int) -> Plain:
+    """Samples of levels without a fold.
+
+    Examples
+    --------
+    >>> plain_samples(np.array([-1, 0, 2], np.int8), 8).tolist()
+    [127, 128, 130]
+    >>> plain_samples(np.array([-511, 0], np.int16), 10).tolist()
+    [1, 512]
+    """
+    if levels.dtype == np.int8:
+        return levels.view(np.uint8) ^ np.uint8(ZERO_SAMPLE)
+    return (levels + np.int16(zero_sample(bits))).astype(np.uint16)
+
+
+def plain_levels(samples: Plain, bits: int) -> Plain:
+    """Undo :func:`plain_samples`."""
+    if samples.dtype == np.uint8:
+        return (samples ^ np.uint8(ZERO_SAMPLE)).view(np.int8)
+    return samples.astype(np.int16) - np.int16(zero_sample(bits))
 
 
 def digits_per_byte(radix: int) -> int:

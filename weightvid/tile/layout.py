@@ -38,6 +38,10 @@ class Layout:
         if len(self.folds) != classes:
             raise QuantizationError(f"{len(self.folds)} folds for {classes} classes")
 
+    def unfolded(self) -> Layout:
+        """The same order, every level a sample."""
+        return Layout(self.order, (PLAIN,) * len(self.folds))
+
     def segments(self, rows: int, columns: int) -> list[Segment]:
         """Parts of the sequence of an R x C matrix; neighbours have different folds."""
         if self.order is None:

@@ -14,18 +14,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-Samples = npt.NDArray[np.uint8]
+#: uint8, or uint16 where samples have more than 8 bits.
+Samples = npt.NDArray[Any]
 
 #: height of the ribbon in samples; also the size of a coding-tree unit.
 BAND: Final = 64
 #: tensors start at multiples of this many ribbon columns.
 ALIGN: Final = 4
-#: sample of level 0; also fills what no tensor covers.
+#: 8-bit sample of level 0; also fills what no tensor covers.
 ZERO_SAMPLE: Final = 128
 MIN_FRAME_PX: Final = 256
 MAX_FRAME_PX: Final = 2048
@@ -54,6 +55,17 @@ class Tile:
     x: int
     y: int
     width: int
+
+
+def zero_sample(bits: int) -> int:
+    """Sample of level 0.
+
+    Examples
+    --------
+    >>> zero_sample(8), zero_sample(10)
+    (128, 512)
+    """
+    return 1 << (bits - 1)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -101,7 +113,7 @@ def sequence_from_frame(frame: Samples, first: int, count: int) -> Samples:
 
     Returns
     -------
-    ndarray of uint8, shape (64 * count,)
+    ndarray of the frame's dtype, shape (64 * count,)
     """
     width = frame.shape[1]
     columns = np.empty((count, BAND), frame.dtype)

@@ -1,19 +1,21 @@
-"""HEVC byte streams: NAL units, parameter sets, the level they claim, and the ``hvcC`` record.
+"""HEVC in an MP4: parameter sets, the level they claim, and the ``hvcC`` record.
 
 Sources: Rec. ITU-T H.265 clause 7.3 and Annexes A and B; ISO/IEC 14496-15 clause 8.3.3.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Final
 
+from weightvid.codec.form import Claim, Form
+from weightvid.codec.nal import escape, split_nal_units, unescape, with_lengths
 from weightvid.errors import CodecError
 
 _VPS, _SPS, _PPS = 32, 33, 34
 _IDR_TYPES: Final = (19, 20)
-_START_CODE: Final = re.compile(rb"\x00\x00\x00?\x01")
+_SEI_TYPES: Final = (39, 40)
+_LEAST_RECORD_BYTES: Final = 23
 #: offset of profile_tier_level() in the unescaped payload, header of the NAL unit included.
 _PTL_IN_VPS, _PTL_IN_SPS = 6, 3
 _LEVEL_IN_PTL: Final = 11
@@ -32,7 +34,8 @@ LEVELS: Final[dict[str, tuple[int, int, int, int]]] = {
     "5.2": (156, 8_912_896, 1_069_547_520, 60_000),
 }
 #: more bits than a lossless picture takes per luma sample. Measured: uniform noise 10.6, noise of
-#: samples at both ends of the range 12.2 (tests/codec/test_codec.py).
+#: samples at both ends of the range 12.2 (tests/codec/test_codec.py). Those of deeper samples are
+#: taken to grow with their bits.
 _WORST_BITS_PER_SAMPLE: Final = 13.0
 
 
@@ -45,42 +48,9 @@ class ParameterSets:
     pps: bytes
 
 
-def split_nal_units(stream: bytes) -> list[bytes]:
-    """NAL units of an Annex B byte stream, without start codes and trailing zero bytes."""
-    edges = [(m.start(), m.end()) for m in _START_CODE.finditer(stream)]
-    if not edges:
-        raise CodecError("the encoder's output has no start code")
-    ends = [start for start, _ in edges[1:]] + [len(stream)]
-    units = [stream[begin:end].rstrip(b"\x00") for (_, begin), end in zip(edges, ends, strict=True)]
-    return [unit for unit in units if len(unit) > 2]
-
-
 def nal_type(unit: bytes) -> int:
     """nal_unit_type of a NAL unit."""
     return (unit[0] >> 1) & 0x3F
-
-
-def unescape(unit: bytes) -> bytes:
-    """Remove emulation prevention bytes (H.265 7.4.2)."""
-    return re.sub(rb"\x00\x00\x03", b"\x00\x00", unit)
-
-
-def escape(payload: bytes) -> bytes:
-    """Insert emulation prevention bytes.
-
-    Examples
-    --------
-    >>> escape(bytes([1, 0, 0, 0, 0, 1])).hex()
-    '0100000300000301'
-    """
-    out, zeros = bytearray(), 0
-    for byte in payload:
-        if zeros >= 2 and byte <= 3:
-            out.append(3)
-            zeros = 0
-        out.append(byte)
-        zeros = zeros + 1 if byte == 0 else 0
-    return bytes(out)
 
 
 def _with_level(unit: bytes, ptl: int, level_idc: int) -> bytes:
@@ -89,7 +59,7 @@ def _with_level(unit: bytes, ptl: int, level_idc: int) -> bytes:
     return escape(bytes(payload))
 
 
-def choose_level(width: int, height: int) -> str:
+def choose_level(width: int, height: int, bits: int = 8) -> str:
     """Lowest level of the Main tier that one such frame a second meets in any case.
 
     Checks the picture size, both sides, the sample rate and, for incompressible samples, the bit
@@ -101,11 +71,11 @@ def choose_level(width: int, height: int) -> str:
     ('2', '4.1', '5.2')
     """
     samples = width * height
+    worst = samples * _WORST_BITS_PER_SAMPLE * bits / 8
     for name, (_, max_picture, max_rate, max_kbits) in LEVELS.items():
         side = (8 * max_picture) ** 0.5
-        bits = samples * _WORST_BITS_PER_SAMPLE
         fits = samples <= min(max_picture, max_rate) and max(width, height) <= side
-        if fits and bits <= 1000 * max_kbits:
+        if fits and worst <= 1000 * max_kbits:
             return name
     raise CodecError(f"no HEVC level allows frames of {width} x {height}")
 
@@ -124,14 +94,14 @@ def parameter_sets(extradata: bytes, level: str) -> ParameterSets:
     return ParameterSets(vps, sps, found[_PPS])
 
 
-def hvcc(sets: ParameterSets) -> bytes:
-    """HEVCDecoderConfigurationRecord of an 8-bit 4:2:0 track with 4-byte NAL lengths."""
+def hvcc(sets: ParameterSets, bits: int = 8) -> bytes:
+    """HEVCDecoderConfigurationRecord of a 4:2:0 track with 4-byte NAL lengths."""
     ptl = unescape(sets.sps)[_PTL_IN_SPS : _PTL_IN_SPS + _LEVEL_IN_PTL + 1]
     record = bytearray(b"\x01") + ptl
     record += b"\xf0\x00"  # min_spatial_segmentation_idc: unknown
     record += b"\xfc"  # parallelismType: unknown
     record += b"\xfd"  # chromaFormat: 4:2:0
-    record += b"\xf8\xf8"  # luma and chroma bit depth: 8
+    record += bytes((0xF8 | (bits - 8), 0xF8 | (bits - 8)))  # bit depth of luma and chroma
     record += b"\x00\x00"  # avgFrameRate: unspecified
     record += b"\x0f"  # one temporal layer, nested; lengths of 4 bytes
     record += b"\x03"
@@ -148,19 +118,55 @@ def idr_sample(packet: bytes) -> bytes:
     CodecError
         The packet holds anything but slices of an IDR picture.
     """
-    units = split_nal_units(packet)
-    if any(nal_type(unit) not in _IDR_TYPES for unit in units):
+    return _slices(split_nal_units(packet))
+
+
+def _slices(units: list[bytes]) -> bytes:
+    if not units or any(nal_type(unit) not in _IDR_TYPES for unit in units):
         kinds = sorted({nal_type(unit) for unit in units})
         raise CodecError(f"expected an IDR picture, the encoder gave NAL units of types {kinds}")
-    return b"".join(len(unit).to_bytes(4, "big") + unit for unit in units)
+    return with_lengths(units)
 
 
-def describe_hvcc(record: bytes) -> dict[str, str]:
-    """Profile, level and tier that a ``hvcC`` record claims, in words."""
+def wrap(extradata: bytes, packet: bytes, form: Form) -> tuple[bytes, bytes]:
+    """The ``hvcC`` record, and one picture as it lies in an MP4.
+
+    Parameters
+    ----------
+    extradata, packet : bytes
+        An encoder's byte stream; parameter sets may stand in either.
+    form : Form
+
+    Raises
+    ------
+    CodecError
+        There is more than one picture, or it is no IDR picture.
+    """
+    units = split_nal_units(packet)
+    outside = [unit for unit in units if nal_type(unit) not in (_VPS, _SPS, _PPS, *_SEI_TYPES)]
+    level = choose_level(form.width, form.height, form.bits)
+    sets = parameter_sets(extradata or packet, level)
+    return hvcc(sets, form.bits), _slices(outside)
+
+
+def describe(record: bytes) -> Claim:
+    """What an ``hvcC`` record claims."""
     if len(record) < 13:
         raise CodecError("the hvcC record is cut short")
     names = {1: "Main", 2: "Main 10", 3: "Main Still Picture", 4: "Range Extensions"}
     profile = record[1] & 0x1F
     tier = "High" if record[1] & 0x20 else "Main"
-    level = record[12] / 30
-    return {"profile": names.get(profile, str(profile)), "tier": tier, "level": f"{level:g}"}
+    return Claim(names.get(profile, str(profile)), tier, f"{record[12] / 30:g}")
+
+
+def check(record: bytes, form: Form) -> None:
+    """Refuse a record that contradicts the track.
+
+    Its SPS is not looked into: the decoder is, and a picture of another form is refused then.
+
+    Raises
+    ------
+    CodecError
+    """
+    if len(record) < _LEAST_RECORD_BYTES:
+        raise CodecError("the hvcC record is cut short")
