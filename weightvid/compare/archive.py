@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightvid.compare.coded import Coded, Decoded
@@ -25,10 +25,13 @@ class ArchiveCoder:
     model : Model
     setting : Setting
         Of the kind ``pack``.
+    calibration : str or None
+        Path of the statistics that calibrated settings are packed with.
     """
 
     model: Model
     setting: Setting
+    calibration: str | None = None
 
     @property
     def scales(self) -> bool:
@@ -44,7 +47,10 @@ class ArchiveCoder:
         """
         with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
             path = Path(folder) / "model.mp4"
-            pack_checkpoint(self.model.path, path, pack_options(self.setting, jobs))
+            options = pack_options(self.setting, jobs)
+            if self.setting.calibrated:
+                options = replace(options, calibration=self.calibration)
+            pack_checkpoint(self.model.path, path, options)
             about = summarize_archive(path)
             video = about.video
             facts = {"frames": video.frames, "width": video.width, "height": video.height}

@@ -45,6 +45,8 @@ class Sweep:
     inter : bool
         Every codec that predicts frames from others also with that, beside the same frames
         without.
+    calibrated : bool
+        Pack's own quantizer also with calibration statistics.
     """
 
     codecs: tuple[str, ...] = DEFAULT_CODECS
@@ -56,6 +58,7 @@ class Sweep:
     baselines: tuple[str, ...] = (ALL,)
     formats: tuple[str, ...] = ()
     inter: bool = False
+    calibrated: bool = False
 
     def settings(self) -> list[Setting]:
         """Every point, each once.
@@ -112,6 +115,12 @@ class Sweep:
                     yield Setting(
                         "pack", "x265", preset, "lossless", _USUAL, None, name, rate
                     )  # fmt: skip
+        if self.calibrated:
+            for rate in self.rates:
+                yield Setting(
+                    "pack", "x265", presets[0], "lossless", _USUAL, None, DEFAULT_QUANTIZER, rate,
+                    calibrated=True,
+                )  # fmt: skip
         if "x265" in codecs and DEFAULT_QUANTIZER in names:
             for mode, values in (("qp", self.qp), ("crf", self.crf)):
                 for value in self._values("x265", mode, values):
