@@ -109,7 +109,7 @@ def calibrate(
     tensors = dict(module.state_dict(keep_vars=True))
     reader = TensorReader({name: tensor.detach() for name, tensor in tensors.items()}, {})
     notes: list[str] = []
-    with reader, _ready(module):
+    with reader, ready(module):
         sizes = {name: len(t) for name, t in tensors.items() if t.ndim >= 1}
         needed, tables = _look_around(module, batches[:_LOOK_BATCHES], tensors)
         if not needed:
@@ -129,7 +129,7 @@ def calibrate(
             watch = Watch(tensors, accumulator.add, gradients, norms)
             with watch, torch.set_grad_enabled(gradients):
                 for number, batch in enumerate(batches):
-                    accumulator.held_back = _is_held_back(number, len(batches), chosen.held_back)
+                    accumulator.held_back = is_held_back(number, len(batches), chosen.held_back)
                     result = call(module, batch)
                     if gradients:
                         _send_back(result, directions)
@@ -173,7 +173,7 @@ def _is_foreign(norms: NormCheck, config: CalibrationConfig, notes: list[str]) -
 
 
 @contextmanager
-def _ready(module: torch.nn.Module) -> Iterator[None]:
+def ready(module: torch.nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and none of the fast paths that hide the layers."""
     modes = [(m, m.training) for m in module.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -198,7 +198,7 @@ def _send_back(result: Any, directions: torch.Generator) -> None:
         (output * direction.to(output)).sum().backward()
 
 
-def _is_held_back(number: int, count: int, part: float) -> bool:
+def is_held_back(number: int, count: int, part: float) -> bool:
     """Evenly spaced batches, the last of each span; none where all would be."""
     if part <= 0.0 or count < 2:
         return False
