@@ -17,6 +17,7 @@ from weightvid.calibrate.domain import NormCheck
 from weightvid.calibrate.outputs import call, first_output, samples_of
 from weightvid.calibrate.sensitivity import choose_batches, sensitivities
 from weightvid.calibrate.watch import Seen, Watch
+from weightvid.calibrate.whole import whole_gain_db
 from weightvid.calibration import CalibrationStats, TensorMoments, model_hash
 from weightvid.checkpoint.base import shorten
 from weightvid.dtypes import to_float32
@@ -55,6 +56,10 @@ class CalibrationConfig:
     sensitivity_samples : int
         About so many samples, evenly spaced, tell how much the outputs care for each tensor's
         error; 0: the steps are those of an archive without statistics.
+    trust_inputs : bool
+        The inputs are known to be of the kind that the model is used on. Otherwise such losses
+        are measured only where the model's BatchNorm layers confirm it: steps that follow the
+        losses of foreign inputs do harm.
     """
 
     memory_bytes: int = 1 << 30
@@ -62,6 +67,7 @@ class CalibrationConfig:
     dampings: tuple[float, ...] = (0.01, 0.1, 1.0)
     domain_limit: float = 0.1
     sensitivity_samples: int = 128
+    trust_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.memory_bytes < 1:
@@ -90,7 +96,8 @@ def calibrate(
         device. Batches of one sample or many; the first axis counts samples.
     config : CalibrationConfig, optional
     progress : callable
-        Told about the stages ``calibrate`` (batches), ``check`` and ``sensitivity`` (tensors).
+        Told about the stages ``calibrate`` (batches), ``check``, ``sensitivity`` and ``whole``
+        (tensors).
 
     Returns
     -------
@@ -119,14 +126,14 @@ def calibrate(
             )
         passes = _plan(needed, chosen, notes)
         moments: dict[str, TensorMoments] = {}
-        foreign = False
+        confirmed, foreign = chosen.trust_inputs, ""
         done, total = 0, len(passes) * len(batches)
         for names in passes:
             accumulator = Accumulator(names, sizes)
             gradients = bool(names & tables)
             directions = torch.Generator().manual_seed(0)
             norms = NormCheck() if not done else None
-            watch = Watch(tensors, accumulator.add, gradients, norms)
+            watch = Watch(tensors, accumulator.add, gradients, norms, names)
             with watch, torch.set_grad_enabled(gradients):
                 for number, batch in enumerate(batches):
                     accumulator.held_back = is_held_back(number, len(batches), chosen.held_back)
@@ -136,40 +143,70 @@ def calibrate(
                     done += 1
                     progress(Progress("calibrate", done, total, unit="batches"))
             if norms is not None:
-                foreign = _is_foreign(norms, chosen, notes)
+                foreign = _is_foreign(norms, chosen)
+                confirmed = confirmed or norms.divergence is not None
             for place, name in enumerate(sorted(names)):
                 weights = to_float32(reader.read(name), reader.spec(name).dtype)
                 moments.update(_finish(name, accumulator, weights, chosen))
                 progress(Progress("check", place + 1, len(names), unit="tensors"))
-        if foreign:
-            moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
+        refused = foreign
         unused = [n for n, m in moments.items() if m.moment is not None and not m.useful]
-        if unused and not foreign:
+        if unused and not refused:
             notes.append(f"no better than without, on held-back inputs: {shorten(unused)}")
         measured: dict[str, float] = {}
-        if chosen.sensitivity_samples and not foreign:
+        if chosen.sensitivity_samples and confirmed and not refused:
             some = choose_batches(batches, chosen.sensitivity_samples)
             measured = sensitivities(module, reader, moments, some, progress)
+        if not refused:
+            refused = _is_worse(module, moments, measured, _held_back(batches, chosen), progress)
+        if refused:
+            moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
+            measured = {}
+            notes.append(f"{refused}; the statistics will not be used")
         return CalibrationStats(
             model_hash(reader, moments),
             sum(samples_of(batch) for batch in batches),
             {name: moments[name] for name in sorted(moments)},
             tuple(notes),
             measured,
+            refused,
         )
 
 
-def _is_foreign(norms: NormCheck, config: CalibrationConfig, notes: list[str]) -> bool:
-    """Whether the inputs are unlike those of training, as far as BatchNorm layers know."""
+def _is_foreign(norms: NormCheck, config: CalibrationConfig) -> str:
+    """In what the inputs are unlike those of training, as far as BatchNorm layers know."""
     divergence = norms.divergence
     if divergence is None or divergence <= config.domain_limit:
-        return False
-    notes.append(
+        return ""
+    return (
         "the example inputs are unlike those the model was trained on: its BatchNorm layers see "
         f"other means and variances than they remember ({divergence:.2f} nats apart; up to "
-        f"{config.domain_limit:g} is usual); the statistics will not be used"
+        f"{config.domain_limit:g} is usual)"
     )
-    return True
+
+
+def _is_worse(
+    module: torch.nn.Module,
+    moments: Mapping[str, TensorMoments],
+    measured: Mapping[str, float],
+    batches: Sequence[Any],
+    progress: Report,
+) -> str:
+    """Whether the model as a whole is no better with the statistics."""
+    if not batches or not any(m.useful for m in moments.values()):
+        return ""
+    gain = whole_gain_db(module, moments, measured, batches, progress)
+    if gain is None or gain > 0.0:
+        return ""
+    return (
+        "on held-back inputs the model as a whole is no better with calibration than without "
+        f"({-gain:.1f} dB worse at an equal rate)"
+    )
+
+
+def _held_back(batches: Sequence[Any], config: CalibrationConfig) -> list[Any]:
+    held = (is_held_back(n, len(batches), config.held_back) for n in range(len(batches)))
+    return [batch for batch, back in zip(batches, held, strict=True) if back]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from weightvid.calibrate.order import LOOK_BATCHES, Order, look, stages
 from weightvid.calibrate.outputs import call
 from weightvid.calibrate.pairs import PairCollector, PairMoments, check_finite
 from weightvid.calibrate.state import State
-from weightvid.calibrate.watch import Seen, Watch
+from weightvid.calibrate.watch import Enough, Seen, Watch
 from weightvid.dtypes import from_float32, to_float32
 from weightvid.packing.biases import bias_numbers
 from weightvid.packing.quantizer import Fixed, Request
@@ -56,10 +56,6 @@ class _Memory(Source):
     def read_range(self, spec: TensorSpec, first: int, count: int) -> Array:
         """Some consecutive elements."""
         return self.array.reshape(-1)[first : first + count]
-
-
-class _Enough(Exception):  # noqa: N818 - no error: it ends a run of which nothing more is wanted
-    """Nothing of interest can come any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +182,7 @@ class LayerSequence:
             # Every second batch the other way round, so that weights change hands once a batch.
             for original in (True, False) if place % 2 == 0 else (False, True):
                 (self._state.original if original else self._state.quantized)()
-                seen[original] = self._watched(batch, collector, end)
+                seen[original] = self._watched(batch, stage, collector, end)
             collector.add(seen[True], seen[False], held_back)
             self._done += 1
             progress(Progress("recalibrate", self._done, self._total, unit="batches"))
@@ -201,16 +197,14 @@ class LayerSequence:
         return found
 
     def _watched(
-        self, batch: Any, collector: PairCollector, end: str | None
+        self, batch: Any, stage: Sequence[str], collector: PairCollector, end: str | None
     ) -> dict[str, list[Seen]]:
         kept: dict[str, list[Seen]] = {}
 
         def note(seen: Seen) -> None:
-            if seen.name == end:
-                raise _Enough
             collector.record(seen, kept)
 
-        with suppress(_Enough), Watch(self._tensors, note):
+        with suppress(Enough), Watch(self._tensors, note, wanted=stage, stop=end):
             call(self._module, batch)
         return kept
 

@@ -326,6 +326,8 @@ def _about_calibration(surveyed: Survey, params: Collection[int]) -> dict[str, A
     """Which quantized tensors had statistics, and which had none."""
     if surveyed.calibration is None:
         return {}
+    if surveyed.calibration.refused:
+        return {"calibration": f"not used: {surveyed.calibration.refused}"}
     used = sum(number in surveyed.moments for number in params)
     about = {"calibration": f"{used} tensors, {surveyed.calibration.samples} samples"}
     without: Sequence[str] = [
