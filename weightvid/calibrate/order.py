@@ -73,7 +73,8 @@ def look(
     """Run a few batches and note what is used."""
     order = Order()
     used: dict[str, int] = {}
-    previous: list[Any] = [None]
+    # Held, so that its memory cannot be another tensor's meanwhile.
+    previous: list[torch.Tensor] = []
 
     def note(seen: Seen) -> None:
         order.calls.append(seen.name)
@@ -81,25 +82,32 @@ def look(
             order.tables.add(seen.name)
             return
         groups, columns = max(len(seen.inputs), seen.share[1]), seen.inputs.shape[-1]
-        key = (seen.inputs.data_ptr(), tuple(seen.inputs.shape), seen.inputs._version)
         if seen.name not in order.layers:
-            alike = key == previous[0]
+            alike = bool(previous) and _same(previous[0], seen.inputs)
             # Two sums of squares, of those that fit and of those that are held back.
             sums = 32 * groups * columns * (columns + 1)
             order.layers[seen.name] = Layer(seen.name, sums, alike=alike)
-        previous[0] = key
+        previous[:] = [seen.inputs]
         used[seen.name] = used.get(seen.name, 0) + 4 * seen.inputs.numel()
 
     with Watch(tensors, note):
         for batch in batches:
             order.calls.clear()
             used.clear()
-            previous[0] = None
+            previous.clear()
             call(module, batch)
             for name, size in used.items():
                 layer = order.layers[name]
                 layer.batch_bytes = max(layer.batch_bytes, size)
     return order
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors show the same memory, unchanged in between."""
+    places = [(t.data_ptr(), t.shape, t.stride()) for t in (one, other)]
+    # Tensors of inference mode have no version.
+    known = not (one.is_inference() or other.is_inference())
+    return places[0] == places[1] and (not known or one._version == other._version)
 
 
 def stages(

@@ -30,8 +30,6 @@ class PairMoments:
         Means of x' x'^T and x x'^T.
     mean, original_mean : ndarray of float64, shape (groups, C)
         Means of x' and x.
-    rows : int
-        Pairs seen, in the group that saw most.
     """
 
     axis: int
@@ -39,7 +37,6 @@ class PairMoments:
     cross: Moments
     mean: Moments
     original_mean: Moments
-    rows: int
 
 
 class PairSums:
@@ -73,16 +70,12 @@ class PairSums:
                 self._total[1, target] += left.sum(0, dtype=torch.float64)
             self._rows[target] += len(y)
 
-    def means(self, more: PairSums | None = None) -> PairMoments:
-        """Means over these pairs, and over more of them if they are given."""
-        square, total, rows = self._square, self._total, list(self._rows)
-        if more is not None:
-            square, total = square + more._square, total + more._total
-            rows = [a + b for a, b in zip(rows, more._rows, strict=True)]
-        count = np.maximum(np.array(rows, np.float64), 1)
-        moment, cross = square.cpu().numpy() / count[:, None, None]
-        mean, original_mean = total.cpu().numpy() / count[:, None]
-        return PairMoments(self.axis, moment, cross, mean, original_mean, max(rows))
+    def means(self) -> PairMoments:
+        """Means over the pairs."""
+        count = np.maximum(np.array(self._rows, np.float64), 1)
+        moment, cross = self._square.cpu().numpy() / count[:, None, None]
+        mean, original_mean = self._total.cpu().numpy() / count[:, None]
+        return PairMoments(self.axis, moment, cross, mean, original_mean)
 
 
 class PairCollector:

@@ -60,11 +60,14 @@ class _Memory(Source):
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """Means over the pairs of one tensor: fitted to, held back (if any were), and all."""
+    """Means over the pairs of one tensor: those fitted to, and those held back for checks.
+
+    What is quantized is fitted to the former alone, as the archive as a whole is judged on the
+    latter.
+    """
 
     fitted: PairMoments
-    held: PairMoments | None
-    both: PairMoments
+    held: PairMoments
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class _Plan:
     request: Request
     way: refit.Way = refit.Way("plain")  # noqa: RUF009 - frozen
     weights: Matrix | None = None
-    both: PairMoments | None = None
+    fitted: PairMoments | None = None
 
 
 class LayerSequence:
@@ -189,11 +192,10 @@ class LayerSequence:
         found = {}
         for name in stage:
             fitted, held = collector.fitted.pop(name, None), collector.held.pop(name, None)
-            if fitted is None or name in collector.lost:
+            if fitted is None or held is None or name in collector.lost:
                 continue
-            both = fitted.means(held)
-            check_finite(name, both)
-            found[name] = _Pairs(fitted.means(), None if held is None else held.means(), both)
+            found[name] = _Pairs(fitted.means(), held.means())
+            check_finite(name, found[name].fitted)
         return found
 
     def _watched(
@@ -212,40 +214,39 @@ class LayerSequence:
         """How a layer is to be quantized: as what is best on held-back inputs."""
         request = self._request(self._numbers[name])
         plain = request.moments
-        if pairs is None or pairs.held is None or plain is None:
+        if pairs is None or plain is None:
             return _Plan(request)
-        both, shape = pairs.both, request.spec.shape
+        fitted, shape = pairs.fitted, request.spec.shape
+        groups = len(fitted.moment)
         array = to_float32(request.read(), request.spec.dtype)
-        weights = refit.turned(array, len(both.moment), both.axis)
-        kernel = shape[2:] if both.axis and np.prod(shape[2:]) > 1 else ()
+        weights = refit.turned(array, groups, fitted.axis)
+        kernel = shape[2:] if fitted.axis and np.prod(shape[2:]) > 1 else ()
         biased = request.number in self._biases
-        trial = refit.Trial(
-            weights, request.params.step, kernel, biased, plain, pairs.fitted, pairs.held
-        )
+        trial = refit.Trial(weights, request.params.step, kernel, biased, plain, fitted, pairs.held)
         way = refit.choose(trial)
         if way.kind == "none":
             shaped = self._surveyed.options.shapes_noise and is_convolution(request.spec)
             request = replace(request, moments=None, shaped=shaped)
         elif way.kind == "sequential":
-            target = weights if way.fit is None else refit.refit(weights, both, way.fit)
-            whole = refit.turned_back(target, len(both.moment), both.axis, shape)
+            target = weights if way.fit is None else refit.refit(weights, fitted, way.fit)
+            whole = refit.turned_back(target, groups, fitted.axis, shape)
             spec = replace(request.spec, dtype="F32")
-            moments = replace(plain, moment=both.moment.astype(np.float32))
+            moments = replace(plain, moment=fitted.moment.astype(np.float32))
             request = replace(
                 request, spec=spec, read=TensorRead(_Memory(whole), spec), moments=moments
             )
-        return _Plan(request, way, weights, both)
+        return _Plan(request, way, weights, fitted)
 
     def _quantize(self, plans: Sequence[_Plan], workers: ThreadPoolExecutor) -> None:
         """Quantize tensors, and let the model run with what comes back."""
         found = quantized([plan.request for plan in plans], workers.map)
         for plan, (fixed, stored) in zip(plans, found, strict=True):
-            number, both = plan.request.number, plan.both
+            number, fitted = plan.request.number, plan.fitted
             spec, shift = self._surveyed.specs[number], fixed.shift
             values = to_float32(stored, plan.request.spec.dtype)
-            if both is not None and plan.weights is not None:
-                restored = refit.turned(values, len(both.moment), both.axis)
-                shift = refit.shift(plan.weights, restored, both)
+            if fitted is not None and plan.weights is not None:
+                restored = refit.turned(values, len(fitted.moment), fitted.axis)
+                shift = refit.shift(plan.weights, restored, fitted)
             self._fixed[number] = replace(fixed, shift=shift)
             self._state.put(spec.name, from_float32(values, spec.dtype))
             if number in self._biases and shift is not None:
