@@ -57,8 +57,8 @@ def test_the_loss_is_that_of_the_error(measured):
     """Against the output error itself, of a layer that is the whole network."""
     torch.manual_seed(1)
     layer = nn.Linear(64, 48, bias=False)
-    inputs = torch.randn(100, 64)
-    config = CalibrationConfig(sensitivity_samples=100, trust_inputs=True, held_back=0)
+    inputs = torch.randn(2000, 64)
+    config = CalibrationConfig(sensitivity_samples=2000, trust_inputs=True)
     stats = calibrate(layer, list(inputs.split(10)), config=config)
     # White inputs: each of the 48 x 64 errors counts with a twelfth of a squared step.
     assert stats.sensitivity["weight"] == pytest.approx(48 * 64 / 12, rel=0.25)
