@@ -91,6 +91,9 @@ class CalibrationStats:
         tensor alone is quantized. May name tensors that have no other statistics.
     refused : str
         Why none of it is to be used; empty: it is.
+    confirmed : bool
+        The inputs are of the kind that the model is used on: its BatchNorm layers know them, or
+        whoever calibrated said so.
     """
 
     model_sha256: str
@@ -99,6 +102,7 @@ class CalibrationStats:
     notes: tuple[str, ...] = ()
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     refused: str = ""
+    confirmed: bool = False
 
     def check(self, reader: CheckpointReader) -> None:
         """Refuse statistics of another model.
@@ -152,6 +156,7 @@ class CalibrationStats:
             "notes": list(self.notes),
             "sensitivity": dict(self.sensitivity),
             "refused": self.refused,
+            "confirmed": self.confirmed,
         }
         specs = [TensorSpec(name, name_of(a.dtype), a.shape) for name, a in arrays.items()]
         contents = Contents(tuple(specs), metadata={KEY: json.dumps(record)})
@@ -192,6 +197,7 @@ def load_stats(path: str | os.PathLike[str]) -> CalibrationStats:
                 notes,
                 sensitivity,
                 str(record.get("refused", "")),
+                bool(record.get("confirmed", False)),
             )
         except CheckpointError:
             raise

@@ -61,8 +61,9 @@ def model(net, tmp_path_factory):
     return path
 
 
-def examples(net, **config):
-    return ModuleExamples(net, tokens(160, 1).split(16), CalibrationConfig(**config))
+def examples(net, batches=None, **config):
+    chosen = CalibrationConfig(**{"trust_inputs": True, **config})
+    return ModuleExamples(net, batches or tokens(160, 1).split(16), chosen)
 
 
 def pack(net, model, folder, **more):
@@ -103,19 +104,27 @@ def test_same_inputs_same_bytes_whoever_works(net, model, tmp_path):
 
 
 def test_memory_bounds_the_stages(net, model, tmp_path):
-    few = ModuleExamples(net, tokens(64, 1).split(16), CalibrationConfig(memory_bytes=1 << 17))
+    few = examples(net, tokens(64, 1).split(16), memory_bytes=1 << 17)
     _, report = pack(net, model, tmp_path, calibration=few)
     # The depthwise layer is beyond the limit of one stage, and goes without.
     assert report.calibration.startswith(("sequential, ", "plain: "))
-    nothing = ModuleExamples(net, tokens(64, 1).split(16), CalibrationConfig(memory_bytes=9_000))
+    nothing = examples(net, tokens(64, 1).split(16), memory_bytes=9_000)
     _, report = pack(net, model, tmp_path, calibration=nothing)
     assert report.calibration == "plain: no layer could be followed at work"
 
 
-def test_without_held_back_inputs_nobody_can_tell(net, model, tmp_path):
-    archive, report = pack(net, model, tmp_path, calibration=ModuleExamples(net, [tokens(64, 1)]))
-    assert report.calibration == "plain: no layer could be followed at work"
+@pytest.mark.parametrize(
+    ("batches", "more", "message"),
+    [
+        ([tokens(64, 1)], {}, "plain: a single batch leaves nothing to check on"),
+        (None, {"trust_inputs": False}, "plain: without BatchNorm nothing confirms"),
+    ],
+)
+def test_where_nobody_can_tell_it_is_not_done(net, model, tmp_path, batches, more, message):
+    archive, report = pack(net, model, tmp_path, calibration=examples(net, batches, **more))
+    assert report.calibration.startswith(message)
     assert "sequential" not in summarize_archive(archive).about
+    assert report.encodings == 1
 
 
 def test_what_is_no_better_is_not_kept(net, model, tmp_path, monkeypatch):

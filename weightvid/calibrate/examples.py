@@ -28,8 +28,8 @@ class ModuleExamples(Examples):
         With the weights of the checkpoint that is packed. They change while it is, and are
         restored.
     inputs : iterable
-        As for `weightvid.calibrate.calibrate`; of at least two batches some are held back, to
-        check on. Without, nothing is quantized layer by layer.
+        As for `weightvid.calibrate.calibrate`. Of two batches or more some are held back, to
+        check on; with a single one nothing is quantized layer by layer.
     config : CalibrationConfig, optional
     """
 
@@ -57,14 +57,20 @@ class ModuleExamples(Examples):
 
     def recalibrate(
         self, surveyed: Survey, steps: Mapping[int, float], progress: Report
-    ) -> Recalibrated | None:
+    ) -> Recalibrated | str:
         """Quantize at these steps, layer by layer."""
         if not any(self._held):
-            return None
+            return "a single batch leaves nothing to check on"
+        if not self.statistics(progress).confirmed:
+            return (
+                "without BatchNorm nothing confirms that the inputs are of the kind that the model "
+                "is used on (if you know, say that they can be trusted)"
+            )
         batches = list(zip(self._batches, self._held, strict=True))
         with ready(self._module), State(self._module) as state:
             sequence = LayerSequence(self._module, surveyed, steps, state)
-            return sequence.run(batches, self._config.memory_bytes, progress)
+            found = sequence.run(batches, self._config.memory_bytes, progress)
+        return "no layer could be followed at work" if found is None else found
 
     def loss(self, tensors: Mapping[str, npt.NDArray[np.generic]]) -> float:
         """Mean squared change of the outputs on held-back inputs, for tensors of an archive."""

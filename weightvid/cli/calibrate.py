@@ -9,7 +9,7 @@ import typer
 
 from weightvid.cli import output
 from weightvid.cli.examples import load_examples
-from weightvid.cli.options import Force, Json, usage_error
+from weightvid.cli.options import Force, Json, TrustInputs, usage_error
 
 if TYPE_CHECKING:
     from weightvid.calibration import CalibrationStats
@@ -32,6 +32,7 @@ def calibrate(
         int,
         typer.Option(min=1, metavar="MB", help="Limit of one pass; more layers take more passes."),
     ] = 1024,
+    trust_inputs: TrustInputs = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -49,7 +50,7 @@ def calibrate(
     from weightvid.calibrate import CalibrationConfig
     from weightvid.calibrate import calibrate as run
 
-    config = CalibrationConfig(memory_bytes=memory << 20)
+    config = CalibrationConfig(memory_bytes=memory << 20, trust_inputs=trust_inputs)
     with output.progress_bars() as report:
         made = run(module, inputs, config=config, progress=report)
     made.save(stats, force=force)

@@ -10,7 +10,7 @@ import typer
 
 from weightvid.cli import lossy, output, targets
 from weightvid.cli.examples import load_examples
-from weightvid.cli.options import Force, Json, named_after, usage_error
+from weightvid.cli.options import Force, Json, TrustInputs, named_after, usage_error
 
 if TYPE_CHECKING:
     from weightvid.checkpoint import CheckpointReader
@@ -97,6 +97,7 @@ def pack(
             "file returns, and quantize layer by layer if that is better.",
         ),
     ] = None,
+    trust_inputs: TrustInputs = False,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Keep these tensors bit for bit. May be repeated."),
@@ -185,7 +186,7 @@ def pack(
         step_factor=step,
         target=target,
         evaluation=evaluation,
-        calibration=_calibration(calibration, examples, evaluate),
+        calibration=_calibration(calibration, examples, evaluate, trust_inputs),
         keep=tuple(keep or ()),
         preset=preset or DEFAULT_PRESET,
         jobs=jobs,
@@ -217,10 +218,12 @@ def pack(
 
 
 def _calibration(
-    stats: Path | None, examples: str | None, evaluate: str | None
+    stats: Path | None, examples: str | None, evaluate: str | None, trust_inputs: bool
 ) -> Path | Examples | None:
     """Statistics in a file, or a model with example inputs."""
     if examples is None:
+        if trust_inputs:
+            usage_error("there are no inputs to trust without --calibrate", "--trust-inputs")
         return stats
     if stats is not None:
         usage_error("--calibration takes finished statistics; give one of both", "--calibrate")
@@ -229,9 +232,9 @@ def _calibration(
             "an evaluation takes statistics: weightvid calibrate, then --calibration", "--calibrate"
         )
     module, inputs = load_examples(examples, "--calibrate")
-    from weightvid.calibrate import ModuleExamples
+    from weightvid.calibrate import CalibrationConfig, ModuleExamples
 
-    return ModuleExamples(module, inputs)
+    return ModuleExamples(module, inputs, CalibrationConfig(trust_inputs=trust_inputs))
 
 
 def _quantizer(name: str | None) -> Quantizer:

@@ -50,8 +50,8 @@ class Examples(ABC):
     @abstractmethod
     def recalibrate(
         self, surveyed: Survey, steps: Mapping[int, float], progress: Report
-    ) -> Recalibrated | None:
-        """Quantize at these steps, layer by layer; None if no layer can be."""
+    ) -> Recalibrated | str:
+        """Quantize at these steps, layer by layer; or why not."""
 
     @abstractmethod
     def loss(self, tensors: Mapping[str, npt.NDArray[np.generic]]) -> float:

@@ -89,8 +89,8 @@ class Refiner:
         while True:
             steps = self._surveyed.steps(factor)
             found = self._examples.recalibrate(self._surveyed, steps, self._progress)
-            if found is None:
-                return Refined(plain, 0, "plain: no layer could be followed at work")
+            if isinstance(found, str):
+                return Refined(plain, 0, f"plain: {found}")
             made = self._encode(factor, {"sequential": _about(found)}, found.fixed)
             tries += 1
             if self._met(made) or tries == _MOST_TRIES:
