@@ -5,7 +5,9 @@
         --models cifar10_resnet20,minilm_l6 --out tools/results
 
 Whole files count, 8 x bytes over all floats of the model. Curves: ``none`` (what pack does by
-itself), ``calibrated`` and, for the first model, ``noise`` (16 random images as calibration data).
+itself), ``calibrated`` (``--calibration``), ``sequential`` (``--calibrate``, the CNNs: the model is
+at hand, and layers are quantized one after another) and, for ResNet-20 and MiniLM, ``noise`` (16
+random images or token sequences as calibration data).
 CNNs are judged by the KL divergence of their logits to the original's on test images, sentence
 embeddings by their mean cosine. Of the smallest model pairs of archives of one size are compared
 sample by sample. Writes calibration.json and, from it, calibration.md; models that were measured
@@ -20,6 +22,7 @@ import importlib.util
 import json
 import math
 import platform
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -32,7 +35,7 @@ import torch
 from safetensors.torch import load_file as load_safetensors
 from torch import nn
 
-from weightvid.calibrate import CalibrationStats, calibrate, load_stats
+from weightvid.calibrate import CalibrationStats, ModuleExamples, calibrate, load_stats
 from weightvid.pack import PackOptions, Target, pack_checkpoint
 from weightvid.torch import load_file
 from weightvid.version import __version__
@@ -40,6 +43,8 @@ from weightvid.version import __version__
 #: images (or spectrograms) to calibrate on.
 IMAGES: Final = 500
 BATCH: Final = 50
+#: models that are calibrated on noise, too.
+NOISY: Final = ("cifar10_resnet20", "minilm_l6")
 TARGETS: Final = {"kl": (0.05, 0.02, 0.01), "cosine": (0.97, 0.98, 0.99)}
 
 Record = dict[str, Any]
@@ -99,7 +104,13 @@ class Model:
         return self._net(), list(self._images().split(BATCH))
 
     def noise(self) -> tuple[nn.Module, list[Any]]:
-        """The module and 16 images of random pixels."""
+        """The module and 16 images of random pixels, or sentences of 16 random tokens."""
+        if self.measure == "cosine":
+            generator = torch.Generator().manual_seed(0)
+            size = len(self.state["embeddings.word_embeddings.weight"])
+            ids = torch.randint(999, size, (16, 16), generator=generator)
+            batches = [(part, torch.ones_like(part)) for part in ids.split(2)]
+            return ByName(self.state, self._eval.forward), batches
         like = self._images()
         generator = torch.Generator().manual_seed(0)
         images = torch.randn((16, *like.shape[1:]), generator=generator)
@@ -150,14 +161,26 @@ def _script(path: Path) -> ModuleType:
     return module
 
 
+class Known(ModuleExamples):
+    """A module and inputs whose statistics are there already."""
+
+    def __init__(self, model: Model, stats: CalibrationStats) -> None:
+        super().__init__(*model.calibration())
+        self._statistics = stats
+
+
 def curve(
-    model: Model, factors: Sequence[float], stats: CalibrationStats | None, folder: Path
+    model: Model,
+    factors: Sequence[float],
+    known: CalibrationStats | ModuleExamples | None,
+    folder: Path,
 ) -> list[Record]:
     """One point for each step factor."""
-    points = []
+    points: list[Record] = []
     for factor in factors:
         archive = folder / "model.mp4"
-        options = PackOptions(step_factor=factor, calibration=stats, force=True, verify=False)
+        options = PackOptions(step_factor=factor, calibration=known, force=True, verify=False)
+        began = time.process_time()
         report = pack_checkpoint(model.source, archive, options)
         points.append(
             {
@@ -165,10 +188,12 @@ def curve(
                 "bytes": report.file_bytes,
                 "bits_per_weight": report.bits_per_weight,
                 "loss": model.loss(load_file(archive)),
-                "pack_s": round(report.seconds, 2),
+                "cpu_s": round(time.process_time() - began, 1),
             }
         )
-        print(model.name, "with" if stats else "without", points[-1], flush=True)
+        if report.calibration:
+            points[-1]["kept"] = report.calibration.split(",")[0].split(":")[0]
+        print(model.name, type(known).__name__, points[-1], flush=True)
     return points
 
 
@@ -222,15 +247,17 @@ def statistics(model: Model, folder: Path | None) -> tuple[CalibrationStats, flo
     return stats, round(seconds, 1)
 
 
-def measure(model: Model, points: int, with_noise: bool, kept: Path | None) -> Record:
-    """All curves of a model."""
+def measure(model: Model, points: int, kinds: Sequence[str], kept: Path | None) -> Record:
+    """Some curves of a model."""
     large = model.floats > 10_000_000
     finest, coarsest = (0.14, 0.38) if large else (0.25, 0.75)
     if model.floats < 50_000:
         finest, coarsest = 0.1, 0.45
     factors = [round(float(f), 4) for f in np.geomspace(finest, coarsest, points)]
     stats, seconds = statistics(model, kept)
+    finer = [round(0.75 * f, 4) for f in factors]
     record: Record = {
+        "code": commit(),
         "measure": model.measure,
         "floats": model.floats,
         "samples": stats.samples,
@@ -241,16 +268,35 @@ def measure(model: Model, points: int, with_noise: bool, kept: Path | None) -> R
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        record["curves"]["calibrated"] = curve(model, factors, stats, folder)
-        finer = [round(0.75 * f, 4) for f in factors]
-        record["curves"]["none"] = curve(model, finer, None, folder)
-        if model.floats < 50_000:
+        if "calibrated" in kinds:
+            record["curves"]["calibrated"] = curve(model, factors, stats, folder)
+        if "sequential" in kinds and not large:
+            # Of a deep model the coarser half, which takes minutes a point.
+            some = factors if model.floats < 300_000 else factors[points // 2 :]
+            record["curves"]["sequential"] = curve(model, some, Known(model, stats), folder)
+        if "none" in kinds:
+            record["curves"]["none"] = curve(model, finer, None, folder)
+        if "pairs" in kinds and model.floats < 50_000:
             record["pairs"] = pairs(model, finer[::2], stats, folder)
-        if with_noise:
+        if "noise" in kinds and model.name in NOISY:
             noise = calibrate(*model.noise())
             record["noise_profit"] = sum(m.useful for m in noise.tensors.values())
-            record["curves"]["noise"] = curve(model, finer, noise, folder)
+            some = factors[1::3] if large else finer
+            record["curves"]["noise"] = curve(model, some, noise, folder)
     return record
+
+
+def commit() -> str:
+    """The commit that is measured."""
+    command = ["git", "describe", "--always", "--dirty"]
+    root = Path(__file__).resolve().parent
+    made = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return made.stdout.strip() or "unknown"
+
+
+def merged(before: Record, now: Record) -> Record:
+    """A model's record with the curves that were measured now in place of earlier ones."""
+    return {**before, **now, "curves": {**before.get("curves", {}), **now["curves"]}}
 
 
 def markdown(results: Record) -> str:
@@ -264,17 +310,22 @@ def markdown(results: Record) -> str:
         "± is the scatter of single points about it. CNNs: KL divergence of the logits; MiniLM: "
         "mean cosine of the embeddings. Calibration data and test data are apart.",
         "",
-        "| model | target | without | calibrated | saved |",
-        "|---|---|---|---|---|",
+        "| model | target | without | calibrated | saved | layer by layer | saved |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, model in results["models"].items():
         for target in TARGETS[model["measure"]]:
             loss = target if model["measure"] == "kl" else 1 - target
             without, a = fitted_rate(model["curves"]["none"], loss)
-            with_, b = fitted_rate(model["curves"]["calibrated"], loss)
+            cells = ""
+            for kind in ("calibrated", "sequential"):
+                if kind in model["curves"]:
+                    rate, b = fitted_rate(model["curves"][kind], loss)
+                    cells += f" {rate:.2f} ± {b:.2f} | {100 * (1 - rate / without):.0f} % |"
+                else:
+                    cells += " | |"
             lines.append(
-                f"| {name} | {model['measure']} {target} | {without:.2f} ± {a:.2f} | "
-                f"{with_:.2f} ± {b:.2f} | {100 * (1 - with_ / without):.0f} % |"
+                f"| {name} | {model['measure']} {target} | {without:.2f} ± {a:.2f} |{cells}"
             )
     for name, model in results["models"].items():
         lines += [
@@ -282,25 +333,22 @@ def markdown(results: Record) -> str:
             f"## {name}",
             "",
             f"{model['samples']} samples; {model['profit']} of {model['tensors']} tensors profit."
-            + (f" Measured {model['code']}." if "code" in model else ""),
+            + f" Measured at {model['code']}.",
             "",
-            "| curve | step factor | bytes | bits per weight | loss | pack s |",
-            "|---|---|---|---|---|---|",
+            "| curve | step factor | bytes | bits per weight | loss | pack CPU s | kept |",
+            "|---|---|---|---|---|---|---|",
         ]
         for kind, points in model["curves"].items():
             lines += [
                 f"| {kind} | {p['step_factor']} | {p['bytes']:,} | {p['bits_per_weight']:.3f} | "
-                f"{p['loss']:.4f} | {p['pack_s']} |"
+                f"{p['loss']:.4f} | {p['cpu_s']} | {p.get('kept', '')} |"
                 for p in points
             ]
-        if "noise_code" in model:
-            lines += ["", f"Curve noise: {model['noise_code']}."]
         if "pairs" in model:
             lines += [
                 "",
                 "Pairs of one size (calibrated: at most 1 % smaller); the change of the loss is "
-                "paired, with its standard error over the test samples."
-                + (f" Measured {model['pairs_code']}." if "pairs_code" in model else ""),
+                "paired, with its standard error over the test samples.",
                 "",
                 "| bytes without | calibrated | loss without | change when calibrated |",
                 "|---|---|---|---|",
@@ -322,6 +370,7 @@ def main() -> None:
         "--models", default="cifar10_resnet20,cifar10_resnet44,mlperf_kws,minilm_l6"
     )
     parser.add_argument("--points", type=int, default=8)
+    parser.add_argument("--curves", default="calibrated,sequential,none,pairs,noise")
     parser.add_argument("--pairs", type=int, default=300, help="sentence pairs MiniLM is judged on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--stats", type=Path, help="folder of statistics made before")
@@ -339,9 +388,8 @@ def main() -> None:
     )
     for name in arguments.models.split(","):
         model = Model(name, arguments.eval_dir, arguments.minilm, arguments.pairs)
-        results["models"][name] = measure(
-            model, arguments.points, name == "cifar10_resnet20", arguments.stats
-        )
+        found = measure(model, arguments.points, arguments.curves.split(","), arguments.stats)
+        results["models"][name] = merged(results["models"].get(name, {}), found)
         path.write_text(json.dumps(results, indent=1) + "\n")
         (arguments.out / "calibration.md").write_text(markdown(results))
 

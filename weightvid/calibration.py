@@ -89,6 +89,11 @@ class CalibrationStats:
     sensitivity : mapping of str to float
         Squared change of the outputs, per sample and squared step of the quantizer, when this
         tensor alone is quantized. May name tensors that have no other statistics.
+    refused : str
+        Why none of it is to be used; empty: it is.
+    confirmed : bool
+        The inputs are of the kind that the model is used on: its BatchNorm layers know them, or
+        whoever calibrated said so.
     """
 
     model_sha256: str
@@ -96,6 +101,8 @@ class CalibrationStats:
     tensors: Mapping[str, TensorMoments] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     sensitivity: Mapping[str, float] = field(default_factory=dict)
+    refused: str = ""
+    confirmed: bool = False
 
     def check(self, reader: CheckpointReader) -> None:
         """Refuse statistics of another model.
@@ -148,6 +155,8 @@ class CalibrationStats:
             "tensors": records,
             "notes": list(self.notes),
             "sensitivity": dict(self.sensitivity),
+            "refused": self.refused,
+            "confirmed": self.confirmed,
         }
         specs = [TensorSpec(name, name_of(a.dtype), a.shape) for name, a in arrays.items()]
         contents = Contents(tuple(specs), metadata={KEY: json.dumps(record)})
@@ -182,7 +191,13 @@ def load_stats(path: str | os.PathLike[str]) -> CalibrationStats:
             notes = tuple(str(note) for note in record["notes"])
             sensitivity = _read_sensitivity(record.get("sensitivity", {}))
             return CalibrationStats(
-                str(record["model_sha256"]), int(record["samples"]), tensors, notes, sensitivity
+                str(record["model_sha256"]),
+                int(record["samples"]),
+                tensors,
+                notes,
+                sensitivity,
+                str(record.get("refused", "")),
+                bool(record.get("confirmed", False)),
             )
         except CheckpointError:
             raise

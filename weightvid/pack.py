@@ -23,11 +23,13 @@ from weightvid.errors import CheckpointError, FormatError, QuantizationError
 from weightvid.loader import open_archive
 from weightvid.loader.stream import Spill
 from weightvid.packing.engines import open_workers
+from weightvid.packing.quantizer import Fixed
 from weightvid.packing.workers import Workers
 from weightvid.packing.write import WritePlan, Written, write_archive
 from weightvid.planning.caution import cautions
 from weightvid.planning.options import MIN_MANTISSA_BITS, Evaluation, PackOptions
 from weightvid.planning.search import Trial, search
+from weightvid.planning.sequential import Refiner
 from weightvid.planning.survey import Survey, plan_archive, slopes, survey
 from weightvid.planning.target import Target
 from weightvid.progress import Progress, Report, quiet
@@ -83,6 +85,8 @@ class PackReport:
         What the evaluation measured of the original, and of the decoded archive.
     evaluations : int
         Calls of the evaluation.
+    calibration : str
+        With example inputs at hand: which of two calibrated archives was kept, and why.
     """
 
     file_bytes: int
@@ -105,6 +109,7 @@ class PackReport:
     metric_before: float | None = None
     metric: float | None = None
     evaluations: int = 0
+    calibration: str = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -177,6 +182,13 @@ def _pack(
                 made = encoder.encode(options.first_factor)
             else:
                 made, encodings = search(surveyed, options.target, encoder.encode)
+            told = ""
+            if options.examples is not None and surveyed.moments:
+                refined = Refiner(
+                    surveyed, options.examples, encoder.encode_fixed, encoder.stream, progress
+                ).run(made)
+                made, told = refined.made, refined.told
+                encodings += refined.encodings
         if options.verify:
             _verify(encoder.stream, output.temporary.parent, reader, progress)
     except BaseException:
@@ -205,12 +217,23 @@ def _pack(
         side_files=tuple(entry.path for entry in plan.header.files),
         step_factor=made.factor,
         encodings=encodings,
-        warnings=() if options.evaluation else cautions(tensors, plan.params, made.factor),
+        warnings=_warnings(surveyed, plan, made.factor),
         loss=verdict.loss,
         metric_before=verdict.metric_before,
         metric=verdict.metric,
         evaluations=verdict.calls,
+        calibration=told,
     )
+
+
+def _warnings(surveyed: Survey, plan: WritePlan, factor: float) -> tuple[str, ...]:
+    """What to be wary of: sensitive models, unless they were judged; doubtful example inputs."""
+    options, calibration = surveyed.options, surveyed.calibration
+    tensors = surveyed.reader.contents.tensors
+    found = () if options.evaluation else cautions(tensors, plan.params, factor)
+    if calibration is None or options.examples is None:
+        return found
+    return (*found, *calibration.notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,16 +283,25 @@ class _Encoder:
 
     def encode(self, factor: float) -> Trial:
         """Write the archive of a step factor."""
-        steps = self._surveyed.steps(factor)
-        return self.encode_steps(steps, factor, {})
+        return self.encode_steps(self._surveyed.steps(factor), factor, {})
+
+    def encode_fixed(
+        self, factor: float, about: Mapping[str, Any], fixed: Mapping[int, Fixed] | None
+    ) -> Trial:
+        """Write the archive of a step factor; of some tensors the levels may be known."""
+        return self.encode_steps(self._surveyed.steps(factor), factor, about, fixed)
 
     def encode_steps(
-        self, steps: Mapping[int, float], factor: float, about: Mapping[str, Any]
+        self,
+        steps: Mapping[int, float],
+        factor: float,
+        about: Mapping[str, Any],
+        fixed: Mapping[int, Fixed] | None = None,
     ) -> Trial:
         """Write the archive of these steps."""
         if self._surveyed.options.lossy is None:
             about = {"slopes": slopes(steps, self._surveyed.units, factor), **about}
-        self.plan = plan_archive(self._surveyed, steps, about)
+        self.plan = plan_archive(self._surveyed, steps, about, fixed)
         self.stream.seek(0)
         self.stream.truncate()
         source = self._workers.source(self._surveyed.reader)

@@ -39,7 +39,8 @@ def measured():
     with torch.no_grad():
         module.quiet.weight.copy_(module.loud.weight)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    stats = calibrate(module, list(torch.rand(80, 32).split(8)))
+    config = CalibrationConfig(trust_inputs=True)
+    stats = calibrate(module, list(torch.rand(80, 32).split(8)), config=config)
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name])
     return module, stats
@@ -56,8 +57,8 @@ def test_the_loss_is_that_of_the_error(measured):
     """Against the output error itself, of a layer that is the whole network."""
     torch.manual_seed(1)
     layer = nn.Linear(64, 48, bias=False)
-    inputs = torch.randn(100, 64)
-    config = CalibrationConfig(sensitivity_samples=100)
+    inputs = torch.randn(2000, 64)
+    config = CalibrationConfig(sensitivity_samples=2000, trust_inputs=True)
     stats = calibrate(layer, list(inputs.split(10)), config=config)
     # White inputs: each of the 48 x 64 errors counts with a twelfth of a squared step.
     assert stats.sensitivity["weight"] == pytest.approx(48 * 64 / 12, rel=0.25)
@@ -93,8 +94,39 @@ def test_corrections_are_bounded_and_keep_the_rate():
 
 def test_it_can_be_left_out(measured):
     module, _ = measured
-    config = CalibrationConfig(sensitivity_samples=0)
+    config = CalibrationConfig(sensitivity_samples=0, trust_inputs=True)
     assert calibrate(module, [torch.rand(8, 32)], config=config).sensitivity == {}
+
+
+class Normed(nn.Module):
+    """BatchNorm remembers the inputs that it was trained on: 1 to 2 in every channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 3, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).mean((2, 3))
+
+
+def test_only_inputs_that_the_model_knows_move_the_steps():
+    torch.manual_seed(0)
+    net, images = Normed(), 1 + torch.rand(64, 3, 12, 12)
+    net.train()
+    net.norm.momentum = None
+    for batch in images.split(16):
+        net(batch)
+    net.eval()
+    known = calibrate(net, list(images.split(8)))
+    assert set(known.sensitivity) == {"conv.weight"}
+    assert not known.refused
+    foreign = calibrate(net, list(torch.randn(64, 3, 12, 12).split(8)))
+    assert foreign.sensitivity == {}
+    assert "unlike those the model was trained on" in foreign.refused
+    assert foreign.refused in foreign.notes[-1]
+    # Without such a layer nobody can tell.
+    assert calibrate(TwoBranches(), list(torch.rand(80, 32).split(8))).sensitivity == {}
 
 
 def test_batches_are_evenly_spaced():

@@ -107,6 +107,7 @@ def test_what_fails_is_one_line(few: Few, tmp_path: Path) -> None:
         (("--ffmpeg", other), "is no ffmpeg"),
         (("--only", "x264 medum qp 20"), "did you mean 'x264 medium qp 20'"),
         (("--anchor", "nothing"), "no curve 'nothing'"),
+        (("--calibration", script), "judge.py"),
     ):
         result = few(*arguments, status=1)
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from archives import normal
 
+from weightvid.calibration import CalibrationStats, TensorMoments, model_hash
 from weightvid.checkpoint import from_mapping
 from weightvid.errors import EvaluationError, QuantizationError, TargetError
 from weightvid.loader import open_archive
@@ -393,3 +394,63 @@ def test_groups() -> None:
         joined = groups_of(surveyed, most)
         assert len(joined) == most
         assert sorted(n for group in joined for n in group) == sorted(surveyed.stats)
+
+
+def statistics() -> CalibrationStats:
+    """Of the two layers whose inputs are known."""
+    hidden = INPUTS @ model()["first.weight"].T
+    inputs = {"first.weight": INPUTS, "second.weight": np.tanh(hidden)}
+    hidden = np.maximum(hidden + 0.1 * np.tanh(hidden) @ model()["second.weight"].T, 0)
+    inputs["head.weight"] = 2 * hidden
+    tensors = {
+        name: TensorMoments(
+            (x.T @ x / len(x))[None].astype(np.float32), x.mean(0)[None].astype(np.float32),
+            rows=len(x), bias="head.bias" if name == "head.weight" else None,
+        )
+        for name, x in inputs.items()
+    }  # fmt: skip
+    return CalibrationStats(model_hash(from_mapping(model()), tensors), len(INPUTS), tensors)
+
+
+@pytest.mark.parametrize("target", [Target("kl", 0.002), Target("drop", 0.03), Target("bpw", 5.0)])
+def test_statistics_and_an_evaluation_together(target: Target, tmp_path: Path) -> None:
+    from weightvid.summary import summarize_archive
+
+    found = {}
+    for stats in (None, statistics()):
+        path = tmp_path / "model.mp4"
+        # One cache: what was judged without statistics must not be taken for the other.
+        report = pack(path, labelled, target=target, calibration=stats, budget=40)
+        if target.kind == "kl":
+            assert loss_of(path) <= target.value
+            assert report.loss == pytest.approx(loss_of(path), rel=1e-3)
+        elif target.kind == "drop":
+            assert report.metric is not None
+            assert report.metric >= 0.97 * float((logits(model()).argmax(1) == LABELS).mean())
+        else:
+            assert 0.985 * 5.0 <= report.bits_per_weight <= 5.0
+        about = summarize_archive(path).about
+        assert "evaluation" in about
+        assert ("calibration" in about) == (stats is not None)
+        found[stats is not None] = report
+    if target.kind == "kl":
+        assert found[True].file_bytes < found[False].file_bytes
+    elif target.kind == "bpw":
+        assert (found[True].loss or 0) < (found[False].loss or 0)
+
+
+def test_verdicts_know_the_corrected_biases(tmp_path: Path) -> None:
+    """What the search believes of a model is what its archive comes to."""
+    from weightvid.planning.evaluate import Evaluator
+
+    evaluation = Evaluation(logits, cache=tmp_path / "cache")
+    # All mantissa bits of the bias, as verdicts have them.
+    options = PackOptions(
+        calibration=statistics(), step_factor=0.5, mantissa_bits=23, evaluation=evaluation
+    )
+    surveyed = survey(from_mapping(model()), options)
+    verdict = Evaluator(surveyed, evaluation, lambda _: None).verdict(surveyed.steps(0.5))
+    plain = PackOptions(calibration=statistics(), step_factor=0.5, mantissa_bits=23)
+    pack_checkpoint(from_mapping(model()), tmp_path / "model.mp4", plain)
+    assert verdict.loss == pytest.approx(loss_of(tmp_path / "model.mp4"), rel=1e-3)
+    assert not np.array_equal(archived(tmp_path / "model.mp4")["head.bias"], model()["head.bias"])

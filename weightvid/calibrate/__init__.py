@@ -4,7 +4,8 @@
 >>> calibrate(module, batches).save("stats.safetensors")  # doctest: +SKIP
 """
 
+from weightvid.calibrate.examples import ModuleExamples
 from weightvid.calibrate.run import CalibrationConfig, calibrate
 from weightvid.calibration import CalibrationStats, load_stats
 
-__all__ = ["CalibrationConfig", "CalibrationStats", "calibrate", "load_stats"]
+__all__ = ["CalibrationConfig", "CalibrationStats", "ModuleExamples", "calibrate", "load_stats"]

@@ -40,6 +40,13 @@ class Sums:
         made: npt.NDArray[np.float64] = (self.moment.cpu() / count[:, None, None]).numpy()
         return made
 
+    @property
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Mean of x; zeros where nothing was seen."""
+        count = np.maximum(np.array(self.rows, np.float64), 1)
+        made: npt.NDArray[np.float64] = self.total.cpu().numpy() / count[:, None]
+        return made
+
     def plus(self, other: Sums | None) -> Sums:
         """Sums over both."""
         if other is None:

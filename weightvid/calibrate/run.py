@@ -4,36 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from math import log10
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from weightvid.calibrate.accumulate import Accumulator, Sums
+from weightvid.calibrate.accumulate import Accumulator
 from weightvid.calibrate.domain import NormCheck
 from weightvid.calibrate.outputs import call, first_output, samples_of
 from weightvid.calibrate.sensitivity import choose_batches, sensitivities
+from weightvid.calibrate.trial import finish
 from weightvid.calibrate.watch import Seen, Watch
+from weightvid.calibrate.whole import whole_gain_db
 from weightvid.calibration import CalibrationStats, TensorMoments, model_hash
 from weightvid.checkpoint.base import shorten
 from weightvid.dtypes import to_float32
 from weightvid.errors import QuantizationError
 from weightvid.progress import Progress, Report, quiet
-from weightvid.quantize import feedback, shaped
-from weightvid.quantize.feedback import FeedbackConfig
 from weightvid.torch import TensorReader
 
-#: steps, in sigmas, and rows that the trial on held-back samples is made with.
-_TRIAL_SIGMAS: Final = 0.5
-_TRIAL_ROWS: Final = 64
-_TRIAL_GROUPS: Final = 16
 #: batches that show which tensors are used, and how.
 _LOOK_BATCHES: Final = 2
-#: what the moment must gain on held-back samples to be used.
-_LEAST_GAIN_DB: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +47,10 @@ class CalibrationConfig:
     sensitivity_samples : int
         About so many samples, evenly spaced, tell how much the outputs care for each tensor's
         error; 0: the steps are those of an archive without statistics.
+    trust_inputs : bool
+        The inputs are known to be of the kind that the model is used on. Otherwise only the
+        model's BatchNorm layers can confirm it, and where they don't, such losses are not
+        measured and weights are not fitted anew: both do harm where inputs are of another kind.
     """
 
     memory_bytes: int = 1 << 30
@@ -62,6 +58,7 @@ class CalibrationConfig:
     dampings: tuple[float, ...] = (0.01, 0.1, 1.0)
     domain_limit: float = 0.1
     sensitivity_samples: int = 128
+    trust_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.memory_bytes < 1:
@@ -90,7 +87,8 @@ def calibrate(
         device. Batches of one sample or many; the first axis counts samples.
     config : CalibrationConfig, optional
     progress : callable
-        Told about the stages ``calibrate`` (batches), ``check`` and ``sensitivity`` (tensors).
+        Told about the stages ``calibrate`` (batches), ``check``, ``sensitivity`` and ``whole``
+        (tensors).
 
     Returns
     -------
@@ -108,72 +106,144 @@ def calibrate(
         raise QuantizationError("no example inputs: calibration needs at least one batch")
     tensors = dict(module.state_dict(keep_vars=True))
     reader = TensorReader({name: tensor.detach() for name, tensor in tensors.items()}, {})
-    notes: list[str] = []
-    with reader, _ready(module):
-        sizes = {name: len(t) for name, t in tensors.items() if t.ndim >= 1}
-        needed, tables = _look_around(module, batches[:_LOOK_BATCHES], tensors)
-        if not needed:
-            raise QuantizationError(
-                "no layer was seen at work: the module's forward uses none of its own weights "
-                "(compiled and scripted modules cannot be watched)"
-            )
-        passes = _plan(needed, chosen, notes)
-        moments: dict[str, TensorMoments] = {}
-        foreign = False
-        done, total = 0, len(passes) * len(batches)
-        for names in passes:
-            accumulator = Accumulator(names, sizes)
-            gradients = bool(names & tables)
-            directions = torch.Generator().manual_seed(0)
-            norms = NormCheck() if not done else None
-            watch = Watch(tensors, accumulator.add, gradients, norms)
-            with watch, torch.set_grad_enabled(gradients):
-                for number, batch in enumerate(batches):
-                    accumulator.held_back = _is_held_back(number, len(batches), chosen.held_back)
-                    result = call(module, batch)
-                    if gradients:
-                        _send_back(result, directions)
-                    done += 1
-                    progress(Progress("calibrate", done, total, unit="batches"))
-            if norms is not None:
-                foreign = _is_foreign(norms, chosen, notes)
-            for place, name in enumerate(sorted(names)):
-                weights = to_float32(reader.read(name), reader.spec(name).dtype)
-                moments.update(_finish(name, accumulator, weights, chosen))
-                progress(Progress("check", place + 1, len(names), unit="tensors"))
-        if foreign:
-            moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
+    with reader, ready(module):
+        found = _gather(_Subject(module, tensors, reader), batches, chosen, progress)
+        moments, notes, refused = found.moments, found.notes, found.foreign
         unused = [n for n, m in moments.items() if m.moment is not None and not m.useful]
-        if unused and not foreign:
+        if unused and not refused:
             notes.append(f"no better than without, on held-back inputs: {shorten(unused)}")
         measured: dict[str, float] = {}
-        if chosen.sensitivity_samples and not foreign:
+        if chosen.sensitivity_samples and found.confirmed and not refused:
             some = choose_batches(batches, chosen.sensitivity_samples)
             measured = sensitivities(module, reader, moments, some, progress)
+        if not refused:
+            held_back = _held_back(batches, chosen)
+            refused = _is_worse(module, found.trial, measured, held_back, progress)
+        if refused:
+            moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
+            measured = {}
+            notes.append(f"{refused}; the statistics will not be used")
         return CalibrationStats(
             model_hash(reader, moments),
             sum(samples_of(batch) for batch in batches),
             {name: moments[name] for name in sorted(moments)},
             tuple(notes),
             measured,
+            refused,
+            found.confirmed and not found.foreign,
         )
 
 
-def _is_foreign(norms: NormCheck, config: CalibrationConfig, notes: list[str]) -> bool:
-    """Whether the inputs are unlike those of training, as far as BatchNorm layers know."""
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """The module, and its tensors by name."""
+
+    module: torch.nn.Module
+    tensors: Mapping[str, torch.Tensor]
+    reader: TensorReader
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """What all passes over the inputs gave.
+
+    Attributes
+    ----------
+    moments, trial : dict of str to TensorMoments
+        From all inputs, and from those that are not held back, for checks on the others.
+    notes : list of str
+    confirmed : bool
+        The model knows the inputs, or whoever calls does.
+    foreign : str
+        In what the inputs are unlike those of training; empty: in nothing.
+    """
+
+    moments: dict[str, TensorMoments] = field(default_factory=dict)
+    trial: dict[str, TensorMoments] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    confirmed: bool = False
+    foreign: str = ""
+
+
+def _gather(
+    subject: _Subject, batches: Sequence[Any], config: CalibrationConfig, progress: Report
+) -> _Gathered:
+    """Run the model as often as memory asks for."""
+    module, tensors, reader = subject.module, subject.tensors, subject.reader
+    found = _Gathered(confirmed=config.trust_inputs)
+    sizes = {name: len(t) for name, t in tensors.items() if t.ndim >= 1}
+    needed, tables = _look_around(module, batches[:_LOOK_BATCHES], tensors)
+    if not needed:
+        raise QuantizationError(
+            "no layer was seen at work: the module's forward uses none of its own weights "
+            "(compiled and scripted modules cannot be watched)"
+        )
+    passes = _plan(needed, config, found.notes)
+    done, total = 0, len(passes) * len(batches)
+    for names in passes:
+        accumulator = Accumulator(names, sizes)
+        gradients = bool(names & tables)
+        directions = torch.Generator().manual_seed(0)
+        norms = NormCheck() if not done else None
+        watch = Watch(tensors, accumulator.add, gradients, norms, names)
+        with watch, torch.set_grad_enabled(gradients):
+            for number, batch in enumerate(batches):
+                accumulator.held_back = is_held_back(number, len(batches), config.held_back)
+                result = call(module, batch)
+                if gradients:
+                    _send_back(result, directions)
+                done += 1
+                progress(Progress("calibrate", done, total, unit="batches"))
+        if norms is not None:
+            found.foreign = _is_foreign(norms, config)
+            found.confirmed = found.confirmed or norms.divergence is not None
+        for place, name in enumerate(sorted(names)):
+            weights = to_float32(reader.read(name), reader.spec(name).dtype)
+            made, part = finish(name, accumulator, weights, config.dampings)
+            found.moments.update(made)
+            found.trial.update(part)
+            progress(Progress("check", place + 1, len(names), unit="tensors"))
+    return found
+
+
+def _is_foreign(norms: NormCheck, config: CalibrationConfig) -> str:
+    """In what the inputs are unlike those of training, as far as BatchNorm layers know."""
     divergence = norms.divergence
     if divergence is None or divergence <= config.domain_limit:
-        return False
-    notes.append(
+        return ""
+    return (
         "the example inputs are unlike those the model was trained on: its BatchNorm layers see "
         f"other means and variances than they remember ({divergence:.2f} nats apart; up to "
-        f"{config.domain_limit:g} is usual); the statistics will not be used"
+        f"{config.domain_limit:g} is usual)"
     )
-    return True
+
+
+def _is_worse(
+    module: torch.nn.Module,
+    moments: Mapping[str, TensorMoments],
+    measured: Mapping[str, float],
+    batches: Sequence[Any],
+    progress: Report,
+) -> str:
+    """Whether the model as a whole is no better with the statistics."""
+    if not batches or not any(m.useful for m in moments.values()):
+        return ""
+    gain = whole_gain_db(module, moments, measured, batches, progress)
+    if gain is None or gain > 0.0:
+        return ""
+    return (
+        "on held-back inputs the model as a whole is no better with calibration than without "
+        f"({-gain:.1f} dB worse at an equal rate)"
+    )
+
+
+def _held_back(batches: Sequence[Any], config: CalibrationConfig) -> list[Any]:
+    held = (is_held_back(n, len(batches), config.held_back) for n in range(len(batches)))
+    return [batch for batch, back in zip(batches, held, strict=True) if back]
 
 
 @contextmanager
-def _ready(module: torch.nn.Module) -> Iterator[None]:
+def ready(module: torch.nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and none of the fast paths that hide the layers."""
     modes = [(m, m.training) for m in module.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -198,7 +268,7 @@ def _send_back(result: Any, directions: torch.Generator) -> None:
         (output * direction.to(output)).sum().backward()
 
 
-def _is_held_back(number: int, count: int, part: float) -> bool:
+def is_held_back(number: int, count: int, part: float) -> bool:
     """Evenly spaced batches, the last of each span; none where all would be."""
     if part <= 0.0 or count < 2:
         return False
@@ -248,87 +318,3 @@ def _plan(
     if not passes:
         raise QuantizationError("every layer is beyond the memory limit; raise it")
     return [frozenset(names) for names in passes]
-
-
-def _finish(
-    name: str,
-    accumulator: Accumulator,
-    array: npt.NDArray[np.float32],
-    config: CalibrationConfig,
-) -> dict[str, TensorMoments]:
-    # The rows of a tied table all reach the output, looked up or not.
-    counts = None if name in accumulator.direct else accumulator.counts.get(name)
-    counted = None if counts is None else counts.numpy().astype(np.int64)
-    fitted, held = accumulator.fitted.pop(name, None), accumulator.held.pop(name, None)
-    if fitted is None:
-        fitted, held = held, None
-    if fitted is None:
-        return {} if counted is None else {name: TensorMoments(None, None, counts=counted)}
-    damping, gain = config.dampings[0], None
-    if held is not None:
-        weights = array.reshape(len(array), -1)
-        kernel = array.shape[2:] if fitted.axis and np.prod(array.shape[2:]) > 1 else ()
-        turned = weights if fitted.axis else weights.T
-        damping, gain = _try(turned, kernel, fitted, held, config.dampings)
-    both = fitted.plus(held)
-    count = np.maximum(np.array(both.rows, np.float64), 1)
-    mean = (both.total.cpu().numpy() / count[:, None]).astype(np.float32)
-    return {
-        name: TensorMoments(
-            moment=both.mean_moment.astype(np.float32),
-            mean=mean,
-            axis=fitted.axis,
-            rows=max(both.rows),
-            damping=damping,
-            gain_db=gain,
-            counts=counted,
-            bias=accumulator.biases.get(name),
-        )
-    }
-
-
-def _try(
-    weights: npt.NDArray[np.float32],
-    kernel: tuple[int, ...],
-    fitted: Sums,
-    held: Sums,
-    dampings: Sequence[float],
-) -> tuple[float, float]:
-    """Best damping on held-back inputs (0: none helps), and its gain in decibel.
-
-    The rival is what `pack` does without statistics: shaped rounding of convolutions, plain
-    rounding of the others.
-    """
-    step = float(np.float32(_TRIAL_SIGMAS * weights.std()))
-    if not (np.isfinite(step) and step > 0.0):
-        return dampings[0], 0.0
-    shares = _shares(weights, fitted)
-    checks = held.mean_moment
-    without = with_best = 0.0
-    best = 0.0
-    trials = list(zip(shares, fitted.mean_moment, checks, strict=True))
-    trials = trials[:: max(1, len(trials) // _TRIAL_GROUPS)]
-    rows = [part[:: max(1, len(part) // _TRIAL_ROWS)] for part, _, _ in trials]
-    for part, (_, _, check) in zip(rows, trials, strict=True):
-        levels = shaped.quantize(part, step, kernel) if kernel else np.rint(part / step)
-        without += feedback.output_error(part - levels * np.float32(step), check)
-    for damping in dampings:
-        config = FeedbackConfig(damping=damping, lam=0.0)
-        error = 0.0
-        for part, (_, moment, check) in zip(rows, trials, strict=True):
-            levels = feedback.quantize(part, step, moment, config)
-            error += feedback.output_error(part - levels * np.float32(step), check)
-        if not best or error < with_best:
-            best, with_best = damping, error
-    if not (without > 0.0 and with_best > 0.0):
-        return dampings[0], 0.0
-    gain = 10 * log10(without / with_best)
-    return (best if gain >= _LEAST_GAIN_DB else 0.0), round(gain, 2)
-
-
-def _shares(weights: npt.NDArray[np.float32], sums: Sums) -> list[npt.NDArray[np.float32]]:
-    """Weights that each group's inputs meet, inputs along the columns."""
-    groups = len(sums.rows)
-    if sums.axis:
-        return np.split(weights, groups)
-    return np.split(weights, groups, axis=1)

@@ -26,12 +26,13 @@ from weightvid.quantize import UniformParams, shaped
 from weightvid.quantize.stats import TensorStats, tensor_stats
 from weightvid.spec import TensorSpec
 
-#: step factor of the trial.
-_FACTOR: Final = 0.25
+#: step factor of trials, a middling one.
+TRIAL_FACTOR: Final = 0.25
 #: smaller tensors are never quantized.
 _LEAST_WEIGHTS: Final = 256
 
 Matrix = npt.NDArray[np.float32]
+Levels = npt.NDArray[np.int32]
 
 
 def sensitivities(
@@ -60,18 +61,19 @@ def sensitivities(
     dict of str to float
         By name; tensors whose errors don't reach the outputs are left out.
     """
-    stats = [s for spec in reader.contents.tensors if (s := _stats(reader, spec)) is not None]
-    steps = allocate.steps(stats, _FACTOR) if stats else []
+    stats = quantizable(reader)
+    steps = allocate.steps(stats, TRIAL_FACTOR) if stats else []
     tensors = module.state_dict(keep_vars=True)
     samples = sum(samples_of(batch) for batch in batches)
     expected = [first_output(call(module, batch)) for batch in batches]
     found: dict[str, float] = {}
     for place, (known, step) in enumerate(zip(stats, steps, strict=True)):
         name = known.spec.name
+        levels = quantized(reader, known.spec, step, moments.get(name))
         change = _with(
             tensors[name].detach(),
-            _restored(reader, known.spec, step, moments.get(name)),
-            lambda: _change(module, batches, expected),
+            levels.astype(np.float32) * np.float32(step),
+            lambda: change_of(module, batches, expected),
         )
         if np.isfinite(change) and change > 0.0:
             found[name] = change / max(1, samples) / step**2
@@ -86,6 +88,11 @@ def choose_batches(batches: Sequence[Any], samples: int) -> list[Any]:
     return list(batches[::stride])
 
 
+def quantizable(reader: CheckpointReader) -> list[TensorStats]:
+    """Tensors that packing would quantize."""
+    return [s for spec in reader.contents.tensors if (s := _stats(reader, spec)) is not None]
+
+
 def _stats(reader: CheckpointReader, spec: TensorSpec) -> TensorStats | None:
     if spec.dtype not in PACKABLE or len(spec.shape) < 2 or spec.size < _LEAST_WEIGHTS:
         return None
@@ -93,19 +100,18 @@ def _stats(reader: CheckpointReader, spec: TensorSpec) -> TensorStats | None:
     return found if found.finite and found.sigma > 0 else None
 
 
-def _restored(
+def quantized(
     reader: CheckpointReader, spec: TensorSpec, step: float, moments: TensorMoments | None
-) -> Matrix:
-    """What a tensor is after quantization."""
+) -> Levels:
+    """Levels of a tensor, nearly as packing would choose them."""
     matrix = to_float32(reader.read(spec.name), spec.dtype).reshape(spec.shape[0], -1)
     kernel = spec.shape[2:]
     if moments is not None and moments.useful and fits((len(matrix), matrix.shape[1]), moments):
-        levels = calibrate_quantizer(matrix, UniformParams(step), moments).levels(matrix)
-    elif np.prod(kernel) > 1:
-        levels = shaped.quantize(matrix, step, kernel)
-    else:
-        levels = np.rint(matrix / np.float32(step)).astype(np.int32)
-    return levels * np.float32(step)
+        return calibrate_quantizer(matrix, UniformParams(step), moments).levels(matrix)
+    if np.prod(kernel) > 1:
+        return shaped.quantize(matrix, step, kernel)
+    rounded: Levels = np.rint(matrix / np.float32(step)).astype(np.int32)
+    return rounded
 
 
 def _with(tensor: torch.Tensor, values: Matrix, work: Callable[[], float]) -> float:
@@ -118,9 +124,10 @@ def _with(tensor: torch.Tensor, values: Matrix, work: Callable[[], float]) -> fl
         tensor.copy_(before)
 
 
-def _change(
+def change_of(
     module: torch.nn.Module, batches: Sequence[Any], expected: Sequence[torch.Tensor | None]
 ) -> float:
+    """Squared change of the outputs, over all samples."""
     total = 0.0
     for batch, before in zip(batches, expected, strict=True):
         after = first_output(call(module, batch))

@@ -13,7 +13,7 @@ sees. It takes the place of the inputs' moment, along the columns of the table.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
@@ -58,6 +58,10 @@ class Seen:
     bias: str | None = None
 
 
+class Enough(Exception):  # noqa: N818 - no error
+    """Ends a run of which nothing more is wanted."""
+
+
 Sink = Callable[[Seen], None]
 
 
@@ -74,6 +78,10 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         Make what is looked up in embedding tables a leaf of the graph, and report its gradients.
     norms : NormCheck, optional
         Looks at the inputs of BatchNorm layers.
+    wanted : collection of str, optional
+        Tensors that are reported; all others cost nothing. None: all.
+    stop : str, optional
+        A tensor whose use ends the run, by an `Enough`.
     """
 
     def __init__(
@@ -82,6 +90,8 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         sink: Sink,
         gradients: bool = False,
         norms: NormCheck | None = None,
+        wanted: Collection[str] | None = None,
+        stop: str | None = None,
     ) -> None:
         super().__init__()
         self._norms = norms
@@ -99,6 +109,10 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
             self._names.setdefault(_look(tensor), (name, False))
             if tensor.ndim == 2:
                 self._names.setdefault(_look(tensor.T), (name, True))
+        if wanted is not None:
+            kept = {*wanted, stop}
+            self._names = {key: to for key, to in self._names.items() if to[0] in kept}
+        self._stop = stop
 
     def __torch_function__(
         self,
@@ -122,7 +136,10 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         """Name of a weight, and whether it is the transpose of the tensor of that name."""
         if not isinstance(weight, torch.Tensor) or weight.layout != torch.strided:
             return None
-        return self._names.get(_look(weight))
+        found = self._names.get(_look(weight))
+        if found is not None and found[0] == self._stop:
+            raise Enough
+        return found
 
     def bias_of(self, bias: Any) -> str | None:
         """Name of a bias, if it is a whole tensor of the model."""

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weightvid.cli import output
-from weightvid.cli.options import Force, Json, usage_error
-from weightvid.errors import WeightvidError
+from weightvid.cli.examples import load_examples
+from weightvid.cli.options import Force, Json, TrustInputs, usage_error
 
 if TYPE_CHECKING:
     from weightvid.calibration import CalibrationStats
-
-_MODULE = "weightvid_calibration_script"
 
 
 def calibrate(
@@ -37,6 +32,7 @@ def calibrate(
         int,
         typer.Option(min=1, metavar="MB", help="Limit of one pass; more layers take more passes."),
     ] = 1024,
+    trust_inputs: TrustInputs = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -50,48 +46,17 @@ def calibrate(
     """
     if stats.exists() and not force:
         usage_error(f"{stats} exists; --force replaces it", "--output")
-    function = _load(script)
-    try:
-        from weightvid.calibrate import CalibrationConfig
-        from weightvid.calibrate import calibrate as run
-    except ImportError as error:
-        raise WeightvidError(
-            f"calibrating needs PyTorch ({error}); install it with: pip install 'weightvid[torch]'"
-        ) from None
-    given = function()
-    if not isinstance(given, tuple) or len(given) != 2:
-        usage_error("the function must return two things: a module and its inputs", "SCRIPT")
-    module, inputs = given
-    config = CalibrationConfig(memory_bytes=memory << 20)
+    module, inputs = load_examples(script, "SCRIPT")
+    from weightvid.calibrate import CalibrationConfig
+    from weightvid.calibrate import calibrate as run
+
+    config = CalibrationConfig(memory_bytes=memory << 20, trust_inputs=trust_inputs)
     with output.progress_bars() as report:
         made = run(module, inputs, config=config, progress=report)
     made.save(stats, force=force)
     for note in made.notes:
         output.warn(note)
     _show(made, stats, json)
-
-
-def _load(script: str) -> Callable[[], Any]:
-    """The function that a script defines."""
-    name, colon, wanted = script.rpartition(":")
-    if not (colon and name and wanted.isidentifier()):
-        usage_error(f"{script!r} is not of the form script.py:function", "SCRIPT")
-    path = Path(name)
-    if not path.is_file():
-        usage_error(f"{path} is no file", "SCRIPT")
-    spec = importlib.util.spec_from_file_location(_MODULE, path)
-    if spec is None or spec.loader is None:
-        usage_error(f"{path} is no Python file", "SCRIPT")
-    module = importlib.util.module_from_spec(spec)
-    # As if it were run: its folder can be imported from, and its classes can be pickled.
-    sys.modules[_MODULE] = module
-    sys.path.insert(0, str(path.resolve().parent))
-    spec.loader.exec_module(module)
-    function = getattr(module, wanted, None)
-    if not callable(function):
-        usage_error(f"{path} defines no function {wanted!r}", "SCRIPT")
-    made: Callable[[], Any] = function
-    return made
 
 
 def _show(made: CalibrationStats, path: Path, json: bool) -> None:

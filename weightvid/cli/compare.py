@@ -69,6 +69,14 @@ def compare(
     baselines: Annotated[
         str | None, typer.Option(metavar=_LIST, help="Baselines; all (default) or none.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STATS",
+            help="Statistics that [bold]weightvid calibrate[/bold] wrote for this model: a curve "
+            "of calibrated archives.",
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="LABEL", help="Only this point or curve. May be repeated."),
@@ -159,8 +167,9 @@ def compare(
         raise typer.BadParameter(str(error)) from None
     make_folder(out)
     options = Options(
-        sweep, tuple(only or ()), evaluate, lower, ffmpeg, nncodec, jobs, cache, refresh
-    )
+        sweep, tuple(only or ()), evaluate, lower, ffmpeg, nncodec, jobs, cache, refresh,
+        calibration,
+    )  # fmt: skip
     began = perf_counter()
     comparison = Comparison(model, options)
     curves = [setting.series for setting in comparison.settings[1:]]

@@ -16,6 +16,14 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing 
 Threads = Annotated[
     int, typer.Option("--threads", min=0, help="Frames decoded side by side; 0: one per core.")
 ]
+TrustInputs = Annotated[
+    bool,
+    typer.Option(
+        "--trust-inputs",
+        help="The example inputs are of the kind that the model is used on. Models with BatchNorm "
+        "know by themselves; for others, steps follow measured losses only then.",
+    ),
+]
 #: a str, because a Path would make one slash of the two in an address.
 ArchivePath = Annotated[
     str, typer.Argument(metavar="ARCHIVE", help="The archive (.mp4): a file or an address.")

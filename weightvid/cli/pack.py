@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weightvid.cli import output, targets, video
-from weightvid.cli.options import Force, Json, named_after, usage_error
+from weightvid.cli.examples import load_examples
+from weightvid.cli.options import Force, Json, TrustInputs, named_after, usage_error
 
 if TYPE_CHECKING:
     from weightvid.checkpoint import CheckpointReader
     from weightvid.pack import PackOptions, PackReport
+    from weightvid.planning.examples import Examples
     from weightvid.planning.named import Quantizer
 
 ARCHIVE_SUFFIX = ".mp4"
@@ -88,6 +90,16 @@ def pack(
             help="Statistics that [bold]weightvid calibrate[/bold] wrote for this very model.",
         ),
     ] = None,
+    examples: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="SCRIPT:FUNCTION",
+            help="Calibrate on a torch module and example inputs, which this function of a Python "
+            "file returns, and quantize layer by layer if that is better.",
+        ),
+    ] = None,
+    trust_inputs: TrustInputs = False,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Keep these tensors bit for bit. May be repeated."),
@@ -131,6 +143,7 @@ def pack(
     [bold]weightvid pack model.pt --target-size 12MB[/bold]
     [bold]weightvid pack model.pt --eval script.py:logits --max-drop 0.5%[/bold]
     [bold]weightvid pack model.pt --calibration stats.safetensors[/bold]
+    [bold]weightvid pack model.pt --calibrate script.py:examples[/bold]
     [bold]weightvid pack all-MiniLM-L6-v2/ -o minilm.mp4[/bold]
     [bold]weightvid pack hf://sentence-transformers/all-MiniLM-L6-v2 -o minilm.mp4[/bold]
     """
@@ -179,7 +192,7 @@ def pack(
         step_factor=step,
         target=target,
         evaluation=evaluation,
-        calibration=calibration,
+        calibration=_calibration(calibration, examples, evaluate, trust_inputs),
         keep=tuple(keep or ()),
         preset=preset or "",
         ffmpeg=ffmpeg,
@@ -209,6 +222,26 @@ def pack(
         )
     else:
         _show(made, destination, options)
+
+
+def _calibration(
+    stats: Path | None, examples: str | None, evaluate: str | None, trust_inputs: bool
+) -> Path | Examples | None:
+    """Statistics in a file, or a model with example inputs."""
+    if examples is None:
+        if trust_inputs:
+            usage_error("there are no inputs to trust without --calibrate", "--trust-inputs")
+        return stats
+    if stats is not None:
+        usage_error("--calibration takes finished statistics; give one of both", "--calibrate")
+    if evaluate is not None:
+        usage_error(
+            "an evaluation takes statistics: weightvid calibrate, then --calibration", "--calibrate"
+        )
+    module, inputs = load_examples(examples, "--calibrate")
+    from weightvid.calibrate import CalibrationConfig, ModuleExamples
+
+    return ModuleExamples(module, inputs, CalibrationConfig(trust_inputs=trust_inputs))
 
 
 def _quantizer(name: str | None) -> Quantizer:
@@ -252,6 +285,8 @@ def _judgement(made: PackReport) -> list[tuple[str, str]]:
         rows.append(("loss", f"{made.loss:.4g} (of the decoded archive)"))
     if made.metric is not None and made.metric_before is not None:
         rows.append(("metric", f"{made.metric_before:.6g} -> {made.metric:.6g}"))
+    if made.calibration:
+        rows.append(("calibration", made.calibration))
     return rows
 
 

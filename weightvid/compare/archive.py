@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightvid.compare.coded import Coded, Decoded
@@ -27,11 +27,14 @@ class ArchiveCoder:
         Of the kind ``pack``.
     ffmpeg : str or None
         The program of codecs that PyAV lacks.
+    calibration : str or None
+        Path of the statistics that calibrated settings are packed with.
     """
 
     model: Model
     setting: Setting
     ffmpeg: str | None = None
+    calibration: str | None = None
 
     @property
     def scales(self) -> bool:
@@ -47,7 +50,10 @@ class ArchiveCoder:
         """
         with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
             path = Path(folder) / "model.mp4"
-            pack_checkpoint(self.model.path, path, pack_options(self.setting, jobs, self.ffmpeg))
+            options = pack_options(self.setting, jobs, self.ffmpeg)
+            if self.setting.calibrated:
+                options = replace(options, calibration=self.calibration)
+            pack_checkpoint(self.model.path, path, options)
             about = summarize_archive(path)
             video = about.video
             facts = {"frames": video.frames, "width": video.width, "height": video.height}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from weightvid.calibration import load_stats
 from weightvid.checkpoint import open_checkpoint
 from weightvid.compare.coded import Array, Tensors
 from weightvid.dtypes import PACKABLE, to_float32
@@ -136,3 +137,18 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     if not weights:
         raise CheckpointError(f"{path} holds no floating-point weights to compare on")
     return Model(str(Path(path)), specs, aliases, tensors, weights, digest.hexdigest())
+
+
+def statistics_sha256(path: str | os.PathLike[str], model: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file of calibration statistics, known to be of this model.
+
+    Raises
+    ------
+    CheckpointError
+        The file is no such file, or its statistics are of another model.
+    """
+    stats = load_stats(path)
+    with open_checkpoint(model) as reader:
+        stats.check(reader)
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

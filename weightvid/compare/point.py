@@ -54,6 +54,8 @@ class Request:
         File for the restored tensors, where somebody will judge them.
     alone : bool
         Nothing runs beside it: all cores are measured too.
+    calibration : str or None
+        Path of the statistics that calibrated points are packed with.
     """
 
     model: str
@@ -63,6 +65,7 @@ class Request:
     program: str | None = None
     restored: str | None = None
     alone: bool = True
+    calibration: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +100,15 @@ class _BaselineCoder:
         return BASELINES[self.setting.method].decode(coded, self.model, self.setting.value)
 
 
-def coder(model: Model, setting: Setting, ffmpeg: str | None = None) -> Coder:
-    """What codes a model at a setting."""
+def coder(model: Model, request: Request) -> Coder:
+    """What codes a model as requested."""
+    setting, ffmpeg = Setting(**request.setting), request.program
     if setting.kind == "original":
         return _Original(model)
     if setting.kind == "baseline":
         return _BaselineCoder(model, setting)
     if setting.kind == "pack":
-        return ArchiveCoder(model, setting, ffmpeg=ffmpeg)
+        return ArchiveCoder(model, setting, ffmpeg, request.calibration)
     return VideoCoder(model, setting, None if ffmpeg is None else program.inspect(ffmpeg))
 
 
@@ -142,7 +146,7 @@ def measure(request: Request) -> dict[str, Any]:
     setting, model = Setting(**request.setting), load_model(request.model)
     if model.sha256 != request.model_sha256:
         raise WeightvidError(f"{request.model} has changed since the comparison began")
-    chosen = coder(model, setting, request.program)
+    chosen = coder(model, request)
     encoding = _timed(lambda: chosen.encode(1))
     coded: Coded = encoding.result
     decoding = _timed(lambda: chosen.decode(coded, 1))

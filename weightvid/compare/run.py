@@ -19,7 +19,7 @@ from weightvid.compare.baselines import BASELINES
 from weightvid.compare.cache import NOT_MEASURING, Cache, default_folder, key_of, versions
 from weightvid.compare.children import Children, Judge
 from weightvid.compare.judge import Question
-from weightvid.compare.model import Model, load_model
+from weightvid.compare.model import Model, load_model, statistics_sha256
 from weightvid.compare.point import Request
 from weightvid.compare.row import ERROR, MISSING, OK, Row
 from weightvid.compare.settings import ORIGINAL, Setting
@@ -53,6 +53,8 @@ class Options:
         Folder of finished points; None: the user's cache folder.
     refresh : bool
         Measure again what is there.
+    calibration : path or None
+        Statistics of this very model: pack's own quantizer is measured with them, too.
     """
 
     sweep: Sweep = field(default_factory=Sweep)
@@ -64,6 +66,7 @@ class Options:
     jobs: int = 1
     cache: str | os.PathLike[str] | None = None
     refresh: bool = False
+    calibration: str | os.PathLike[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ class Comparison:
     ------
     WeightvidError
         The checkpoint cannot be read; a setting makes no sense; the program is no ffmpeg; the
-        evaluation does not exist; the cache cannot be written.
+        evaluation does not exist; the statistics are of another model; the cache cannot be written.
     """
 
     def __init__(self, model: str | os.PathLike[str], options: Options | None = None) -> None:
@@ -128,12 +131,15 @@ class Comparison:
         if self.options.nncodec is not None:
             nnc.version(self.options.nncodec)
             os.environ[nnc.VARIABLE] = self.options.nncodec
-        chosen = self.options.sweep.settings()
+        statistics = self.options.calibration
+        sweep = replace(self.options.sweep, calibrated=statistics is not None)
+        chosen = sweep.settings()
         if self.options.only:
             chosen = select(chosen, self.options.only)
         self._programs = program.programs(self.options.ffmpeg)
         named = self.options.evaluation
         self._evaluation = None if named is None else _checked(named)
+        self._statistics = None if statistics is None else statistics_sha256(statistics, model)
         loaded = load_model(model)
         self.subject = Subject(
             loaded.path, loaded.sha256, loaded.weights, tuple(loaded.tensors), loaded.aliases
@@ -178,13 +184,19 @@ class Comparison:
         tool, reason = self._tool(setting)
         row = Row(
             setting.label, setting.series, setting.kind, setting.record(),
-            command=setting.command(self.subject.path), weights=self.subject.weights,
+            command=setting.command(self.subject.path, self.calibration(setting)),
+            weights=self.subject.weights,
             timing="alone" if self.options.jobs == 1 else "shared",
             options=_options(setting), about=_about(setting),
         )  # fmt: skip
         if reason is not None:
             return _Task(setting, replace(row, status=MISSING, message=reason))
         return _Task(setting, replace(row, versions=versions(setting, tool)), tool)
+
+    def calibration(self, setting: Setting) -> str | None:
+        """Path of the statistics that a setting is packed with."""
+        path = self.options.calibration
+        return os.fspath(path) if path is not None and setting.calibrated else None
 
     def _tool(self, setting: Setting) -> tuple[Program | None, str | None]:
         if setting.kind in ("pack", "lossless", "lossy"):
@@ -202,6 +214,7 @@ class Comparison:
             {
                 "model": self.subject.sha256,
                 "setting": task.setting.record(),
+                "statistics": self._statistics if task.setting.calibrated else None,
                 "options": dict(task.row.options),
                 "versions": dict(task.row.versions),
                 "code": code_sha256(leave=NOT_MEASURING),
@@ -307,6 +320,7 @@ class _Runner:
                 None if task.program is None else task.program.path,
                 str(folder / "restored.npz") if judged else None,
                 self._jobs == 1,
+                comparison.calibration(task.setting),
             )
             found = self._children.point(request, folder)
             found["about"] = {**task.row.about, **found.get("about", {})}

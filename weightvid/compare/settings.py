@@ -42,6 +42,8 @@ class Setting:
         like tensors of the layers following each other.
     inter : bool
         Frames predicted from the ones before.
+    calibrated : bool
+        Of a ``pack`` point: with the comparison's calibration statistics.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class Setting:
     rate: float | None = None
     frames: str = "ribbon"
     inter: bool = False
+    calibrated: bool = False
 
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -87,6 +90,7 @@ class Setting:
         if self.kind == "pack":
             usual = self.method == DEFAULT_ENCODER
             parts = ["weightvid"] if usual else ["weightvid", self.method]
+            parts += ["calibrated"] if self.calibrated else []
             parts += [self.mode] if self.value is not None or not usual else []
             parts += [self.quantizer] if self.quantizer not in (DEFAULT_QUANTIZER, "") else []
             parts += [self.preset] if self.preset != codec(self.method).preset else []
@@ -106,8 +110,16 @@ class Setting:
             return f"{self.series} k={self.rate:g}"
         return self.series if self.value is None else f"{self.series} {self.value:g}"
 
-    def command(self, model: str) -> str:
-        """What a shell runs to get this point again."""
+    def command(self, model: str, calibration: str | None = None) -> str:
+        """What a shell runs to get this point again.
+
+        Parameters
+        ----------
+        model : str
+            Path of the checkpoint.
+        calibration : str or None
+            Path of the statistics.
+        """
         quoted = shlex.quote(model)
         if self.kind == "pack":
             parts = ["weightvid pack", quoted]
@@ -121,6 +133,8 @@ class Setting:
                 parts += [f"--quantizer {self.quantizer}"] if self.quantizer != "pack" else []
             usual = codec(self.method).preset
             parts += [f"--preset {self.preset}"] if self.preset != usual else []
+            if self.calibrated and calibration is not None:
+                parts.append(f"--calibration {shlex.quote(calibration)}")
             parts += ["--no-side-files"] if Path(model).is_dir() else []
             return " ".join(parts)
         if self.kind == "original":

@@ -46,6 +46,8 @@ class Sweep:
     inter : bool
         Every codec that predicts frames from others also with that, beside the same frames
         without.
+    calibrated : bool
+        Pack's own quantizer also with calibration statistics.
     """
 
     codecs: tuple[str, ...] = DEFAULT_CODECS
@@ -57,6 +59,7 @@ class Sweep:
     baselines: tuple[str, ...] = (ALL,)
     formats: tuple[str, ...] = ()
     inter: bool = False
+    calibrated: bool = False
 
     def settings(self) -> list[Setting]:
         """Every point, each once.
@@ -113,6 +116,12 @@ class Sweep:
                     yield Setting(
                         "pack", "x265", preset, "lossless", _USUAL, None, name, rate
                     )  # fmt: skip
+        if self.calibrated:
+            for rate in self.rates:
+                yield Setting(
+                    "pack", "x265", presets[0], "lossless", _USUAL, None, DEFAULT_QUANTIZER, rate,
+                    calibrated=True,
+                )  # fmt: skip
         if DEFAULT_QUANTIZER in names:
             for name in codecs:
                 yield from self._archives(name, presets[0])

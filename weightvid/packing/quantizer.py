@@ -52,6 +52,23 @@ _SAMPLE_WEIGHTS: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Levels of some rows of a tensor."""
+
+    params: Params
+    levels: npt.NDArray[np.int8]
+    escapes: Escapes
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """All levels of a tensor, and what the bias of its layer must gain for them."""
+
+    piece: Piece
+    shift: Matrix | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A tensor to be quantized.
 
@@ -68,6 +85,8 @@ class Request:
         Round with noise shaping, if the quantizer is uniform and the tensor a convolution.
     moments : TensorMoments or None
         Calibration statistics; quantize with error feedback.
+    fixed : Fixed or None
+        The levels are known already.
     """
 
     number: int
@@ -76,6 +95,12 @@ class Request:
     read: TensorRead
     shaped: bool = False
     moments: TensorMoments | None = None
+    fixed: Fixed | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is no company for other tensors."""
+        return self.moments is not None or self.fixed is not None
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -90,15 +115,6 @@ class Wish:
     params: Params
     kernel: tuple[int, ...] = ()
     model: RateModel | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Levels of some rows of a tensor."""
-
-    params: Params
-    levels: npt.NDArray[np.int8]
-    escapes: Escapes
 
 
 def _quantize(blocks: list[tuple[Matrix, Wish]]) -> list[Piece]:
@@ -260,6 +276,15 @@ def code_calibrated(request: Request) -> list[Coded]:
         shift = _shift(request, matrix, levels, quantizer)
         piece = Piece(quantizer.params, *split_levels(levels))
         return [replace(_finish(request, array, piece), shift=shift)]
+
+
+def code_fixed(request: Request) -> list[Coded]:
+    """Finish a tensor whose levels are known."""
+    if request.fixed is None:
+        raise QuantizationError(f"the levels of tensor {request.spec.name!r} are not known")
+    with naming([request]):
+        made = _finish(request, request.read(), request.fixed.piece)
+        return [replace(made, shift=request.fixed.shift)]
 
 
 def fit_calibrated(request: Request, matrix: Matrix | None = None) -> Calibrated:

@@ -17,6 +17,7 @@ from weightvid.packing.quantizer import (
     calibrated_rows,
     code_batch,
     code_calibrated,
+    code_fixed,
     code_rows,
     fit,
     fit_calibrated,
@@ -101,7 +102,7 @@ def _jobs(requests: Iterable[Request | Kept], workers: Workers) -> Iterator[_Job
             yield _Job(0, lambda: None, lambda _, kept=kept: [kept])  # type: ignore[misc]
             continue
         weights = sum(request.spec.size for request in batch)
-        if len(batch) > 1 or weights <= BATCH_WEIGHTS:
+        if len(batch) > 1 or weights <= BATCH_WEIGHTS or batch[0].fixed is not None:
             yield _batch_job(batch, weights, workers)
         elif batch[0].moments is None:
             yield from _large_jobs(batch[0], workers)
@@ -118,7 +119,7 @@ def _batches(requests: Iterable[Request | Kept]) -> Iterator[list[Request] | Kep
         if isinstance(request, Kept):
             kept.append(request)
             continue
-        alone = request.moments is not None or (bool(batch) and batch[0].moments is not None)
+        alone = request.alone or (bool(batch) and batch[0].alone)
         if batch and (alone or weights + request.spec.size > BATCH_WEIGHTS):
             yield batch
             yield from kept
@@ -132,6 +133,8 @@ def _batches(requests: Iterable[Request | Kept]) -> Iterator[list[Request] | Kep
 
 def _batch_job(batch: list[Request], weights: int, workers: Workers) -> _Job:
     def start() -> Work[list[Coded]]:
+        if batch[0].fixed is not None:
+            return workers.submit(code_fixed, batch[0], weights=weights)
         if batch[0].moments is not None:
             return workers.submit(code_calibrated, batch[0], weights=weights)
         return workers.submit(code_batch, batch, weights=weights)

@@ -23,7 +23,7 @@ from weightvid.packing.exact import ExactWriter
 from weightvid.packing.frames import FrameWriter
 from weightvid.packing.lossy import LossyWriter, sample_tensors
 from weightvid.packing.quantized import CodedTensor, sqnr_db
-from weightvid.packing.quantizer import Coded, Request
+from weightvid.packing.quantizer import Coded, Fixed, Request
 from weightvid.packing.schedule import Kept, code_tensors
 from weightvid.packing.source import Source, TensorRead
 from weightvid.packing.workers import Outbox, Workers
@@ -68,6 +68,8 @@ class WritePlan:
         Calibration statistics of tensors that are quantized with error feedback, by id.
     files : tuple of bytes
         Boxes of the side files that the header lists.
+    fixed : mapping of int to Fixed
+        Tensors whose levels are known already, by id.
     """
 
     header: Header
@@ -78,6 +80,7 @@ class WritePlan:
     keep: tuple[str, ...] = ()
     moments: Mapping[int, TensorMoments] = field(default_factory=dict)
     files: tuple[bytes, ...] = ()
+    fixed: Mapping[int, Fixed] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -277,8 +280,8 @@ def requests(task: Task) -> Iterator[Request | Kept]:
             yield Kept(number)
             continue
         shaped = plan.shaping and is_convolution(spec)
-        moments = plan.moments.get(number)
-        yield Request(number, spec, params, task.read(number), shaped, moments)
+        moments, fixed = plan.moments.get(number), plan.fixed.get(number)
+        yield Request(number, spec, params, task.read(number), shaped, moments, fixed)
 
 
 def kept(task: Task, number: int) -> Callable[[int, int], Array]:

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.calibration import CalibrationStats, model_hash
-from weightvid.dtypes import PACKABLE, to_float32
+from weightvid.dtypes import PACKABLE, from_float32, to_float32
 from weightvid.errors import EvaluationError
 from weightvid.loader import open_archive
+from weightvid.packing.biases import bias_numbers
 from weightvid.packing.quantizer import Request
-from weightvid.packing.restored import restored
+from weightvid.packing.restored import quantized
 from weightvid.packing.source import ReaderSource, TensorRead
 from weightvid.planning.function import Function, load_function
 from weightvid.planning.memory import Memory, default_folder, steps_key
@@ -30,6 +31,8 @@ from weightvid.spec import TensorSpec
 from weightvid.version import __version__, code_sha256
 
 Array = npt.NDArray[np.generic]
+#: stored elements of a quantized tensor, and what the bias of its layer gains.
+_Made = tuple[Array, npt.NDArray[np.float32] | None]
 
 #: of quantized tensors that are kept for the next evaluation, or the model twice.
 _KEPT_BYTES: Final = 1 << 28
@@ -69,7 +72,7 @@ class Evaluator:
         self._function = load_function(evaluation.function)
         self._lower = evaluation.lower_is_better
         self._original: Original | None = None
-        self._kept: OrderedDict[tuple[int, float], Array] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, float], _Made] = OrderedDict()
         model = sum(spec.stored_bytes for spec in surveyed.specs)
         self._room = max(_KEPT_BYTES, 2 * model)
         self._source = ReaderSource(surveyed.reader)
@@ -103,6 +106,8 @@ class Evaluator:
     def verdict(self, steps: Mapping[int, float]) -> Verdict:
         """A model of which these tensors are quantized, and all others exact.
 
+        Biases make up for calibrated tensors, as in an archive.
+
         Raises
         ------
         EvaluationError
@@ -112,7 +117,9 @@ class Evaluator:
         key = steps_key({specs[number].name: step for number, step in steps.items()})
         found = self._memory.get(key)
         if found is None:
-            found = self._judge({specs[n].name: a for n, a in self._quantized(steps).items()})
+            made = self._quantized(steps)
+            replaced = {specs[number].name: stored for number, (stored, _) in made.items()}
+            found = self._judge(replaced | self._corrected(made))
             self._memory.put(key, found)
         self.asked += 1
         self._progress(_progress(self.asked, self.budget))
@@ -155,7 +162,18 @@ class Evaluator:
             return to_float32(stored, spec.dtype)
         return stored.copy()
 
-    def _quantized(self, steps: Mapping[int, float]) -> dict[int, Array]:
+    def _corrected(self, made: Mapping[int, _Made]) -> dict[str, Array]:
+        """Biases of calibrated tensors, by name."""
+        surveyed, found = self._surveyed, {}
+        biases = bias_numbers(surveyed.specs, surveyed.moments, made.keys(), surveyed.options.keep)
+        for number, bias in biases.items():
+            spec, shift = surveyed.specs[bias], made[number][1]
+            if shift is not None and shift.size == spec.size and np.isfinite(shift).all():
+                values = to_float32(surveyed.reader.read(spec.name), spec.dtype) + shift
+                found[spec.name] = from_float32(values, spec.dtype)
+        return found
+
+    def _quantized(self, steps: Mapping[int, float]) -> dict[int, _Made]:
         missing = [item for item in steps.items() if item not in self._kept]
         if len(missing) > 1 and self._jobs > 1:
             with ThreadPoolExecutor(self._jobs, "weightvid-quantize") as executor:
@@ -167,19 +185,21 @@ class Evaluator:
         for item in steps.items():
             self._kept.move_to_end(item)
             found[item[0]] = self._kept[item]
-        size = sum(array.nbytes for array in self._kept.values())
+        size = sum(array.nbytes for array, _ in self._kept.values())
         while size > self._room:
-            size -= self._kept.popitem(last=False)[1].nbytes
+            size -= self._kept.popitem(last=False)[1][0].nbytes
         return found
 
-    def _restored(self, item: tuple[int, float]) -> Array:
+    def _restored(self, item: tuple[int, float]) -> _Made:
         number, step = item
         surveyed = self._surveyed
         params, read = surveyed.quantizer(number, step), self._read(number)
         if params is None:
-            return read()
+            return read(), None
         shaped, moments = surveyed.shaped(number), surveyed.moments.get(number)
-        return restored(Request(number, read.spec, params, read, shaped, moments))
+        request = Request(number, read.spec, params, read, shaped, moments)
+        ((fixed, stored),) = quantized([request])
+        return stored, fixed.shift
 
     def _read(self, number: int) -> TensorRead:
         return TensorRead(self._source, self._surveyed.specs[number])
@@ -213,9 +233,11 @@ def _digest(stats: CalibrationStats | None) -> str | None:
         return None
     digest = hashlib.sha256(stats.model_sha256.encode())
     for name, moments in sorted(stats.tensors.items()):
-        digest.update(f"{name}\n{moments.axis} {moments.damping!r}\n".encode())
-        if moments.moment is not None:
-            digest.update(np.ascontiguousarray(moments.moment).data)
+        known = f"{name}\n{moments.axis} {moments.damping!r} {moments.bias}\n"
+        digest.update(known.encode())
+        for part in (moments.moment, moments.mean):
+            if part is not None:
+                digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()
 
 

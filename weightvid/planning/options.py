@@ -12,6 +12,7 @@ from weightvid import allocate
 from weightvid.calibration import CalibrationStats
 from weightvid.codec.encode import DEFAULT_ENCODER, Lossy, Video, find_program
 from weightvid.errors import QuantizationError
+from weightvid.planning.examples import Examples
 from weightvid.planning.function import Function
 from weightvid.planning.target import Target
 from weightvid.quantize import TrellisParams
@@ -71,9 +72,11 @@ class PackOptions:
     mantissa_bits : int or None
         Mantissa bits that 1-D float32 biases, norms and statistics keep, 11..23, instead of the
         recipe's.
-    calibration : path, CalibrationStats or None
+    calibration : path, CalibrationStats, Examples or None
         Statistics of this very model: its tensors are quantized with error feedback. Tensors
-        without statistics are packed as ever.
+        without statistics are packed as ever. With the model and its example inputs themselves
+        (`weightvid.calibrate.Examples`), its layers are also quantized one after another for the
+        inputs that the quantized layers before them make, where that is better.
     lossy : Lossy or None
         Let the codec quantize samples of fine steps, instead of coding levels losslessly; step
         factor, recipe, states and shaping play no part then.
@@ -112,7 +115,7 @@ class PackOptions:
     states: int = 8
     shaping: bool = True
     mantissa_bits: int | None = None
-    calibration: str | os.PathLike[str] | CalibrationStats | None = None
+    calibration: str | os.PathLike[str] | CalibrationStats | Examples | None = None
     lossy: Lossy | None = None
     keep: tuple[str, ...] = ()
     side_files: bool = True
@@ -153,6 +156,12 @@ class PackOptions:
         made = Video(self.codec, self.preset, self.lossy, self.bit_depth)
         return replace(made, program=find_program(self.codec, self.ffmpeg))
 
+    @property
+    def examples(self) -> Examples | None:
+        """A model with example inputs, if that is what calibrates."""
+        known = self.calibration
+        return known if isinstance(known, Examples) else None
+
     def check(self) -> None:
         """Refuse settings that contradict each other or themselves.
 
@@ -171,6 +180,10 @@ class PackOptions:
             raise QuantizationError("a lossy codec takes no target, calibration or evaluation")
         if self.target is not None and self.target.measured and self.evaluation is None:
             raise QuantizationError(f"a target of {self.target.kind} needs an evaluation")
+        if self.examples is not None and self.evaluation is not None:
+            raise QuantizationError(
+                "an evaluation takes calibration statistics, but no model with example inputs"
+            )
         if self.evaluation is not None and self.rule == "sqnr":
             raise QuantizationError("an evaluation and the rule sqnr exclude each other")
         self.video()

@@ -17,11 +17,13 @@ from weightvid.container.records import Header
 from weightvid.dtypes import LARGEST, PACKABLE
 from weightvid.errors import QuantizationError
 from weightvid.packing.calibrated import fits
+from weightvid.packing.quantizer import Fixed
 from weightvid.packing.source import TensorRead
 from weightvid.packing.sums import sums_of_tensors
 from weightvid.packing.workers import Workers, local_workers
 from weightvid.packing.write import WritePlan, is_convolution
 from weightvid.planning.curve import RateCurve, sample_tensor
+from weightvid.planning.examples import Examples
 from weightvid.planning.options import PackOptions
 from weightvid.progress import Report, quiet
 from weightvid.quantize import Params, TrellisParams, UniformParams
@@ -147,7 +149,7 @@ def survey(
     if workers is None:
         with local_workers(options.jobs) as threads:
             return survey(reader, options, progress, threads)
-    calibration = _calibration(reader, options)
+    calibration = _calibration(reader, options, progress)
     sampled = options.target is not None or options.evaluation is not None
     stats: dict[int, TensorStats] = {}
     curves: dict[int, RateCurve] = {}
@@ -171,7 +173,10 @@ def survey(
 
 
 def plan_archive(
-    surveyed: Survey, steps: Mapping[int, float], about: Mapping[str, Any] | None = None
+    surveyed: Survey,
+    steps: Mapping[int, float],
+    about: Mapping[str, Any] | None = None,
+    fixed: Mapping[int, Fixed] | None = None,
 ) -> WritePlan:
     """Plan of the archive with these steps.
 
@@ -182,6 +187,8 @@ def plan_archive(
         Of every tensor in ``surveyed.stats``.
     about : mapping
         Further entries of the header for people.
+    fixed : mapping of int to Fixed
+        Tensors whose levels are known already.
     """
     options, specs = surveyed.options, surveyed.specs
     video = options.video()
@@ -212,6 +219,7 @@ def plan_archive(
         options.keep,
         surveyed.moments,
         boxes,
+        fixed or {},
     )
 
 
@@ -245,12 +253,19 @@ def slopes(
     return found
 
 
-def _calibration(reader: CheckpointReader, options: PackOptions) -> CalibrationStats | None:
+def _calibration(
+    reader: CheckpointReader, options: PackOptions, progress: Report
+) -> CalibrationStats | None:
     """The statistics to pack with, known to be of this model."""
     wanted = options.calibration
     if wanted is None:
         return None
-    stats = wanted if isinstance(wanted, CalibrationStats) else load_stats(wanted)
+    if isinstance(wanted, Examples):
+        stats = wanted.statistics(progress)
+    elif isinstance(wanted, CalibrationStats):
+        stats = wanted
+    else:
+        stats = load_stats(wanted)
     stats.check(reader)
     return stats
 
@@ -316,6 +331,8 @@ def _about_calibration(surveyed: Survey, params: Collection[int]) -> dict[str, A
     """Which quantized tensors had statistics, and which had none."""
     if surveyed.calibration is None:
         return {}
+    if surveyed.calibration.refused:
+        return {"calibration": f"not used: {surveyed.calibration.refused}"}
     used = sum(number in surveyed.moments for number in params)
     about = {"calibration": f"{used} tensors, {surveyed.calibration.samples} samples"}
     without: Sequence[str] = [
