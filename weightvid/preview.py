@@ -299,19 +299,23 @@ def _fit(name: str, space: float, font: Any) -> str:
 
 
 def _legend(image: Any, scale: tuple[int, Picture], title: str, font: Any) -> None:
-    """Below the frame: its title, and the colours of the samples with their distance from 128."""
+    """Below the frame: its title, and the colours of the samples with their distance from zero."""
     from PIL import ImageDraw
 
     largest, table = scale
     pen = ImageDraw.Draw(image)
     top = image.height - _LEGEND_PX + 8
     pen.text((_MARGIN_PX, top), title, fill=_INK, font=font)
-    note = "sample - 128:"
+    note = f"sample - {len(table) // 2}:"
     top += _FONT_PX + 10
     pen.text((_MARGIN_PX, top), note, fill=_INK, font=font)
     left = _MARGIN_PX + int(font.getlength(note)) + 10
-    steps = list(range(-largest, largest + 1, max(1, -(-2 * largest // 24))))
-    each = max(18, min(34, (image.width - left - _MARGIN_PX) // (len(steps) + 1)))
+    # Numbers of three digits take more room.
+    cells = 24 if largest < 100 else 16
+    steps = list(range(-largest, largest + 1, max(1, -(-2 * largest // cells))))
+    each = max(
+        18, min(34 if cells == 24 else 42, (image.width - left - _MARGIN_PX) // (len(steps) + 1))
+    )
     for place, level in enumerate(steps):
         x = left + place * each
         colour = tuple(int(c) for c in table[level + len(table) // 2])
