@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,10 @@ import pytest
 
 from weightvid.codec import program
 from weightvid.codec.registry import CODECS
+from weightvid.compare import point
 from weightvid.compare.archive import ArchiveCoder
 from weightvid.compare.coded import Coder
 from weightvid.compare.model import Model, load_model
-from weightvid.compare.point import coder
 from weightvid.compare.settings import Setting
 from weightvid.errors import CodecError
 from weightvid.loader import open_archive
@@ -33,6 +33,10 @@ def lossy(name: str, value: float, **more: Any) -> Setting:
     row = CODECS[name]
     fields = {"preset": row.preset, "pixel_format": row.modes["qp"].formats[0]}
     return Setting("lossy", name, mode="qp", value=value, **{**fields, **more})
+
+
+def coder(model: Model, setting: Setting, ffmpeg: str | None = None) -> Coder:
+    return point.coder(model, point.Request("", "", asdict(setting), "", ffmpeg))
 
 
 def restored(model: Model, made: Coder, jobs: int = 1) -> tuple[dict[str, Any], int]:
