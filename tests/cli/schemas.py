@@ -37,6 +37,7 @@ PACK = {
     "metric_before": OPTIONAL_NUMBER,
     "metric": OPTIONAL_NUMBER,
     "evaluations": int,
+    "calibration": str,
 }
 DEFECT = {"code": str, "message": str, "offset": (int, NoneType)}
 UNPACK = {
