@@ -136,6 +136,10 @@ SCRIPT = """
     def wrong():
         return 1
 
+    def raises():
+        print("not for stdout")
+        raise RuntimeError("no images")
+
     number = 3
 """
 
@@ -171,8 +175,51 @@ def test_the_command_line(tmp_path):
     ):
         failed = runner.invoke(app, ["calibrate", wrong, "-o", str(tmp_path / "other.safetensors")])
         assert failed.exit_code == 2, wrong
+    failed = runner.invoke(app, ["calibrate", f"{script}:raises", "-o", str(tmp_path / "o.stats")])
+    assert failed.exit_code == 1
+    assert failed.stdout == ""
+    assert failed.stderr.splitlines()[-1].endswith("raises failed: RuntimeError: no images")
     missing = runner.invoke(app, [*pack[:3], str(tmp_path / "none.safetensors"), "--force"])
     assert missing.exit_code == 1
+
+
+def test_a_script_calibrates_while_packing(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    runner, model, archive = CliRunner(), tmp_path / "model.pt", tmp_path / "model.mp4"
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16))
+    torch.save(module.state_dict(), model)
+    call = ["pack", str(model), "--calibrate", f"{script}:examples", "--step", "0.5", "--force"]
+    done = runner.invoke(app, [*call, "--json"])
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["calibration"].startswith("plain: without BatchNorm nothing confirms")
+    about = summarize_archive(archive).about
+    assert about["calibration"] == "2 tensors, 80 samples"
+    assert "sequential" not in about
+    done = runner.invoke(app, [*call, "--trust-inputs"])
+    assert done.exit_code == 0, done.output
+    assert "on held-back inputs" in " ".join(done.stdout.split())
+    assert "sequential" in summarize_archive(archive).about
+    shown = runner.invoke(app, ["inspect", str(archive)])
+    assert "sequential" in shown.stdout
+    for wrong in (
+        ["--calibrate", "script.py"],
+        ["--calibrate", f"{script}:wrong"],
+        ["--calibrate", f"{script}:absent"],
+        ["--calibrate", f"{script}:examples", "--calibration", str(script)],
+        ["--calibrate", f"{script}:examples", "--eval", f"{script}:examples"],
+        ["--trust-inputs"],
+    ):
+        other = tmp_path / "other.mp4"
+        failed = runner.invoke(app, ["pack", str(model), "-o", str(other), *wrong])
+        assert failed.exit_code == 2, wrong
+        assert not other.exists()
+    torch.save(nn.Linear(32, 48).state_dict(), model)
+    failed = runner.invoke(app, call)
+    assert failed.exit_code == 1
+    assert "of another model" in failed.stderr
 
 
 def test_numbers_of_a_matrix_are_all_there(calibrated):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +28,7 @@ def load_examples(script: str, option: str) -> tuple[Any, Any]:
     Raises
     ------
     WeightvidError
-        There is no torch.
+        There is no torch; or the script fails.
     """
     name, colon, wanted = script.rpartition(":")
     if not (colon and name and wanted.isidentifier()):
@@ -37,11 +39,12 @@ def load_examples(script: str, option: str) -> tuple[Any, Any]:
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     if spec is None or spec.loader is None:
         usage_error(f"{path} is no Python file", option)
+    loader = spec.loader
     module = importlib.util.module_from_spec(spec)
     # As if it were run: its folder can be imported from, and its classes can be pickled.
     sys.modules[_MODULE] = module
     sys.path.insert(0, str(path.resolve().parent))
-    spec.loader.exec_module(module)
+    _run(script, lambda: loader.exec_module(module))
     function = getattr(module, wanted, None)
     if not callable(function):
         usage_error(f"{path} defines no function {wanted!r}", option)
@@ -51,7 +54,18 @@ def load_examples(script: str, option: str) -> tuple[Any, Any]:
         raise WeightvidError(
             f"calibrating needs PyTorch ({error}); install it with: pip install 'weightvid[torch]'"
         ) from None
-    given = function()
+    given = _run(script, function)
     if not isinstance(given, tuple) or len(given) != 2:
         usage_error("the function must return two things: a module and its inputs", option)
     return given
+
+
+def _run(script: str, work: Callable[[], Any]) -> Any:
+    """Run some of a script; what it prints goes to stderr, as stdout is data."""
+    from weightvid.planning.function import described
+
+    try:
+        with redirect_stdout(sys.stderr):
+            return work()
+    except (Exception, SystemExit) as error:
+        raise WeightvidError(f"{script} failed: {described(error)}") from error
