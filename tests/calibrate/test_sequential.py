@@ -259,6 +259,13 @@ def test_layers_of_one_input_share_a_stage(net):
     ]  # fmt: skip
 
 
+def test_memory_that_is_used_again_is_no_common_input():
+    chain = nn.Sequential(*(nn.Linear(8, 8) for _ in range(8)))
+    with ready(chain):
+        order = look(chain, [torch.rand(64, 8)], dict(chain.state_dict(keep_vars=True)))
+    assert len(stages(order, set(order.layers), 1 << 30, 64)) == 8
+
+
 def test_a_state_goes_back_and_forth():
     layer = nn.Linear(4, 4)
     layer.other = layer.weight
