@@ -122,7 +122,7 @@ def _format(row: VideoCodec, mode: str, bits: int) -> str:
     if not known:
         depths = {bit_depth(f) for f in row.modes[mode].formats} & {*track.depths}
         shown = " or ".join(map(str, sorted(depths)))
-        raise CodecError(f"{row.name} codes samples of {shown} bits, not of {bits}")
+        raise CodecError(f"{row.name} codes samples of {shown} bits, not of {bits} (--bit-depth)")
     return known[0]
 
 
