@@ -160,6 +160,30 @@ def test_pack_refuses(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_pack_by_another_codec(run: Run, run_json: Run, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    run_json("pack", model, "-o", path, "--codec", "x264", "--qp", 20, "--bit-depth", 10)
+    shown = run_json("inspect", path)
+    assert shown["format_version"] == "1.2"
+    assert shown["video"]["codec"] == "avc"
+    assert shown["video"]["profile"] == "High 10 Intra"
+    assert shown["video"]["bit_depth"] == 10
+    assert shown["about"]["encoder"] == "x264"
+    text = run("inspect", path).stdout
+    assert "avc, High 10 Intra profile, level 2, 10 bits" in text
+    assert f"{shown['sqnr_db']:.2f} dB" in text
+    run("verify", path)
+
+
+def test_a_preset_of_another_codec(run: Run, model: Path, tmp_path: Path) -> None:
+    result = run(
+        "pack", model, "-o", tmp_path / "a.mp4", "--codec", "svtav1", "--preset", "slow", status=1
+    )
+    assert result.stderr.startswith("error: svtav1 has no preset 'slow'; known: 12, 11")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pack_lossy(run_json: Run, model: Path, tmp_path: Path) -> None:
     sizes = []
     for option, value in (("--qp", 12), ("--qp", 24), ("--crf", 30)):

@@ -13,7 +13,7 @@ from weightvid.errors import CodecError
 
 _PNG_TYPE, _JPEG2000_TYPE = 0x6D, 0x6E
 _PNG_START: Final = b"\x89PNG\r\n\x1a\n"
-#: SOC, then SIZ.
+#: start of code-stream, then image size (A.4, A.5).
 _JPEG2000_START: Final = b"\xff\x4f\xff\x51"
 #: streamType 4 (visual), upStream 0, reserved 1.
 _VISUAL: Final = 0x11
