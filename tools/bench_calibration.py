@@ -341,7 +341,7 @@ def markdown(results: Record) -> str:
         for kind, points in model["curves"].items():
             lines += [
                 f"| {kind} | {p['step_factor']} | {p['bytes']:,} | {p['bits_per_weight']:.3f} | "
-                f"{p['loss']:.4f} | {p['cpu_s']} | {p.get('kept', '')} |"
+                f"{p['loss']:.4f} | {p.get('cpu_s', '')} | {p.get('kept', '')} |"
                 for p in points
             ]
         if "pairs" in model:
