@@ -234,6 +234,13 @@ def fitted_rate(points: Sequence[Record], loss: float) -> tuple[float, float]:
     return float(slope * math.log(loss) + offset), scatter
 
 
+def shown(points: Sequence[Record], loss: float) -> str:
+    """Rate at a loss, in words."""
+    rate, scatter = fitted_rate(points, loss)
+    reached = min(p["loss"] for p in points) <= loss <= max(p["loss"] for p in points)
+    return f"{'' if reached else '~'}{rate:.2f} ± {scatter:.2f}"
+
+
 def statistics(model: Model, folder: Path | None) -> tuple[CalibrationStats, float | None]:
     """Statistics of a model, and the seconds they took, if they are not there already."""
     path = folder / f"{model.name}.stats" if folder is not None else None
@@ -257,7 +264,6 @@ def measure(model: Model, points: int, kinds: Sequence[str], kept: Path | None) 
     stats, seconds = statistics(model, kept)
     finer = [round(0.75 * f, 4) for f in factors]
     record: Record = {
-        "code": commit(),
         "measure": model.measure,
         "floats": model.floats,
         "samples": stats.samples,
@@ -283,6 +289,7 @@ def measure(model: Model, points: int, kinds: Sequence[str], kept: Path | None) 
             record["noise_profit"] = sum(m.useful for m in noise.tensors.values())
             some = factors[1::3] if large else finer
             record["curves"]["noise"] = curve(model, some, noise, folder)
+    record["codes"] = dict.fromkeys([*record["curves"]], commit())
     return record
 
 
@@ -296,7 +303,8 @@ def commit() -> str:
 
 def merged(before: Record, now: Record) -> Record:
     """A model's record with the curves that were measured now in place of earlier ones."""
-    return {**before, **now, "curves": {**before.get("curves", {}), **now["curves"]}}
+    joined = {key: {**before.get(key, {}), **now[key]} for key in ("curves", "codes")}
+    return {**before, **now, **joined}
 
 
 def markdown(results: Record) -> str:
@@ -307,8 +315,9 @@ def markdown(results: Record) -> str:
         f"`python tools/bench_calibration.py`, weightvid {results['weightvid']}, torch "
         f"{results['torch']}. Whole files, 8 x bytes over all floats. Rates at a target are read "
         "off a line through the six nearest points (rate against the logarithm of the loss); "
-        "± is the scatter of single points about it. CNNs: KL divergence of the logits; MiniLM: "
-        "mean cosine of the embeddings. Calibration data and test data are apart.",
+        "± is the scatter of single points about it, ~ marks a target beyond the curve. CNNs: "
+        "KL divergence of the logits; MiniLM: mean cosine of the embeddings. Calibration data and "
+        "test data are apart. CPU times include judging the archive.",
         "",
         "| model | target | without | calibrated | saved | layer by layer | saved |",
         "|---|---|---|---|---|---|---|",
@@ -316,26 +325,27 @@ def markdown(results: Record) -> str:
     for name, model in results["models"].items():
         for target in TARGETS[model["measure"]]:
             loss = target if model["measure"] == "kl" else 1 - target
-            without, a = fitted_rate(model["curves"]["none"], loss)
-            cells = ""
+            curves = model["curves"]
+            without, _ = fitted_rate(curves["none"], loss)
+            cells = f" {shown(curves['none'], loss)} |"
             for kind in ("calibrated", "sequential"):
-                if kind in model["curves"]:
-                    rate, b = fitted_rate(model["curves"][kind], loss)
-                    cells += f" {rate:.2f} ± {b:.2f} | {100 * (1 - rate / without):.0f} % |"
+                if kind in curves:
+                    saved = 100 * (1 - fitted_rate(curves[kind], loss)[0] / without)
+                    cells += f" {shown(curves[kind], loss)} | {saved:.0f} % |"
                 else:
                     cells += " | |"
-            lines.append(
-                f"| {name} | {model['measure']} {target} | {without:.2f} ± {a:.2f} |{cells}"
-            )
+            lines.append(f"| {name} | {model['measure']} {target} |{cells}")
     for name, model in results["models"].items():
         lines += [
             "",
             f"## {name}",
             "",
             f"{model['samples']} samples; {model['profit']} of {model['tensors']} tensors profit."
-            + f" Measured at {model['code']}.",
+            + " Measured at "
+            + ", ".join(f"{code} ({kind})" for kind, code in model["codes"].items())
+            + ".",
             "",
-            "| curve | step factor | bytes | bits per weight | loss | pack CPU s | kept |",
+            "| curve | step factor | bytes | bits per weight | loss | CPU s | kept |",
             "|---|---|---|---|---|---|---|",
         ]
         for kind, points in model["curves"].items():
