@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-import numpy as np
-import numpy.typing as npt
-
 from weightvid import tile
 from weightvid.container import reader
-from weightvid.container.reader import Head, Source
+from weightvid.container.reader import Head
 from weightvid.container.records import Header, Index, Sidecar, StoredFile
+from weightvid.container.source import Source
 from weightvid.dtypes import to_float32
 from weightvid.errors import FormatError, TensorNotFoundError, TruncatedError
 from weightvid.loader.assemble import Array, Assembler, ExactAssembler, Quantized

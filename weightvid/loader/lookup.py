@@ -7,9 +7,10 @@ from collections.abc import Container, Iterator
 from weightvid import tile
 from weightvid.container import reader
 from weightvid.container.exact import ExactItem, parse_exact
-from weightvid.container.reader import Fragment, Head, Source
+from weightvid.container.reader import Fragment, Head
 from weightvid.container.records import Index, Sidecar
 from weightvid.container.sidecar import parse_sidecar
+from weightvid.container.source import Source
 from weightvid.errors import FormatError
 
 
