@@ -29,7 +29,8 @@ import numpy as np
 
 from weightvid.codec.decode import Decoder, DecoderSettings
 from weightvid.container import reader
-from weightvid.container.reader import Fragment, Source
+from weightvid.container.reader import Fragment
+from weightvid.container.source import Source
 from weightvid.loader import open_archive
 from weightvid.version import __version__
 

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.container import reader
-from weightvid.container.reader import Fragment, Source
+from weightvid.container.reader import Fragment
+from weightvid.container.source import Source
 from weightvid.loader import open_archive
 from weightvid.summary import summarize_archive
 

@@ -12,9 +12,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import cast
 
-from weightvid.checkpoint.base import CheckpointReader, CheckpointWriter, Contents
+from weightvid.checkpoint.base import CheckpointReader, Contents
 from weightvid.checkpoint.kinds import KINDS, Kind, kind_for_output, kind_of_file
 from weightvid.checkpoint.mapping import from_mapping
+from weightvid.checkpoint.writer import CheckpointWriter
 from weightvid.progress import Report, quiet
 from weightvid.remote import is_url
 from weightvid.spec import TensorSpec

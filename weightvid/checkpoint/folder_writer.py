@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from weightvid.atomic import output_error, refuse_address
 from weightvid.checkpoint import safetensors
-from weightvid.checkpoint.base import Array, CheckpointWriter, Contents, check_contents
+from weightvid.checkpoint.base import Array, Contents, check_contents
+from weightvid.checkpoint.writer import CheckpointWriter
 from weightvid.errors import CheckpointError, OutputError
 from weightvid.spec import SideFile, TensorSpec, is_safe_path
 

@@ -9,15 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.checkpoint.base import (
-    Array,
-    CheckpointWriter,
-    Contents,
-    FileWriter,
-    check_contents,
-    raw_bytes,
-    tied_note,
-)
+from weightvid.checkpoint.base import Array, Contents, check_contents, raw_bytes, tied_note
 from weightvid.checkpoint.gguf_format import (
     DEFAULT_ALIGNMENT,
     MAGIC,
@@ -27,6 +19,7 @@ from weightvid.checkpoint.gguf_format import (
     parse_metadata,
     tensor_info,
 )
+from weightvid.checkpoint.writer import CheckpointWriter, FileWriter
 from weightvid.dtypes import PACKABLE, stored_dtype, to_float32
 from weightvid.errors import CheckpointError
 from weightvid.spec import TensorSpec

@@ -21,15 +21,14 @@ import numpy as np
 from weightvid.checkpoint.base import (
     Array,
     CheckpointReader,
-    CheckpointWriter,
     Contents,
-    FileWriter,
     check_contents,
     check_spec,
     raw_bytes,
     shorten,
     tied_note,
 )
+from weightvid.checkpoint.writer import CheckpointWriter, FileWriter
 from weightvid.dtypes import RAW_BITS, name_of, stored_dtype, to_float32
 from weightvid.errors import CheckpointError
 from weightvid.spec import TensorSpec

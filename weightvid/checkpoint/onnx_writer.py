@@ -8,16 +8,9 @@ from types import ModuleType
 from typing import Any, Final
 
 from weightvid.atomic import AtomicFile
-from weightvid.checkpoint.base import (
-    Array,
-    CheckpointWriter,
-    Contents,
-    FileWriter,
-    check_contents,
-    raw_bytes,
-    shorten,
-)
+from weightvid.checkpoint.base import Array, Contents, check_contents, raw_bytes, shorten
 from weightvid.checkpoint.onnx_wire import GRAPH, INITIALIZER, RAW_DATA, lead
+from weightvid.checkpoint.writer import CheckpointWriter, FileWriter
 from weightvid.errors import CheckpointError, OutputError
 from weightvid.spec import TensorSpec
 

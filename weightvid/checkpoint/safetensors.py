@@ -21,13 +21,12 @@ from safetensors import SafetensorError, safe_open
 from weightvid.checkpoint.base import (
     Array,
     CheckpointReader,
-    CheckpointWriter,
     Contents,
-    FileWriter,
     check_contents,
     raw_bytes,
     tied_note,
 )
+from weightvid.checkpoint.writer import CheckpointWriter, FileWriter
 from weightvid.dtypes import STORED, SUB_BYTE, pack_bits, stored_dtype, unpack_bits
 from weightvid.errors import CheckpointError, RemoteError, WeightvidError
 from weightvid.spec import TensorSpec

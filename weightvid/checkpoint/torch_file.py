@@ -18,16 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from weightvid.checkpoint.base import (
-    Array,
-    CheckpointReader,
-    CheckpointWriter,
-    Contents,
-    FileWriter,
-    check_contents,
-    shorten,
-)
+from weightvid.checkpoint.base import Array, CheckpointReader, Contents, check_contents, shorten
 from weightvid.checkpoint.state_dict import find_tensors
+from weightvid.checkpoint.writer import CheckpointWriter, FileWriter
 from weightvid.dtypes import SUB_BYTE, pack_bits, stored_dtype, unpack_bits
 from weightvid.errors import CheckpointError, OutputError
 from weightvid.spec import TensorSpec

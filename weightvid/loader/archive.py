@@ -2,129 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-import numpy as np
-import numpy.typing as npt
-
 from weightvid import tile
 from weightvid.container import reader
-from weightvid.container.exact import parse_exact
-from weightvid.container.reader import Fragment, Head, Source
+from weightvid.container.reader import Head
 from weightvid.container.records import Header, Index, Sidecar, StoredFile
-from weightvid.container.sidecar import parse_sidecar
+from weightvid.container.source import Source
 from weightvid.dtypes import to_float32
 from weightvid.errors import FormatError, TensorNotFoundError, TruncatedError
 from weightvid.loader.assemble import Array, Assembler, ExactAssembler, Quantized
+from weightvid.loader.lookup import Lookup, rebuild, runs
 from weightvid.loader.pipeline import Found, Pipeline
+from weightvid.loader.records import Levels, TensorInfo
 from weightvid.loader.stream import Spill, Streamed
-from weightvid.quantize import Params
 from weightvid.spec import TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Levels:
-    """A quantized tensor for integer kernels.
-
-    Attributes
-    ----------
-    levels : ndarray of int8, int16 or int32, of the tensor's shape
-    params : Params
-        The quantizer; for a uniform one without shifts, ``weight = level * params.step``.
-    """
-
-    levels: npt.NDArray[np.integer]
-    params: Params
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What the archive says of one tensor without decoding it.
-
-    Attributes
-    ----------
-    name : str
-    dtype : str
-        Element type as safetensors spells it.
-    shape : tuple of int
-    coding : str
-        ``video``, ``plain`` (levels in an exact box) or ``exact``.
-    alias_of : str or None
-        The tensor whose storage this name shares.
-    params : Params or None
-        The quantizer; None for exact tensors.
-    frames : range
-        Frames on which the tensor lies.
-    escapes : int
-        Levels listed exactly beside the frames.
-    sqnr_db : float or None
-    sha256 : str
-        First 16 bytes, in hex, of the SHA-256 of the dequantized elements; empty for exact
-        tensors.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    coding: str
-    alias_of: str | None = None
-    params: Params | None = None
-    frames: range = range(0)
-    escapes: int = 0
-    sqnr_db: float | None = None
-    sha256: str = ""
-
-
-def open_archive(
-    source: str | os.PathLike[str] | BinaryIO, *, threads: int = 0, check_tensors: bool = False
-) -> Archive:
-    """Open an archive for reading.
-
-    Parameters
-    ----------
-    source : path, address or binary file object
-        An address is a str such as ``https://...``, ``s3://...`` or ``hf://...``; what reads it is
-        imported then. A file object that cannot seek (a pipe, a download) can only be iterated
-        over, once.
-    threads : int
-        Frames decoded at the same time; 0: one per core.
-    check_tensors : bool
-        Check the SHA-256 of every dequantized tensor too, and, when all of the file is read, the
-        index. The SHA-256 of every frame with its sidecar, and of every box, is always checked.
-
-    Raises
-    ------
-    FormatError
-        The file is no archive, is damaged, or needs a newer reader; ``error.code`` says which.
-    OSError
-        The file cannot be opened; a :class:`~weightvid.errors.RemoteError` for an address.
-    """
-    if isinstance(source, (str, os.PathLike)):
-        stream = _open(source)
-        try:
-            return Archive(stream, threads, check_tensors, owned=True)
-        except BaseException:
-            stream.close()
-            raise
-    return Archive(source, threads, check_tensors, owned=False)
-
-
-def _open(source: str | os.PathLike[str]) -> BinaryIO:
-    if isinstance(source, str) and "://" in source:
-        from weightvid.remote import is_url, open_remote
-
-        if is_url(source):
-            return open_remote(source)
-    return Path(source).open("rb")
-
-
 class Archive:
-    """An open archive; made by :func:`open_archive`. Not for use by two threads at once.
+    """An open archive; made by :func:`weightvid.loader.open_archive`.
+
+    Not for use by two threads at once.
 
     Attributes
     ----------
@@ -147,15 +47,14 @@ class Archive:
             reader.prefetch_head(self._source, file_bytes)
         self._head: Head = reader.read_head(self._source)
         self._pipeline = Pipeline(self._head, threads, strict=check_tensors)
-        self._index: Index | None = None
-        self._columns: dict[int, int] = {}
+        self._lookup: Lookup | None = None
         self.complete: bool | None = None
         if self._random:
-            self._index = reader.read_tail_index(self._source, self._head, file_bytes)
-            self.complete = self._index is not None
-            if self._index is None:
-                self._index = self._rebuild()
-            self._columns = self._place(self._index)
+            index = reader.read_tail_index(self._source, self._head, file_bytes)
+            self.complete = index is not None
+            if index is None:
+                index, self.complete = rebuild(self._source, self._head)
+            self._lookup = Lookup(self._source, self._head, index, self.complete)
         header = self._head.header
         self._ids = {spec.name: i for i, spec in enumerate(header.tensors)}
         self.names: tuple[str, ...] = (*self._ids, *header.aliases)
@@ -203,7 +102,7 @@ class Archive:
         FormatError
             ``not-seekable``; ``digest``, ``stream``, ``truncated``: damage.
         """
-        self._need_index()
+        self._need_lookup()
         offset = self._head.size
         for entry in self.files:
             if entry.path == path:
@@ -234,12 +133,12 @@ class Archive:
     @property
     def index(self) -> Index:
         """Where everything lies; rebuilt from what is there if the file is cut short."""
-        return self._need_index()
+        return self._need_lookup().index
 
     @property
     def sqnr_db(self) -> float | None:
         """Over all quantized tensors, where the archive says it (lossy ones do); else None."""
-        return None if self._index is None else self._index.sqnr_db
+        return None if self._lookup is None else self._lookup.index.sqnr_db
 
     @property
     def bytes_read(self) -> int:
@@ -251,37 +150,12 @@ class Archive:
         """Range reads asked of the file so far."""
         return self._source.reads
 
-    def _rebuild(self) -> Index:
-        frames, exact, ribbon = [], [], []
-        self._source.seek(self._head.size)
-        try:
-            for event in reader.read_events(self._source, self._head):
-                if isinstance(event, Index):
-                    self.complete = True  # only the MP4's own mfra is missing
-                    return event
-                if isinstance(event, Fragment):
-                    frames.append(event.entry)
-                    ribbon += [start.tensor for start in event.sidecar.starts]
-                else:
-                    exact.append(event.entry(self.header.tensors))
-        except FormatError:
-            pass
-        return Index(tuple(ribbon), tuple(frames), tuple(exact))
-
-    def _place(self, index: Index) -> dict[int, int]:
-        specs = [self.header.tensors[i] for i in index.ribbon]
-        edges = tile.starts(tile.matrix_shape(spec.shape) for spec in specs)
-        capacity = len(index.frames) * self.header.geometry.columns
-        if self.complete and edges[-1] > capacity:
-            raise FormatError("the index lists more tensors than frames hold", code="index")
-        return dict(zip(index.ribbon, edges, strict=False))
-
-    def _need_index(self) -> Index:
-        if self._index is None:
+    def _need_lookup(self) -> Lookup:
+        if self._lookup is None:
             raise FormatError(
                 "this source cannot seek: iterate over the archive instead", code="not-seekable"
             )
-        return self._index
+        return self._lookup
 
     def _id(self, name: str) -> int:
         number = self._ids.get(self.header.aliases.get(name, name))
@@ -296,34 +170,25 @@ class Archive:
     def frames_of(self, name: str) -> range:
         """Numbers of the frames on which a tensor lies; empty for exact and plain ones."""
         number = self._id(name)
-        column = self._columns.get(number)
-        if column is None:
-            return range(0)
-        count = tile.ribbon_columns(*tile.matrix_shape(self.header.tensors[number].shape))
-        each = self.header.geometry.columns
-        return range(column // each, (column + count - 1) // each + 1)
+        return range(0) if self._lookup is None else self._lookup.frames_of(number)
 
     def tiles_of(self, name: str) -> list[tile.Tile]:
         """Rectangles on which a tensor lies, in samples; empty for exact and plain ones."""
         number = self._id(name)
-        column = self._columns.get(number)
-        if column is None:
-            return []
-        shape = tile.matrix_shape(self.header.tensors[number].shape)
-        return tile.tiles(column, tile.ribbon_columns(*shape), self.header.geometry)
+        return [] if self._lookup is None else self._lookup.tiles_of(number)
 
     def info(self, name: str) -> TensorInfo:
         """Shape, dtype, quantizer and place of a tensor; reads at most two sidecars."""
         number = self._id(name)
-        index = self._need_index()
+        lookup = self._need_lookup()
         spec = self.header.tensors[number]
         alias = self.header.aliases.get(name)
-        frames = self.frames_of(name)
+        frames = lookup.frames_of(number)
         if not frames:
             return self._info_boxed(name, number, alias)
-        if frames[-1] >= len(index.frames):
+        if frames[-1] >= len(lookup.index.frames):
             raise self._missing([number])
-        first, last = self._sidecar(frames[0]), self._sidecar(frames[-1])
+        first, last = lookup.sidecar(frames[0]), lookup.sidecar(frames[-1])
         start = next((s for s in first.starts if s.tensor == number), None)
         end = next((e for e in last.ends if e.tensor == number), None)
         if start is None or end is None:
@@ -336,27 +201,15 @@ class Archive:
 
     def _info_boxed(self, name: str, number: int, alias: str | None) -> TensorInfo:
         spec = self.header.tensors[number]
-        for entry in self._need_index().exact:
-            if number in entry.tensors:
-                box = reader.read_exact(self._source, entry).box
-                items = parse_exact(box.payload, self.header.tensors)
-                plain = next(i for i in items if i.tensor == number).plain
-                if plain is None:
-                    return TensorInfo(name, spec.dtype, spec.shape, "exact", alias)
-                return TensorInfo(
-                    name, spec.dtype, spec.shape, "plain", alias, plain.params, range(0), 0,
-                    plain.sqnr_db, plain.sha256.hex(),
-                )  # fmt: skip
+        for item in self._need_lookup().items({number}):
+            plain = item.plain
+            if plain is None:
+                return TensorInfo(name, spec.dtype, spec.shape, "exact", alias)
+            return TensorInfo(
+                name, spec.dtype, spec.shape, "plain", alias, plain.params, range(0), 0,
+                plain.sqnr_db, plain.sha256.hex(),
+            )  # fmt: skip
         raise self._missing([number])
-
-    def _sidecar(self, number: int) -> Sidecar:
-        entry = self._need_index().frames[number]
-        self._source.seek(entry.offset)
-        self._source.prefetch(entry.sidecar_bytes)
-        box = reader.read_box(self._source)
-        if box is None or box.size != entry.sidecar_bytes:
-            raise FormatError("the index points to no sidecar", code="index", offset=entry.offset)
-        return parse_sidecar(box.payload, self.header.tensors)
 
     def __getitem__(self, name: str) -> Array:
         """Dequantized tensor: BF16 comes as float32, float8 and complex32 as raw bits."""
@@ -386,19 +239,19 @@ class Archive:
         return stored
 
     def _load(self, number: int) -> Found:
-        if self._index is None and self._source.can_rewind():
+        if self._lookup is None and self._source.can_rewind():
             return self._load_streaming(number)
-        index = self._need_index()
+        lookup = self._need_lookup()
         name = self.header.tensors[number].name
-        frames = self.frames_of(name)
+        frames = lookup.frames_of(number)
         if not frames:
             return self._load_boxed(number)
-        if frames[-1] >= len(index.frames):
+        if frames[-1] >= len(lookup.index.frames):
             raise self._missing([number])
         assembler = Assembler(
-            self.header.tensors, self.header.form, self._columns, frozenset({number})
+            self.header.tensors, self.header.form, lookup.columns, frozenset({number})
         )
-        events = self._fragments(frames)
+        events = lookup.fragments(frames)
         for found in self._pipeline.run(events, assembler):
             return found
         raise FormatError(f"tensor {name!r} never ends", code="index", tensor=name)
@@ -410,39 +263,11 @@ class Archive:
                 return found
         raise self._missing([number])
 
-    def _fragments(self, frames: range) -> Iterator[Fragment]:
-        entries = [self._need_index().frames[number] for number in frames]
-        if entries and entries[-1].end - entries[0].offset > reader.WINDOW_BYTES:
-            self._source.seek(entries[0].offset)
-            self._source.read_on(entries[-1].end)
-        for number, entry in zip(frames, entries, strict=True):
-            # One range read for all frames that lie together, in bounded windows.
-            window_end = entry.end
-            for later in entries[number - frames[0] + 1 :]:
-                if later.offset != window_end or later.end - entry.offset > reader.WINDOW_BYTES:
-                    break
-                window_end = later.end
-            self._source.seek(entry.offset)
-            if not self._source.buffered(entry.end - entry.offset):
-                self._source.prefetch(window_end - entry.offset)
-            fragment = reader.read_fragment(self._source, entry, self._head)
-            if fragment.sidecar.frame != number:
-                raise FormatError(
-                    f"the index points to frame {fragment.sidecar.frame} for frame {number}",
-                    code="index",
-                    offset=entry.offset,
-                )
-            yield fragment
-
     def _load_boxed(self, number: int) -> Found:
         assembler = ExactAssembler(self.header.tensors)
-        for entry in self._need_index().exact:
-            if number not in entry.tensors:
-                continue
-            box = reader.read_exact(self._source, entry).box
-            for item in parse_exact(box.payload, self.header.tensors):
-                if item.tensor == number and (done := assembler.add(item)):
-                    return Found(*done)
+        for item in self._need_lookup().items({number}):
+            if done := assembler.add(item):
+                return Found(*done)
         raise self._missing([number])
 
     def __iter__(self) -> Iterator[tuple[str, Array]]:
@@ -502,25 +327,23 @@ class Archive:
     def _selected(
         self, names: Iterable[str], spill: Spill | None = None
     ) -> Iterator[tuple[int, Found]]:
-        index = self._need_index()
+        lookup = self._need_lookup()
+        index = lookup.index
         wanted = {self._id(name) for name in names}
-        spans = {n: self.frames_of(self.header.tensors[n].name) for n in index.ribbon}
+        spans = {n: lookup.frames_of(n) for n in index.ribbon}
         spans = {n: s for n, s in spans.items() if n in wanted and s[-1] < len(index.frames)}
-        for run in _runs(sorted({frame for span in spans.values() for frame in span})):
+        for run in runs(sorted({frame for span in spans.values() for frame in span})):
             assembler = Assembler(
-                self.header.tensors, self.header.form, self._columns, frozenset(spans), spill
+                self.header.tensors, self.header.form, lookup.columns, frozenset(spans), spill
             )
-            for found in self._pipeline.run(self._fragments(run), assembler):
+            for found in self._pipeline.run(lookup.fragments(run), assembler):
                 wanted.discard(found.tensor)
                 yield found.tensor, found
         parts = ExactAssembler(self.header.tensors, spill)
-        for entry in index.exact:
-            if not wanted.isdisjoint(entry.tensors):
-                box = reader.read_exact(self._source, entry).box
-                for item in parse_exact(box.payload, self.header.tensors):
-                    if item.tensor in wanted and (done := parts.add(item)):
-                        wanted.discard(done[0])
-                        yield done[0], Found(*done)
+        for item in lookup.items(wanted):
+            if done := parts.add(item):
+                wanted.discard(done[0])
+                yield done[0], Found(*done)
         if wanted:
             raise self._missing(sorted(wanted))
 
@@ -531,10 +354,11 @@ class Archive:
 
         The array is a view that is valid until the next frame is asked for.
         """
-        count = len(self._need_index().frames)
+        lookup = self._need_lookup()
+        count = len(lookup.index.frames)
         if numbers and not 0 <= numbers[0] <= numbers[-1] < count:
             raise TensorNotFoundError(f"the archive has frames 0 to {count - 1}")
-        yield from self._pipeline.frames(self._fragments(numbers))
+        yield from self._pipeline.frames(lookup.fragments(numbers))
 
     def _names_of(self, number: int) -> list[str]:
         name = self.header.tensors[number].name
@@ -575,12 +399,3 @@ class Archive:
         return TruncatedError(
             f"the archive is incomplete; {what}", offset=self._source.position, missing=names
         )
-
-
-def _runs(numbers: list[int]) -> Iterator[range]:
-    """Ascending numbers as ranges without gaps."""
-    begin = 0
-    for end in range(1, len(numbers) + 1):
-        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
-            yield range(numbers[begin], numbers[end - 1] + 1)
-            begin = end
