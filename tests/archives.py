@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from weightvid.checkpoint.mapping import from_mapping
+from weightvid.checkpoint import create_checkpoint, from_mapping
 from weightvid.dtypes import to_float32
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.tile import FrameGeometry
@@ -148,3 +148,12 @@ def small_frames(width: int = 256, height: int = 256) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("weightvid.tile.choose_geometry", choose)
         yield
+
+
+def save(arrays: Arrays, path: Path) -> Path:
+    """Write a checkpoint, of the kind that its name tells."""
+    source = from_mapping(arrays)
+    with create_checkpoint(path, source.contents) as writer:
+        for spec in source.contents.tensors:
+            writer.write(spec.name, source.read(spec.name))
+    return path

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from archives import normal
+from archives import normal, save
 
 import weightvid
-from weightvid.checkpoint import create_checkpoint, from_mapping, open_checkpoint
+from weightvid.checkpoint import from_mapping, open_checkpoint
 from weightvid.errors import CheckpointError, ClusterError
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.packing.engines import open_workers
@@ -30,14 +30,6 @@ distributed = pytest.importorskip("distributed", reason="needs the extra dask")
 dask = pytest.importorskip("dask", reason="needs the extra dask")
 
 WORKERS = 4
-
-
-def save(arrays: dict[str, np.ndarray[Any, Any]], path: Path) -> Path:
-    source = from_mapping(arrays)
-    with create_checkpoint(path, source.contents) as writer:
-        for spec in source.contents.tensors:
-            writer.write(spec.name, source.read(spec.name))
-    return path
 
 
 @pytest.fixture(scope="module")

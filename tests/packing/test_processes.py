@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from archives import normal
+from archives import normal, save
 
 import weightvid
-from weightvid.checkpoint import create_checkpoint, from_mapping, open_checkpoint
+from weightvid.checkpoint import from_mapping, open_checkpoint
 from weightvid.errors import CheckpointError, ClusterError, QuantizationError
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.packing import engines
@@ -27,14 +27,6 @@ from weightvid.progress import Progress
 psutil = pytest.importorskip("psutil", reason="needs the extra dask, which brings it")
 
 ROOT = str(Path(weightvid.__file__).parent.parent)
-
-
-def save(arrays: dict[str, np.ndarray[Any, Any]], path: Path) -> Path:
-    source = from_mapping(arrays)
-    with create_checkpoint(path, source.contents) as writer:
-        for spec in source.contents.tensors:
-            writer.write(spec.name, source.read(spec.name))
-    return path
 
 
 @pytest.fixture(scope="module")
