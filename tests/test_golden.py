@@ -24,13 +24,17 @@ NAMES = (
     "ffv1",
     "jpeg2000",
     "layout",
+    "layout2",
     "lossy",
     "main10",
     "mixed",
+    "mixed2",
     "nothing",
     "packed",
+    "packed2",
     "png",
     "tiny",
+    "tiny2",
     "trellis",
     "truncated",
     "uniform",
@@ -63,7 +67,8 @@ def archive(name: str) -> bytes:
 def test_all_are_there() -> None:
     assert sorted(path.stem for path in golden.FOLDER.glob("*.mp4")) == list(NAMES)
     record = json.loads(golden.EXPECTED.read_text(encoding="utf-8"))
-    assert sorted(record["archives"]) == sorted(golden.MAKERS) == list(NAMES)
+    assert sorted(record["archives"]) == list(NAMES)
+    assert set(golden.MAKERS) < set(NAMES)
     assert sum(path.stat().st_size for path in golden.FOLDER.iterdir()) < 200_000
 
 

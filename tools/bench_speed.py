@@ -52,23 +52,26 @@ def one_round(source: Source, options: argparse.Namespace) -> Record:
                 }
             found["nncodec_bytes"] = peer["bytes"]
             found["nncodec_version"] = peer["version"]
-        whole = str(Path(folder) / "whole.mp4")
-        worker.run(
-            "pack",
-            source=str(source.checkpoint),
-            archive=whole,
-            options={"recipe": options.recipe, "verify": False},
-            whole=True,
-        )
+        whole, uniform = str(Path(folder) / "whole.mp4"), str(Path(folder) / "uniform.mp4")
+        plainer: dict[str, Record] = {whole: {}, uniform: {"states": 0, "shaping": False}}
+        for path, settings in plainer.items():
+            worker.run(
+                "pack",
+                source=str(source.checkpoint),
+                archive=path,
+                options={"recipe": options.recipe, "verify": False, "whole_video": True} | settings,
+            )
         for threads in WORKERS:
-            for path, names in ((archive, ("bare", "loader")), (whole, ("whole", ""))):
+            for path, names in (
+                (archive, ("bare", "loader")),
+                (whole, ("whole", "loader-whole")),
+                (uniform, ("uniform", "loader-uniform")),
+            ):
                 turns = worker.run("decode", archive=path, threads=threads, repeats=TURNS)
                 for name, runs_of in zip(names, turns.values(), strict=True):
-                    if name:
-                        found[f"{name} {threads}"] = {
-                            kind: median(run[kind] for run in runs_of)
-                            for kind in ("wall_s", "cpu_s")
-                        }
+                    found[f"{name} {threads}"] = {
+                        kind: median(run[kind] for run in runs_of) for kind in ("wall_s", "cpu_s")
+                    }
     return found
 
 
@@ -115,6 +118,11 @@ def summarized(source: Source, rounds: list[Record]) -> Record:
         compare(label, f"loader {threads}", f"bare {threads}", "wall_s")
         label = f"loading over the bare decode of the levels wholly as video, workers: {threads}"
         compare(label, f"loader {threads}", f"whole {threads}", "wall_s")
+        for name, said in (("whole", "whole"), ("uniform", "uniform and whole")):
+            label = (
+                f"loading a {said} video over the bare decode of its packets, workers: {threads}"
+            )
+            compare(label, f"loader-{name} {threads}", f"{name} {threads}", "wall_s")
     compare("loading over the bare decode, CPU", "loader 1", "bare 1", "cpu_s")
     compare(
         "loading over the bare decode of the levels wholly as video, CPU",
@@ -138,6 +146,9 @@ LABELS: Final = {
     "loader": "weightvid: decode, dequantize, hash, workers: ",
     "bare": "FFmpeg: decode the same packets, threads: ",
     "whole": "FFmpeg: decode the same levels wholly as video, threads: ",
+    "loader-whole": "weightvid: the same of that archive, workers: ",
+    "uniform": "FFmpeg: decode uniform levels wholly as video, threads: ",
+    "loader-uniform": "weightvid: the same of that archive, workers: ",
     "nncodec": "NNCodec: ",
 }
 
@@ -147,8 +158,9 @@ from after its imports; ratios are taken within a round. Packing reads the check
 writes the archive, without the check that `pack` makes by default. Loading iterates over the
 archive with every hash checked (frames and tensors). Most of an archive's bits are digits beside
 the video, so its packets alone decode fast; *wholly as video* is the same checkpoint packed
-without that split, what a plain HEVC archive would have to decode. NNCodec's encoder and decoder
-run on one core, from memory to memory, with dependent quantization."""
+without that split (`--whole-video`), what a plain HEVC archive has to decode, and *uniform* with
+plain rounding besides. NNCodec's encoder and decoder run on one core, from memory to memory, with
+dependent quantization."""
 
 
 def markdown(record: Record) -> str:

@@ -1,7 +1,7 @@
 """Golden archives of the format, and the generated parts of FORMAT.md.
 
-The golden archives of a released format never change; ``--add`` makes those that are missing, and
-``--write`` is for a format under work.
+Golden archives of a released format never change; ``--add`` makes those that are missing, and
+``--write`` makes those of a format under work anew.
 ``--document`` renews the tables and the dump in FORMAT.md. In any case it says which archives
 today's packer and encoder would make otherwise, which is no fault; outdated parts of FORMAT.md are.
 """
@@ -32,7 +32,7 @@ def main() -> int:
     options = parser.parse_args()
     module = golden()
     if options.write or options.add:
-        module.write(new=options.add)
+        module.write(anew=options.write)
     if options.document:
         text = module.DOCUMENT.read_text(encoding="utf-8")
         module.DOCUMENT.write_text(module.generated(text), encoding="utf-8")

@@ -8,9 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from running import Run
 from schemas import COMPARE_ROW, check
+from small_models import several_frames
+
+from weightvid.cli.video import Wish
+from weightvid.codec.encode import find_program
+from weightvid.errors import CodecError
+from weightvid.loader import open_archive
 
 Few = Callable[..., Any]
 
@@ -164,7 +171,7 @@ def test_pack_by_another_codec(run: Run, run_json: Run, model: Path, tmp_path: P
     path = tmp_path / "a.mp4"
     run_json("pack", model, "-o", path, "--codec", "x264", "--qp", 20, "--bit-depth", 10)
     shown = run_json("inspect", path)
-    assert shown["format_version"] == "1.2"
+    assert shown["format_version"] == "2.0"
     assert shown["video"]["codec"] == "avc"
     assert shown["video"]["profile"] == "High 10 Intra"
     assert shown["video"]["bit_depth"] == 10
@@ -173,6 +180,38 @@ def test_pack_by_another_codec(run: Run, run_json: Run, model: Path, tmp_path: P
     assert "avc, High 10 Intra profile, level 2, 10 bits" in text
     assert f"{shown['sqnr_db']:.2f} dB" in text
     run("verify", path)
+
+
+@pytest.mark.parametrize(
+    ("codec", "arguments", "bits"),
+    [("x265", (20, None, None), 8), ("vvenc", (20, None, None), 10), ("vvenc", (20, None, 8), 8),
+     ("x264", (None, 20.0, 10), 10), ("x265", (None, None, None), 8)],
+)  # fmt: skip
+def test_the_bit_depth_follows_the_codec(codec: str, arguments: Any, bits: int) -> None:
+    assert Wish(codec, *arguments).bit_depth == bits
+
+
+def test_vvc_of_its_only_depth(run_json: Run, model: Path, tmp_path: Path) -> None:
+    try:
+        find_program("vvenc")
+    except CodecError as error:
+        pytest.skip(str(error))
+    path = tmp_path / "a.mp4"
+    run_json("pack", model, "-o", path, "--codec", "vvenc", "--qp", 20)
+    assert run_json("inspect", path)["video"]["bit_depth"] == 10
+
+
+def test_whole_video(run_json: Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "model.npz", **several_frames())
+    found = []
+    for options in ((), ("--whole-video",)):
+        path = tmp_path / "a.mp4"
+        run_json("pack", tmp_path / "model.npz", "-o", path, "--force", *options)
+        account = run_json("inspect", path)["account"]
+        assert (account["digits"] == 0) == bool(options)
+        with open_archive(path, check_tensors=True) as archive:
+            found.append({name: array.tobytes() for name, array in archive})
+    assert found[0] == found[1]
 
 
 def test_a_preset_of_another_codec(run: Run, model: Path, tmp_path: Path) -> None:

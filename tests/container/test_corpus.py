@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -132,6 +133,12 @@ def body(kind: bytes, new: bytes) -> Mutation:
     return whole(kind, seal(new))
 
 
+def foreign(text: bytes) -> bytes:
+    """A text deflated by a dictionary that is not the format's."""
+    packer = zlib.compressobj(zdict=b"something else")
+    return packer.compress(text) + packer.flush()
+
+
 def bomb(kind: bytes) -> Mutation:
     """Sixty-five million bytes of JSON white space in a small box."""
     return body(kind, deflate(b" " * ((64 << 20) + 1)))
@@ -176,10 +183,12 @@ CORPUS: dict[str, tuple[Mutation, str]] = {
     "header NaN": (body(HEADER, deflate(b'{"weightvid":NaN}')), "json"),
     "header nested": (body(HEADER, deflate(b"[" * 200_000)), "json"),
     "header long number": (body(HEADER, deflate(b"9" * 5000)), "json"),
+    "header by another dictionary": (body(HEADER, foreign(b'{"weightvid":[2,0]}')), "deflate"),
     "header bomb": (bomb(HEADER), "limit"),
     "header a list": (sealed(HEADER, lambda _: []), "schema"),
     "header empty": (sealed(HEADER, lambda _: {}), "schema"),
-    "version 2.0": (sealed(HEADER, set_(weightvid=[2, 0])), "version"),
+    "version 0.9": (sealed(HEADER, set_(weightvid=[0, 9])), "version"),
+    "version 3.0": (sealed(HEADER, set_(weightvid=[3, 0])), "version"),
     "version text": (sealed(HEADER, set_(weightvid="1.0")), "schema"),
     "version negative": (sealed(HEADER, set_(weightvid=[1, -1])), "schema"),
     "version short": (sealed(HEADER, set_(weightvid=[1])), "schema"),
@@ -337,7 +346,7 @@ def test_a_large_size_is_understood() -> None:
 
 
 def test_a_newer_minor_version_and_unknown_keys_are_read() -> None:
-    change = set_(weightvid=[1, 7], novelty={"x": 1})
+    change = set_(weightvid=[2, 7], novelty={"x": 1})
     read_all(sealed(HEADER, change)(good()), seekable=False)
 
 

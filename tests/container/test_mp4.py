@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zlib
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from weightvid.codec.encode import EncoderSettings, open_encoder
 from weightvid.container import boxes, mp4
+from weightvid.container.dictionary import DICTIONARY
 from weightvid.errors import FormatError
 from weightvid.loader import open_archive
 
@@ -22,7 +24,7 @@ HVCC = b"\x01" + bytes(22)
 
 def test_ftyp() -> None:
     assert mp4.ftyp().hex(" ", 4) == bytes.fromhex(
-        "0000001c 66747970 69736f36 00000000 69736f36 6d703431 77766431".replace(" ", "")
+        "0000001c 66747970 69736f36 00000000 69736f36 6d703431 77766432".replace(" ", "")
     ).hex(" ", 4)
 
 
@@ -151,12 +153,20 @@ def test_box_sizes() -> None:
 @given(st.binary(max_size=300))
 def test_deflate_round_trip(data: bytes) -> None:
     packed_data = boxes.deflate(data)
-    assert zlib.decompress(packed_data) == data
+    assert zlib.decompressobj(zdict=DICTIONARY).decompress(packed_data) == data
+    assert boxes.inflate(zlib.compress(data), len(data), "x") == data
     assert boxes.inflate(packed_data, len(data), "x") == data
     if data:
         with pytest.raises(FormatError) as caught:
             boxes.inflate(packed_data, len(data) - 1, "x")
         assert caught.value.code == "limit"
+
+
+def test_the_dictionary_never_changes() -> None:
+    """It is a part of format 2."""
+    digest = hashlib.sha256(DICTIONARY).hexdigest()
+    assert digest == "2b2b8a9115ec2e8d90fca2a5b8e3c0659ac6907504bb4ee736345b21726bc976"
+    assert len(boxes.deflate(b'"core":[[1,434,0],[2,447,0]')) < 20
 
 
 @given(st.binary(max_size=100), st.integers(0, 131), st.integers(1, 255))

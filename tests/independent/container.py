@@ -13,7 +13,9 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from independent.video import Video
@@ -167,9 +169,18 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return found
 
 
+@cache
+def dictionary() -> bytes:
+    """The preset dictionary, as the document itself lists it (section 18)."""
+    document = Path(__file__).resolve().parents[2] / "FORMAT.md"
+    _, _, section = document.read_text(encoding="utf-8").partition("## 18. The preset dictionary")
+    _, _, listing = section.partition("```text\n")
+    return listing.partition("\n```")[0].replace("\n", "").encode("ascii")
+
+
 def inflate(data: bytes, wbits: int = 15, code: str = "deflate") -> bytes:
-    """Exactly one whole stream."""
-    unpacker = zlib.decompressobj(wbits)
+    """Exactly one whole stream; zlib's may refer to the dictionary."""
+    unpacker = zlib.decompressobj(wbits, dictionary()) if wbits > 0 else zlib.decompressobj(wbits)
     try:
         found = unpacker.decompress(data, 64 << 20)
     except zlib.error:
@@ -189,7 +200,7 @@ def unseal(payload: bytes) -> bytes:
 def read_header(payload: bytes) -> dict[str, Any]:
     """Section 4."""
     header = parse_json(inflate(unseal(payload)))
-    if header["weightvid"][0] != 1:
+    if header["weightvid"][0] not in (1, 2):
         raise Bad("version")
     if not {*header.get("must_understand", [])} <= {"track.codec", "track.bit_depth"}:
         raise Bad("must_understand")

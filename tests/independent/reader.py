@@ -155,7 +155,7 @@ def read_stream(data: bytes, decode: Decode = by_pyav) -> Result:
         payload = data[begin:end]
         if kind == b"ftyp":
             brands = [payload[:4], *(payload[i : i + 4] for i in range(8, len(payload), 4))]
-            if b"wvd1" not in brands:
+            if b"wvd1" not in brands and b"wvd2" not in brands:
                 raise Bad("not-an-archive")
         elif kind == b"moov":
             moov = (begin, end)

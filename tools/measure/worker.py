@@ -47,27 +47,18 @@ def measured(work: Callable[[], Any]) -> Record:
 
 
 def pack(settings: Record) -> Record:
-    """Pack ``source`` to ``archive`` with ``options``, by threads or processes as `pack` does.
-
-    ``whole``: every level wholly as video.
-    """
+    """Pack ``source`` to ``archive`` with ``options``, by threads or processes as `pack` does."""
     from safetensors import safe_open  # noqa: F401 - what packing imports is no part of it
 
     from weightvid.checkpoint import open_checkpoint
     from weightvid.pack import PackOptions, pack_checkpoint
-    from weightvid.packing import layout
     from weightvid.packing.engines import local_engine
-    from weightvid.tile import Fold
 
-    if settings.get("whole"):
-        vars(layout)["fold_for"] = lambda mean_magnitude: Fold()
     given = settings["options"]
-    # The change of the layout would not reach another process.
-    engine = "threads" if settings.get("whole") else given.get("cluster")
 
     def work() -> None:
         with open_checkpoint(settings["source"]) as reader:
-            cluster = engine or local_engine(reader, given.get("jobs", 0))
+            cluster = given.get("cluster") or local_engine(reader, given.get("jobs", 0))
             options = PackOptions(force=True, **{**given, "cluster": cluster})
             pack_checkpoint(reader, settings["archive"], options)
 

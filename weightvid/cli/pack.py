@@ -82,7 +82,8 @@ def pack(
     codec: video.Codec = None,
     qp: video.Qp = None,
     crf: video.Crf = None,
-    bit_depth: video.BitDepth = 8,
+    bit_depth: video.BitDepth = None,
+    whole_video: video.WholeVideo = False,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -184,7 +185,8 @@ def pack(
     options = PackOptions(
         codec=wish.codec,
         lossy=wish.lossy(levels=(recipe, step, quantizer) != (None, None, None)),
-        bit_depth=bit_depth,
+        bit_depth=wish.bit_depth,
+        whole_video=whole_video,
         states=named.states,
         shaping=named.shaping,
         recipe=recipe or DEFAULT_RECIPE,

@@ -33,8 +33,19 @@ Crf = Annotated[
     typer.Option(metavar="N", min=0, help="Lossy video, by the codec's rate factor."),
 ]
 BitDepth = Annotated[
-    int,
-    typer.Option(metavar="N", help="Bits of a sample of lossy video: 8 (default) or 10."),
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Bits of a sample of lossy video: 8 (default where the codec has them) or 10.",
+    ),
+]
+WholeVideo = Annotated[
+    bool,
+    typer.Option(
+        "--whole-video",
+        help="Put every level into the pictures, instead of the smaller way, half of it beside "
+        "them: a decoder in hardware then does all the work.",
+    ),
 ]
 Ffmpeg = Annotated[
     str | None,
@@ -70,13 +81,23 @@ class Wish:
     codec : str
         Of archives.
     qp, crf : number or None
-    bit_depth : int
+    bits : int or None
+        Of a sample; None: as few as the codec has.
     """
 
     codec: str
     qp: int | None
     crf: float | None
-    bit_depth: int
+    bits: int | None
+
+    @property
+    def bit_depth(self) -> int:
+        """Bits of a sample: those asked for, or else 8, or else the codec's."""
+        from weightvid.codec.encode import depths_of
+
+        if self.bits is not None or (self.qp, self.crf) == (None, None):
+            return self.bits or 8
+        return min(depths_of(self.codec, "crf" if self.qp is None else "qp"), default=8)
 
     def lossy(self, levels: bool) -> Lossy | None:
         """How lossy the video is to be; None: not at all.

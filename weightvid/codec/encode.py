@@ -67,6 +67,8 @@ class Video:
         Of a sample; more than 8 only if lossy.
     program : Program or None
         The ffmpeg program, for encoders that PyAV lacks.
+    whole : bool
+        Every level is in the pictures, whatever the encoder codes best.
 
     Raises
     ------
@@ -79,6 +81,7 @@ class Video:
     lossy: Lossy | None = None
     bits: int = 8
     program: Program | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         row = codec(self.encoder)
@@ -105,6 +108,11 @@ class Video:
         return Coding(row, mode, float(self.lossy.value), self.preset, chosen)
 
     @property
+    def folds(self) -> bool:
+        """Whether the dense core of the levels lies beside the pictures."""
+        return codec(self.encoder).folds and not self.whole
+
+    @property
     def track(self) -> TrackCodec:
         """What the stream is."""
         return TRACKS[codec(self.encoder).track]
@@ -120,10 +128,24 @@ def _format(row: VideoCodec, mode: str, bits: int) -> str:
     track = TRACKS[row.track]
     known = [f for f in row.modes[mode].formats if f in track.formats.get(bits, ())]
     if not known:
-        depths = {bit_depth(f) for f in row.modes[mode].formats} & {*track.depths}
-        shown = " or ".join(map(str, sorted(depths)))
+        shown = " or ".join(map(str, sorted(depths_of(row.name, mode))))
         raise CodecError(f"{row.name} codes samples of {shown} bits, not of {bits} (--bit-depth)")
     return known[0]
+
+
+def depths_of(name: str, mode: str) -> set[int]:
+    """Bits of a sample that an encoder takes in a mode, and archives have; of none, no mode.
+
+    Parameters
+    ----------
+    name : str
+        A name of :data:`.registry.CODECS` that archives can have.
+    mode : str
+        ``lossless``, ``qp`` or ``crf``.
+    """
+    row = codec(name)
+    formats = row.modes[mode].formats if mode in row.modes else ()
+    return {bit_depth(f) for f in formats} & {*TRACKS[row.track].depths}
 
 
 def find_program(name: str, wanted: str | None = None) -> Program | None:

@@ -14,9 +14,7 @@ from weightvid.container.boxes import LIMITS, deflate, from_json, inflate, seal,
 from weightvid.container.fields import bad, exactly, integer, items, mapping
 from weightvid.container.files import file_record, parse_files
 from weightvid.container.records import (
-    FILES_VERSION,
-    TRACKS_VERSION,
-    VERSION,
+    MAJOR_VERSIONS,
     ExactEntry,
     FrameEntry,
     Header,
@@ -27,7 +25,7 @@ from weightvid.spec import TensorSpec
 from weightvid.tile import BAND, FrameGeometry
 
 #: names that a file may list under ``must_understand``: keys of the header whose values change how
-#: frames are read. None is needed by versions 1.0 and 1.1.
+#: frames are read. Ordinary archives list none.
 _CODEC: Final = "track.codec"
 _BIT_DEPTH: Final = "track.bit_depth"
 UNDERSTOOD: Final[frozenset[str]] = frozenset({_CODEC, _BIT_DEPTH})
@@ -37,7 +35,6 @@ _MAX_DIMS: Final = 32
 
 def header_payload(header: Header) -> bytes:
     """Payload of the header box."""
-    version = max(header.version, FILES_VERSION) if header.files else header.version
     needed = []
     if header.codec != DEFAULT_CODEC:
         needed.append(_CODEC)
@@ -51,7 +48,7 @@ def header_payload(header: Header) -> bytes:
     if header.bit_depth != _USUAL_DEPTH:
         track["bit_depth"] = header.bit_depth
     record: dict[str, Any] = {
-        "weightvid": list(max(version, TRACKS_VERSION) if needed else version),
+        "weightvid": list(header.version),
         **({"must_understand": needed} if needed else {}),
         "track": track,
         "tensors": [[t.name, t.dtype, list(t.shape)] for t in header.tensors],
@@ -80,10 +77,10 @@ def parse_header(payload: bytes) -> Header:
     if len(version) != 2:
         raise bad(what, "the format version must be [major, minor]")
     major, minor = (integer(v, 0, 1 << 16, what) for v in version)
-    if major != VERSION[0]:
+    if major not in MAJOR_VERSIONS:
         raise FormatError(
-            f"the archive has format version {major}.{minor}; this reader knows {VERSION[0]}.x: "
-            "update weightvid",
+            f"the archive has format version {major}.{minor}; this reader knows "
+            f"{' and '.join(f'{known}.x' for known in MAJOR_VERSIONS)}: update weightvid",
             code="version",
         )
     needed = [str(name) for name in items(record.get("must_understand", []), 256, what)]

@@ -16,7 +16,9 @@ from weightvid.container.boxes import box, full_box
 from weightvid.errors import FormatError
 
 #: brand by which ``ftyp`` names archives of format version 1.
-BRAND: Final = b"wvd1"
+BRAND: Final = b"wvd2"
+#: of formats 2 and 1.
+KNOWN_BRANDS: Final = (BRAND, b"wvd1")
 #: one frame lasts one second: slow enough for the level's bit rate whatever the samples.
 TIMESCALE: Final = 1
 FRAME_DURATION: Final = 1

@@ -175,9 +175,10 @@ def read_head(source: Source) -> Head:
     if first is None:
         raise FormatError("this is not a weightvid archive: it is empty", code="not-an-archive")
     brands = [first.payload[i : i + 4] for i in (0, *range(8, len(first.payload), 4))]
-    if mp4.BRAND not in brands:
+    if not any(brand in brands for brand in mp4.KNOWN_BRANDS):
         raise FormatError(
-            "this MP4 is not a weightvid archive: its ftyp lacks the brand wvd1",
+            "this MP4 is not a weightvid archive that this reader knows: its ftyp has neither the "
+            "brand wvd2 nor wvd1",
             code="not-an-archive",
         )
     track = None

@@ -19,15 +19,14 @@ from weightvid.quantize.params import Params
 from weightvid.spec import TensorSpec
 from weightvid.tile import PLAIN_LAYOUT, FrameGeometry, Layout
 
-VERSION: Final = (1, 0)
-#: version written when there are side files.
-FILES_VERSION: Final = (1, 1)
-#: version written when the track is not 8-bit HEVC.
-TRACKS_VERSION: Final = (1, 2)
-#: of the SHA-256 of a tensor, the first 16 bytes are kept: in a small archive of many tensors the
-#: hashes would otherwise be the largest part of the metadata.
+#: format version of new archives.
+VERSION: Final = (2, 0)
+#: major versions that can be read.
+MAJOR_VERSIONS: Final = (1, 2)
 #: decimals of the SQNR of a tensor, which is for people.
 SQNR_PLACES: Final = 1
+#: of the SHA-256 of a tensor, the first 16 bytes are kept: in a small archive of many tensors the
+#: hashes would otherwise be the largest part of the metadata.
 TENSOR_HASH_BYTES: Final = 16
 
 
@@ -71,11 +70,11 @@ class Header:
     about : mapping
         Free information for people: generator, recipe, source kind.
     files : tuple of StoredFile
-        Side files; an archive that has some is of format 1.1.
+        Side files.
     codec : str
         Of the track: a name of :data:`weightvid.codec.tracks.TRACKS`.
     bit_depth : int
-        Bits of a sample. Archives of another codec or depth are of format 1.2.
+        Bits of a sample.
     """
 
     geometry: FrameGeometry

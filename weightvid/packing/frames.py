@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from weightvid import tile
 from weightvid.codec.encode import Encoder, EncoderSettings, open_encoder
-from weightvid.codec.registry import codec
 from weightvid.container.digits import DigitWriter, Kind
 from weightvid.container.records import Sidecar, TensorEnd, TensorStart
 from weightvid.container.sidecar import sidecar_payload
@@ -152,7 +151,7 @@ class FrameWriter:
         """
         rows, columns = coded.shape
         layout = coded.layout
-        if not codec(self._settings.video.encoder).folds:
+        if not self._settings.video.folds:
             layout = layout.unfolded()
         segments = layout.segments(rows, columns)
         self._open.starts.append(TensorStart(tensor, coded.params, coded.escapes, layout))

@@ -88,6 +88,9 @@ class PackOptions:
         Encoder of the frames: a name of :data:`weightvid.codec.registry.CODECS`.
     bit_depth : int
         Bits of a sample: 8, or 10 if ``lossy``.
+    whole_video : bool
+        Put every level into the pictures, and nothing beside them: larger files, of which a
+        decoder in hardware does all the work.
     preset : str
         The encoder's; empty: its usual one.
     ffmpeg : str or None
@@ -121,6 +124,7 @@ class PackOptions:
     side_files: bool = True
     codec: str = DEFAULT_ENCODER
     bit_depth: int = 8
+    whole_video: bool = False
     preset: str = ""
     ffmpeg: str | None = None
     jobs: int = 0
@@ -154,7 +158,8 @@ class PackOptions:
             There is no such encoder, it cannot be used here, or its stream fits no archive.
         """
         made = Video(self.codec, self.preset, self.lossy, self.bit_depth)
-        return replace(made, program=find_program(self.codec, self.ffmpeg))
+        program = find_program(self.codec, self.ffmpeg)
+        return replace(made, program=program, whole=self.whole_video)
 
     @property
     def examples(self) -> Examples | None:
