@@ -306,7 +306,7 @@ def _show_at(results: Results, at: At) -> None:
         output.console().print("  none reaches it")
         return
     output.table(
-        ("point", ">bytes", ">bpw", ">SQNR dB", ">metric", ">KL", "command"),
+        ("point", ">bytes", ">bpw", ">SQNR dB", ">metric", ">KL"),
         [
             (
                 row.label,
@@ -315,8 +315,11 @@ def _show_at(results: Results, at: At) -> None:
                 output.number(row.sqnr_db, 4),
                 output.number(row.metric, 4),
                 output.number(row.kl, 3),
-                row.command,
             )
             for row in found
         ],
     )
+    for row in found:
+        # Not in the table: a command that is cut or folded cannot be copied.
+        typer.echo(f"  {output.printable(row.label)}:\n    {output.printable(row.command)}")
+    typer.echo()
