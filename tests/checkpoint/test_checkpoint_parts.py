@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightvid.checkpoint import create_checkpoint, from_mapping, open_checkpoint
-from weightvid.errors import CheckpointError, TensorNotFoundError
+from weightvid.errors import CheckpointError, OutputError, TensorNotFoundError
 
 SUFFIXES = (".safetensors", ".npz", ".pt", "")
 
@@ -103,3 +104,44 @@ def test_tied_tensors_in_parts(tmp_path: Path) -> None:
         writer.write_parts("a", parts_of(tied, 64))
     with open_checkpoint(path) as reader:
         assert np.array_equal(reader.read("b"), tied)
+
+
+def test_nothing_is_removed_under_a_part_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are written by a thread beside; what goes wrong meanwhile waits for it."""
+    written: list[str] = []
+
+    def slow(self: Any, spec: Any, first: int, part: Any) -> None:
+        sleep(0.2)
+        self._output.file.seek(first)
+        written.append("part")
+
+    def broken() -> Iterator[np.ndarray[Any, Any]]:
+        yield np.zeros(100, np.float32)
+        written.append("failure")
+        raise ValueError("the source broke")
+
+    source = from_mapping({"a": arrays()["a"]})
+    monkeypatch.setattr("weightvid.checkpoint.safetensors._SafetensorsWriter._write_part", slow)
+    with (
+        pytest.raises(ValueError, match="the source broke"),
+        create_checkpoint(tmp_path / "x.safetensors", source.contents) as writer,
+    ):
+        writer.write_parts("a", broken())
+    assert written == ["failure", "part"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OutputError("no space is left")
+
+    source = from_mapping({"a": arrays()["a"]})
+    monkeypatch.setattr("weightvid.checkpoint.safetensors._SafetensorsWriter._write_part", full)
+    with (
+        pytest.raises(OutputError, match="no space"),
+        create_checkpoint(tmp_path / "x.safetensors", source.contents) as writer,
+    ):
+        writer.write_parts("a", parts_of(arrays()["a"], 50))
+    assert list(tmp_path.iterdir()) == []

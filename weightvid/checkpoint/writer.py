@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
 from weightvid.atomic import AtomicFile
+from weightvid.beside import Side
 from weightvid.checkpoint.base import Array, Contents, check_contents, shorten
 from weightvid.dtypes import stored_dtype
 from weightvid.errors import CheckpointError, TensorNotFoundError
@@ -53,13 +55,15 @@ class CheckpointWriter(ABC):
     def write_parts(self, name: str, parts: Iterable[Array]) -> None:
         """Add one tensor whose elements come in consecutive parts, in row-major order.
 
-        Kinds that can write a part of a tensor hold one part at a time; others collect them.
+        Kinds that can write a part of a tensor hold two parts at a time: one is written while the
+        next one is made. Others collect them.
 
         Parameters
         ----------
         name : str
         parts : iterable of ndarray
-            Stored elements, of any shapes.
+            Stored elements, of any shapes. Each must stay as it is until the one after the next is
+            asked for.
 
         Raises
         ------
@@ -67,14 +71,26 @@ class CheckpointWriter(ABC):
             As :meth:`write`; also for too few or too many elements.
         """
         spec = self._wanted(name)
-        done = 0
-        for part in parts:
-            flat = np.ascontiguousarray(part).reshape(-1)
-            if done + flat.size > spec.size or flat.dtype != stored_dtype(spec.dtype):
-                raise CheckpointError(f"tensor {name!r} comes as something else than announced")
-            if flat.size:
-                self._write_part(spec, done, flat)
-            done += flat.size
+        done, beside = 0, Side(0)
+        pending: Future[None] | None = None
+        try:
+            for part in parts:
+                flat = np.ascontiguousarray(part).reshape(-1)
+                if done + flat.size > spec.size or flat.dtype != stored_dtype(spec.dtype):
+                    raise CheckpointError(f"tensor {name!r} comes as something else than announced")
+                if pending is not None:
+                    pending.result()
+                if 0 < flat.size == spec.size:
+                    self._write_part(spec, 0, flat)
+                elif flat.size:
+                    pending = beside.do(self._write_part, spec, done, flat)
+                done += flat.size
+            if pending is not None:
+                pending.result()
+        finally:
+            # Nobody may close the file under a thread that writes to it.
+            wait([pending] if pending is not None else [])
+            beside.close()
         if not spec.size:
             self._write_part(spec, 0, np.empty(0, stored_dtype(spec.dtype)))
         if done != spec.size:

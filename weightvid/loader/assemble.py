@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
+from weightvid.beside import ALONE, Side
 from weightvid.codec.form import Form
 from weightvid.container.digits import DigitReader, Inflated
 from weightvid.container.exact import LEVEL_DTYPES, ExactItem, PlainLevels
@@ -22,7 +23,6 @@ from weightvid.container.records import (
 )
 from weightvid.dtypes import PACKABLE, stored_dtype
 from weightvid.errors import FormatError
-from weightvid.loader.side import ALONE, Side
 from weightvid.loader.stream import (
     STREAMED_ELEMENTS,
     Dequantizer,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from weightvid.beside import ALONE, Side
 from weightvid.codec.decode import Decoder, DecoderSettings
 from weightvid.container.digits import Inflated, decompress
 from weightvid.container.exact import parse_exact
@@ -17,7 +18,6 @@ from weightvid.container.records import ExactEntry, FrameEntry, Index, Sidecar
 from weightvid.container.sidecar import check_frame
 from weightvid.errors import CodecError, FormatError
 from weightvid.loader.assemble import Array, Assembler, ExactAssembler, Quantized
-from weightvid.loader.side import ALONE, Side
 from weightvid.loader.stream import Spill, Streamed
 from weightvid.tile import Samples
 

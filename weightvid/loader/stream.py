@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid import tile
+from weightvid.beside import ALONE, Side
 from weightvid.container.exact import LEVEL_DTYPES, PlainLevels
 from weightvid.container.records import TENSOR_HASH_BYTES, Escapes
 from weightvid.dtypes import PACKABLE, from_float32, stored_dtype
 from weightvid.errors import FormatError
-from weightvid.loader.side import ALONE, Side
 from weightvid.quantize import Params, TrellisParams, dequantize
 from weightvid.quantize.trellis import ColumnDequantizer
 from weightvid.scratch import Scratch

@@ -1,4 +1,4 @@
-"""Work that is done beside the main thread: hashing and inflating, which need no Python lock."""
+"""Work beside the main thread that needs no Python lock: hashing, inflating, writing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Side:
     Parameters
     ----------
     threads : int
-        How many threads a loader may use; 0: one per core. One: there is no further thread.
+        How many threads may be used; 0: one per core. One: there is no further thread.
     """
 
     def __init__(self, threads: int) -> None:
@@ -27,7 +27,7 @@ class Side:
         """Hand out a task; those before it are done first."""
         if not self.alone:
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, "weightvid-loader")
+                self._executor = ThreadPoolExecutor(1, "weightvid-beside")
             return self._executor.submit(task, *arguments)
         done: Future[_T] = Future()
         try:
