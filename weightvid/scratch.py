@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from types import TracebackType
-from typing import IO, Final, Self
+from typing import IO, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.closing import Closing
 from weightvid.errors import OutputError
 
 Bytes = npt.NDArray[np.int8]
@@ -18,7 +18,7 @@ Bytes = npt.NDArray[np.int8]
 MEMORY_BYTES: Final = 64 << 20
 
 
-class Scratch:
+class Scratch(Closing):
     """Bytes that are written and read in ranges; not for use by two threads at once.
 
     Parameters
@@ -105,17 +105,6 @@ class Scratch:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _failed(self, error: OSError) -> OutputError:
         made = OutputError(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.closing import Closing
 from weightvid.dtypes import stored_dtype
 from weightvid.errors import CheckpointError, TensorNotFoundError
 from weightvid.spec import SideFile, TensorSpec
@@ -44,7 +43,7 @@ class Contents:
     files: tuple[SideFile, ...] = ()
 
 
-class CheckpointReader(ABC):
+class CheckpointReader(Closing):
     """A source of tensors that are read one at a time (by one thread).
 
     Parameters
@@ -165,17 +164,6 @@ class CheckpointReader(ABC):
         """Release the file. Reading afterwards is an error; arrays already read stay valid."""
         self._closed = True
         self._last = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def check_contents(contents: Contents) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from weightvid import tile
+from weightvid.closing import Closing
 from weightvid.container import reader
 from weightvid.container.reader import Head
 from weightvid.container.records import Header, Index, Sidecar, StoredFile
@@ -21,7 +21,7 @@ from weightvid.loader.stream import Spill, Streamed
 from weightvid.spec import TensorSpec
 
 
-class Archive:
+class Archive(Closing):
     """An open archive; made by :func:`weightvid.loader.open_archive`.
 
     Not for use by two threads at once.
@@ -58,17 +58,6 @@ class Archive:
         header = self._head.header
         self._ids = {spec.name: i for i, spec in enumerate(header.tensors)}
         self.names: tuple[str, ...] = (*self._ids, *header.aliases)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file, if it was opened here."""
