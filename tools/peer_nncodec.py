@@ -1,6 +1,7 @@
 """Run NNCodec (MPEG NNC) on a checkpoint: one bitstream and one reconstruction per QP.
 
-NNCodec wants its own environment (tools/NNCODEC.md), so this file imports nothing of weightvid::
+NNCodec wants its own environment (tools/NNCODEC.md), so this file imports nothing of weightvid but
+the one file that knows how to import NNCodec::
 
     python tools/peer_nncodec.py model.safetensors -28 -24 -20 --opt-qp --out points.json
 
@@ -26,8 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# A torch library's definitions vanish with the object.
-KEPT: list[Any] = []
+# Behind all else on the path: a folder of weightvid's, of which one file alone knows NNCodec.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "weightvid" / "compare"))
 Tensors = dict[str, npt.NDArray[Any]]
 
 
@@ -80,31 +81,9 @@ def timed(call: Any) -> tuple[Any, float, float]:
     return result, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def import_codec() -> Any:
-    """NNCodec's entry module, also where torchvision's compiled operators do not load.
-
-    NNCodec imports torchvision for data sets this tool never touches. A CPU build of torch beside
-    the CUDA build of torchvision that PyPI serves lacks two operators that torchvision's import
-    asks for; naming the signatures is enough, nothing here calls them.
-    """
-    import torch
-
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(operator + signature)
-        KEPT.append(library)
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-    return importlib.import_module("nncodec.nnc")
-
-
 def measure(tensors: Tensors, qp: int, args: argparse.Namespace) -> tuple[dict[str, Any], Tensors]:
     """Encode at one QP and decode again: the point's figures and the restored tensors."""
-    nnc = import_codec()
+    nnc = importlib.import_module("nnc_runner").import_codec()
     stream, encode_wall_s, encode_cpu_s = timed(
         lambda: nnc.compress(
             for_nncodec(tensors),
