@@ -53,9 +53,9 @@ def test_bd_rate_of_a_scaled_curve() -> None:
 def test_bd_rate_says_why_there_is_none() -> None:
     far = [(rate, quality + 100) for rate, quality in ANCHOR]
     assert "do not overlap" in bd_rate(ANCHOR, far).reason
-    assert "2 rising points of 3" in bd_rate(ANCHOR, ANCHOR[:2]).reason
+    assert "rises with the rate over 2 of its points; 3 are needed" in bd_rate(ANCHOR, ANCHOR[:2]).reason
     falling = [(rate, -quality) for rate, quality in ANCHOR]
-    assert "1 rising" in bd_rate(ANCHOR, falling).reason
+    assert "over 1 of its points" in bd_rate(ANCHOR, falling).reason
 
 
 def test_pareto_front() -> None:

@@ -50,7 +50,10 @@ def bd_rate(anchor: Sequence[Pair], test: Sequence[Pair]) -> BdRate:
     rising = [rise(curve) for curve in (anchor, test)]
     for name, curve in zip(("anchor", "curve"), rising, strict=True):
         if len(curve) < LEAST_POINTS:
-            return BdRate(reason=f"the {name} has {len(curve)} rising points of {LEAST_POINTS}")
+            return BdRate(
+                reason=f"the {name}'s quality rises with the rate over {len(curve)} of its points; "
+                f"{LEAST_POINTS} are needed"
+            )
     low = max(curve[0][1] for curve in rising)
     high = min(curve[-1][1] for curve in rising)
     if low >= high:
