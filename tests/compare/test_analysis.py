@@ -53,7 +53,8 @@ def test_bd_rate_of_a_scaled_curve() -> None:
 def test_bd_rate_says_why_there_is_none() -> None:
     far = [(rate, quality + 100) for rate, quality in ANCHOR]
     assert "do not overlap" in bd_rate(ANCHOR, far).reason
-    assert "rises with the rate over 2 of its points; 3 are needed" in bd_rate(ANCHOR, ANCHOR[:2]).reason
+    short = bd_rate(ANCHOR, ANCHOR[:2]).reason
+    assert "rises with the rate over 2 of its points; 3 are needed" in short
     falling = [(rate, -quality) for rate, quality in ANCHOR]
     assert "over 1 of its points" in bd_rate(ANCHOR, falling).reason
 
