@@ -22,6 +22,7 @@ from weightvid.packing.biases import Corrections, bias_numbers
 from weightvid.packing.exact import ExactWriter
 from weightvid.packing.frames import FrameWriter
 from weightvid.packing.lossy import LossyWriter, sample_tensors
+from weightvid.packing.names import is_affine
 from weightvid.packing.quantized import CodedTensor, sqnr_db
 from weightvid.packing.quantizer import Coded, Fixed, Request
 from weightvid.packing.schedule import Kept, code_tensors
@@ -38,11 +39,6 @@ Array = npt.NDArray[np.generic]
 
 #: models of up to so many quantized weights are written both ways, and the smaller file is kept.
 TRIAL_WEIGHTS: Final = 1 << 17
-#: last parts of the names of 1-D tensors whose mantissas may be shortened. Others, such as rotary
-#: frequencies or lookup tables, may be multiplied by large numbers, and stay as they are.
-ROUNDED_NAMES: Final = frozenset(
-    {"weight", "bias", "running_mean", "running_var", "gamma", "beta", "LayerNorm", "scale"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +309,7 @@ def _may_round(spec: TensorSpec, keep: tuple[str, ...]) -> bool:
     return (
         spec.dtype == "F32"
         and len(spec.shape) == 1
-        and spec.name.rpartition(".")[2] in ROUNDED_NAMES
+        and is_affine(spec.name)
         and not any(fnmatchcase(spec.name, pattern) for pattern in keep)
     )
 
