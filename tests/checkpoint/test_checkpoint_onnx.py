@@ -80,7 +80,8 @@ def predictions(path: Path, images: np.ndarray) -> np.ndarray:
 
 
 def test_a_network_there_and_back(path: Path, tmp_path: Path, digits_dir: Path) -> None:
-    holdout = np.load(digits_dir / "digits_holdout.npz")
+    with np.load(digits_dir / "digits_holdout.npz") as stored:
+        holdout = dict(stored)
     images = (holdout["images"][:, None] / np.float32(16)).astype(np.float32)
     before = predictions(path, images)
     assert np.mean(before == holdout["labels"]) > 0.9
@@ -120,7 +121,8 @@ def test_weights_in_constant_nodes(
     onnx.checker.check_model(str(tmp_path / "back.onnx"), full_check=True)
     pack_checkpoint(path, tmp_path / "i.mp4")
     unpack_archive(tmp_path / "i.mp4", tmp_path / "same.onnx", UnpackOptions())
-    images = np.load(digits_dir / "digits_holdout.npz")["images"]
+    with np.load(digits_dir / "digits_holdout.npz") as stored:
+        images = stored["images"]
     shown = (images.astype(np.float32) / 16).reshape(-1, 1, 8, 8)
     found = predictions(tmp_path / "back.onnx", shown)
     assert np.array_equal(found, predictions(tmp_path / "same.onnx", shown))
