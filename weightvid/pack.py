@@ -171,7 +171,8 @@ def _pack(
     options.check()
     output = AtomicFile(destination, force=options.force)
     try:
-        with open_workers(options.cluster, options.jobs) as workers:
+        feedback = options.calibration is not None
+        with open_workers(options.cluster, options.jobs, algebra=feedback) as workers:
             workers.folder = output.temporary.parent
             surveyed = survey(reader, options, progress, workers)
             encoder = _Encoder(surveyed, cast(BinaryIO, output.file), workers, progress)

@@ -83,6 +83,8 @@ def test_same_statistics_same_bytes(calibrated, monkeypatch):
     stats.save(folder / "stats.safetensors", force=True)
     again, _ = packed(calibrated, "again.mp4", calibration=folder / "stats.safetensors", jobs=3)
     assert again.read_bytes() == first.read_bytes()
+    others, _ = packed(calibrated, "others.mp4", cluster="processes", jobs=2)
+    assert others.read_bytes() == first.read_bytes()
     monkeypatch.setattr(quantizer, "BATCH_WEIGHTS", 100)
     blocks, _ = packed(calibrated, "blocks.mp4")
     restored = weightvid.torch.load_file(blocks)

@@ -129,11 +129,13 @@ def build(
     stream = io.BytesIO()
     writer = ArchiveWriter(stream, header, open_encoder(settings).record)
     with ThreadPoolExecutor(1) as executor:
-        frames = FrameWriter(writer, settings, Outbox(Workers(executor, 1)))
+        outbox = Outbox(Workers(executor, 1))
+        frames = FrameWriter(writer, settings, outbox)
         for number, entry in enumerate(entries):
             if isinstance(entry, Coded):
                 frames.add(number, *_coded(entry))
-        frames.flush()
+        frames.finish()
+        outbox.flush()
     boxes: list[list[ExactItem]] = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, Coded):

@@ -20,7 +20,7 @@ from weightvid.checkpoint import from_mapping, open_checkpoint
 from weightvid.errors import CheckpointError, ClusterError, QuantizationError
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.packing import engines
-from weightvid.packing.children import ProcessExecutor
+from weightvid.packing.children import ONE_THREAD, ProcessExecutor
 from weightvid.packing.engines import local_engine
 from weightvid.progress import Progress
 
@@ -125,6 +125,23 @@ def test_a_worker_that_is_killed(large: Path, tmp_path: Path) -> None:
         pack_checkpoint(large, tmp_path / "model.mp4", options, told)
     assert not list(tmp_path.iterdir())
     assert not set(children()) - before
+
+
+def test_workers_are_other_processes_with_one_thread_of_algebra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unless the user says otherwise."""
+    for name in ONE_THREAD:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with ProcessExecutor(2, here=False) as executor:
+        found = set(executor.map(_process_and_threads, range(20)))
+    assert os.getpid() not in {process for process, _ in found}
+    assert {threads for _, threads in found} == {("3", "1", "1")}
+
+
+def _process_and_threads(_: int) -> tuple[int, tuple[str | None, ...]]:
+    return os.getpid(), tuple(os.environ.get(name) for name in ONE_THREAD)
 
 
 def test_errors_of_workers_come_back(tmp_path: Path) -> None:

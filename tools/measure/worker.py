@@ -127,10 +127,13 @@ def run(task: str, **settings: Any) -> Record:
     SystemExit
         It failed.
     """
+    import os
     import subprocess
 
     command = [sys.executable, str(Path(__file__).resolve()), task, json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # What is installed has its bytecode; worker processes are not to compile it each time.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{task} failed: {done.stderr[-2000:]}")
     found: Record = json.loads(done.stdout)

@@ -258,13 +258,10 @@ def _quantizer(name: str | None) -> Quantizer:
 
 
 def _with_workers(options: PackOptions, reader: CheckpointReader) -> PackOptions:
-    """The options, with the faster way to use this machine where no other was asked for.
-
-    Error feedback is matrix products, which use all cores by themselves.
-    """
+    """The options, with the faster way to use this machine where no other was asked for."""
     from weightvid.packing.engines import local_engine
 
-    if options.cluster is not None or options.calibration is not None:
+    if options.cluster is not None:
         return options
     return replace(options, cluster=local_engine(reader, options.jobs))
 

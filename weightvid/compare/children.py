@@ -15,10 +15,9 @@ from typing import Any, Final
 from weightvid.compare.judge import Question
 from weightvid.compare.point import Request
 from weightvid.compare.row import ERROR
+from weightvid.packing.children import ONE_THREAD
 
 _PACKAGE_ROOT: Final = Path(__file__).resolve().parent.parent.parent
-#: libraries that would take all cores for a point that has one to itself.
-_THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _TAIL_BYTES: Final = 4096
 
 
@@ -44,7 +43,7 @@ class Children:
         environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
         environment["TMPDIR"] = str(folder)
         if self._jobs > 1:
-            environment |= dict.fromkeys(_THREADS, "1")
+            environment |= ONE_THREAD
         with (folder / "stderr").open("ab") as log, self._lock:
             process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],

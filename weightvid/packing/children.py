@@ -1,10 +1,10 @@
 """Worker processes of this machine as an executor.
 
 The scheduling is that of a ThreadPoolExecutor: each of its threads has a process of its own, to
-which it hands its tasks, and sleeps meanwhile. The first thread does its tasks itself, so that one
-process fewer has to be started. Processes are started as a program, not as a copy of this one, and
-import the modules of the tasks alone: the script that packs is not run again in them, so it needs
-no ``if __name__ == "__main__"``.
+which it hands its tasks, and sleeps meanwhile. The first thread may do its tasks itself, so that
+one process fewer has to be started. Processes are started as a program, not as a copy of this one,
+and import the modules of the tasks alone: the script that packs is not run again in them, so it
+needs no ``if __name__ == "__main__"``. Their linear algebra has one thread, for they are several.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ _PROGRAM: Final = (
 )
 #: a child whose pipe has ended has so long to end, too.
 _PATIENCE_S: Final = 5.0
+#: environment of a process beside others that work: libraries are not to take all cores for it.
+ONE_THREAD: Final = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+)
 
 
 class _Child:
@@ -40,6 +44,7 @@ class _Child:
                     [sys.executable, "-c", _PROGRAM, *sys.path],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
+                    env={**ONE_THREAD, **os.environ},
                 )
             except OSError as error:
                 raise ClusterError(
@@ -117,12 +122,14 @@ class _Child:
 
 
 class ProcessExecutor(ThreadPoolExecutor):
-    """Runs tasks in this process and ``count - 1`` others.
+    """Runs tasks in this process and ``count - 1`` others, or in ``count`` others.
 
     Parameters
     ----------
     count : int
         Tasks at the same time.
+    here : bool
+        This process does tasks too.
 
     Raises
     ------
@@ -130,14 +137,14 @@ class ProcessExecutor(ThreadPoolExecutor):
         A process cannot be started.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, here: bool = True) -> None:
         super().__init__(count, "weightvid-pack", initializer=self._adopt)
         self._here = threading.local()
         self._lock = threading.Lock()
         self._children: list[_Child] = []
-        self._free: list[_Child | None] = [None]
+        self._free: list[_Child | None] = [None] if here else []
         try:
-            for _ in range(count - 1):
+            for _ in range(count - len(self._free)):
                 self._children.append(_Child())
         except BaseException:
             self.kill()

@@ -29,7 +29,9 @@ _RETRIES: Final = 3
 _CONNECT_S: Final = 20
 
 
-def open_workers(cluster: str | Executor | None, jobs: int = 0) -> AbstractContextManager[Workers]:
+def open_workers(
+    cluster: str | Executor | None, jobs: int = 0, algebra: bool = False
+) -> AbstractContextManager[Workers]:
     """Workers of this machine or of a cluster.
 
     Parameters
@@ -43,6 +45,9 @@ def open_workers(cluster: str | Executor | None, jobs: int = 0) -> AbstractConte
     jobs : int
         Of threads, or of processes started here; 0: one per core. Of an executor, how many tasks
         it runs at a time; 0: what it says itself, or else the number of cores.
+    algebra : bool
+        Tasks are linear algebra, which would take all cores for each of them in this process, as
+        numpy has begun here. Processes then leave nothing to it.
 
     Raises
     ------
@@ -56,8 +61,10 @@ def open_workers(cluster: str | Executor | None, jobs: int = 0) -> AbstractConte
         threads = isinstance(cluster, ThreadPoolExecutor)
         return nullcontext(Workers(cluster, count, Place.THREADS if threads else Place.CLUSTER))
     check_cluster(cluster)
-    if cluster in LOCAL:
-        return (local_workers if cluster == "threads" else process_workers)(jobs)
+    if cluster == "threads":
+        return local_workers(jobs)
+    if cluster == "processes":
+        return process_workers(jobs, here=not algebra)
     return (_ray if cluster == "ray" or cluster.startswith("ray:") else _dask)(cluster, jobs)
 
 

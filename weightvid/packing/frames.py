@@ -180,8 +180,7 @@ class FrameWriter:
         if self._written is not None:
             self._written(self._geometry.columns * BAND)
 
-    def flush(self) -> None:
-        """Encode the last, partly filled frame and write all that is waiting."""
+    def finish(self) -> None:
+        """Hand out the last, partly filled frame; it is written in its turn."""
         if self._filled:
             self._submit()
-        self._outbox.flush()

@@ -206,11 +206,10 @@ class LossyWriter:
             if self._filled == self._geometry.columns:
                 self._submit()
 
-    def flush(self) -> None:
-        """Code the last, partly filled frame and write all that is waiting."""
+    def finish(self) -> None:
+        """Hand out the last, partly filled frame; it is written in its turn."""
         if self._filled:
             self._submit()
-        self._outbox.flush()
 
     def _submit(self) -> None:
         work = self._work

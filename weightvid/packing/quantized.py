@@ -109,7 +109,8 @@ class Restored:
     Attributes
     ----------
     stored : tuple of ndarray
-        Dequantized elements in the tensor's own dtype, block after block.
+        Dequantized elements in the tensor's own dtype, block after block; none if it comes from
+        another process: to make them anew takes less than to send them.
     noise, power : float
         Sums of squares of the error and of the weights.
     """
@@ -117,6 +118,10 @@ class Restored:
     stored: tuple[npt.NDArray[np.generic], ...]
     noise: float
     power: float
+
+    def __reduce__(self) -> tuple[type[Restored], tuple[object, ...]]:
+        """What a pipe carries."""
+        return Restored, ((), self.noise, self.power)
 
 
 def restore(

@@ -193,7 +193,7 @@ class Rows:
         Those that were clipped, counted from the first row.
     magnitudes : Magnitudes
     restored : Restored
-        Without the elements, if they were not asked for.
+        Without the elements, if another process made them.
     shift : ndarray of float32 or None
         As in :class:`Coded`, of these rows.
     """
@@ -247,7 +247,7 @@ def code_batch(requests: Sequence[Request]) -> list[Coded]:
         ]
 
 
-def code_rows(request: Request, wish: Wish, span: tuple[int, int], keep: bool) -> Rows:
+def code_rows(request: Request, wish: Wish, span: tuple[int, int]) -> Rows:
     """Quantize some rows of a large tensor.
 
     Parameters
@@ -257,13 +257,11 @@ def code_rows(request: Request, wish: Wish, span: tuple[int, int], keep: bool) -
         Of :func:`fit`.
     span : (int, int)
         First row, and end.
-    keep : bool
-        Give the dequantized elements too.
     """
     with naming([request]):
         rows = request.read.rows(*span)
         (piece,) = _quantize([(to_float32(rows, request.spec.dtype), wish)])
-        return _rows(request, rows, piece, keep)
+        return _rows(request, rows, piece)
 
 
 def code_calibrated(request: Request) -> list[Coded]:
@@ -298,16 +296,14 @@ def fit_calibrated(request: Request, matrix: Matrix | None = None) -> Calibrated
         return calibrate_quantizer(matrix, request.params, request.moments)
 
 
-def calibrated_rows(
-    request: Request, quantizer: Calibrated, span: tuple[int, int], keep: bool
-) -> Rows:
+def calibrated_rows(request: Request, quantizer: Calibrated, span: tuple[int, int]) -> Rows:
     """Quantize some rows with error feedback; parameters as in :func:`code_rows`."""
     with naming([request]):
         rows = request.read.rows(*span)
         weights = to_float32(rows, request.spec.dtype)
         levels = quantizer.levels(weights)
         shift = _shift(request, weights, levels, quantizer)
-        made = _rows(request, rows, Piece(quantizer.params, *split_levels(levels)), keep)
+        made = _rows(request, rows, Piece(quantizer.params, *split_levels(levels)))
         return replace(made, shift=shift)
 
 
@@ -319,10 +315,8 @@ def _shift(
     return mean_shift(weights - dequantize(levels, quantizer.params), request.moments)
 
 
-def _rows(request: Request, rows: Array, piece: Piece, keep: bool) -> Rows:
+def _rows(request: Request, rows: Array, piece: Piece) -> Rows:
     restored = restore(rows, request.spec.dtype, piece.params, piece.levels, piece.escapes)
-    if not keep:
-        restored = replace(restored, stored=())
     magnitudes = Magnitudes.of(piece.levels)
     return Rows(piece.params, piece.levels, piece.escapes, magnitudes, restored)
 

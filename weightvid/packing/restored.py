@@ -97,12 +97,11 @@ def _blocks(request: Request) -> list[Callable[[], Rows]]:
         quantizer = fit_calibrated(request)
         step = block_rows(shape, request.params) if large and quantizer.divisible else shape[0]
         return [
-            partial(calibrated_rows, request, quantizer, span, True)
-            for span in _spans(shape[0], step)
+            partial(calibrated_rows, request, quantizer, span) for span in _spans(shape[0], step)
         ]
     wish = fit(request) if large else Wish(request.params, request.kernel)
     step = block_rows(shape, wish.params) if large else shape[0]
-    return [partial(code_rows, request, wish, span, True) for span in _spans(shape[0], step)]
+    return [partial(code_rows, request, wish, span) for span in _spans(shape[0], step)]
 
 
 def _spans(rows: int, step: int) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from weightvid import tile
@@ -13,6 +13,7 @@ from weightvid.packing.quantizer import (
     BATCH_WEIGHTS,
     Coded,
     Request,
+    Wish,
     block_rows,
     calibrated_rows,
     code_batch,
@@ -95,56 +96,86 @@ def code_tensors(
         yield from finish_first()
 
 
+@dataclass(slots=True)
+class _Batch:
+    """Tensors that are quantized together, and those after them that are only passed on."""
+
+    requests: list[Request] = field(default_factory=list)
+    weights: int = 0
+    kept: list[Kept] = field(default_factory=list)
+    fitting: Work[Wish] | None = None
+
+    @property
+    def large(self) -> bool:
+        """Whether it is one tensor that is to be cut into blocks of rows."""
+        return self.weights > BATCH_WEIGHTS and self.requests[0].fixed is None
+
+    def takes(self, request: Request) -> bool:
+        """Whether a tensor may join."""
+        if not self.requests:
+            return True
+        alone = request.alone or self.requests[0].alone
+        return not alone and self.weights + request.spec.size <= BATCH_WEIGHTS
+
+    def add(self, request: Request) -> None:
+        """Take a tensor."""
+        self.requests.append(request)
+        self.weights += request.spec.size
+
+
 def _jobs(requests: Iterable[Request | Kept], workers: Workers) -> Iterator[_Job]:
-    for batch in _batches(requests):
-        if isinstance(batch, Kept):
-            kept = batch
+    for batch in _fitted(_batches(requests), workers):
+        if batch.fitting is not None:
+            yield from _large_jobs(batch.requests[0], batch.fitting.result(), workers)
+        elif batch.large:
+            yield from _calibrated_jobs(batch.requests[0], workers)
+        elif batch.requests:
+            yield _batch_job(batch, workers)
+        for kept in batch.kept:
             yield _Job(0, lambda: None, lambda _, kept=kept: [kept])  # type: ignore[misc]
-            continue
-        weights = sum(request.spec.size for request in batch)
-        if len(batch) > 1 or weights <= BATCH_WEIGHTS or batch[0].fixed is not None:
-            yield _batch_job(batch, weights, workers)
-        elif batch[0].moments is None:
-            yield from _large_jobs(batch[0], workers)
-        else:
-            yield from _calibrated_jobs(batch[0], workers)
 
 
-def _batches(requests: Iterable[Request | Kept]) -> Iterator[list[Request] | Kept]:
+def _batches(requests: Iterable[Request | Kept]) -> Iterator[_Batch]:
     """Small tensors in company; what is kept comes after the batch that it interrupts."""
-    batch: list[Request] = []
-    kept: list[Kept] = []
-    weights = 0
+    batch = _Batch()
     for request in requests:
         if isinstance(request, Kept):
-            kept.append(request)
+            batch.kept.append(request)
             continue
-        alone = request.alone or (bool(batch) and batch[0].alone)
-        if batch and (alone or weights + request.spec.size > BATCH_WEIGHTS):
+        if not batch.takes(request):
             yield batch
-            yield from kept
-            batch, kept, weights = [], [], 0
-        batch.append(request)
-        weights += request.spec.size
-    if batch:
-        yield batch
-    yield from kept
+            batch = _Batch()
+        batch.add(request)
+    yield batch
 
 
-def _batch_job(batch: list[Request], weights: int, workers: Workers) -> _Job:
+def _fitted(batches: Iterator[_Batch], workers: Workers) -> Iterator[_Batch]:
+    """The same; fits of large tensors begin one batch ahead, so that nobody waits for them."""
+    before: _Batch | None = None
+    for batch in batches:
+        if batch.large and batch.requests[0].moments is None:
+            batch.fitting = workers.submit(fit, batch.requests[0])
+        if before is not None:
+            yield before
+        before = batch
+    if before is not None:
+        yield before
+
+
+def _batch_job(batch: _Batch, workers: Workers) -> _Job:
+    first, weights = batch.requests[0], batch.weights
+
     def start() -> Work[list[Coded]]:
-        if batch[0].fixed is not None:
-            return workers.submit(code_fixed, batch[0], weights=weights)
-        if batch[0].moments is not None:
-            return workers.submit(code_calibrated, batch[0], weights=weights)
-        return workers.submit(code_batch, batch, weights=weights)
+        if first.fixed is not None:
+            return workers.submit(code_fixed, first, weights=weights)
+        if first.moments is not None:
+            return workers.submit(code_calibrated, first, weights=weights)
+        return workers.submit(code_batch, batch.requests, weights=weights)
 
     return _Job(weights, start, lambda found: found)
 
 
-def _large_jobs(request: Request, workers: Workers) -> Iterator[_Job]:
-    # Here the tasks before this tensor are still under way.
-    wish = workers.submit(fit, request).result()
+def _large_jobs(request: Request, wish: Wish, workers: Workers) -> Iterator[_Job]:
     step = block_rows(tile.matrix_shape(request.spec.shape), wish.params)
     yield from _block_jobs(request, step, workers, (code_rows, wish))
 
@@ -170,8 +201,7 @@ def _block_jobs(
         weights = (span[1] - begin) * columns
 
         def start(span: tuple[int, int] = span, weights: int = weights) -> Work[Any]:
-            keep = not workers.shared
-            return workers.submit(function, request, fitted, span, keep, weights=weights)
+            return workers.submit(function, request, fitted, span, weights=weights)
 
         def take(found: Any, last: bool = span[1] == rows) -> list[Coded]:
             if not collector:

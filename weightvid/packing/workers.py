@@ -127,10 +127,10 @@ class Workers:
     def ahead(self) -> int:
         """Tasks that are worth having under way besides one for each worker.
 
-        While a worker of a cluster runs one, the next one's arguments and the last one's result
-        travel.
+        Workers need not wait while a tensor is finished; and while a worker of a cluster runs one,
+        the next one's arguments and the last one's result travel.
         """
-        return self.count + 1 if self.place is Place.CLUSTER else 1
+        return self.count + 1 if self.place is Place.CLUSTER else self.count
 
     @property
     def shares(self) -> tuple[WorkerShare, ...]:
@@ -193,13 +193,15 @@ def local_workers(jobs: int = 0) -> Iterator[Workers]:
 
 
 @contextmanager
-def process_workers(jobs: int = 0) -> Iterator[Workers]:
-    """A thread of this process, and other processes that it starts on this machine.
+def process_workers(jobs: int = 0, here: bool = True) -> Iterator[Workers]:
+    """Processes that this one starts on this machine, and perhaps a thread of its own.
 
     Parameters
     ----------
     jobs : int
         Of them all; 0: one per core.
+    here : bool
+        One of the workers is a thread of this process.
 
     Raises
     ------
@@ -207,7 +209,7 @@ def process_workers(jobs: int = 0) -> Iterator[Workers]:
         A process cannot be started.
     """
     count = jobs or os.cpu_count() or 1
-    with ProcessExecutor(count) as executor:
+    with ProcessExecutor(count, here) as executor:
         yield from _until_done(Workers(executor, count, Place.CHILDREN))
 
 

@@ -226,7 +226,7 @@ def _write_levels(room: _Room, written: Written, meter: _Meter, video: bool) -> 
             written.add(coded.tensor)
         if isinstance(coded.levels, Scratch):
             coded.levels.close()
-    frames.flush()
+    frames.finish()
 
 
 def _write_lossy(room: _Room, written: Written, meter: _Meter) -> None:
@@ -241,7 +241,7 @@ def _write_lossy(room: _Room, written: Written, meter: _Meter) -> None:
         else:
             frames.add(sampled)
             meter.quantized(sampled.tensor.spec.size)
-    frames.flush()
+    frames.finish()
 
 
 def _whole(task: Task, number: int) -> Array:
