@@ -27,7 +27,14 @@ from weightvid.version import code_sha256
 WORKERS: Final = (1, 2)
 #: turns of loader and bare decoder within a round.
 TURNS: Final = 3
-SCHEMA: Final = 2
+SCHEMA: Final = 3
+#: archives that are loaded, and how much of them is hashed.
+ARCHIVES: Final = {
+    "usual": "the usual archive",
+    "whole": "a whole video",
+    "uniform": "a uniform whole video",
+}
+HASHES: Final = {"usual": "frames hashed", "all": "all hashes"}
 
 
 def one_round(source: Source, options: argparse.Namespace) -> Record:
@@ -62,14 +69,10 @@ def one_round(source: Source, options: argparse.Namespace) -> Record:
                 options={"recipe": options.recipe, "verify": False, "whole_video": True} | settings,
             )
         for threads in WORKERS:
-            for path, names in (
-                (archive, ("bare", "loader")),
-                (whole, ("whole", "loader-whole")),
-                (uniform, ("uniform", "loader-uniform")),
-            ):
+            for path, kind_of in ((archive, "usual"), (whole, "whole"), (uniform, "uniform")):
                 turns = worker.run("decode", archive=path, threads=threads, repeats=TURNS)
-                for name, runs_of in zip(names, turns.values(), strict=True):
-                    found[f"{name} {threads}"] = {
+                for what, runs_of in turns.items():
+                    found[f"{kind_of}-{what} {threads}"] = {
                         kind: median(run[kind] for run in runs_of) for kind in ("wall_s", "cpu_s")
                     }
     return found
@@ -110,24 +113,20 @@ def summarized(source: Source, rounds: list[Record]) -> Record:
     compare("packing, the same, wall, one worker", "nncodec encode", "pack 1", "wall_s")
     compare("packing, the same, wall, two workers", "nncodec encode", "pack 2", "wall_s")
     compare("packing, one worker over two, wall", "pack 1", "pack 2", "wall_s")
-    compare("loading, NNCodec's decoder over weightvid, CPU", "nncodec decode", "loader 1", "cpu_s")
-    compare("loading, the same, wall, one worker", "nncodec decode", "loader 1", "wall_s")
-    compare("loading, the same, wall, two workers", "nncodec decode", "loader 2", "wall_s")
+    slow, fast = "nncodec decode", "usual-all"
+    compare("loading, NNCodec's decoder over weightvid, CPU", slow, f"{fast} 1", "cpu_s")
+    compare("loading, the same, wall, one worker", slow, f"{fast} 1", "wall_s")
+    compare("loading, the same, wall, two workers", slow, f"{fast} 2", "wall_s")
     for threads in WORKERS:
-        label = f"loading over the bare decode, wall, workers: {threads}"
-        compare(label, f"loader {threads}", f"bare {threads}", "wall_s")
-        label = f"loading over the bare decode of the levels wholly as video, workers: {threads}"
-        compare(label, f"loader {threads}", f"whole {threads}", "wall_s")
-        for name, said in (("whole", "whole"), ("uniform", "uniform and whole")):
-            label = (
-                f"loading a {said} video over the bare decode of its packets, workers: {threads}"
-            )
-            compare(label, f"loader-{name} {threads}", f"{name} {threads}", "wall_s")
-    compare("loading over the bare decode, CPU", "loader 1", "bare 1", "cpu_s")
-    compare(
-        "loading over the bare decode of the levels wholly as video, CPU",
-        "loader 1", "whole 1", "cpu_s",
-    )  # fmt: skip
+        for what, hashes in HASHES.items():
+            for kind_of, said in ARCHIVES.items():
+                label = f"loading {said} over the bare decode of its packets, {hashes}"
+                loaded, bare = f"{kind_of}-{what} {threads}", f"{kind_of}-bare {threads}"
+                compare(f"{label}, workers: {threads}", loaded, bare, "wall_s")
+        label = "loading the usual archive over the bare decode of a whole video, all hashes"
+        compare(
+            f"{label}, workers: {threads}", f"{fast} {threads}", f"whole-bare {threads}", "wall_s"
+        )
     return {
         "model": source.name,
         "floats": floats,
@@ -141,26 +140,27 @@ def summarized(source: Source, rounds: list[Record]) -> Record:
     }
 
 
-LABELS: Final = {
-    "pack": "weightvid: pack, workers: ",
-    "loader": "weightvid: decode, dequantize, hash, workers: ",
-    "bare": "FFmpeg: decode the same packets, threads: ",
-    "whole": "FFmpeg: decode the same levels wholly as video, threads: ",
-    "loader-whole": "weightvid: the same of that archive, workers: ",
-    "uniform": "FFmpeg: decode uniform levels wholly as video, threads: ",
-    "loader-uniform": "weightvid: the same of that archive, workers: ",
-    "nncodec": "NNCodec: ",
+LABELS: Final = {"pack": "weightvid: pack, workers: ", "nncodec": "NNCodec: "} | {
+    f"{kind_of}-{what}": f"{told} {said}, workers: "
+    for kind_of, said in ARCHIVES.items()
+    for what, told in (
+        ("bare", "FFmpeg alone: decode the packets of"),
+        ("usual", "weightvid: load, frames hashed,"),
+        ("all", "weightvid: load, frames and tensors hashed,"),
+    )
 }
 
 NOTES = """\
 Medians over the rounds; every round runs each contender once, in a process of its own, and counts
 from after its imports; ratios are taken within a round. Packing reads the checkpoint and
 writes the archive, without the check that `pack` makes by default. Loading iterates over the
-archive with every hash checked (frames and tensors). Most of an archive's bits are digits beside
-the video, so its packets alone decode fast; *wholly as video* is the same checkpoint packed
-without that split (`--whole-video`), what a plain HEVC archive has to decode, and *uniform* with
-plain rounding besides. NNCodec's encoder and decoder run on one core, from memory to memory, with
-dependent quantization."""
+archive: decode, dequantize and hash. The loader always checks the hash of each frame and its
+sidecar (*frames hashed*); `check_tensors=True`, and so `load_file`, checks those of the dequantized
+tensors besides, four bytes a weight. Most of an archive's bits are digits beside the video, so its
+packets alone decode fast; *a whole video* is the same checkpoint packed without that split
+(`--whole-video`), what a plain HEVC archive has to decode; *uniform*: with plain rounding besides.
+NNCodec's encoder and decoder run on one core, from memory to memory, with dependent
+quantization."""
 
 
 def markdown(record: Record) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -207,3 +208,31 @@ def test_a_dropped_decoder_does_not_wait_for_its_threads() -> None:
         decoder = Decoder(DecoderSettings(encoder.record, Form(256, 256), threads=4))
         next(decoder.decode(enumerate(packets)))
         del decoder
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_how_far_the_decoder_runs_ahead(slow: bool) -> None:
+    """Some packets before the frame that is taken, and no more; of a slow source, next to none."""
+    settings, threads = EncoderSettings(512, 512), 2
+    encoder = open_encoder(settings)
+    frames = [noise(seed, 512, 512) for seed in range(12)]
+    packets = [encoder.encode(frame) for frame in frames]
+    asked = 0
+
+    def source() -> Iterator[tuple[int, bytes]]:
+        nonlocal asked
+        for number, packet in enumerate(packets):
+            if slow:
+                time.sleep(0.2)
+            asked = number
+            yield number, packet
+
+    ahead = []
+    decoder = Decoder(DecoderSettings(encoder.record, settings.form, threads=threads))
+    for number, luma in decoder.decode(source()):
+        ahead.append(asked - number)
+        assert np.array_equal(luma, frames[number])
+    own = threads - 1  # FFmpeg gives a frame when so many packets more have come
+    assert ahead[0] == own, "the first frame is not held back"
+    assert max(ahead) <= own + (1 if slow else 5)
+    assert slow or max(ahead) > own + 1

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import av
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.beside import Side
 from weightvid.codec.form import Form
 from weightvid.codec.tracks import DEFAULT_CODEC, TRACKS
 from weightvid.errors import CodecError
 
+#: packets that wait for the decoder, or their frames for whoever takes them.
+_AHEAD: Final = 4
 #: luma of one frame: uint8 for 8-bit samples, else uint16.
 Samples = npt.NDArray[Any]
 
@@ -69,6 +74,7 @@ class Decoder:
     def __init__(self, settings: DecoderSettings) -> None:
         form, track = settings.form, TRACKS[settings.codec]
         self._form = form
+        self._threads = settings.threads
         self._formats = track.formats[form.bits]
         try:
             context: Any = av.CodecContext.create(track.decoder, "r")
@@ -107,18 +113,42 @@ class Decoder:
             declared size and format.
         """
         pending: list[int] = []
-        for number, data in packets:
-            packet = _packet(data, number)
-            packet.pts = packet.dts = number
-            # FFmpeg's PNG decoder would take another frame for a difference to the last one.
-            packet.is_keyframe = True
-            pending.append(number)
-            for frame in self._run(packet, number):
-                yield self._next(pending, frame)
-        for frame in self._run(None, pending[0] if pending else -1):
+        for frame in self._frames(packets, pending):
             yield self._next(pending, frame)
         if pending:
             raise CodecError(f"frame {pending[0]} cannot be decoded")
+
+    def _frames(
+        self, packets: Iterable[tuple[int, bytes]], pending: list[int]
+    ) -> Iterator[av.VideoFrame]:
+        """Whatever comes out; ``pending`` gets the numbers of what goes in.
+
+        With several threads the decoder runs beside whoever takes the frames, a few ahead: it need
+        not stand still while a large tensor is finished. The first frames are not held back, nor
+        any where the decoder waits for a slow source.
+        """
+        side = Side(self._threads)
+        running: deque[Future[list[av.VideoFrame]]] = deque()
+        given = 0
+        try:
+            for number, data in packets:
+                packet = _packet(data, number)
+                packet.pts = packet.dts = number
+                # FFmpeg's PNG decoder would take another frame for a difference to the last one.
+                packet.is_keyframe = True
+                pending.append(number)
+                waited = not running or running[-1].done()
+                running.append(side.do(self._run, packet, number))
+                while len(running) > (min(given, 1) if waited else min(given, _AHEAD)):
+                    yield from (found := running.popleft().result())
+                    given += len(found)
+            running.append(side.do(self._run, None, pending[0] if pending else -1))
+            while running:
+                yield from running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
+            side.close()
 
     def _run(self, packet: av.Packet[Any] | None, number: int) -> list[av.VideoFrame]:
         try:

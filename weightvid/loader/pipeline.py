@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -70,7 +70,6 @@ class _Run:
     """The state of one pass."""
 
     exact: ExactAssembler
-    inflate: Callable[[Sidecar], Inflated] | None = None
     inflated: dict[int, Inflated] = field(default_factory=dict)
     waiting: deque[Fragment | ExactPayload] = field(default_factory=deque)
     seen: _Seen = field(default_factory=_Seen)
@@ -115,12 +114,14 @@ class Pipeline:
             ``packet``, ``order``, ``digest``, ``digits``, ``index``, and whatever the events raise.
         """
         beside = assembler.takes_all and not self._side.alone
-        run = _Run(ExactAssembler(self._tensors, spill), self._inflate if beside else None)
+        run = _Run(ExactAssembler(self._tensors, spill))
         for fragment, luma in self._decode(events, run):
             # The frame is hashed while it is unfolded; no tensor leaves before.
             checked = self._check(fragment, luma)
             yield from self._boxed(run)
             run.waiting.popleft()
+            if beside:
+                self._inflate(fragment, run)
             inflated = run.inflated.pop(fragment.sidecar.frame, None)
             found = assembler.add(fragment.sidecar, luma, inflated)
             try:
@@ -149,13 +150,17 @@ class Pipeline:
     def _check(self, fragment: Fragment, luma: Samples) -> Future[None]:
         return self._side.do(check_frame, fragment.payload, luma, fragment.sidecar.frame)
 
-    def _inflate(self, sidecar: Sidecar) -> Inflated:
+    def _inflate(self, fragment: Fragment, run: _Run) -> None:
+        """Let the digits of a frame and of the next one be inflated, beside."""
+        following = next((e for e in run.waiting if isinstance(e, Fragment)), fragment)
         form = self._settings.form
         samples = form.width * form.height
-        return {
-            kind: self._side.do(decompress, data, kind, samples)
-            for kind, data in sidecar.digits.items()
-        }
+        for sidecar in (fragment.sidecar, following.sidecar):
+            if sidecar.frame not in run.inflated:
+                run.inflated[sidecar.frame] = {
+                    kind: self._side.do(decompress, data, kind, samples)
+                    for kind, data in sidecar.digits.items()
+                }
 
     def _decode(self, events: Iterable[Event], run: _Run) -> Iterator[tuple[Fragment, Samples]]:
         """Decoded frames, their digests to be checked; each still waits in ``run``."""
@@ -192,8 +197,6 @@ def _packets(events: Iterable[Event], run: _Run) -> Iterator[tuple[int, bytes]]:
             if isinstance(event, Fragment):
                 run.seen.frames.append(event.entry)
                 run.seen.ribbon += [start.tensor for start in event.sidecar.starts]
-                if run.inflate is not None:
-                    run.inflated[event.sidecar.frame] = run.inflate(event.sidecar)
                 yield event.sidecar.frame, event.packet
     except FormatError as error:
         run.failure = error

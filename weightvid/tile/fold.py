@@ -123,17 +123,15 @@ def pack_digits(digits: Digits, radix: int) -> bytes:
     return packed.tobytes()
 
 
-@cache
-def _unpack_table(radix: int) -> Digits:
-    each = digits_per_byte(radix)
-    value = np.arange(256)
-    return np.stack([value // radix**p % radix for p in range(each)], axis=1).astype(np.uint8)
-
-
 def unpack_digits(data: bytes, radix: int) -> Digits:
     """Undo :func:`pack_digits`, up to the digits that filled the last byte."""
-    packed = np.frombuffer(data, np.uint8)
-    return np.take(_unpack_table(radix), packed, axis=0).reshape(-1)
+    rest = np.frombuffer(data, np.uint8)
+    digits = np.empty((rest.size, digits_per_byte(radix)), np.uint8)
+    for place in range(digits.shape[1]):
+        higher = rest // np.uint8(radix)
+        np.subtract(rest, higher * np.uint8(radix), out=digits[:, place])
+        rest = higher
+    return digits.reshape(-1)
 
 
 @cache
