@@ -73,17 +73,18 @@ def rows(record: Record) -> list[list[str]]:
     made = []
     for name, *_ in CONTENDERS:
         runs = [each[name] for each in record["rounds"]]
-        gain = median(
+        gains = [
             run["programs"] * each[alone]["wall_s"] / run["wall_s"]
             for run, each in zip(runs, record["rounds"], strict=True)
-        )
+        ]
         share = median(run["main_thread_cpu_s"] / run["cpu_s"] for run in runs)
         made.append(
             [
                 name,
                 number(median(run["wall_s"] for run in runs), 2),
                 number(median(run["cpu_s"] for run in runs), 2),
-                f"{gain:.2f} x",
+                f"{median(gains):.2f} x",
+                f"{min(gains):.2f} to {max(gains):.2f}",
                 f"{100 * share:.1f} %",
             ]
         )
@@ -92,7 +93,7 @@ def rows(record: Record) -> list[list[str]]:
 
 def markdown(record: Record) -> str:
     parts = ["# Two workers", f"`{record['command']}`", NOTES]
-    head = ["", "wall s", "CPU s", "work per time", "not shared"]
+    head = ["", "wall s", "CPU s", "work per time", "in the rounds", "not shared"]
     for model in record["models"]:
         parts += [f"## {model['model']}", table(head, rows(model))]
     where = record["machine"]
