@@ -21,8 +21,8 @@ Encode = Callable[[float, Mapping[str, Any], Mapping[int, Fixed] | None], Trial]
 _PER_BIT: Final = 2 * log(2)
 #: sizes are aimed at this little below their bound, in parts of the tolerance.
 _AIM: Final = 0.4
-#: a size that is missed is corrected once.
-_MOST_TRIES: Final = 2
+#: a size that is missed is corrected twice at most.
+_MOST_TRIES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
