@@ -1,1 +1,0 @@
-"""What the benchmarks share: models with their evaluations, plain codings, curves and reports."""

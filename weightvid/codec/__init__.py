@@ -1,1 +1,0 @@
-"""Video coding: frames to packets (:mod:`.encode`) and packets to frames (:mod:`.decode`)."""
