@@ -54,3 +54,20 @@ def minilm_path() -> Path:
 def digits_dir() -> Path:
     """Folder of the demo's sample in this checkout."""
     return Path(__file__).resolve().parent.parent / "data" / "digits"
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Archive of a small model; see `small_models.small`."""
+    import small_models
+
+    return small_models.pack(small_models.small(), tmp_path_factory.mktemp("small") / "s.mp4")
+
+
+@pytest.fixture(scope="session")
+def long_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Archive of several frames; see `small_models.several_frames`."""
+    import small_models
+
+    folder = tmp_path_factory.mktemp("long")
+    return small_models.pack(small_models.several_frames(), folder / "l.mp4")

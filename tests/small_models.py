@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from weightvid.checkpoint import from_mapping
+from weightvid.levels.frames import FrameSize
 from weightvid.pack import PackOptions, pack_checkpoint
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -20,10 +22,10 @@ def weights(seed: int, *shape: int, scale: float = 0.05) -> np.ndarray[Any, Any]
 
 
 def small() -> Arrays:
-    """One frame: conv, linear, half, a tied name, exact tensors, 0-d, empty."""
+    """Conv, linear, half, a tied name, exact tensors, 0-d, empty."""
     tied = weights(1, 96, 80)
     return {
-        "conv.weight": weights(2, 32, 16, 3, 3),
+        "conv.weight": weights(2, 32, 16, 1, 1) + weights(9, 32, 16, 3, 3, scale=0.01),
         "conv.bias": weights(3, 32),
         "embed.weight": tied,
         "half.weight": weights(4, 40, 50).astype(np.float16),
@@ -35,19 +37,39 @@ def small() -> Arrays:
 
 
 def several_frames() -> Arrays:
-    """Some 1.3 million weights: two frames, of which the second begins within ``b``."""
+    """Some 110,000 weights; see `pack`: three frames, of which the second begins within ``b``."""
     return {
-        "a.weight": weights(5, 512, 1024),
-        "b.weight": weights(6, 768, 1024),
-        "c.weight": weights(7, 64, 64),
+        "a.weight": weights(5, 128, 300),
+        "b.weight": weights(6, 192, 320),
+        "c.weight": weights(7, 96, 128),
         "c.bias": weights(8, 64),
     }
 
 
-def pack(arrays: Arrays, path: Path, **more: Any) -> Path:
-    """Pack arrays as video, whatever their size, with metadata, by the fine recipe."""
+def pack(arrays: Arrays, path: Path) -> Path:
+    """Pack arrays in frames of 256 x 192, with metadata, by the fine recipe."""
     options = PackOptions(recipe="fine", jobs=1, force=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("weightvid.packing.write.TRIAL_WEIGHTS", 0)
-        pack_checkpoint(from_mapping(arrays, metadata={"format": "test"}, **more), path, options)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        from_mapping(arrays, metadata={"format": "test"}) as reader,
+    ):
+        patch.setattr("weightvid.pack.choose_frame_size", lambda _: FrameSize(256, 192))
+        pack_checkpoint(reader, path, options)
     return path
+
+
+class Pipe(io.BytesIO):
+    """A file that cannot seek and counts what is read."""
+
+    taken = 0
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *_: object) -> int:
+        raise io.UnsupportedOperation("seek")
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.taken += len(data)
+        return data

@@ -1,51 +1,103 @@
-"""Golden archives of the format, and the generated parts of FORMAT.md.
+"""Write the golden archives of data/golden anew: small files of every record type and method.
 
-Golden archives of a released format never change; ``--add`` makes those that are missing, and
-``--write`` makes those of a format under work anew.
-``--document`` renews the tables and the dump in FORMAT.md. In any case it says which archives
-today's packer and encoder would make otherwise, which is no fault; outdated parts of FORMAT.md are.
+    .venv/bin/python tools/make_golden.py --force
+
+The archives of a released format are never made again: this is for a format that is not released.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import io
+import json
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from weightvid.checkpoint import from_mapping
+from weightvid.pack import PackOptions, pack_checkpoint
+from weightvid.video import Video
+
 ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "data" / "golden"
+sys.path.insert(0, str(ROOT / "tests"))
+sources: Any = importlib.import_module("independent.sources")
+reader: Any = importlib.import_module("independent.reader")
 
 
-def golden() -> Any:
-    """The module of the tests that knows the archives."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    return importlib.import_module("independent.golden")
+def example(path: Path) -> None:
+    """The worked example of FORMAT.md: one matrix, one bias."""
+    weight = sources.normal(1, 16, 16)
+    weight[3, 5] = 9.0
+    arrays = {"w": weight, "b": np.array([0.5, -1.0, 0.25], np.float32)}
+    with from_mapping(arrays) as checkpoint:
+        pack_checkpoint(checkpoint, path, PackOptions(jobs=1, force=True))
 
 
-def main() -> int:
-    """Run the tool; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="make the golden archives anew")
-    parser.add_argument("--add", action="store_true", help="make those that are not there")
-    parser.add_argument("--document", action="store_true", help="renew the parts of FORMAT.md")
-    options = parser.parse_args()
-    module = golden()
-    if options.write or options.add:
-        module.write(anew=options.write)
-    if options.document:
-        text = module.DOCUMENT.read_text(encoding="utf-8")
-        module.DOCUMENT.write_text(module.generated(text), encoding="utf-8")
-    for name, make in module.MAKERS.items():
-        path = module.FOLDER / f"{name}.mp4"
-        same = path.is_file() and path.read_bytes() == make()
-        print(f"{name}: {'as made now' if same else 'differs from what would be made now'}")
-    text = module.DOCUMENT.read_text(encoding="utf-8")
-    if text != module.generated(text):
-        print("FORMAT.md: its generated parts are out of date")
-        return 1
-    return 0
+def layers(path: Path) -> None:
+    """Kernels of one to three axes, matrices, side files; several frames."""
+    with tempfile.TemporaryDirectory() as name, sources.small_frames():
+        folder = Path(name)
+        (folder / "config.json").write_text('{"layers": 2}')
+        (folder / "vocab.txt").write_text("word\n" * 100)
+        sources.safetensors(folder / "model.safetensors", sources.kernels())
+        pack_checkpoint(folder, path, PackOptions(recipe="small", jobs=1, force=True))
+
+
+def pack(arrays: Any, path: Path, **options: Any) -> None:
+    """Pack arrays by a recipe of few bits."""
+    with from_mapping(arrays) as checkpoint:
+        settings = PackOptions(recipe="small", jobs=1, force=True, **options)
+        pack_checkpoint(checkpoint, path, settings)
+
+
+def types(path: Path) -> None:
+    """Every element type, aliases, empty and 0-d tensors, metadata."""
+    with from_mapping(sources.typed(), dtypes=sources.TYPED, metadata={"k": "ü"}) as checkpoint:
+        pack_checkpoint(checkpoint, path, PackOptions(recipe="small", jobs=1, force=True))
+
+
+MAKERS: dict[str, Callable[[Path], Any]] = {
+    "example": example,
+    "layers": layers,
+    "types": types,
+    "fields": lambda path: sources.write_random(path, 1),
+    "hard": lambda path: pack(sources.hard(), path),
+    "integers": lambda path: pack(sources.hard(), path, fidelity="integers", video=Video("x264")),
+    "weights": lambda path: pack(
+        sources.kernels(), path, fidelity="weights", video=Video("svt-av1")
+    ),
+    "lossy": lambda path: pack(sources.kernels(), path, video=Video(qp=24)),
+}
+
+
+def hashes(path: Path) -> dict[str, Any]:
+    """SHA-256 of the tensors' bytes and of the frames' luma."""
+    archive = reader.Archive(io.BytesIO(path.read_bytes()))
+    tensors = {name: hashlib.sha256(data).hexdigest() for name, data in archive.stream()}
+    return {"tensors": tensors, "frames": archive.lumas}
+
+
+def main() -> None:
+    """Write all archives and golden.json."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options.add_argument("--force", action="store_true", help="replace the archives that are there")
+    if any(GOLDEN.glob("*.mp4")) and not options.parse_args().force:
+        sys.exit(f"{GOLDEN} holds archives: nothing is written without --force")
+    found = {}
+    for name, make in MAKERS.items():
+        path = GOLDEN / f"{name}.mp4"
+        make(path)
+        found[name] = hashes(path)
+        print(f"{name}.mp4: {path.stat().st_size} bytes, {len(found[name]['tensors'])} tensors")
+    (GOLDEN / "golden.json").write_text(json.dumps(found, indent=1, ensure_ascii=True) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,8 +2,7 @@
 
 >>> from weightvid import open_archive
 
-The loader and the errors come with ``import weightvid``; what packs, unpacks, verifies and
-summarizes is imported when it is first asked for.
+Nothing is imported before it is asked for: the loader needs numpy and PyAV alone.
 """
 
 from __future__ import annotations
@@ -11,26 +10,39 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from weightvid.errors import (
-    CheckpointError,
-    CodecError,
-    EvaluationError,
-    FormatError,
-    OutputError,
-    QuantizationError,
-    TargetError,
-    TensorNotFoundError,
-    TruncatedError,
-    WeightvidError,
-)
 from weightvid.version import __version__
 
 if TYPE_CHECKING:
+    from weightvid.errors import (
+        CheckpointError,
+        CodecError,
+        EvaluationError,
+        FormatError,
+        OutputError,
+        QuantizationError,
+        TargetError,
+        TensorNotFoundError,
+        TruncatedError,
+        WeightvidError,
+    )
+    from weightvid.inspect import ArchiveSummary, summarize_archive
     from weightvid.loader import Archive, open_archive
     from weightvid.pack import PackOptions, PackReport, pack_checkpoint
-    from weightvid.summary import ArchiveSummary, summarize_archive
-    from weightvid.unpack import UnpackOptions, UnpackReport, unpack_archive
+    from weightvid.unpack import UnpackReport, unpack_archive
     from weightvid.verify import VerifyReport, verify_archive
+
+_HOMES = {
+    "errors": (
+        "CheckpointError CodecError EvaluationError FormatError OutputError QuantizationError "
+        "TargetError TensorNotFoundError TruncatedError WeightvidError"
+    ),
+    "loader": "Archive open_archive",
+    "pack": "PackOptions PackReport pack_checkpoint",
+    "inspect": "ArchiveSummary summarize_archive",
+    "unpack": "UnpackReport unpack_archive",
+    "verify": "VerifyReport verify_archive",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "Archive",
@@ -46,7 +58,6 @@ __all__ = [
     "TargetError",
     "TensorNotFoundError",
     "TruncatedError",
-    "UnpackOptions",
     "UnpackReport",
     "VerifyReport",
     "WeightvidError",
@@ -57,21 +68,6 @@ __all__ = [
     "unpack_archive",
     "verify_archive",
 ]
-
-_HOME = {
-    "Archive": "loader",
-    "open_archive": "loader",
-    "PackOptions": "pack",
-    "PackReport": "pack",
-    "pack_checkpoint": "pack",
-    "ArchiveSummary": "summary",
-    "summarize_archive": "summary",
-    "UnpackOptions": "unpack",
-    "UnpackReport": "unpack",
-    "unpack_archive": "unpack",
-    "VerifyReport": "verify",
-    "verify_archive": "verify",
-}
 
 
 def __getattr__(name: str) -> Any:

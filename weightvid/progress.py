@@ -7,22 +7,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerShare:
-    """What one worker of a cluster has done so far.
-
-    Attributes
-    ----------
-    name : str
-        Host and process.
-    done : int
-        Weights that it has quantized.
-    """
-
-    name: str
-    done: int
-
-
-@dataclass(frozen=True, slots=True)
 class Progress:
     """A point on the way.
 
@@ -34,8 +18,6 @@ class Progress:
         Done so far, and in all.
     done_bytes, total_bytes : int
         The same as bytes of the checkpoint; 0 where nobody counts them.
-    workers : tuple of WorkerShare
-        What each worker of a cluster has done.
     unit : str
         What is counted.
     """
@@ -45,7 +27,6 @@ class Progress:
     total: int
     done_bytes: int = 0
     total_bytes: int = 0
-    workers: tuple[WorkerShare, ...] = ()
     unit: str = "weights"
 
 

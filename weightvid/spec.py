@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import prod
 from typing import Final
 
-from weightvid.dtypes import stored_dtype
+from weightvid.loader import TensorSpec
+
+__all__ = ["SideFile", "TensorSpec", "is_safe_path"]
 
 #: most side files, most bytes of one and of all, longest path in UTF-8 bytes.
 SIDE_FILES: Final = 4096
@@ -19,25 +20,6 @@ SIDE_PATH_BYTES: Final = 1024
 _UNSAFE: Final = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 #: names that are devices on Windows, whatever their suffix.
 _DEVICE: Final = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Name, element type (as in :mod:`weightvid.dtypes`) and shape of one tensor."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Number of elements (1 for a 0-d tensor)."""
-        return prod(self.shape)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the tensor's elements in its own dtype."""
-        return self.size * stored_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,243 +1,450 @@
-"""A reader written from FORMAT.md alone.
+"""A second reader of weightvid archives, written from FORMAT.md alone.
 
-Standard library only, besides the video decoder that the caller hands in; shares no code with
-weightvid, and none of its cleverness: every formula is spelled out as the document has it. Slow.
-Section numbers here and in the other modules are those of FORMAT.md.
+It shares no line with the package, and says each formula as plainly as it can: where the two
+disagree, one of them or the text is wrong. NumPy gives it float32, PyAV decodes the pictures.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from math import prod
+from typing import Any, BinaryIO, NamedTuple
 
-from independent.container import (
-    LEVEL_FORMAT,
-    Bad,
-    Card,
-    Spec,
-    Start,
-    Tensor,
-    boxes,
-    find,
-    read_exact,
-    read_header,
-    read_index,
-    read_sidecar,
-    read_track,
-)
-from independent.video import Decode, Video, by_pyav
-from independent.weights import DigitStreams, finish, ribbon_columns, sequence_of, unfold
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+ONE_BYTE = "F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ F6_E2M3 F6_E3M2 F4"
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2} | dict.fromkeys(ONE_BYTE.split(), 1)
+SIZES |= {"C64": 8, "C128": 16, "C32": 4, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+SIZES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+DECODERS = {b"hvc1": ("hevc", b"hvcC"), b"avc1": ("h264", b"avcC"), b"av01": ("libdav1d", b"av1C")}
+HEADER, FILE, FRAME = b"weightvid-header", b"weightvid-file\0\0", b"weightvid-frame\0"
+EXACT, INDEX = b"weightvid-exact\0", b"weightvid-index\0"
 
 
-@dataclass
-class Open:
-    """A tensor on the ribbon that is not finished yet."""
+class ArchiveError(Exception):
+    """The file breaks a rule of FORMAT.md; ``code`` is one of its section 9."""
 
-    start: Start
-    column: int
-    sequence: list[tuple[int, int, int]]
-    levels: list[int] = field(default_factory=list)
+    def __init__(self, code: str, what: object) -> None:
+        super().__init__(f"{code}: {what}")
+        self.code = code
 
 
-@dataclass
-class Result:
-    """What a file gave."""
-
-    header: dict[str, Any]
-    tensors: dict[str, Tensor]
-    missing: list[str]
+def require(holds: bool, code: str, what: object) -> None:
+    if not holds:
+        raise ArchiveError(code, what)
 
 
-class ExactParts:
-    """Puts the items of tensors together."""
+class Box(NamedTuple):
+    """A box: its type (of ours: the extended one), the payload behind it, bytes of the box."""
 
-    def __init__(self, specs: list[Spec]) -> None:
-        self.specs = specs
-        self.parts: dict[int, bytearray] = {}
-
-    def add(self, item: dict[str, Any], data: bytes) -> Tensor | None:
-        spec = self.specs[item["id"]]
-        size = LEVEL_FORMAT[item["levels"]][1] if "levels" in item else spec.item_bytes
-        part = self.parts.setdefault(item["id"], bytearray())
-        if len(part) != item.get("first", 0) * size:
-            raise Bad("order", spec.name)
-        part += data
-        if len(part) < spec.size * size:
-            return None
-        whole = bytes(self.parts.pop(item["id"]))
-        if "levels" not in item:
-            return Tensor(spec, whole)
-        levels = [q for (q,) in struct.iter_unpack(LEVEL_FORMAT[item["levels"]][0], whole)]
-        return finish(spec, levels, item, bytes.fromhex(item["sha256"]))
+    kind: bytes
+    payload: bytes
+    size: int
 
 
-# Whole files: section 11.
+def read_box(file: BinaryIO, *allowed: bytes) -> Box:
+    """Read the next box; at the end of the file its type is empty."""
+    head = file.read(8)
+    size, kind = struct.unpack(">I4s", head) if len(head) == 8 else (8, b"")
+    require(8 <= size <= 2**27, "box-size", f"{kind!r} of {size} bytes")
+    payload = file.read(size - 8)
+    require(len(head) in (0, 8) and len(payload) == size - 8, "truncated", kind)
+    if kind == b"uuid":
+        kind, payload = payload[:16], payload[16:]
+    require(kind in allowed or not allowed, "order" if kind else "truncated", (kind, allowed))
+    return Box(kind, payload, size)
 
 
-class Ribbon:
-    """Takes frames in order and gives tensors."""
-
-    def __init__(self, specs: list[Spec], video: Video) -> None:
-        self.specs, self.width = specs, video.width
-        self.sample_bytes, self.zero = (video.bits + 7) // 8, 1 << (video.bits - 1)
-        self.per_frame = video.width * (video.height // 64)
-        self.open: dict[int, Open] = {}
-        self.next_column = 0
-
-    def add(self, card: Card, luma: bytes, column: int | None = None) -> Iterator[Tensor]:
-        """Tensors that end in a frame; ``column``: of its first start, if not known from before."""
-        if hashlib.sha256(card.payload[32:] + luma).digest() != card.payload[:32]:
-            raise Bad("digest", f"frame {card.frame}")
-        begin = card.frame * self.per_frame
-        digits = DigitStreams(card, skip=not self.open and column is not None)
-        if column is not None and not self.open:
-            self.next_column = column
-        for start in card.starts:
-            number = start.record["id"]
-            sequence = sequence_of(start, self.specs[number])
-            self.open[number] = Open(start, self.next_column, sequence)
-            if not begin <= self.next_column < begin + self.per_frame:
-                raise Bad("order")
-            self.next_column += ribbon_columns(self.specs[number])
-        for number, entry in self.open.items():
-            spec = self.specs[number]
-            end = entry.column + ribbon_columns(spec)
-            first, last = max(entry.column, begin), min(end, begin + self.per_frame)
-            piece = []
-            for c in range(first, last):
-                x, top = (
-                    (c % self.per_frame) % self.width,
-                    64 * ((c % self.per_frame) // self.width),
-                )
-                piece += [self.sample(luma, (top + r) * self.width + x) for r in range(64)]
-            self.lay(entry, piece, digits)
-        for number, tensor_hash in card.ends:
-            if number not in self.open:
-                if column is None:
-                    raise Bad("order")
-                continue  # began before the frames that are read
-            entry = self.open.pop(number)
-            spec = self.specs[number]
-            if len(entry.levels) != spec.size:
-                raise Bad("order", spec.name)
-            levels = [0] * spec.size
-            for (i, j, _), level in zip(entry.sequence, entry.levels, strict=True):
-                levels[i * spec.matrix[1] + j] = level
-            for place, level in entry.start.escapes.items():
-                levels[place] = level
-            yield finish(spec, levels, entry.start.record, tensor_hash)
-
-    def sample(self, luma: bytes, place: int) -> int:
-        size = self.sample_bytes
-        return int.from_bytes(luma[place * size : (place + 1) * size], "little")
-
-    def lay(self, entry: Open, piece: list[int], digits: DigitStreams) -> None:
-        """Levels of the next samples of a tensor."""
-        done = len(entry.levels)
-        for sample, (_, _, energy) in zip(piece, entry.sequence[done:], strict=False):
-            entry.levels.append(unfold(sample, entry.start.folds[energy], digits, self.zero))
+def children(payload: bytes) -> list[Box]:
+    file = io.BytesIO(payload)
+    return list(iter(lambda: read_box(file), Box(b"", b"", 8)))
 
 
-def read_stream(data: bytes, decode: Decode = by_pyav) -> Result:
-    """All tensors of a file, read from its beginning; what is missing if it is cut short."""
-    moov: tuple[int, int] | None = None
-    header: dict[str, Any] | None = None
-    specs: list[Spec] = []
-    cards: list[Card] = []
-    packets: list[bytes] = []
-    found: dict[str, Tensor] = {}
-    exact: ExactParts | None = None
-    waiting: Card | None = None
-    for kind, begin, end in boxes(data):
-        payload = data[begin:end]
-        if kind == b"ftyp":
-            brands = [payload[:4], *(payload[i : i + 4] for i in range(8, len(payload), 4))]
-            if b"wvd1" not in brands and b"wvd2" not in brands:
-                raise Bad("not-an-archive")
-        elif kind == b"moov":
-            moov = (begin, end)
-        elif kind == b"weightvid-header":
-            header = read_header(payload)
-            specs = [Spec(name, dtype, tuple(shape)) for name, dtype, shape in header["tensors"]]
-            exact = ExactParts(specs)
-        elif kind == b"weightvid-frame\0":
-            waiting = read_sidecar(payload, specs)
-        elif kind == b"moof":
-            first, _ = find(data, [b"mfhd"], begin, end)
-            if waiting is None or struct.unpack_from(">I", data, first + 4)[0] != waiting.frame + 1:
-                raise Bad("order")
-        elif kind == b"mdat" and waiting is not None:
-            cards.append(waiting)
-            packets.append(payload)
-            waiting = None
-        elif kind == b"weightvid-exact\0" and exact is not None:
-            for item, part in read_exact(payload, specs):
-                if (tensor := exact.add(item, part)) is not None:
-                    found[tensor.spec.name] = tensor
-    if header is None or moov is None:
-        raise Bad("truncated")
-    video = read_track(data, *moov, header["track"])
-    ribbon = Ribbon(specs, video)
-    for card, luma in zip(cards, decode(video, packets) if packets else [], strict=True):
-        for tensor in ribbon.add(card, luma):
-            found[tensor.spec.name] = tensor
-    missing = [spec.name for spec in specs if spec.name not in found]
-    for alias, target in header.get("aliases", {}).items():
-        if target in found:
-            found[alias] = found[target]
-    return Result(header, found, missing)
+def body_of(payload: bytes) -> bytes:
+    """Check the CRC-32 of a box of our own and give its body."""
+    require(len(payload) >= 9, "digest", "a box of our own is too short")
+    crc, form, size = struct.unpack_from("<IBI", payload)
+    require(zlib.crc32(payload[4:]) == crc, "digest", "CRC-32")
+    require(form in (0, 1), "version", f"form {form}")
+    require(size <= 2**26, "limit", f"a body of {size} bytes")
+    body = payload[9:]
+    if form == 1:
+        inflater = zlib.decompressobj(-15)
+        body = inflater.decompress(body, size + 1)
+        require(inflater.eof and not inflater.unused_data, "deflate", "not one whole stream")
+    require(len(body) == size, "record", "the body has another size")
+    return body
 
 
-def read_one(data: bytes, name: str, decode: Decode = by_pyav) -> Tensor:
-    """One tensor by way of the index, from its own frames alone."""
-    head = {
-        kind: (begin, end)
-        for kind, begin, end in boxes(data)
-        if kind in (b"moov", b"weightvid-header")
-    }
-    begin, end = head[b"weightvid-header"]
-    header = read_header(data[begin:end])
-    video = read_track(data, *head[b"moov"], header["track"])
-    specs = [Spec(name, dtype, tuple(shape)) for name, dtype, shape in header["tensors"]]
-    target = header.get("aliases", {}).get(name, name)
-    number = next(i for i, spec in enumerate(specs) if spec.name == target)
-    index = read_index(data)
-    if number not in index["ribbon"]:
-        return _one_exact(data, specs, number, index)
-    column, starts_at = 0, {}
-    for other in index["ribbon"]:
-        starts_at[other] = column
-        column += ribbon_columns(specs[other])
-    per_frame = video.width * (video.height // 64)
-    first = starts_at[number] // per_frame
-    last = (starts_at[number] + ribbon_columns(specs[number]) - 1) // per_frame
-    places, at = [], 0
-    for gap, sidecar, fragment in index["frames"]:
-        places.append((at + gap, at + gap + sidecar, at + gap + sidecar + fragment))
-        at += gap + sidecar + fragment
-    ribbon = Ribbon(specs, video)
-    for frame in range(first, last + 1):
-        begin, middle, end = places[frame]
-        ((_, inner, stop),) = boxes(data, begin, middle)
-        card = read_sidecar(data[inner:stop], specs)
-        (_, (_, inner, stop)) = boxes(data, middle, end)
-        (luma,) = decode(video, [data[inner:stop]])
-        known = starts_at[card.starts[0].record["id"]] if frame == first else None
-        for tensor in ribbon.add(card, luma, known):
-            if tensor.spec.name == target:
-                return tensor
-    raise Bad("index", name)
+class Fields:
+    """The fields of a record, read from the front."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, count: int) -> bytes:
+        require(count <= len(self.data) - self.at, "record", "a field ends behind its record")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def uint(self, most: int = 2**64 - 1) -> int:
+        value = 0
+        for place in range(10):
+            byte = self.take(1)[0]
+            value |= (byte & 127) << 7 * place
+            if byte < 128:
+                break
+        require(byte < 128, "record", "a number of more than ten bytes")
+        require(value <= most, "limit", f"{value} is above {most}")
+        return value
+
+    def uints(self, count: int) -> list[int]:
+        return [self.uint() for _ in range(count)]
+
+    def text(self, most: int = 2**26) -> str:
+        return self.take(self.uint(most)).decode("utf-8", "surrogatepass")
+
+    def numbers(self, code: str, count: int) -> list[Any]:
+        return list(struct.unpack(f"<{count}{code}", self.take(struct.calcsize(code) * count)))
+
+    def finish(self) -> None:
+        require(self.at == len(self.data), "record", "bytes behind the last field")
 
 
-def _one_exact(data: bytes, specs: list[Spec], number: int, index: dict[str, Any]) -> Tensor:
-    parts = ExactParts(specs)
-    for offset, size, members in index["exact"]:
-        if number in members:
-            ((_, begin, end),) = boxes(data, offset, offset + size)
-            for item, part in read_exact(data[begin:end], specs):
-                if item["id"] == number and (tensor := parts.add(item, part)) is not None:
-                    return tensor
-    raise Bad("index", specs[number].name)
+def records(body: bytes, *known: int) -> dict[int, list[Fields]]:
+    """Sort the records of a body by their type; those with an even one that is not known stop."""
+    found: dict[int, list[Fields]] = {kind: [] for kind in known}
+    fields = Fields(body)
+    while fields.at < len(body):
+        kind, data = fields.uint(), fields.take(fields.uint())
+        require(kind in known or kind % 2 == 1, "version", f"record type {kind}")
+        found.get(kind, []).append(Fields(data))
+    for kind, same in found.items():
+        require(len(same) == 1 or kind not in (2, 32, 48), "record", f"one record {kind}")
+        require(len(same) <= 1 or kind in (34, 36), "record", f"record {kind} is there twice")
+    return found
+
+
+def entries(found: list[Fields], most: int, read: Callable[[Fields], Any]) -> list[Any]:
+    """Read the one record (or none) that is a count and so many entries."""
+    result = [read(fields) for fields in found for _ in range(fields.uint(most))]
+    for fields in found:
+        fields.finish()
+    return result
+
+
+class Tensor(NamedTuple):
+    name: str
+    type: str
+    shape: tuple[int, ...]
+
+
+class Header:
+    """Section 3: what the archive holds."""
+
+    def __init__(self, body: bytes) -> None:
+        found = records(body, 2, 4, 6, 8, 10, 13)
+        self.tensors: list[Tensor] = entries(found[2], 2**20, self.tensor)
+        self.aliases: list[tuple[str, int]] = entries(
+            found[4], 2**20, lambda f: (f.text(4096), f.uint(len(self.tensors) - 1))
+        )
+        names = [one.name for one in self.tensors] + [name for name, _ in self.aliases]
+        require(len(set(names)) == len(names), "record", "a name is there twice")
+        texts = [entries(found[kind], 2**20, lambda f: (f.text(), f.text())) for kind in (6, 13)]
+        self.metadata, self.about = map(dict, texts)
+        self.files: list[tuple[str, str, int, int]] = entries(
+            found[8], 4096, lambda f: (f.text(1024), f.text(64), f.uint(), f.uint())
+        )
+        self.bases: list[Array] = entries(found[10], 256, self.basis)
+
+    @staticmethod
+    def tensor(fields: Fields) -> Tensor:
+        name, kind = fields.text(4096), list(SIZES)[fields.uint(len(SIZES) - 1)]
+        shape = tuple(fields.uints(fields.uint(32)))
+        require(prod(size for size in shape if size) <= 2**38, "limit", "elements of a tensor")
+        return Tensor(name, kind, shape)
+
+    @staticmethod
+    def basis(fields: Fields) -> Array:
+        size = fields.uint(1024)
+        return np.array([fields.numbers("f", size) for _ in range(size)], np.float32)
+
+
+class Track:
+    """Section 8: the codec and the size of the pictures."""
+
+    def __init__(self, moov: bytes) -> None:
+        boxes = children(moov)
+        for kind in (b"trak", b"mdia", b"minf", b"stbl", b"stsd"):
+            payload = next((box.payload for box in boxes if box.kind == kind), b"")
+            boxes = children(payload[8 if kind == b"stsd" else 0 :])
+        require(len(boxes) == 1 and boxes[0].kind in DECODERS, "moov", "no codec of this format")
+        self.decoder, wanted = DECODERS[boxes[0].kind]
+        self.width, self.height = sides = struct.unpack_from(">HH", boxes[0].payload, 24)
+        require(all(192 <= one <= 2176 and one % 64 == 0 for one in sides), "moov", sides)
+        require(prod(sides) <= 2_228_224, "moov", sides)
+        self.configuration = dict(box[:2] for box in children(boxes[0].payload[78:]))[wanted]
+
+    def luma(self, sample: bytes) -> Array:
+        """Decode one sample, which needs no other."""
+        context: Any = av.CodecContext.create(self.decoder, "r")
+        context.extradata = self.configuration
+        frames = [*context.decode(av.Packet(sample)), *context.decode(None)]
+        require(len(frames) == 1, "frame-digest", f"{len(frames)} pictures in one sample")
+        plane = frames[0].planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+        return rows[: self.height, : self.width].copy()
+
+
+def trellis_numbers(row: list[int]) -> list[int]:
+    """Walk the machine of section 5.2 over the levels of one row."""
+    state, numbers = 0, []
+    for k in row:
+        numbers.append(4 * k + 2 if state >> 1 & 1 else 4 * k)
+        w = (k & 1) ^ (state & 1) ^ (state >> 2 & 1)
+        state = ((state << 1) | w) & 7
+    return numbers
+
+
+def q(t: int) -> np.float32:
+    bits = (0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD)[t & 3]
+    return np.float32(np.ldexp(np.array(bits, np.uint32).view(np.float32), t >> 2))
+
+
+def transform(values: Array, bases: list[Array]) -> Array:
+    """Turn rows of coefficients [K1][K2]...[C] into rows of weights [C][K1][K2]...."""
+    array = values.reshape(len(values), *map(len, bases), -1)
+    for axis in reversed(range(len(bases))):
+        basis, given = bases[axis], np.moveaxis(array, axis + 1, 0)
+        made = np.empty_like(given)
+        for i in range(len(basis)):
+            made[i] = basis[0, i] * given[0]
+            for u in range(1, len(basis)):
+                made[i] = made[i] + basis[u, i] * given[u]
+        array = np.moveaxis(made, 0, axis + 1)
+    return np.moveaxis(array, -1, 1).reshape(len(values), -1)
+
+
+class Part:
+    """Consecutive rows of a tensor: the record of section 4, the formulas of section 5."""
+
+    def __init__(self, fields: Fields, header: Header) -> None:
+        self.tensor, self.column = fields.uint(len(header.tensors) - 1), 4 * fields.uint()
+        self.first_row, rows, columns = fields.uint(), fields.uint(), fields.uint()
+        require(0 < rows * columns <= 2**24, "limit", "levels of a part")
+        self.rows, self.columns = rows, columns
+        self.method, flags = fields.take(2)
+        require(self.method < 2 and flags < 16, "version", f"method {self.method}, fields {flags}")
+        self.step = np.float32(fields.numbers("f", 1)[0])
+        require(bool(2.0**-110 <= self.step <= 2.0**110), "record", f"step {self.step}")
+        places = [fields.uint(len(header.bases) - 1) for _ in range(fields.uint(4))]
+        self.bases = [header.bases[place] for place in places]
+        k = prod(len(basis) for basis in self.bases)
+        require(0 < k <= 1024 and columns % k == 0, "record", f"{columns} columns, {k} frequencies")
+        self.frequency_steps = fields.numbers("b", k) if flags & 1 else [0] * k
+        self.row_steps = fields.numbers("b", rows) if flags & 2 else None
+        self.energies = []
+        if flags & 4:
+            self.energies = [fields.numbers("B", count) for count in (rows, columns // k, k)]
+            require(max(map(max, self.energies)) <= 63, "record", "an energy above 63")
+        self.escapes: dict[int, float] = {}
+        if flags & 8:
+            gaps = fields.uints(fields.uint(rows * columns))
+            places = [sum(gaps[: i + 1]) + i for i in range(len(gaps))]
+            require(bool(gaps) and places[-1] < rows * columns, "record", "place of an escape")
+            self.escapes = dict(zip(places, fields.numbers("f", len(gaps)), strict=True))
+        fields.finish()
+
+    def order(self) -> Array:
+        """Give the place (row x columns + column) of every level in coding order."""
+        if not self.energies:
+            return np.arange(self.rows * self.columns)
+        rows, channels, frequencies = self.energies
+        row_energies = np.repeat(rows, self.columns)
+        classes = row_energies + np.tile([f + c for f in frequencies for c in channels], self.rows)
+        return np.lexsort((-row_energies, -classes))  # stable: within a rectangle row by row
+
+    def weights(self, samples: bytes) -> Array:
+        """Give the rows x columns weights from the samples in coding order."""
+        levels = np.empty(self.rows * self.columns, np.int64)
+        levels[self.order()] = np.frombuffer(samples, np.uint8).astype(np.int64) - 128
+        step = self.step
+        if self.method == 1:
+            grid = levels.reshape(self.rows, self.columns).tolist()
+            levels = np.array([trellis_numbers(row) for row in grid]).reshape(-1)
+            step = np.float32(step / np.float32(4))
+        numbers = levels.astype(np.float32)
+        for place, number in self.escapes.items():
+            numbers[place] = number
+        units = np.array([step * q(t) for t in self.frequency_steps], np.float32)
+        values = numbers.reshape(self.rows, -1) * np.repeat(units, self.columns // len(units))
+        if self.row_steps is not None:
+            values = values * np.array([q(t) for t in self.row_steps], np.float32)[:, None]
+        return transform(values, self.bases)
+
+
+class Sidecar:
+    """Section 4: what stands before a frame."""
+
+    def __init__(self, body: bytes, header: Header) -> None:
+        found = records(body, 32, 34, 36)
+        self.number, self.digest = found[32][0].uint(), found[32][0].take(32)
+        self.parts = [Part(fields, header) for fields in found[34]]
+        last = len(header.tensors) - 1
+        self.ends = [(f.uint(last), f.take(8), f.numbers("h", 1)[0]) for f in found[36]]
+        for fields in found[32] + found[36]:
+            fields.finish()
+
+
+def elements(values: Array, kind: str) -> bytes:
+    """Round weights to the element type, section 5.5."""
+    if kind == "BF16":
+        bits = values.view(np.uint32).astype(np.uint64)
+        rounded = np.where(np.isnan(values), bits | 0x400000, bits + 0x7FFF + (bits >> 16 & 1))
+        return (rounded >> 16).astype("<u2").tobytes()
+    return values.astype({"F32": "<f4", "F64": "<f8", "F16": "<f2"}[kind]).tobytes()
+
+
+class Assembler:
+    """Takes frames and exact boxes in order and gives the tensors that they complete."""
+
+    def __init__(self, header: Header, track: Track, wanted: set[int]) -> None:
+        self.header, self.track, self.wanted = header, track, wanted
+        self.done: dict[int, bytearray] = {number: bytearray() for number in wanted}
+        self.open: list[tuple[Part, bytes]] = []
+
+    def extend(self, number: int, first: int, data: bytes) -> None:
+        have = len(self.done[number]) // SIZES[self.header.tensors[number].type]
+        require(have == first, "order", f"elements of tensor {number} from {first}, not {have}")
+        self.done[number] += data
+
+    def whole(self, number: int) -> tuple[str, bytes]:
+        tensor, data = self.header.tensors[number], bytes(self.done.pop(number, b"-"))
+        require(len(data) == prod(tensor.shape) * SIZES[tensor.type], "order", tensor.name)
+        return tensor.name, data
+
+    def frame(self, sidecar: Sidecar, sample: bytes) -> Iterator[tuple[str, bytes]]:
+        luma = self.track.luma(sample)
+        digest = hashlib.sha256(luma.tobytes()).digest()
+        require(digest == sidecar.digest, "frame-digest", f"frame {sidecar.number}")
+        bands = luma.reshape(self.track.height // 64, 64, self.track.width)
+        ribbon, end = bands.transpose(0, 2, 1).tobytes(), 0
+        parts, self.open = [*self.open, *((part, b"") for part in sidecar.parts)], []
+        for part, before in parts:
+            if part.tensor in self.wanted:
+                start, size = 0 if before else 64 * part.column, part.rows * part.columns
+                require(end <= start < len(ribbon), "order", "parts overlap or leave the frame")
+                end = start + size - len(before)
+                samples = before + ribbon[start:end]
+                if len(samples) < size:
+                    self.open = [(part, samples)]
+                    continue
+                data = elements(part.weights(samples), self.header.tensors[part.tensor].type)
+                self.extend(part.tensor, part.first_row * part.columns, data)
+        for number, start_of_digest, _ in sidecar.ends:
+            if number in self.wanted:
+                name, data = self.whole(number)
+                require(hashlib.sha256(data).digest()[:8] == start_of_digest, "tensor-digest", name)
+                yield name, data
+
+    def exact(self, payload: bytes) -> Iterator[tuple[str, bytes]]:
+        found, tensors = records(body_of(payload), 48, 50), self.header.tensors
+        data = found[50][0] if found[50] else Fields(b"")
+        items = entries(found[48], 2**20, lambda f: f.uints(3))
+        for size, same in groupby(items, lambda item: SIZES[tensors[item[0]].type]):
+            group, at = list(same), 0
+            count = sum(item[2] for item in group)
+            planes = np.frombuffer(data.take(count * size), np.uint8).reshape(size, count)
+            for number, first, length in group:
+                if number in self.wanted:
+                    self.extend(number, first, planes[:, at : at + length].T.tobytes())
+                    if first + length == prod(tensors[number].shape):
+                        yield self.whole(number)
+                at += length
+        data.finish()
+
+
+class Archive:
+    """An open archive, read up to its first frame; then `stream` it once, or `read` tensors."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        ftyp = read_box(file)
+        brands = [ftyp.payload[at : at + 4] for at in range(8, len(ftyp.payload), 4)]
+        require(ftyp.kind == b"ftyp" and b"wvid" in brands, "ftyp", brands)
+        moov, head = read_box(file, b"moov"), read_box(file, HEADER)
+        self.track, self.header = Track(moov.payload), Header(body_of(head.payload))
+        self.names = {one.name: number for number, one in enumerate(self.header.tensors)}
+        self.files: dict[str, bytes] = {}
+        for path, _, size, box_size in self.header.files:
+            box = read_box(file, FILE)
+            self.files[path] = body_of(box.payload)
+            require((len(self.files[path]), box.size) == (size, box_size), "record", path)
+        self.start = ftyp.size + moov.size + head.size + sum(one[3] for one in self.header.files)
+        self.lumas: list[str] = []
+
+    def read_frame(self, payload: bytes) -> tuple[Sidecar, bytes]:
+        sidecar = Sidecar(body_of(payload), self.header)
+        moof, mdat = read_box(self.file, b"moof"), read_box(self.file, b"mdat")
+        (mfhd,) = (box.payload for box in children(moof.payload) if box.kind == b"mfhd")
+        require(struct.unpack(">I", mfhd[4:8])[0] == sidecar.number + 1, "order", "mfhd")
+        return sidecar, mdat.payload
+
+    def stream(self) -> Iterator[tuple[str, bytes]]:
+        """Read on, front to back, and give each tensor as soon as it is there."""
+        assembler = Assembler(self.header, self.track, set(self.names.values()))
+        while (box := read_box(self.file, FRAME, EXACT, INDEX)).kind == FRAME:
+            sidecar, sample = self.read_frame(box.payload)
+            require(sidecar.number == len(self.lumas), "order", f"frame {sidecar.number}")
+            self.lumas.append(sidecar.digest.hex())
+            yield from assembler.frame(sidecar, sample)
+        while box.kind == EXACT:
+            yield from assembler.exact(box.payload)
+            box = read_box(self.file, EXACT, INDEX)
+        read_box(self.file, b"mfra")
+        require(not assembler.done, "order", f"no tensors {sorted(assembler.done)}")
+
+    def read_index(self) -> dict[int, list[int]]:
+        """Give the offsets of the sidecars and exact boxes of every tensor."""
+        length = self.file.seek(-4, io.SEEK_END) + 4
+        mfra = length - struct.unpack(">I", self.file.read(4))[0]
+        self.file.seek(mfra - 4)
+        size = struct.unpack("<I", self.file.read(4))[0]
+        self.file.seek(mfra - size)
+        box = read_box(self.file, INDEX)
+        require(box.size == size, "index", "the size at the end of the index box")
+        found = records(body_of(box.payload[:-4]), 64, 66, 68)
+        offsets, places, first = [self.start], dict[int, list[int]](), 0
+        for frame_size in entries(found[64], 2**24, Fields.uint):
+            offsets.append(offsets[-1] + frame_size)
+        for tensor, gap, count in entries(found[66], 2**20, lambda f: f.uints(3)):
+            first += gap
+            places[tensor] = offsets[first : first + count]
+        at = offsets[-1]
+        for size, tensors in entries(found[68], 2**20, lambda f: (f.uint(), f.uints(f.uint()))):
+            for tensor in tensors:
+                places.setdefault(tensor, []).append(at)
+            at += size
+        require(at + box.size == mfra, "index", "sizes that do not reach the index")
+        return places
+
+    def read(self, name: str) -> bytes:
+        """Read one tensor's bytes, touching only the index and its own frames or boxes."""
+        number = (self.names | dict(self.header.aliases))[name]
+        assembler, found = Assembler(self.header, self.track, {number}), list[tuple[str, bytes]]()
+        for at in self.read_index()[number]:
+            self.file.seek(at)
+            box = read_box(self.file, FRAME, EXACT)
+            frame = box.kind == FRAME and self.read_frame(box.payload)
+            found += assembler.frame(*frame) if frame else assembler.exact(box.payload)
+        require(len(found) == 1, "index", f"{name} is not where the index says")
+        return dict(found)[self.header.tensors[number].name]

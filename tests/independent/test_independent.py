@@ -1,217 +1,121 @@
-"""The reader written from FORMAT.md gives the bytes that weightvid gives."""
+"""Archives as two readers see them: the package's, and one written from FORMAT.md alone."""
 
 from __future__ import annotations
 
-import ast
 import io
-import re
-import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from independent import cases, container, reader, video
+from independent import sources
+from independent.reader import Archive, children
 
-from weightvid.codec.encode import Lossy
-from weightvid.errors import TruncatedError
+from weightvid import loader
+from weightvid.checkpoint import from_mapping
 from weightvid.loader import open_archive
-from weightvid.quantize import TrellisParams, UniformParams
-from weightvid.spec import TensorSpec
-from weightvid.tile import EnergyOrder, Fold, FrameGeometry, Layout
+from weightvid.pack import PackOptions, pack_checkpoint
+from weightvid.video import Video
 
-HERE = Path(__file__).parent
-FORMAT = HERE.parent.parent / "FORMAT.md"
-
-
-@pytest.fixture(scope="module", params=[*cases.CASES, "packed-uniform", "av1-main10"])
-def archive(request: pytest.FixtureRequest) -> bytes:
-    """Every archive in turn."""
-    if request.param == "packed-uniform":
-        return cases.packed(states=0)
-    if request.param == "av1-main10":
-        return cases.packed(lossy=Lossy("qp", 20), bits=10, codec="svtav1")
-    return cases.CASES[request.param]()
+#: what the archives of this file must hold between them for the comparison to mean something.
+FEATURES = {
+    *("uniform", "trellis", "frequency steps", "row steps", "energies", "escapes", "untransformed"),
+    *("1 kernel axes", "2 kernel axes", "3 kernel axes", "several frames", "several parts"),
+    *("form 0", "form 1", "aliases", "side files", "metadata", "hvc1", "av01", "avc1"),
+}
+seen: set[str] = set()
 
 
-def test_every_tensor_has_the_same_bytes(archive: bytes) -> None:
-    found = reader.read_stream(archive)
-    assert found.missing == []
-    with open_archive(io.BytesIO(archive), check_tensors=True) as ours:
-        assert set(found.tensors) == set(ours.names)
-        assert found.header["weightvid"] == list(ours.header.version)
-        for name in ours.names:
-            tensor, spec = found.tensors[name], ours.spec(name)
-            assert (tensor.spec.dtype, tensor.spec.shape) == (spec.dtype, spec.shape)
-            assert tensor.data == ours.stored(name).tobytes(), name
+def compare(path: Path) -> None:
+    """Read an archive four ways; every byte must be the same."""
+    with path.open("rb") as file, open_archive(path) as ours:
+        random, streaming = Archive(file), Archive(io.BytesIO(path.read_bytes()))
+        streamed = dict(streaming.stream())
+        header = random.header
+        assert [tuple(one) for one in header.tensors] == [tuple(t) for t in ours.header.tensors]
+        assert (dict(header.aliases), header.metadata) == (
+            ours.header.aliases,
+            ours.header.metadata,
+        )
+        assert {one: ours.read_file(one) for one in random.files} == random.files
+        stream = {spec.name: array.tobytes() for spec, array in ours.stored_items()}
+        assert stream == streamed
+        assert sorted(stream) == sorted(random.names)
+        for name in ours:
+            assert random.read(name) == ours.stored(name).tobytes(), name
+            note(ours.info(name))
+        assert {random.read(a) == streamed[header.tensors[n].name] for a, n in header.aliases} <= {
+            True
+        }
+    seen.update(name for name, has in (
+        ("aliases", header.aliases), ("side files", random.files), ("metadata", header.metadata),
+        ("several frames", len(streaming.lumas) > 1),
+    ) if has)  # fmt: skip
+    seen.add(ours.track.entry.decode())
+    own = [box for box in children(path.read_bytes()) if box.kind.startswith(b"weightvid")]
+    seen.update(f"form {box.payload[4]}" for box in own)
 
 
-def test_levels_are_the_same(archive: bytes) -> None:
-    found = reader.read_stream(archive)
-    with open_archive(io.BytesIO(archive)) as ours:
-        for name, tensor in found.tensors.items():
-            if tensor.levels is not None:
-                levels = ours.levels(name).levels.reshape(-1).tolist()
-                assert levels == tensor.levels, name
+def note(info: loader.TensorInfo) -> None:
+    for part in info.parts:
+        seen.add(("uniform", "trellis")[part.method])
+        seen.add(f"{len(part.bases)} kernel axes" if part.bases else "untransformed")
+        for name in ("frequency_steps", "row_steps", "energies", "escapes"):
+            seen.update({name.replace("_", " ")} if getattr(part, name) is not None else ())
+    seen.update({"several parts"} if len(info.parts) > 1 else ())
 
 
-def test_one_tensor_at_a_time_is_the_same(archive: bytes) -> None:
-    whole = reader.read_stream(archive)
-    for name, tensor in whole.tensors.items():
-        assert reader.read_one(archive, name).data == tensor.data, name
+def test_digits(tmp_path: Path, digits_dir: Path) -> None:
+    pack_checkpoint(digits_dir / "digits_cnn.safetensors", tmp_path / "a.mp4", PackOptions(jobs=1))
+    compare(tmp_path / "a.mp4")
 
 
-@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs the ffmpeg program")
-def test_ffmpeg_program_decodes_the_same(archive: bytes) -> None:
-    if b"FFV1" in archive[:700]:
-        pytest.skip("FFV1 has no stream outside a container")
-    found = reader.read_stream(archive, video.by_ffmpeg)
-    for name, tensor in reader.read_stream(archive).tensors.items():
-        assert found.tensors[name].data == tensor.data
+@pytest.mark.parametrize(
+    "options",
+    [
+        PackOptions(),
+        PackOptions(recipe="small", fidelity="weights", video=Video("svt-av1")),
+        PackOptions(recipe="fine", fidelity="integers", video=Video("x264")),
+        PackOptions(step_factor=0.002, keep=("conv1d",)),
+        PackOptions(step_factor=0.002, fidelity="integers"),
+        PackOptions(video=Video(qp=14)),
+        PackOptions(video=Video("svt-av1", qp=20)),
+        PackOptions(video=Video("x264", qp=20)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [sources.kernels, sources.hard])
+def test_packed(tmp_path: Path, make: Callable[[], sources.Arrays], options: PackOptions) -> None:
+    with sources.small_frames():
+        pack_checkpoint(
+            sources.safetensors(tmp_path / "m.safetensors", make()), tmp_path / "a.mp4", options
+        )
+    compare(tmp_path / "a.mp4")
 
 
-@pytest.mark.parametrize("name", ["layout", "mixed", "exact"])
-def test_truncated_at_every_box(name: str) -> None:
-    data = cases.CASES[name]()
-    edges = [end for _, _, end in container.boxes(data)]
-    head = [kind for kind, _, _ in container.boxes(data)].index(b"weightvid-header")
-    for end in edges[head:-2]:
-        for cut in (end, end + 11):
-            found = reader.read_stream(data[:cut])
-            with open_archive(io.BytesIO(data[:cut])) as ours:
-                given = {}
-                with pytest.raises(TruncatedError) as error:
-                    for spec, array in ours.iter_stored():
-                        given[spec.name] = array.tobytes()
-            assert list(error.value.missing) == found.missing
-            stored = {n: t.data for n, t in found.tensors.items() if n == t.spec.name}
-            assert given == stored
+def test_mapping(tmp_path: Path) -> None:
+    with from_mapping(sources.typed(), dtypes=sources.TYPED, metadata={"key": "ü\ud801"}) as reader:
+        pack_checkpoint(reader, tmp_path / "a.mp4", PackOptions())
+    compare(tmp_path / "a.mp4")
 
 
-def test_damage_is_found() -> None:
-    data = bytearray(cases.mixed())
-    for kind, begin, end in list(container.boxes(bytes(data))):
-        if kind.startswith(b"weightvid-") and kind != b"weightvid-index\0":
-            broken = bytearray(data)
-            broken[(begin + end) // 2] ^= 1
-            with pytest.raises(container.Bad):
-                reader.read_stream(bytes(broken))
+def test_folder_and_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightvid.levels.code.PART_WEIGHTS", 3000)
+    monkeypatch.setattr("weightvid.container.EXACT_BOX_BYTES", 500)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"layers": 2}')
+    (tmp_path / "model" / "vocab.txt").write_text("word\n" * 500)
+    sources.safetensors(tmp_path / "model" / "model.safetensors", sources.kernels())
+    with sources.small_frames():
+        pack_checkpoint(tmp_path / "model", tmp_path / "a.mp4", PackOptions(fidelity="weights"))
+    compare(tmp_path / "a.mp4")
 
 
-def test_cases_cover_the_format() -> None:
-    """Digits are carried over frames, and every codec of exact boxes is used."""
-    seen = set()
-    for make in cases.CASES.values():
-        data = make()
-        header = next(p for k, *p in container.boxes(data) if k == b"weightvid-header")
-        tensors = container.read_header(data[slice(*header)])["tensors"]
-        specs = [container.Spec(n, d, tuple(s)) for n, d, s in tensors]
-        for kind, begin, end in container.boxes(data):
-            if kind == b"weightvid-frame\0":
-                card = container.read_sidecar(data[begin:end], specs)
-                seen |= {kind for (kind, _), count in card.carried.items() if count}
-                seen |= {key for start in card.starts for key in start.record}
-            elif kind == b"weightvid-exact\0":
-                size = int.from_bytes(data[begin + 32 : begin + 36], "big")
-                record = container.parse_json(
-                    container.inflate(data[begin + 36 : begin + 36 + size])
-                )
-                seen |= {code for code, _ in record["streams"]}
-                seen |= {key for item in record["items"] for key in item}
-    wanted = {"core", "tail", "escapes", "energies", "step", "shifts", "states", "axis"}
-    wanted |= {"numbering", "raw", "deflate", "lzma2", "first", "count", "levels", "sha256"}
-    assert seen >= wanted
+@pytest.mark.parametrize("seed", range(6))
+def test_any_part(tmp_path: Path, seed: int) -> None:
+    sources.write_random(tmp_path / "a.mp4", seed)
+    compare(tmp_path / "a.mp4")
 
 
-@pytest.mark.parametrize("module", ["reader", "container", "weights", "video"])
-def test_reader_imports_the_standard_library_alone(module: str) -> None:
-    names = set()
-    for node in ast.walk(ast.parse((HERE / f"{module}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").partition(".")[0])
-    assert names - sys.stdlib_module_names <= {"independent"} | (
-        {"av"} if module == "video" else set()
-    )
-
-
-def test_document_lists_every_error_code() -> None:
-    sources = (HERE.parent.parent / "weightvid").rglob("*.py")
-    used = {c for p in sources for c in re.findall(r'code="([^"]+)"', p.read_text("utf-8"))}
-    used |= {"schema"}
-    table = FORMAT.read_text(encoding="utf-8").partition("### 13.3")[2].partition("## 14")[0]
-    assert set(re.findall(r"^\| `([a-z_-]+)` \|", table, re.MULTILINE)) == used
-
-
-def test_document_has_the_machines_of_the_reader() -> None:
-    from independent.weights import TRELLIS
-
-    text = FORMAT.read_text(encoding="utf-8")
-    for states, (feedback, output) in TRELLIS.items():
-        bits = states.bit_length() - 1
-        assert f"| {states} | 0b{feedback:0{bits}b} | 0b{output:0{bits}b} |" in text
-
-
-def test_examples_of_the_document() -> None:
-    from independent import weights
-
-    spec = container.Spec("m", "F32", (3, 4))
-    start = container.Start({}, {}, bytes([0, 1, 0]), bytes([0, 1]), [(0, 1)] * 3)
-    numbers = [(i, j) for i, j, _ in weights.sequence_of(start, spec)]
-    assert numbers == [
-        (1, 2), (1, 3), (1, 0), (1, 1), (0, 2), (0, 3), (2, 2), (2, 3),
-        (0, 0), (0, 1), (2, 0), (2, 1),
-    ]  # fmt: skip
-    run = [1, 1, -2, 0, 3]
-    assert weights.trellis(run, (1, 5), {"states": 4}) == [3, -3, 9, 1, -11]
-    assert weights.trellis(run, (1, 5), {"states": 4, "numbering": 1}) == [4, 6, -6, 2, 14]
-    assert weights.shifted(-1, [40, 10, 0]) == -216
-
-
-@st.composite
-def coded(draw: st.DrawFn, number: int) -> cases.Coded:
-    """A tensor of any shape, spread, order, folds and quantizer."""
-    rows = draw(st.sampled_from([1, 2, 7, 63, 64, 65, 130]))
-    groups, kernel = draw(st.integers(1, 12)), draw(st.sampled_from([1, 3, 9]))
-    columns = groups * kernel
-    seed = draw(st.integers(0, 1 << 16))
-    rng = np.random.default_rng(seed)
-    order = None
-    if draw(st.booleans()):
-        most = draw(st.sampled_from([0, 1, 6, 63]))
-        across = rng.integers(0, most + 1, groups).astype(np.uint8)
-        order = EnergyOrder(rng.integers(0, most + 1, rows).astype(np.uint8), across)
-    classes = 1 if order is None else order.classes
-    folds = tuple(Fold.from_byte(int(code)) for code in rng.integers(0, 64, classes))
-    sigma = draw(st.sampled_from([0.0, 0.4, 3.0, 40.0, 3000.0]))
-    found = cases.levels(seed, rows, columns, sigma=sigma)
-    step = float(np.float32(draw(st.floats(1e-6, 1e6))))
-    shifts = draw(st.none() | st.tuples(*[st.integers(-128, 127)] * 3))
-    trellis = st.builds(
-        TrellisParams,
-        st.just(step),
-        st.sampled_from([4, 8, 16, 32, 64]),
-        st.integers(0, 1),
-        st.booleans(),
-    )
-    params = draw(st.just(UniformParams(step, shifts)) | trellis)
-    dtype = draw(st.sampled_from(["F32", "F16", "BF16", "F64"]))
-    spec = TensorSpec(f"t{number}", dtype, (rows, groups, kernel))
-    return cases.Coded(spec, found, params, Layout(order, folds))
-
-
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-@given(st.data(), st.integers(1, 4), st.sampled_from([(64, 64), (128, 64), (64, 128)]))
-def test_any_tensor_is_the_same(data: st.DataObject, count: int, geometry: tuple[int, int]) -> None:
-    entries = [data.draw(coded(number)) for number in range(count)]
-    archive = cases.build(entries, FrameGeometry(*geometry))
-    found = reader.read_stream(archive)
-    with open_archive(io.BytesIO(archive), check_tensors=True) as ours:
-        for entry in entries:
-            name = entry.spec.name
-            assert found.tensors[name].levels == entry.levels.reshape(-1).tolist()
-            assert found.tensors[name].data == ours.stored(name).tobytes()
-            assert found.tensors[name].data == reader.read_one(archive, name).data
+def test_features() -> None:
+    if len(seen) > 1:
+        assert seen >= FEATURES
