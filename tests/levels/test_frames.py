@@ -1,0 +1,79 @@
+"""Samples on the ribbon and in frames, and back through the loader's own collector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weightvid import loader
+from weightvid.levels.frames import FrameSize, choose_frame_size, lay_out, ribbon_columns
+from weightvid.loader import BAND, MIN_SIDE, Assembler, Header, Part, Sidecar, TensorSpec
+
+SIZE = FrameSize(192, 192)
+LARGEST = 983_040
+Array = np.ndarray[Any, Any]
+
+
+@given(st.integers(0, 1 << 24))
+def test_frame_sizes(columns: int) -> None:
+    width, height = choose_frame_size(columns)
+    assert min(width, height) >= MIN_SIDE
+    assert max(width, height) <= loader.MAX_SIDE
+    assert width * height <= min(loader.MAX_SAMPLES, LARGEST)
+    assert width % BAND == height % BAND == 0
+    assert 0.5 <= width / height <= 2
+    frames = max(1, -(-columns // FrameSize(width, height).columns))
+    # No frame more than needed, and little left blank in the last one.
+    assert frames == max(1, -(-columns * BAND // LARGEST))
+    blank = frames * width * height - columns * BAND
+    assert blank <= max(MIN_SIDE**2, frames * width * BAND)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 90_000), min_size=1, max_size=5), st.integers(0, 99))
+def test_round_trip(sizes: list[int], seed: int) -> None:
+    """Parts smaller and larger than frames; each begins where the frame says."""
+    random = np.random.default_rng(seed)
+    matrices = [random.integers(1, 256, (1, size)).astype(np.uint8) for size in sizes]
+    specs = tuple(TensorSpec(f"t{n}", "F32", (size,)) for n, size in enumerate(sizes))
+    found: dict[int, Array] = {}
+    collector = Assembler(
+        Header(specs, {}, {}, (), (), {}), sink=lambda part, m: found.update({part.tensor: m})
+    )
+    frames = list(lay_out(((n, m.reshape(-1)) for n, m in enumerate(matrices)), SIZE))
+    assert [frame.number for frame in frames] == list(range(len(frames)))
+    assert [n for frame in frames for n, _ in frame.starts] == list(range(len(sizes)))
+    for frame in frames:
+        assert frame.luma.shape == (SIZE.height, SIZE.width)
+        assert all(column % loader.ALIGN == 0 for _, column in frame.starts)
+        parts = [Part(n, column, 0, 1, sizes[n], 0, 1.0) for n, column in frame.starts]
+        list(collector.add(Sidecar(frame.number, b"", tuple(parts), ()), frame.luma))
+        assert set(frame.ends) == {n for n in found if n in frame.ends}
+        assert len(found) == max(frame.ends, default=len(found) - 1) + 1
+    for n, matrix in enumerate(matrices):
+        assert np.array_equal(found[n].view(np.uint8) ^ 128, matrix)
+    total = sum(map(ribbon_columns, sizes))
+    assert len(frames) == -(-total // SIZE.columns)
+
+
+def test_the_place_of_a_sample() -> None:
+    """FORMAT.md, 4: column c, row r of the ribbon is at x = c mod W, y = 64 (c div W) + r."""
+    samples = np.arange(250 * BAND) % 127 + 1
+    (frame,) = lay_out([("only", samples.astype(np.uint8))], SIZE)
+    for s in range(0, samples.size, 97):
+        column, row = divmod(s, BAND)
+        assert frame.luma[BAND * (column // 192) + row, column % 192] == samples[s]
+    assert (frame.luma[BAND:, 250 - 192 :][:BAND] == 128).all()
+    assert (frame.luma[2 * BAND :] == 128).all()
+    assert (frame.starts, frame.ends) == ((("only", 0),), ("only",))
+
+
+@pytest.mark.parametrize(("items", "frames"), [([], 0), ([36864] * 2, 2), ([36864 - 64, 65], 2)])
+def test_edges(items: list[int], frames: int) -> None:
+    made = list(lay_out(((n, np.full(n, 7, np.uint8)) for n in items), SIZE))
+    assert len(made) == frames
+    assert sum(np.count_nonzero(frame.luma == 7) for frame in made) == sum(items)

@@ -1,0 +1,133 @@
+"""Plans: steps between tensors, by row and by frequency, and what is kept exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import weights
+
+from weightvid.errors import QuantizationError
+from weightvid.levels import steps
+from weightvid.levels.stats import TensorStats, tensor_stats
+from weightvid.levels.steps import Moments, TensorPlan, is_codable, plan_tensor, units
+from weightvid.loader import TRELLIS, UNIFORM, TensorSpec
+
+
+def stats_of(*shape: int, scale: float = 0.05, name: str = "w", dtype: str = "F32") -> TensorStats:
+    values = weights(1, *shape, scale=scale).astype("f2" if dtype == "F16" else "f4")
+    return tensor_stats(TensorSpec(name, dtype, shape), [values])
+
+
+def planned(stats: TensorStats, step: float = 0.01, **more: Any) -> TensorPlan:
+    plan = plan_tensor(stats, step, **more)
+    assert plan is not None
+    return plan
+
+
+def test_units_go_with_sigma_and_the_root_of_the_size() -> None:
+    small, large = stats_of(64, 100), stats_of(256, 100, scale=0.1)
+    query, key = (stats_of(64, 100, name=f"a.{name}.weight") for name in ("q_proj", "other"))
+    found = units([small, large, query, key])
+    share = steps.SMALLEST_SHARE
+    sizes = np.array([6400, 25600, 6400, 6400]) / 11200
+    expected = np.array([0.05, 0.1, 0.1, 0.05]) * np.sqrt(sizes + share)
+    np.testing.assert_allclose(found, expected, rtol=0.02)
+    same = units([small, large], "weights")
+    assert same[0] == same[1] == pytest.approx(np.sqrt((0.05**2 + 4 * 0.1**2) / 5), rel=0.02)
+    assert units([]) == []
+    with pytest.raises(QuantizationError, match="outputs, weights, integers"):
+        units([small], "beauty")
+
+
+@pytest.mark.parametrize(
+    ("shape", "fidelity", "expected"),
+    [
+        ((64, 100), "outputs", (TRELLIS, 0, 0)), ((64, 100, 1, 1), "outputs", (UNIFORM, 0, 1)),
+        ((64, 10, 3, 3), "outputs", (UNIFORM, 1, 1)), ((64, 100), "integers", (UNIFORM, 0, 0)),
+        ((64, 10, 3, 3), "weights", (TRELLIS, 1, 0)), ((64, 9, 3, 3), "integers", (UNIFORM, 0, 0)),
+    ],
+)  # fmt: skip
+def test_methods(shape: tuple[int, ...], fidelity: str, expected: tuple[int, int, int]) -> None:
+    plan = planned(stats_of(*shape), fidelity=fidelity)
+    assert (plan.method, plan.transformed, plan.balanced) == expected
+    assert (plan.frequency_steps is not None) == (plan.transformed and fidelity == "outputs")
+    assert plan.row_steps is None
+    assert plan.kernel == (shape[2:] if plan.transformed else ())
+
+
+def test_steps_stay_within_limits_and_are_short() -> None:
+    stats = stats_of(64, 100)
+    for asked, sigmas in ((1e-9, steps.FINEST_SIGMAS), (1e9, steps.COARSEST_SIGMAS)):
+        assert planned(stats, asked).step == pytest.approx(sigmas * stats.sigma, rel=0.01)
+    assert planned(stats, 1e9, fidelity="weights").step > planned(stats, 1e9).step
+    for step in np.geomspace(1e-3, 1e-1, 50):
+        found = planned(stats, float(step)).step
+        assert found == np.float32(found)
+        assert (found / 2.0 ** np.floor(np.log2(found)) * 128).is_integer()
+        assert planned(stats).with_step(found).step == found
+
+
+def test_steps_by_frequency() -> None:
+    plan = planned(stats_of(64, 10, 3, 3))
+    assert plan.frequency_steps is not None
+    assert plan.frequency_steps.sum() == 0
+    assert plan.frequency_steps[0] < plan.frequency_steps[1] < plan.frequency_steps[8]
+    columns = plan.column_steps()
+    assert columns.shape == (90,)
+    assert len(set(columns.tolist())) == len(set(plan.frequency_steps.tolist()))
+    assert columns[0] == pytest.approx(plan.step * 2 ** (plan.frequency_steps[0] / 4))
+    own = Moments(np.eye(90)[None], 0.01, frequency_steps=np.arange(9, dtype=np.int8))
+    told = planned(stats_of(64, 10, 3, 3), moments=own)
+    assert told.frequency_steps is own.frequency_steps
+    assert (told.method, told.balanced) == (TRELLIS, False)
+    across = Moments(np.eye(64)[None], 0.01, axis=0)
+    assert planned(stats_of(64, 100), moments=across).method == UNIFORM
+
+
+def test_steps_by_row_where_scales_spread() -> None:
+    values = weights(2, 64, 90) * np.exp2(np.arange(64) / 4 - 8, dtype=np.float32)[:, None]
+    stats = tensor_stats(TensorSpec("w", "F32", (64, 90)), [values])
+    plan = planned(stats)
+    assert plan.row_steps is not None
+    assert np.corrcoef(plan.row_steps, np.arange(64))[0, 1] > 0.99
+    assert plan.row_steps[-1] - plan.row_steps[0] == pytest.approx(63, abs=2)
+    for fidelity in ("weights", "integers"):
+        assert planned(stats, fidelity=fidelity).row_steps is None
+
+
+def test_an_outlier_is_not_spread_over_its_kernel() -> None:
+    values = weights(3, 16, 8, 3, 3, scale=1)
+    values[1, 2, 0, 0] = 1e4
+    stats = tensor_stats(TensorSpec("w", "F32", values.shape), [values])
+    assert stats.outliers == 1
+    assert not planned(stats, 0.3).transformed
+
+
+def test_what_is_kept_exactly() -> None:
+    tiny = stats_of(15, 15)
+    assert not is_codable(tiny.spec, tiny)
+    assert is_codable(stats_of(16, 16).spec, stats_of(16, 16))
+    for value in (0, 0.37, np.nan, np.inf):
+        spec = TensorSpec("w", "F32", (32, 32))
+        assert not is_codable(spec, tensor_stats(spec, [np.full((32, 32), value, np.float32)]))
+    assert plan_tensor(stats_of(32, 32, scale=1e-36), 1e-37) is None
+    assert plan_tensor(stats_of(32, 32, scale=1e37), 1e36) is None
+    # Weights near the largest of their type might round to infinity.
+    assert plan_tensor(stats_of(32, 32, scale=1.7e4, dtype="F16"), 4e3) is None
+    assert plan_tensor(stats_of(32, 32, scale=5e3, dtype="F16"), 1e3) is not None
+    wide = TensorSpec("w", "F32", (2, 1 << 25))
+    stats = TensorStats(wide, steps.View(2, 1 << 25), np.ones(2, np.float32), 1.0, 3.0, True)
+    assert not is_codable(wide, stats), "a row must fit a part"
+
+
+def test_measured_units_end_at_one_slope() -> None:
+    stats = [stats_of(64, 100, name="a"), stats_of(64, 100, name="b"), stats_of(9, 99, name="c")]
+    found = steps.measured_units([1.0, 1.0, 7.0], stats, {"a": 4.0, "b": 1.0})
+    assert found[0] * 2 == pytest.approx(found[1])
+    assert found[0] * found[1] == pytest.approx(1.0)
+    assert found[2] == 7.0
+    assert steps.measured_units([1.0], stats[:1], {}) == [1.0]
+    far = steps.measured_units([1.0, 1.0], stats[:2], {"a": 1e30, "b": 1.0})
+    assert far[1] / far[0] == pytest.approx(steps.LARGEST_CORRECTION**2)

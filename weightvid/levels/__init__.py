@@ -1,0 +1,1 @@
+"""Weights to levels: statistics, steps, transform, quantizers, order, frames."""

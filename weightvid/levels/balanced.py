@@ -1,0 +1,66 @@
+"""Rounding whose errors cancel in the mean: for layers whose inputs have one.
+
+Behind a rectifier all inputs of a convolution have a positive mean, so the errors of a row of
+weights add up in its output. Without any data, each row is rounded so as to make
+
+    e' (I + b J) e,    e = weight / step - level
+
+small, J being all ones over the channels of frequency 0 (the sums of kernels). Coordinate descent
+from plain rounding, all rows at once; only the choice of levels changes.
+
+The idea is that of noise shaping in converters; for weights see Nagel et al., "Up or down? Adaptive
+rounding for post-training quantization", 2020.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from weightvid.levels.uniform import uniform
+from weightvid.loader import Floats
+
+#: b: what the squared sum of a row's errors counts beside their squares.
+MEAN_COUPLING: Final = 0.2
+_SWEEPS: Final = 2
+
+
+def balanced(
+    scaled: Floats, channels: int, coupling: float = MEAN_COUPLING
+) -> npt.NDArray[np.int32]:
+    """Levels of weights in steps; the errors of the first columns nearly cancel.
+
+    Parameters
+    ----------
+    scaled : ndarray of float32, shape (R, C)
+    channels : int
+        Columns 0 .. channels - 1 are balanced: those of frequency 0.
+    coupling : float
+        b, >= 0.
+
+    Returns
+    -------
+    ndarray of int32, shape (R, C)
+
+    Raises
+    ------
+    QuantizationError
+        A level is out of range.
+    """
+    levels = uniform(scaled)
+    if channels < 2:
+        return levels
+    error = np.ascontiguousarray((scaled[:, :channels] - levels[:, :channels]).T)
+    change = np.zeros_like(error)
+    total = error.sum(axis=0)
+    b, gain = np.float32(coupling), np.float32(1 / (1 + coupling))
+    for _ in range(_SWEEPS):
+        for column in range(channels):
+            moved = np.rint((error[column] + b * total) * gain)
+            error[column] -= moved
+            change[column] += moved
+            total -= moved
+    levels[:, :channels] += change.T.astype(np.int32)
+    return levels

@@ -1,0 +1,274 @@
+"""A part of a tensor to samples and back: scale, quantize, order, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, log10, prod
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from weightvid.levels.balanced import balanced
+from weightvid.levels.feedback import FeedbackConfig, Method, feedback
+from weightvid.levels.order import choose_energies, to_sequence
+from weightvid.levels.stats import outlier_mask
+from weightvid.levels.steps import Moments, TensorPlan
+from weightvid.levels.transform import bases_of, forward, forward_moment
+from weightvid.levels.trellis import trellis
+from weightvid.levels.uniform import uniform
+from weightvid.loader import (
+    TRELLIS,
+    ZERO_SAMPLE,
+    Array,
+    Bytes,
+    Floats,
+    Part,
+    dequantize,
+    from_float32,
+    quarter_octaves,
+    to_float32,
+    trellis_index,
+)
+
+#: weights of one part at most; rows longer than that make parts of one row.
+PART_WEIGHTS: Final = 1 << 22
+#: largest magnitude of a level that is a sample.
+_SAMPLE_REACH: Final = 127
+
+
+class Quality(NamedTuple):
+    """Squared sums of a part: weights, errors; and its worst row: its SQNR in dB, its number."""
+
+    signal: float
+    noise: float
+    worst_db: float
+    worst_row: int
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal over noise; None without noise."""
+        return 10 * log10(self.signal / self.noise) if self.noise and self.signal else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedPart:
+    """A quantized part.
+
+    Attributes
+    ----------
+    part : Part
+        Its ``column`` is not known yet.
+    samples : ndarray of uint8, shape (rows * columns,)
+        In coding order.
+    stored : ndarray
+        Elements that a loader will give, in the tensor's own type, shape (rows, columns).
+    quality : Quality
+    outliers : int
+        Weights that are kept nearly exactly, as their rows' steps don't fit them.
+    shift : ndarray of float32, shape (outputs,), or None
+        By how much the errors of these rows lower the mean outputs of the layer.
+    """
+
+    part: Part
+    samples: Bytes
+    stored: Array
+    quality: Quality
+    outliers: int
+    shift: Floats | None = None
+
+
+def part_rows(plan: TensorPlan) -> list[tuple[int, int]]:
+    """First row and number of rows of each part of a tensor."""
+    step = max(1, PART_WEIGHTS // plan.view.columns)
+    return [(row, min(step, plan.view.rows - row)) for row in range(0, plan.view.rows, step)]
+
+
+def code_part(
+    elements: Array, plan: TensorPlan, number: int, first_row: int, moments: Moments | None = None
+) -> CodedPart:
+    """Quantize consecutive rows of a tensor.
+
+    Parameters
+    ----------
+    elements : ndarray
+        Stored elements of the rows (BF16 as uint16 bits).
+    plan : TensorPlan
+    number : int
+        Of the tensor.
+    first_row : int
+    moments : Moments, optional
+        Of the whole tensor; errors are fed back by them.
+
+    Raises
+    ------
+    QuantizationError
+        A level is out of range.
+    """
+    weights = to_float32(elements.reshape(-1), plan.spec.dtype).reshape(-1, plan.view.columns)
+    rows = slice(first_row, first_row + len(weights))
+    outliers = outlier_mask(weights, plan.row_scales[rows])
+    quiet = np.where(outliers, np.float32(0), weights) if outliers.any() else weights
+    levels = quantize(quiet, plan, rows, moments)
+    samples, escapes = _escapes(levels, weights, outliers, plan, rows)
+    energies = choose_energies(samples, prod(plan.kernel))
+    part = Part(
+        tensor=number,
+        column=0,
+        first_row=first_row,
+        rows=len(weights),
+        columns=plan.view.columns,
+        method=plan.method,
+        step=plan.step,
+        bases=tuple(range(len(plan.kernel))),
+        frequency_steps=plan.frequency_steps,
+        row_steps=None if plan.row_steps is None else plan.row_steps[rows],
+        energies=energies,
+        escapes=escapes,
+    )
+    found = dequantize(samples, part, bases_of(plan.kernel))
+    stored = from_float32(found, plan.spec.dtype)
+    # Outliers would hide what became of all other weights.
+    judged = np.where(outliers, quiet, found) if outliers.any() else found
+    quality = quality_of(quiet, from_float32(judged, plan.spec.dtype), plan.spec.dtype, first_row)
+    sequence = to_sequence(samples.view(np.uint8) ^ np.uint8(ZERO_SAMPLE), energies)
+    shift = None
+    if moments is not None and moments.bias is not None:
+        error = weights - to_float32(stored, plan.spec.dtype)
+        shift = mean_shift(error, moments, plan, first_row)
+    return CodedPart(part, sequence, stored, quality, int(outliers.sum()), shift)
+
+
+def quantize(
+    weights: Floats, plan: TensorPlan, rows: slice, moments: Moments | None = None
+) -> npt.NDArray[np.int32]:
+    """Levels of some rows without outliers, in the columns of the transform."""
+    coefficients = forward(weights, plan.kernel) if plan.kernel else weights
+    steps = plan.column_steps()
+    scaled = coefficients / steps
+    if plan.row_steps is not None:
+        scaled /= quarter_octaves(plan.row_steps[rows])[:, None]
+    if moments is None:
+        if plan.method == TRELLIS:
+            return trellis(scaled)
+        return balanced(scaled, plan.view.channels) if plan.balanced else uniform(scaled)
+    if plan.row_steps is not None and moments.axis == 0:
+        factors = quarter_octaves(plan.row_steps[rows]).astype(np.float64)
+        return _fed_back(scaled, plan, rows, moments, factors)
+    return _fed_back(scaled, plan, rows, moments, np.ones(len(scaled)))
+
+
+def _fed_back(
+    scaled: Floats,
+    plan: TensorPlan,
+    rows: slice,
+    moments: Moments,
+    row_factors: npt.NDArray[np.float64],
+) -> npt.NDArray[np.int32]:
+    """Levels with error feedback; rows and columns in steps."""
+    config = FeedbackConfig(damping=moments.damping)
+    first, last = rows.start or 0, (rows.start or 0) + len(scaled)
+    if moments.axis == 0:
+        moment = block_diagonal(moments.moment)[first:last, first:last]
+        moment = moment * (row_factors * row_factors[:, None])
+        turned = feedback(np.ascontiguousarray(scaled.T), moment, config)
+        return np.ascontiguousarray(turned.T)
+    moment, steps = moments.moment, plan.column_steps()
+    share = plan.view.rows // len(moment)
+    if len(moment) > 1 and len(scaled) < plan.view.rows:
+        moment = moment[first // share : -(-last // share)]
+    if plan.kernel:
+        moment = forward_moment(moment, plan.kernel)
+    moment = moment * (steps * steps[:, None])
+    method: Method = "trellis" if plan.method == TRELLIS else "uniform"
+    if not len(scaled) % len(moment):
+        return feedback(scaled, moment, config, method)
+    # A part that begins or ends within a group.
+    ends = [min(last, share * (first // share + g + 1)) - first for g in range(len(moment))]
+    parts = zip([0, *ends[:-1]], ends, moment, strict=True)
+    return np.concatenate([feedback(scaled[a:b], h, config, method) for a, b, h in parts])
+
+
+def block_diagonal(moment: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """One moment of all inputs of a grouped layer: those of different groups never meet."""
+    groups, columns, _ = moment.shape
+    if groups == 1:
+        alone: npt.NDArray[np.floating] = moment[0]
+        return alone
+    whole = np.zeros((groups, columns, groups, columns), moment.dtype)
+    whole[np.arange(groups), :, np.arange(groups), :] = moment
+    return whole.reshape(groups * columns, groups * columns)
+
+
+def mean_shift(error: Floats, moments: Moments, plan: TensorPlan, first_row: int = 0) -> Floats:
+    """By how much errors of some rows (original less restored) lower the mean outputs.
+
+    Parameters
+    ----------
+    error : ndarray of float32, shape (R, C)
+    moments : Moments
+        With mean inputs.
+    plan : TensorPlan
+    first_row : int
+
+    Returns
+    -------
+    ndarray of float32, shape (outputs,)
+        Of all outputs of the layer; those of other rows are 0.
+    """
+    mean = np.asarray(moments.mean, np.float32)
+    rows = np.arange(first_row, first_row + len(error))
+    if moments.axis == 0:
+        return np.asarray(mean.reshape(-1)[rows] @ error)
+    shift = np.zeros(plan.view.rows, np.float32)
+    share = plan.view.rows // len(mean)
+    for group in np.unique(rows // share):
+        own = rows // share == group
+        shift[rows[own]] = error[own] @ mean[group]
+    return shift
+
+
+def _escapes(
+    levels: npt.NDArray[np.int32],
+    weights: Floats,
+    outliers: npt.NDArray[np.bool_],
+    plan: TensorPlan,
+    rows: slice,
+) -> tuple[npt.NDArray[np.int8], tuple[Array, Array] | None]:
+    """Levels that fit a sample, of the same parity; and what is listed instead of the others."""
+    even_reach = np.int32(_SAMPLE_REACH) - (levels & 1 ^ 1)
+    small = np.clip(levels, -even_reach, even_reach)
+    places = np.flatnonzero((small != levels) | outliers)
+    if not places.size:
+        return small.astype(np.int8), None
+    trellis = plan.method == TRELLIS
+    numbers = (trellis_index(levels) if trellis else levels).reshape(-1)[places].astype(np.float32)
+    listed = outliers.reshape(-1)[places]
+    units = np.broadcast_to(plan.column_steps() / (4 if trellis else 1), levels.shape)
+    factors = (
+        np.ones(len(levels)) if plan.row_steps is None else quarter_octaves(plan.row_steps[rows])
+    )
+    steps = units.astype(np.float64) * factors[:, None]
+    nearest = np.rint(weights.reshape(-1)[places] / steps.reshape(-1)[places])
+    numbers[listed] = nearest[listed]
+    return small.astype(np.int8), (places, numbers)
+
+
+def quality_of(weights: Floats, stored: Array, dtype: str, first_row: int) -> Quality:
+    """How near stored elements are to the weights, both of shape (R, C)."""
+    signal = noise = 0.0
+    worst = (inf, first_row)
+    step = max(1, (1 << 16) // max(1, weights.shape[1]))
+    for begin in range(0, len(weights), step):
+        block = weights[begin : begin + step].astype(np.float64)
+        values = to_float32(stored[begin : begin + step], dtype)
+        errors = np.square(values - block).sum(axis=1)
+        squares = np.square(block).sum(axis=1)
+        signal += float(squares.sum())
+        noise += float(errors.sum())
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.where((errors > 0) & (squares > 0), squares / errors, inf)
+        row = int(np.argmin(ratios))
+        worst = min(worst, (float(ratios[row]), first_row + begin + row))
+    decibels = 10 * log10(worst[0]) if 0 < worst[0] < inf else inf
+    return Quality(signal, noise, decibels, worst[1])

@@ -1,0 +1,277 @@
+"""Error feedback: levels chosen for what a layer puts out, not for its weights.
+
+A layer computes ``W x``. With the second moment of its inputs, ``H = E[x x']``, an error matrix E
+of the weights costs ``trace(E H E')`` at the output. Factored as ``H = L' L`` with L lower
+triangular, that is ``sum_j c_j (e_j + sum_{i<j} N_ji e_i)^2`` for every row, where ``c_j = L_jj^2``
+and N is L with unit diagonal. So the columns are quantized in order, each to the target ``w_j +
+sum_{i<j} N_ji e_i``: the error of the earlier columns is pushed into those to come, and c_j is what
+an error in column j still costs when all later columns make up for it as well as they can. No
+inverse is needed. The bits of the levels are weighed in too (`FeedbackConfig.lam`).
+
+The decoder knows nothing of this. Weights and moments are given in steps, transformed if need be.
+
+Sources: Frantar and Alistarh, "Optimal Brain Compression", 2022; Frantar et al., "GPTQ", 2022; the
+factorization without inverses is that of Babai's nearest plane, see Chen et al., "The geometry of
+LLM quantization", 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from weightvid.errors import QuantizationError
+from weightvid.levels.feedback_trellis import search
+from weightvid.levels.rate import TABLE_MAX, RateModel
+from weightvid.levels.trellis import MEAN_POINT, CostTables, check_lam, spread
+from weightvid.levels.uniform import check_range
+from weightvid.loader import MAX_LEVEL, Floats
+
+Method = Literal["uniform", "trellis"]
+Integers = npt.NDArray[np.int32]
+Moment = npt.NDArray[np.floating[Any]]
+
+DAMPING: Final = 0.01
+LAM: Final = 0.05
+#: columns whose targets are brought up to date by one product of matrices.
+_BLOCK: Final = 64
+#: rows quantized side by side, and what their number is rounded up to.
+_LANES: Final = 512
+_ALIGN: Final = 64
+#: weights, and groups of rows, that prices are fitted to.
+_SAMPLE: Final = 1 << 15
+_SAMPLE_GROUPS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackConfig:
+    """How the feedback is run.
+
+    Attributes
+    ----------
+    damping : float
+        Part of the mean diagonal that is added to the diagonal of H; > 0. Keeps directions that
+        the calibration inputs hardly visit from being treated as free.
+    lam : float
+        Price of a bit, in squared steps at the mean c_j; >= 0.
+    by_energy : bool
+        Take the columns in descending order of input energy; the trellis never does.
+    """
+
+    damping: float = DAMPING
+    lam: float = LAM
+    by_energy: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.damping < np.inf:
+            raise QuantizationError(f"damping must be finite and above 0, not {self.damping!r}")
+        check_lam(self.lam)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """A factored second moment.
+
+    Attributes
+    ----------
+    order : ndarray of intp, shape (C,)
+        Columns in the order in which they are quantized.
+    feedback, cost : ndarray of float32, shape (C, C), and float64, shape (C,)
+        In that order: N, unit lower triangular, and c_j over its mean.
+    """
+
+    order: npt.NDArray[np.intp]
+    feedback: Floats
+    cost: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """A quantizer fitted to a matrix, so that its rows can be taken apart.
+
+    Attributes
+    ----------
+    price : ndarray of float32, shape (255,)
+        ``lam * bits`` of the levels -127 .. 127.
+    table : CostTables or None
+        Of the trellis.
+    factors : tuple of Factor
+        One for each group of rows.
+    """
+
+    price: Floats
+    table: CostTables | None
+    factors: tuple[Factor, ...]
+
+
+def feedback(
+    scaled: Floats, moment: Moment, config: FeedbackConfig | None = None, method: Method = "uniform"
+) -> Integers:
+    """Levels of a matrix, with error feedback.
+
+    Parameters
+    ----------
+    scaled : ndarray of float32, shape (R, C)
+        Weights in steps.
+    moment : ndarray of float, shape (C, C) or (groups, C, C)
+        Second moment of the inputs, in steps; of grouped layers equal shares of the rows belong to
+        each group.
+    config : FeedbackConfig, optional
+    method : {"uniform", "trellis"}
+
+    Returns
+    -------
+    ndarray of int32, shape (R, C)
+        ``|level|`` at most 2**22.
+
+    Raises
+    ------
+    QuantizationError
+        Weights that are not finite or beyond 2**21 steps, or a moment that doesn't fit.
+    """
+    fitted = fit(scaled, moment, config, method)
+    parts = np.split(scaled, len(fitted.factors))
+    return np.concatenate([quantize_rows(part, fitted, g) for g, part in enumerate(parts)])
+
+
+def fit(
+    scaled: Floats, moment: Moment, config: FeedbackConfig | None = None, method: Method = "uniform"
+) -> Fitted:
+    """Factor the moment, and fit the prices of levels to some rows of each group.
+
+    Parameters and errors are those of `feedback`; a sample of the rows will do, the same number of
+    each group.
+    """
+    chosen = config or FeedbackConfig()
+    # Feedback moves the targets a little beyond the weights.
+    peak = 1.5 * check_range(scaled, MAX_LEVEL // 2)
+    by_energy = chosen.by_energy and method == "uniform"
+    parts = split_groups(scaled, moment)
+    factors = tuple(factorize(h, chosen.damping, by_energy) for _, h in parts)
+    groups = spread(len(parts), _SAMPLE_GROUPS)
+    count = -(-_SAMPLE // max(1, len(groups) * scaled.shape[1]))
+    sample = [(g, parts[g][0][spread(len(parts[g][0]), count)]) for g in groups]
+
+    def fitted(model: RateModel) -> Fitted:
+        table = CostTables.build(model, chosen.lam, peak) if method == "trellis" else None
+        return Fitted((chosen.lam * model.bits).astype(np.float32), table, factors)
+
+    shift = MEAN_POINT if method == "trellis" else 0.0
+    first = fitted(_model(np.rint(rows - np.float32(shift)) for _, rows in sample))
+    if not chosen.lam:
+        return first
+    return fitted(_model(quantize_rows(rows, first, g) for g, rows in sample))
+
+
+def quantize_rows(scaled: Floats, fitted: Fitted, group: int = 0) -> Integers:
+    """Levels of some rows of a fitted matrix, all of one group.
+
+    Those of a row don't depend on the others. For that the products of matrices must be summed in
+    one order whatever their width, and BLAS does so for multiples of 64: zeros fill them up.
+    """
+    factor = fitted.factors[group]
+    levels = np.empty(scaled.shape, np.int32)
+    for first in range(0, len(scaled), _LANES):
+        rows = scaled[first : first + _LANES]
+        weight = np.zeros((scaled.shape[1], -(-len(rows) // _ALIGN) * _ALIGN), np.float32)
+        weight[:, : len(rows)] = rows.T[factor.order]
+        if fitted.table is not None:
+            found = search(weight, factor.feedback, factor.cost, fitted.table)
+        else:
+            found = _feed_back(weight, factor, fitted.price)
+        levels[first : first + len(rows), factor.order] = found[:, : len(rows)].T
+    return levels
+
+
+def factorize(moment: Moment, damping: float, by_energy: bool) -> Factor:
+    """Factor a second moment: positive semidefinite, of any scale; all zeros counts as white.
+
+    Raises
+    ------
+    QuantizationError
+        Not finite, or clearly not positive semidefinite.
+    """
+    size = len(moment)
+    energy = np.diagonal(moment).astype(np.float64)
+    mean = float(energy.mean()) if size else 0.0
+    if not (np.isfinite(mean) and np.isfinite(moment).all()):
+        raise QuantizationError("the second moment of the inputs holds NaN or infinity")
+    if mean <= 0.0:
+        return Factor(np.arange(size), np.eye(size, dtype=np.float32), np.ones(size))
+    order = np.argsort(-energy, kind="stable") if by_energy else np.arange(size)
+    reverse = order[::-1]
+    flipped = moment[np.ix_(reverse, reverse)].astype(np.float64) / mean
+    for growth in (1.0, 10.0, 100.0):
+        try:
+            lower = np.linalg.cholesky(flipped + damping * growth * np.eye(size))
+        except np.linalg.LinAlgError:
+            continue
+        upper = lower[::-1, ::-1]
+        diagonal = np.diagonal(upper)
+        unit_lower = np.ascontiguousarray((upper / diagonal).T, dtype=np.float32)
+        return Factor(order, unit_lower, diagonal**2 / np.mean(diagonal**2))
+    raise QuantizationError("the second moment of the inputs is not positive semidefinite")
+
+
+def output_error(error: Moment, moment: Moment) -> float:
+    """``trace(E H E')``: summed squared output error per input, of error and moment as above."""
+    parts = split_groups(error, moment)
+    return sum(float(np.vdot(rows @ h.astype(rows.dtype), rows)) for rows, h in parts)
+
+
+def split_groups(matrix: Moment, moment: Moment) -> list[tuple[Moment, Moment]]:
+    """Rows of each group and its own moment; `QuantizationError` if the shapes don't match."""
+    moments = moment[None] if moment.ndim == 2 else moment
+    fits = matrix.ndim == 2 and moments.shape == (len(moments), *matrix.shape[1:] * 2)
+    if not fits or not len(moments) or len(matrix) % len(moments):
+        raise QuantizationError(
+            f"weights of shape {matrix.shape} and second moments of shape {moment.shape} "
+            "don't belong together"
+        )
+    return list(zip(np.split(matrix, len(moments)), moments, strict=True))
+
+
+def _model(samples: Iterable[npt.NDArray[Any]]) -> RateModel:
+    return RateModel.from_levels(
+        np.concatenate([levels.astype(np.int32).ravel() for levels in samples])
+    )
+
+
+def _feed_back(weight: Floats, factor: Factor, price: Floats) -> Integers:
+    """Plain levels, shape (C, rows), of weights whose rows are the columns in order."""
+    error = np.empty_like(weight)
+    chosen = np.empty(weight.shape, np.int32)
+    for start in range(0, len(weight), _BLOCK):
+        stop = min(len(weight), start + _BLOCK)
+        block = weight[start:stop] + factor.feedback[start:stop, :start] @ error[:start]
+        for column in range(start, stop):
+            target = block[column - start]
+            target += factor.feedback[column, start:column] @ error[start:column]
+            level = _cheapest(target, price / np.float32(factor.cost[column]))
+            chosen[column] = level
+            error[column] = weight[column] - level
+    return chosen
+
+
+def _cheapest(target: Floats, price: Floats) -> Floats:
+    """Of the nearest level, the next one towards zero and zero: the one that costs least."""
+    best = nearest = np.rint(target)
+    if not price.any():
+        return nearest
+    least = _cost(target, nearest, price)
+    for other in (nearest - np.sign(nearest), np.zeros_like(nearest)):
+        there = _cost(target, other, price)
+        best = np.where(there < least, other, best)
+        least = np.minimum(there, least)
+    return best
+
+
+def _cost(target: Floats, level: Floats, price: Floats) -> Floats:
+    cost = target - level
+    cost *= cost
+    cost += price.take(level.astype(np.intp) + TABLE_MAX, mode="clip")
+    return cost

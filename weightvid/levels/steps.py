@@ -1,0 +1,386 @@
+"""How each tensor is quantized: method, step, transform, steps by frequency and by row.
+
+A `TensorPlan` is decided here, once. The rule between tensors is data-free: ``step = k * sigma *
+sqrt(n / mean n)``, n the number of weights of the tensor. With entropy coding the rate of a tensor
+is about ``n * log2(sigma / step)`` bits, and its harm to the output grows about as
+``(step / sigma)**2`` whatever its size, so all tensors stand at one slope of harm against bits when
+the steps go with sigma * sqrt(n).
+
+Within a tensor, outputs bear errors at high kernel frequencies better, as neighbouring inputs are
+alike, so steps grow with the frequency. Rows whose scales differ by orders get steps of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import exp, frexp, isfinite, ldexp, log, log2, prod, sqrt
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from weightvid.dtypes import LARGEST
+from weightvid.errors import QuantizationError
+from weightvid.levels.stats import OUTLIER_SCALES, TensorStats
+from weightvid.levels.transform import View
+from weightvid.loader import MAX_PART, TRELLIS, UNIFORM, TensorSpec, quarter_octaves
+
+Steps = npt.NDArray[np.int8]
+
+#: no tensor gets a step coarser or finer than this many sigmas.
+COARSEST_SIGMAS: Final = 1.5
+FINEST_SIGMAS: Final = 0.04
+#: with one step for all tensors, one of small weights may vanish.
+VANISHING_SIGMAS: Final = 4.0
+#: added to a tensor's size over the mean: no step goes to nothing with the size.
+SMALLEST_SHARE: Final = 0.05
+#: measured losses move a step by at most this factor.
+LARGEST_CORRECTION: Final = 8.0
+#: growth of the step from one frequency of a 3-tap axis to the next.
+FREQUENCY_GROWTH: Final = 1.7
+#: rows get steps of their own where their scales spread so far, in octaves between the root mean
+#: square and the geometric mean.
+ROW_SPREAD: Final = 1.5
+#: smaller tensors are kept exactly: a place on a frame and in a sidecar would cost more.
+MIN_WEIGHTS: Final = 256
+_QUERY_KEY: Final = frozenset({"query", "key", "q_proj", "k_proj", "q", "k", "to_q", "to_k"})
+_EXPONENTS: Final = (-110, 110)
+
+FIDELITIES: Final = ("outputs", "weights", "integers")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A named quality: k of the step rule, and the mantissa bits that 1-D floats keep (of 23)."""
+
+    name: str
+    step_factor: float
+    mantissa_bits: int
+
+
+RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
+    {
+        recipe.name: recipe
+        for recipe in (
+            Recipe("fine", 0.065, 23),
+            Recipe("balanced", 0.18, 8),
+            Recipe("small", 0.33, 8),
+        )
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """What the inputs of a layer say of the weights that meet them.
+
+    Attributes
+    ----------
+    moment : ndarray of float, shape (G, C, C)
+        Second moments of the inputs, in the columns of the untransformed matrix; equal shares of
+        the rows belong to each group. With ``axis`` 0 the inputs lie along the rows, G times C.
+    damping : float
+        Part of the mean diagonal that is added to it.
+    axis : int
+        1, or 0: transposed convolutions, ``x @ W``.
+    mean : ndarray of float, shape (G, C), or None
+        Of the inputs.
+    bias : int or None
+        Number of the exact tensor that makes up for the shift of the mean outputs.
+    bias_sign : int
+        1: it is added to the outputs; -1: subtracted, as the running mean of a BatchNorm is.
+    frequency_steps : ndarray of int8, shape (K,), or None
+        Quarter octaves by which the step of each frequency is larger.
+    """
+
+    moment: npt.NDArray[np.floating]
+    damping: float
+    axis: int = 1
+    mean: npt.NDArray[np.floating] | None = None
+    bias: int | None = None
+    bias_sign: int = 1
+    frequency_steps: Steps | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorPlan:
+    """How one tensor is quantized.
+
+    Attributes
+    ----------
+    spec : TensorSpec
+    view : View
+    method : int
+        `weightvid.loader.UNIFORM` or ``TRELLIS``.
+    step : float
+        A float32.
+    transformed : bool
+        Kernels are coded as the coefficients of their DCT.
+    balanced : bool
+        Rounded so that the errors of each row cancel in the mean.
+    frequency_steps : ndarray of int8, shape (K,), or None
+        Quarter octaves by which the step of a frequency is larger.
+    row_steps : ndarray of int8, shape (rows,), or None
+        The same for rows.
+    row_scales : ndarray of float32, shape (rows,)
+        By which outliers are told.
+    """
+
+    spec: TensorSpec
+    view: View
+    method: int
+    step: float
+    transformed: bool
+    row_scales: npt.NDArray[np.float32]
+    balanced: bool = False
+    frequency_steps: Steps | None = None
+    row_steps: Steps | None = None
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Sizes of the transformed axes; empty without a transform."""
+        return self.view.kernel if self.transformed else ()
+
+    def column_steps(self) -> npt.NDArray[np.float32]:
+        """Step of each column (or of all), without the rows' factors."""
+        step = np.float32(self.step)
+        if self.frequency_steps is None:
+            return np.full(1, step, np.float32)
+        every = step * quarter_octaves(self.frequency_steps)
+        return np.repeat(every, self.view.columns // prod(self.kernel))
+
+    def with_step(self, step: float) -> TensorPlan:
+        """The same plan with another step."""
+        return replace(self, step=round_step(step))
+
+
+def recipe(name: str) -> Recipe:
+    """Recipe of a name.
+
+    Raises
+    ------
+    QuantizationError
+        Unknown name.
+    """
+    found = RECIPES.get(name)
+    if found is None:
+        raise QuantizationError(f"unknown recipe {name!r}; choose one of: {', '.join(RECIPES)}")
+    return found
+
+
+def round_step(step: float, mantissa_bits: int = 8) -> float:
+    """Step with 8 significant bits, rounded to nearest, so that it is a float32 in any case."""
+    mantissa, exponent = frexp(step)
+    scale = 1 << mantissa_bits
+    return ldexp(round(mantissa * scale) / scale, exponent)
+
+
+def is_codable(spec: TensorSpec, stats: TensorStats) -> bool:
+    """Whether a tensor is worth quantizing, and its rows fit parts."""
+    fits = spec.size >= MIN_WEIGHTS and stats.view.columns <= MAX_PART
+    return stats.finite and stats.sigma > 0 and fits
+
+
+def units(stats: Sequence[TensorStats], fidelity: str = "outputs") -> list[float]:
+    """Step of each tensor at k = 1, before any limit.
+
+    Parameters
+    ----------
+    stats : sequence of TensorStats
+        Tensors that will be quantized, each with sigma > 0.
+    fidelity : str
+        ``outputs``, ``integers``: ``f * sigma * sqrt(n / mean n + 0.05)``; f is 2 for the queries
+        and keys of attention, whose errors only move the weights of a softmax, and 1 for others.
+        ``weights``: the root of the mean square of all weights, for every tensor.
+
+    Raises
+    ------
+    QuantizationError
+        Unknown fidelity.
+    """
+    if fidelity not in FIDELITIES:
+        raise QuantizationError(f"unknown fidelity {fidelity!r}; choose: {', '.join(FIDELITIES)}")
+    if not stats:
+        return []
+    total = sum(s.spec.size for s in stats)
+    if fidelity == "weights":
+        return [sqrt(sum(s.spec.size * s.sigma**2 for s in stats) / total)] * len(stats)
+    mean = total / len(stats)
+    return [
+        _scale(s) * _kind_factor(s.spec.name) * sqrt(s.spec.size / mean + SMALLEST_SHARE)
+        for s in stats
+    ]
+
+
+def _scale(stats: TensorStats) -> float:
+    return stats.typical_scale if has_row_steps(stats) else stats.sigma
+
+
+def _kind_factor(name: str) -> float:
+    return 2.0 if any(part in _QUERY_KEY for part in name.split(".")) else 1.0
+
+
+def measured_units(
+    units: Sequence[float], stats: Sequence[TensorStats], sensitivity: Mapping[str, float]
+) -> list[float]:
+    """Units of a rule, balanced by measured losses so that all tensors end at one slope.
+
+    A loss grows as ``sensitivity * step**2``, and the bits as ``n * log2(sigma / step)``, so the
+    slope of loss against bits is the same everywhere if the steps go with ``sqrt(n /
+    sensitivity)``. Between them the scale is chosen so that the bits stay about what they are.
+
+    Parameters
+    ----------
+    units : sequence of float
+        By the rule.
+    stats : sequence of TensorStats
+        Of the same tensors.
+    sensitivity : mapping of str to float
+        By name; tensors without one keep their unit.
+    """
+    ratios = [
+        log(sqrt(s.spec.size / sensitivity[s.spec.name]) / unit)
+        if s.spec.name in sensitivity
+        else None
+        for unit, s in zip(units, stats, strict=True)
+    ]
+    pairs = [(r, s.spec.size) for r, s in zip(ratios, stats, strict=True) if r is not None]
+    if not pairs:
+        return list(units)
+    middle = sum(r * size for r, size in pairs) / sum(size for _, size in pairs)
+    reach = log(LARGEST_CORRECTION)
+    return [
+        unit if r is None else unit * exp(min(max(r - middle, -reach), reach))
+        for unit, r in zip(units, ratios, strict=True)
+    ]
+
+
+def has_row_steps(stats: TensorStats) -> bool:
+    """Whether the scales of rows differ so much that they need steps of their own."""
+    typical = stats.typical_scale
+    return len(stats.row_scales) > 1 and typical > 0 and log2(stats.sigma / typical) > ROW_SPREAD
+
+
+def plan_tensor(
+    stats: TensorStats,
+    step: float,
+    fidelity: str = "outputs",
+    growth: float = FREQUENCY_GROWTH,
+    moments: Moments | None = None,
+) -> TensorPlan | None:
+    """Plan of a tensor at a step; None if it must be kept exactly.
+
+    Parameters
+    ----------
+    stats : TensorStats
+    step : float
+        Before limits; of the geometric mean of all frequencies and, with row steps, rows.
+    fidelity : str
+        ``outputs``: kernels transformed, rounded, with steps by frequency; matrices by the trellis.
+        ``weights``: trellis everywhere, one step for all. ``integers``: rounded, untransformed.
+    growth : float
+        Of the steps by frequency.
+    moments : Moments, optional
+        What calibration knows: steps by frequency follow from it, and the trellis pays.
+    """
+    spec, view = stats.spec, stats.view
+    scale = _scale(stats) if fidelity == "outputs" else stats.sigma
+    coarsest = VANISHING_SIGMAS if fidelity == "weights" else COARSEST_SIGMAS
+    step = round_step(min(max(step, FINEST_SIGMAS * scale), coarsest * scale))
+    if not (isfinite(step) and _EXPONENTS[0] < frexp(step)[1] < _EXPONENTS[1]):
+        return None
+    if (
+        min(stats.absmax, OUTLIER_SCALES * float(stats.row_scales.max())) + 16 * step
+        >= (LARGEST[spec.dtype])
+    ):
+        return None  # a dequantized weight might round to infinity
+    row_steps = frequency_steps = None
+    # A transform would spread an outlier over its kernel.
+    transformed = bool(view.kernel) and fidelity != "integers" and not stats.outliers
+    if has_row_steps(stats) and fidelity == "outputs":
+        row_steps = _row_steps(stats)
+    if transformed and fidelity == "outputs" and growth != 1.0:
+        frequency_steps = steps_by_frequency(view.kernel, growth)
+    convolution = fidelity == "outputs" and (transformed or is_pointwise(spec))
+    if moments is not None:
+        if transformed and moments.frequency_steps is not None:
+            frequency_steps = moments.frequency_steps
+        convolution = False
+    uniform = fidelity == "integers" or convolution or (moments is not None and moments.axis == 0)
+    method = UNIFORM if uniform else TRELLIS
+    return TensorPlan(
+        spec, view, method, step, transformed, stats.row_scales, convolution,
+        frequency_steps, row_steps,
+    )  # fmt: skip
+
+
+def is_pointwise(spec: TensorSpec) -> bool:
+    """Whether a tensor is a convolution with kernels of one position.
+
+    Examples
+    --------
+    >>> is_pointwise(TensorSpec("pw", "F32", (64, 32, 1, 1)))
+    True
+    """
+    return len(spec.shape) >= 3 and all(size == 1 for size in spec.shape[2:])
+
+
+def steps_by_frequency(kernel: Sequence[int], growth: float) -> Steps:
+    """Quarter octaves of ``growth ** f`` over their mean; f counts 0..2 along each axis.
+
+    Examples
+    --------
+    >>> steps_by_frequency((3,), 2.0).tolist()
+    [-4, 0, 4]
+    """
+    places = np.indices(tuple(kernel)).reshape(len(kernel), -1)
+    spans = np.array([max(size - 1, 1) for size in kernel])[:, None]
+    octaves = log2(growth) * (2 * places / spans).sum(axis=0)
+    made: Steps = np.rint(4 * (octaves - octaves.mean())).astype(np.int8)
+    return made
+
+
+def steps_from_costs(costs: npt.NDArray[np.float64], kernel: Sequence[int]) -> Steps:
+    """Quarter octaves by frequency at which all columns cost the same slope of bits.
+
+    Parameters
+    ----------
+    costs : ndarray of float64, shape (G, K * C)
+        What a squared error costs in each column, frequency by frequency, > 0.
+    kernel : sequence of int
+        Product K.
+
+    Examples
+    --------
+    >>> steps_from_costs(np.array([[16.0, 16.0, 1.0, 1.0]]), (2,)).tolist()
+    [-4, 4]
+    """
+    octaves = np.log2(costs).reshape(len(costs), prod(kernel), -1).mean(axis=(0, 2)) / -2
+    made: Steps = np.clip(np.rint(4 * (octaves - octaves.mean())), -40, 40).astype(np.int8)
+    return made
+
+
+def _row_steps(stats: TensorStats) -> Steps:
+    scales, typical = stats.row_scales.astype(np.float64), stats.typical_scale
+    octaves = np.log2(np.where(scales > 0, scales, typical) / typical)
+    made: Steps = np.clip(np.rint(4 * octaves), -127, 127).astype(np.int8)
+    return made
+
+
+#: step of the samples that a lossy codec quantizes, in units of the rule: 127 of them are 7 sigmas
+#: of an average tensor.
+_SAMPLE_FACTOR: Final = 0.055
+#: samples of every tensor reach so far; what lies beyond is listed.
+_SAMPLE_SIGMAS: Final = 6.0
+
+
+def sample_step(unit: float, stats: TensorStats) -> float:
+    """Step of the samples that a lossy codec gets to quantize.
+
+    It follows the rule's unit, so that one QP does to each tensor what one step factor would; but
+    few weights may lie beyond the range of samples.
+    """
+    reach = min(stats.absmax, _SAMPLE_SIGMAS * stats.sigma)
+    return max(_SAMPLE_FACTOR * unit, reach / 127)

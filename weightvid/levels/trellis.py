@@ -1,0 +1,349 @@
+"""Trellis-coded quantization: the encoder.
+
+`weightvid.loader.trellis_index` defines the code: a level k stands for ``n = 4 k`` in the first
+quantizer and ``4 k + 2`` in the second, and the weight is n / 4 steps of a plain quantizer of the
+same rate. A machine of 8 states, driven by the parities of the levels, says which quantizer is
+next. The encoder minimises over each row ``sum (w - n / 4)^2 + lam * bits(k)`` over all sequences
+of levels; bits is a static price of the level alone, see `weightvid.levels.rate`.
+
+A level comes from one of four subsets: first quantizer even, first odd, second even, second odd.
+What the best member of each costs depends on the weight alone, so it is one look-up per subset; the
+Viterbi algorithm then chooses among four numbers per weight. Rows are searched side by side as
+lanes of one vector, those of several matrices together, so that small ones also fill it.
+
+Sources: G. Ungerboeck, "Channel coding with multilevel/phase signals", 1982, table I; Fischer and
+Wang, "Entropy-constrained trellis-coded quantization", 1992; ITU-T H.266, 8.7.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from weightvid.errors import QuantizationError
+from weightvid.levels.rate import RateModel
+from weightvid.levels.uniform import check_range
+from weightvid.loader import MAX_LEVEL, Floats
+
+#: price of a bit in squared steps.
+LAM: Final = 0.11
+STATES: Final = 8
+#: where the two points of a level, 0 and 1/2 above it, lie in the mean.
+MEAN_POINT: Final = 0.25
+
+#: look-up cells per step: the search sees weights rounded to a 64th.
+CELLS: Final = 64
+_SUBSETS: Final = 4
+#: the tables end here; weights further out are moved inside by an even number of steps.
+_REACH: Final = 120
+#: weights of the sample that a rate model is fitted to, and columns of one of its pieces.
+_SAMPLE: Final = 1 << 14
+_PIECE: Final = 1 << 10
+#: lanes of one search, and bytes of its decisions.
+_LANES: Final = 1024
+_DECISION_BYTES: Final = 1 << 25
+#: the least metric is subtracted after so many columns, so that metrics stay small.
+_RENORM: Final = 64
+#: weights whose costs are looked up at once; they stay in the cache.
+_CHUNK_WEIGHTS: Final = 1 << 14
+
+Integers = npt.NDArray[np.int32]
+Places = npt.NDArray[np.intp]
+#: rows searched side by side: matrix, first row, one past the last row.
+_Batch = list[tuple[int, int, int]]
+
+
+def next_state(state: int, parity: int) -> int:
+    """State of the trellis after a level of this parity (1: odd).
+
+    >>> [next_state(state, 1) for state in range(8)]
+    [1, 2, 5, 6, 0, 3, 4, 7]
+    """
+    return ((state << 1) | (parity ^ ((state & 5).bit_count() & 1))) & 7
+
+
+def second_quantizer(state: int) -> int:
+    """1 in the states whose next level belongs to the second quantizer."""
+    return state >> 1 & 1
+
+
+def trellis(scaled: Floats, lam: float = LAM, model: RateModel | None = None) -> Integers:
+    """Trellis levels of one matrix; parameters, result and errors as of `trellis_many`."""
+    return trellis_many([scaled], lam, None if model is None else [model])[0]
+
+
+def trellis_many(
+    matrices: Sequence[Floats], lam: float = LAM, models: Sequence[RateModel] | None = None
+) -> list[Integers]:
+    """Trellis levels of matrices; the result for each is the same as alone.
+
+    Parameters
+    ----------
+    matrices : sequence of ndarray of float32, shapes (R, C)
+        Weights in steps of the plain quantizer of the same rate. Each row is a run of its own.
+    lam : float
+        Price of a bit in squared steps, >= 0; 0 minimises the squared error alone.
+    models : sequence of RateModel, optional
+        Prices of levels, by matrix; fitted to a sample of each when absent. With a given model
+        the levels of a row depend on nothing but that row.
+
+    Returns
+    -------
+    list of ndarray of int32, shapes (R, C)
+        ``|level|`` at most 2**22.
+
+    Raises
+    ------
+    QuantizationError
+        Not matrices, weights that are not finite or out of range, or a negative ``lam``.
+    """
+    check_lam(lam)
+    for matrix in matrices:
+        if matrix.ndim != 2:
+            raise QuantizationError(f"weights must be a matrix, not {matrix.ndim}-dimensional")
+    peaks = _peaks(matrices)
+    if models is None:
+        models = _fit_models([sample_of(matrix) for matrix in matrices], lam)
+    return _search_all(matrices, models, peaks, lam)
+
+
+def fit_model(sample: Floats, lam: float = LAM) -> RateModel:
+    """Prices of the levels that the trellis chooses for a sample, such as `sample_of` makes."""
+    return _fit_models([sample], lam)[0]
+
+
+def sample_of(matrix: Floats) -> Floats:
+    """About 16,384 weights of a matrix, in pieces of rows of at most 1,024 columns."""
+    rows, columns = matrix.shape
+    if matrix.size <= _SAMPLE:
+        return matrix
+    length = min(columns, _PIECE)
+    pieces = spread(rows * (columns - length + 1), _SAMPLE // length)
+    row, first = np.divmod(pieces, columns - length + 1)
+    return np.stack([matrix[i, j : j + length] for i, j in zip(row, first, strict=True)])
+
+
+def spread(size: int, count: int) -> Places:
+    """At most ``count`` places below ``size``, ascending, in step with no pattern.
+
+    Examples
+    --------
+    >>> spread(60, 5), spread(3, 5)
+    (array([ 7, 14, 34, 41, 49]), array([0, 1, 2]))
+    """
+    if size <= count:
+        return np.arange(size)
+    # One in each of equal intervals, moved by the golden ratio from one to the next.
+    within = np.arange(1, count + 1) * ((5**0.5 - 1) / 2) % 1.0
+    return ((np.arange(count) + within) * (size / count)).astype(np.intp)
+
+
+def check_lam(lam: float) -> None:
+    """Refuse a price of bits that is none."""
+    if not 0.0 <= lam < np.inf:
+        raise QuantizationError(f"lam must be finite and at least 0, not {lam!r}")
+
+
+def _peaks(matrices: Sequence[Floats]) -> list[float]:
+    return [check_range(matrix, MAX_LEVEL - 2) for matrix in matrices]
+
+
+def _fit_models(samples: Sequence[Floats], lam: float) -> list[RateModel]:
+    peaks = _peaks(samples)
+    guesses = [
+        RateModel.from_levels(np.rint(sample - np.float32(MEAN_POINT)).astype(np.int32))
+        for sample in samples
+    ]
+    return [RateModel.from_levels(found) for found in _search_all(samples, guesses, peaks, lam)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CostTables:
+    """Best member of each subset for weights at multiples of 1/64 step.
+
+    Attributes
+    ----------
+    level : ndarray of int16, shape (4, cells)
+        k; subsets in the order first quantizer even, odd, second even, odd.
+    price, cost : ndarray of float32, shape (4, cells)
+        ``lam * bits`` of that level; that and the squared error.
+    middle : int
+        Cell of weight 0.
+    """
+
+    level: npt.NDArray[np.int16]
+    price: Floats
+    cost: Floats
+    middle: int
+
+    @classmethod
+    def build(cls, model: RateModel, lam: float, peak: float) -> CostTables:
+        """Tables for magnitudes up to ``peak``; longer ones start and end with more cells."""
+        reach = int(min(peak + 1.0, _REACH))
+        weight = np.arange(-reach * CELLS, reach * CELLS + 1) / CELLS
+        subset = np.arange(_SUBSETS)[:, None]
+        parity, offset = subset & 1, 0.5 * (subset >> 1)
+        # Candidates: the members nearest to the weight, and those nearest to level 0.
+        nearest = 2 * np.rint((weight - offset - parity) / 2) + parity
+        steps = np.array([-4, -2, 0, 2, 4])[:, None, None]
+        candidates = np.concatenate([nearest + steps, [0 * nearest - parity]])
+        best = np.argmin((weight - candidates - offset) ** 2 + lam * model.of(candidates), axis=0)
+        level = np.choose(best, candidates)
+        price = (lam * model.of(level)).astype(np.float32)
+        cost = ((weight - level - offset) ** 2).astype(np.float32) + price
+        return cls(level.astype(np.int16), price, cost, reach * CELLS)
+
+    def cells(self, weights: Floats) -> tuple[Integers, Floats | None]:
+        """Cell of each weight, and the even number of steps that it was moved by, if any was."""
+        reach = np.float32(self.middle // CELLS)
+        moved = None
+        if max(weights.max(), -weights.min()) > reach:
+            beyond = np.maximum(np.abs(weights) - reach, 0) * np.float32(0.5)
+            moved = np.copysign(2 * np.ceil(beyond), weights)
+            weights = weights - moved
+        position = weights * np.float32(CELLS)
+        position += np.float32(self.middle + 0.5)
+        return position.astype(np.int32), moved
+
+
+def _plan(shapes: Iterable[tuple[int, ...]], lanes: int) -> list[_Batch]:
+    """Group rows of like length into batches of at most ``lanes``; padding below a third."""
+    batches: list[_Batch] = []
+    batch: _Batch = []
+    length = used = 0
+    order = sorted(
+        ((rows, size, matrix) for matrix, (rows, size) in enumerate(shapes) if rows and size),
+        key=lambda item: -item[1],
+    )
+    for rows, size, matrix in order:
+        start = 0
+        while start < rows:
+            if not batch or used == lanes or (3 * size < 2 * length and used >= 64):
+                batches.append(batch := [])
+                length, used = size, 0
+            stop = min(rows, start + lanes - used)
+            batch.append((matrix, start, stop))
+            used += stop - start
+            start = stop
+    return batches
+
+
+def _search_all(
+    matrices: Sequence[Floats], models: Sequence[RateModel], peaks: Sequence[float], lam: float
+) -> list[Integers]:
+    found = [np.zeros(matrix.shape, np.int32) for matrix in matrices]
+    tables = [CostTables.build(m, lam, peak) for m, peak in zip(models, peaks, strict=True)]
+    longest = max((matrix.shape[1] for matrix in matrices), default=1)
+    lanes = min(_LANES, max(_LANES // 8, _DECISION_BYTES // (STATES * max(longest, 1))))
+    for batch in _plan((matrix.shape for matrix in matrices), lanes):
+        rows = [matrices[matrix][start:stop] for matrix, start, stop in batch]
+        levels = _search_batch(rows, [tables[matrix] for matrix, _, _ in batch])
+        for (matrix, start, stop), part in zip(batch, levels, strict=True):
+            found[matrix][start:stop] = part
+    return found
+
+
+def _search_batch(rows: Sequence[Floats], tables: Sequence[CostTables]) -> list[Integers]:
+    """Cheapest levels of rows searched side by side.
+
+    Shorter ones are padded with columns whose subsets all cost nothing, which leaves the best path
+    through the real columns as it is.
+    """
+    # One table for all; its first cell is the padding's.
+    cost = np.hstack([np.zeros((_SUBSETS, 1), np.float32), *(table.cost for table in tables)])
+    level = np.hstack([np.zeros((_SUBSETS, 1), np.int16), *(table.level for table in tables)])
+    ends = np.cumsum([len(part) for part in rows])
+    cells = np.zeros((max(part.shape[1] for part in rows), ends[-1]), np.int32)
+    moves: list[Floats | None] = []
+    base = 1
+    for part, table, end in zip(rows, tables, ends, strict=True):
+        cell, moved = table.cells(part)
+        cells[: part.shape[1], end - len(part) : end] = (cell + base).T
+        moves.append(moved)
+        base += table.cost.shape[1]
+    place = _subsets(cells, cost) * np.intp(level.shape[1])
+    place += cells
+    every = level.ravel().take(place, mode="clip").astype(np.int32)
+    found = []
+    for part, end, moved in zip(rows, ends, moves, strict=True):
+        levels = every[: part.shape[1], end - len(part) : end].T
+        found.append(levels if moved is None else levels + moved.astype(np.int32))
+    return found
+
+
+def _subsets(cells: Integers, cost: Floats) -> npt.NDArray[np.uint8]:
+    """Subset of every weight on the cheapest paths, shape (C, lanes): the Viterbi algorithm."""
+    length, count = cells.shape
+    branch = np.empty((2, 2, 4, count), np.float32)
+    by_bits = branch.reshape(2, 2, 2, 2, count)
+    metrics = np.empty((2, STATES, count), np.float32)
+    metrics[0] = np.inf
+    metrics[0, 0] = 0.0
+    # Two metrics take turns. States come as 2 j + w, and go as 4 d + j.
+    coming = metrics.reshape(2, 4, 2, count).swapaxes(1, 2)
+    going = metrics.reshape(2, 2, 1, 2, 2, count)
+    taken = np.empty((length, STATES, count), np.bool_)
+    decisions = taken.reshape(length, 4, 2, count).swapaxes(1, 2)
+    turn = 0
+    columns = _RENORM
+    while columns > 4 and columns * count > _CHUNK_WEIGHTS:
+        columns //= 2  # Still divides the period, so that company changes no rounding.
+    for start in range(0, length, columns):
+        some = _branch_costs(cells[start : start + columns].astype(np.intp), cost)
+        for column, branch_cost in enumerate(some, start):
+            np.add(branch_cost, going[turn], out=by_bits)
+            turn ^= 1
+            np.minimum(branch[0], branch[1], out=coming[turn])
+            np.less(branch[1], branch[0], out=decisions[column])
+        if (start + columns) % _RENORM == 0:
+            metrics[turn] -= metrics[turn].min(axis=0)
+    return _trace_back(taken, np.argmin(metrics[turn], axis=0))
+
+
+def _branch_costs(cells: Places, cost: Floats) -> Floats:
+    """Costs of the branches: by column, d, w, high and low bit of j, and lane; not to be written.
+
+    A branch goes from state ``4 d + j`` to state ``2 j + w``. Its quantizer is the high bit of j,
+    and the parity of its level is that of ``d + w + (low bit of j)``. So with a row for each of
+    these four sums the costs are a strided view, and none need be copied.
+    """
+    rows = np.empty((2, 4, *cells.shape), np.float32)
+    for subset in range(_SUBSETS):
+        cost[subset].take(cells, None, rows[subset >> 1, subset & 1], "clip")
+    rows[:, 2:] = rows[:, :2]
+    quantizer, total, column, lane = rows.strides
+    strides = (column, total, total, quantizer, total, lane)
+    shape = (len(cells), 2, 2, 2, 2, cells.shape[1])
+    return np.lib.stride_tricks.as_strided(rows, shape, strides, writeable=False)
+
+
+@cache
+def branches_into() -> tuple[Places, Places]:
+    """Where the two branches into each state come from, and their subsets; shapes (8, 2)."""
+    previous = np.zeros((STATES, 2), np.intp)
+    subset = np.zeros((STATES, 2), np.intp)
+    for state in range(STATES):
+        for parity in range(2):
+            entry = next_state(state, parity), state // 4
+            previous[entry] = state
+            subset[entry] = 2 * second_quantizer(state) + parity
+    return previous, subset
+
+
+def _trace_back(taken: npt.NDArray[np.bool_], state: Places) -> npt.NDArray[np.uint8]:
+    """Subset of every weight along the best paths that end in ``state``, shape (C, lanes)."""
+    length, _, count = taken.shape
+    previous, subset = (table.ravel() for table in branches_into())
+    lane = np.arange(count)
+    branch = np.empty((length, count), np.uint8)
+    for column in range(length - 1, -1, -1):
+        # Branch d into a state has the number 2 * state + d.
+        entry = 2 * state + taken[column].take(state * count + lane)
+        branch[column] = entry
+        state = previous.take(entry)
+    return subset.astype(np.uint8).take(branch)
