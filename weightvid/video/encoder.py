@@ -1,0 +1,276 @@
+"""Frames to samples of an MP4 track, by PyAV's encoders.
+
+Every frame gets an encoder that has seen no other: so its packet depends on the frame and the
+settings alone, and frames may be coded in any order and place. That costs about a hundredth of the
+time.
+
+Sources: ISO/IEC 14496-15 5.3.3 and 8.3.3; AV1 Codec ISO Media File Format Binding 2.3 and 2.4.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from math import gcd
+from pathlib import Path
+from typing import Any, Final, cast
+
+import av
+import numpy as np
+from av.codec.context import Flags
+from av.video.frame import PictureType
+
+from weightvid.errors import CodecError
+from weightvid.loader import MAX_SAMPLES, MAX_SIDE, MIN_SIDE, ZERO_SAMPLE, Bytes
+from weightvid.video.codecs import CODECS, Video
+from weightvid.video.level import hevc_level, unescape, with_level
+
+_SIDE_STEP: Final = 64
+_FULL_RANGE: Final = 2
+#: bits of a sample that the level claims to suffice for before the packets are known.
+_USUAL_BITS: Final = 6
+_TASKS: Final = Path("/proc/self/task")
+
+#: The device profile, and nothing that refers to other pictures. keyint=1 would signal the Range
+#: Extensions profile; open-gop would turn IDR into CRA pictures.
+_X265_PROFILE: Final = (
+    "keyint=2:min-keyint=1:open-gop=0:bframes=0:b-adapt=0:scenecut=0:rc-lookahead=0:cutree=0"
+    ":ref=1:temporal-mvp=0:weightp=0:ctu=64:no-deblock=1:no-sao=1:amp=0:rect=0:signhide=0:tskip=0"
+    ":strong-intra-smoothing=0:constrained-intra=0:scaling-list=off:aq-mode=0:slices=1:info=0"
+    ":wpp=0:pools=none:frame-threads=1:log-level=none"
+)
+#: smallest coding unit, and how far the encoder looks, by preset; measured for levels: a deeper
+#: tree of transform blocks pays, more exact rate estimates do not.
+_X265_LOSSLESS: Final = {
+    "ultrafast": (32, "rd=1:tu-intra-depth=2"),
+    "superfast": (16, "rd=1:tu-intra-depth=3"),
+    "medium": (16, "rd=3:tu-intra-depth=4"),
+    "slower": (8, "rd=3:tu-intra-depth=4"),
+}
+#: the codec's own decisions about what an eye would miss are of no use to weights.
+_X265_LOSSY: Final = "psy-rd=0:psy-rdoq=0:rdoq-level=2:ipratio=1"
+#: most samples of a picture, and the lowest level, as FFmpeg names it, that allows them at 14 bits
+#: a sample and one picture a second: more than lossless pictures of uniform noise take.
+_OTHER_LEVELS: Final = {
+    "svt-av1": (
+        (428_571, "30"), (714_285, "31"), (857_142, "40"), (1_428_571, "41"), (2_142_857, "50"),
+        (MAX_SAMPLES, "51"),
+    ),
+    "x264": ((921_600, "31"), (1_310_720, "32"), (2_097_152, "41"), (MAX_SAMPLES, "42")),
+}  # fmt: skip
+
+
+def _level(codec: str, samples: int) -> str:
+    return next(name for most, name in _OTHER_LEVELS[codec] if samples <= most)
+
+
+def _x265_options(video: Video, width: int, height: int) -> dict[str, str]:
+    if video.qp is None:
+        least, search = _X265_LOSSLESS[video.preset]
+        # Sides that are multiples of it need no padding and no conformance window.
+        mode = f"lossless=1:min-cu-size={gcd(width, height, least)}:{search}"
+    else:
+        mode = f"qp={video.qp}:min-cu-size=8:{_X265_LOSSY}"
+    return {"preset": video.preset, "x265-params": f"{mode}:{_X265_PROFILE}", "forced-idr": "1"}
+
+
+def _x264_options(video: Video, width: int, height: int) -> dict[str, str]:
+    return {
+        "preset": video.preset, "qp": str(video.qp or 0), "bf": "0", "aq-mode": "0", "psy": "0",
+        "x264-params": "log-level=none:ipratio=1", "level": _level("x264", width * height),
+    }  # fmt: skip
+
+
+def _svt_av1_options(video: Video, width: int, height: int) -> dict[str, str]:
+    mode = "lossless=1" if video.qp is None else f"rc=0:aq-mode=0:qp={video.qp}"
+    return {
+        "preset": video.preset, "svtav1-params": f"{mode}:pred-struct=1:lp=1",
+        "level": _level("svt-av1", width * height),
+    }  # fmt: skip
+
+
+_OPTIONS: Final[dict[str, Callable[[Video, int, int], dict[str, str]]]] = {
+    "x265": _x265_options, "x264": _x264_options, "svt-av1": _svt_av1_options,
+}  # fmt: skip
+
+
+def open_encoder(video: Video, width: int, height: int) -> Encoder:
+    """An encoder of frames of one size.
+
+    Parameters
+    ----------
+    video : Video
+    width, height : int
+        Multiples of 64 from 192 to 2176; at most 2,228,224 samples.
+
+    Raises
+    ------
+    CodecError
+        The size is not allowed, or this PyAV has no such encoder.
+    """
+    good = all(MIN_SIDE <= n <= MAX_SIDE and not n % _SIDE_STEP for n in (width, height))
+    if not good or width * height > MAX_SAMPLES:
+        raise CodecError(
+            f"frames of {width} x {height} cannot be coded; sides are multiples of {_SIDE_STEP} "
+            f"from {MIN_SIDE} to {MAX_SIDE}, with at most {MAX_SAMPLES} samples"
+        )
+    return Encoder(video, width, height)
+
+
+class Encoder:
+    """Codes frames; made by :func:`open_encoder`. One thread uses it at a time.
+
+    Attributes
+    ----------
+    record : bytes
+        Payload of the track's configuration box. That of HEVC claims a level for packets of up to
+        6 bits a sample: put the right one in with :func:`.level.with_level`.
+    """
+
+    def __init__(self, video: Video, width: int, height: int) -> None:
+        self._video, self._codec = video.for_levels(0), CODECS[video.codec]
+        self._shape = height, width
+        # Only a picture shows all headers: SVT-AV1 announces another sequence header than it uses.
+        self._headers, _ = self._encode(np.full(self._shape, ZERO_SAMPLE, np.uint8))
+        self.record = self._headers
+        if self._codec.entry == b"hvc1":
+            most = width * height * _USUAL_BITS // 8
+            self.record = with_level(self._headers, hevc_level(width, height, most, most).level_idc)
+
+    def encode(self, luma: Bytes) -> bytes:
+        """Code one frame to one sample of the track.
+
+        Parameters
+        ----------
+        luma : ndarray of uint8, shape (height, width)
+
+        Returns
+        -------
+        bytes
+            HEVC and H.264: the slices of one IDR picture, each NAL unit after its length of 4
+            bytes. AV1: a temporal unit without its delimiter.
+
+        Raises
+        ------
+        CodecError
+            The frame has another shape or type, or the encoder failed.
+        """
+        if luma.shape != self._shape or luma.dtype != np.uint8:
+            raise CodecError(
+                f"a frame is {luma.dtype} of shape {luma.shape}; the encoder was opened for uint8 "
+                f"of shape {self._shape}"
+            )
+        headers, sample = self._encode(luma)
+        if headers != self._headers:
+            raise CodecError(f"{self._codec.name} wrote other headers for this frame than before")
+        return sample
+
+    def _encode(self, luma: Bytes) -> tuple[bytes, bytes]:
+        """Record and sample of one frame, by an encoder of its own."""
+        height, width = self._shape
+        frame, chroma = av.VideoFrame(width, height, "yuv420p"), np.uint8(ZERO_SAMPLE)
+        for plane, samples in zip(frame.planes, (luma, chroma, chroma), strict=True):
+            rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(plane.height, plane.line_size)
+            rows[:, : plane.width] = samples
+        frame.pts, frame.pict_type = 0, PictureType.I
+        try:
+            context = self._open()
+            packets = [*context.encode(frame), *context.encode(None)]
+        except (av.FFmpegError, ValueError, MemoryError) as error:
+            raise CodecError(
+                f"{self._codec.name} failed on a frame of {width} x {height}: {error}; "
+                f"is this PyAV built with {self._codec.encoder}?"
+            ) from error
+        if len(packets) != 1:
+            raise CodecError(f"{self._codec.name} gave {len(packets)} packets for one frame")
+        return _WRAPPERS[self._codec.entry](bytes(context.extradata or b""), bytes(packets[0]))
+
+    def _open(self) -> Any:
+        # SVT-AV1 would print a banner; FFmpeg's log level does not reach it.
+        os.environ.setdefault("SVT_LOG", "0")
+        context: Any = av.CodecContext.create(self._codec.encoder, "w")
+        context.height, context.width = self._shape
+        context.pix_fmt = "yuv420p"
+        context.color_range = _FULL_RANGE
+        context.time_base = context.framerate = Fraction(1, 1)
+        context.thread_count = context.gop_size = 1
+        context.flags |= Flags.global_header
+        context.options = _OPTIONS[self._codec.name](self._video, context.width, context.height)
+        with _usual_priority():
+            context.open()
+        return context
+
+
+@contextmanager
+def _usual_priority() -> Iterator[None]:
+    """Give this thread, and those started meanwhile, the scheduling that this thread had before.
+
+    SVT-AV1, when root runs it on Linux, makes all its threads and the one that opens it real-time
+    ones (SCHED_FIFO, 99), and nothing else on the machine would get a turn.
+    """
+    if not hasattr(os, "sched_setscheduler") or not _TASKS.is_dir():
+        yield
+        return
+    known = {*_TASKS.iterdir()}
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        for thread in (0, *(int(path.name) for path in {*_TASKS.iterdir()} - known)):
+            with suppress(OSError):  # a thread may have ended meanwhile
+                if os.sched_getscheduler(thread) != policy:
+                    os.sched_setscheduler(thread, policy, priority)
+
+
+# --- the encoder's output as record and sample ----------------------------------------------------
+
+
+def _wrap_hevc(extradata: bytes, packet: bytes) -> tuple[bytes, bytes]:
+    sets = _nal_units(extradata)
+    if [unit[0] >> 1 for unit in sets] != [32, 33, 34]:
+        raise CodecError("x265 gave other parameter sets than one VPS, SPS and PPS")
+    record = b"\x01" + unescape(sets[1])[3:15]  # profile, tier and level
+    record += b"\xf0\x00\xfc"  # unknown segmentation and parallelism
+    record += b"\xfd\xf8\xf8\x00\x00"  # 4:2:0, 8 bits, unspecified frame rate
+    record += b"\x0f\x03"  # one temporal layer, nested; lengths of 4 bytes; three arrays
+    for unit in sets:
+        record += bytes((0x80 | unit[0] >> 1, 0, 1)) + len(unit).to_bytes(2, "big") + unit
+    units = _nal_units(packet)
+    return record, _sample(units, [unit[0] >> 1 in (19, 20) for unit in units])
+
+
+def _wrap_avc(extradata: bytes, packet: bytes) -> tuple[bytes, bytes]:
+    sets = _nal_units(extradata)
+    if [unit[0] & 0x1F for unit in sets] != [7, 8]:
+        raise CodecError("x264 gave other parameter sets than one SPS and PPS")
+    record = b"\x01" + sets[0][1:4] + b"\xff\xe1" + len(sets[0]).to_bytes(2, "big") + sets[0]
+    record += b"\x01" + len(sets[1]).to_bytes(2, "big") + sets[1]
+    record += b"\xfd\xf8\xf8\x00"  # 4:2:0, 8 bits, no SPS extension
+    units = [unit for unit in _nal_units(packet) if unit[0] & 0x1F != 6]  # SEI
+    return record, _sample(units, [unit[0] & 0x1F == 5 for unit in units])
+
+
+def _wrap_av1(_: bytes, packet: bytes) -> tuple[bytes, bytes]:
+    # Temporal delimiter, sequence header, frame; the first two have sizes of one byte.
+    end = 4 + packet[3]
+    if packet[:3] != b"\x12\x00\x0a" or packet[3] & 0x80 or packet[end] != 0x32:
+        raise CodecError("SVT-AV1 gave another packet than one sequence header and one frame")
+    # Profile Main and the level; Main tier, 8 bits, 4:2:0, unknown chroma position; no delay.
+    return bytes((0x81, packet[7] >> 3, 0x0C, 0)) + packet[2:end], packet[2:]
+
+
+def _nal_units(stream: bytes) -> list[bytes]:
+    """NAL units of an Annex B byte stream, without start codes and trailing zero bytes."""
+    return [unit for part in stream.split(b"\0\0\1") if (unit := part.rstrip(b"\0"))]
+
+
+def _sample(units: list[bytes], idr: list[bool]) -> bytes:
+    """The only unit of a picture, after its length."""
+    if idr != [True]:
+        raise CodecError("the encoder gave another picture than an IDR picture of one slice")
+    return len(units[0]).to_bytes(4, "big") + units[0]
+
+
+_WRAPPERS: Final = {b"hvc1": _wrap_hevc, b"avc1": _wrap_avc, b"av01": _wrap_av1}
