@@ -1,39 +1,31 @@
-"""What every checkpoint reader offers, whatever the file kind, and what contents are."""
+"""What every checkpoint reader and writer offers, whatever the file kind."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
-from weightvid.closing import Closing
+from weightvid.atomic import AtomicFile, output_error
+from weightvid.checkpoint.common import Array, raw_bytes, shorten
 from weightvid.dtypes import stored_dtype
-from weightvid.errors import CheckpointError, TensorNotFoundError
+from weightvid.errors import CheckpointError, OutputError, TensorNotFoundError
 from weightvid.spec import SideFile, TensorSpec
-
-Array = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
     """What a checkpoint holds, known without reading any weight.
 
-    Attributes
-    ----------
-    tensors : tuple of TensorSpec
-        Distinct tensors in file order; aliases are not repeated here.
-    aliases : mapping of str to str
-        Name -> name in ``tensors`` of the tensor it shares all its storage with (tied weights).
-    metadata : mapping of str to str
-        Free text pairs of the file (``__metadata__`` of safetensors).
-    skipped : tuple of str
-        Entries that cannot be stored (no tensors, or tensors of an unsupported make), each as
-        ``"name (what it is)"``.
-    files : tuple of SideFile
-        Small other files of the model, and what its kind needs besides the tensors.
+    ``tensors`` are distinct and in file order. ``aliases`` name the tensor whose storage they
+    share (tied weights). ``metadata`` are free text pairs. ``skipped`` are entries that cannot be
+    stored, each as ``"name (what it is)"``. ``files`` are small other files of the model, and what
+    its kind needs besides the tensors.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -42,103 +34,74 @@ class Contents:
     skipped: tuple[str, ...] = ()
     files: tuple[SideFile, ...] = ()
 
+    def rows(self) -> list[tuple[str, TensorSpec]]:
+        """Every name with the spec of its tensor: first the tensors, then the aliases."""
+        by_name = {spec.name: spec for spec in self.tensors}
+        return [*by_name.items(), *((a, by_name[name]) for a, name in self.aliases.items())]
 
-class CheckpointReader(Closing):
-    """A source of tensors that are read one at a time (by one thread).
 
-    Parameters
-    ----------
-    contents : Contents
-        What the source holds.
-
-    Attributes
-    ----------
-    location : str or None
-        What :func:`weightvid.checkpoint.open_checkpoint` opened, so that another process can open
-        it too; None for a source that lives in this process alone.
-    shareable : bool
-        It costs next to nothing to open, and a range of a tensor is read without the rest, so
-        that many processes of this machine may well have it open at once.
-    """
+class CheckpointReader(ABC):
+    """A source of tensors that are read one at a time, by one thread."""
 
     contents: Contents
+    #: path of the opened file or folder, for another process to open; None: it is in memory alone.
     location: str | None = None
+    #: cheap to open, and ranges are read without the rest: many processes may have it open at once.
     shareable: bool = False
+    #: a folder that is removed when the reader is closed.
+    temporary: TemporaryDirectory[str] | None = None
 
     def __init__(self, contents: Contents) -> None:
+        _check(contents)
         self.contents = contents
         self._specs = {spec.name: spec for spec in contents.tensors}
         self._closed = False
         self._last: tuple[str, Array] | None = None
 
     def spec(self, name: str) -> TensorSpec:
-        """Spec of a tensor; an alias answers with the tensor it stands for.
-
-        Raises
-        ------
-        TensorNotFoundError
-            No such tensor.
-        """
+        """Spec of a tensor (or TensorNotFoundError); an alias answers with what it stands for."""
         spec = self._specs.get(self.contents.aliases.get(name, name))
         if spec is None:
             raise TensorNotFoundError(f"the checkpoint has no tensor {name!r}")
         return spec
 
     def read(self, name: str) -> Array:
-        """Stored elements of one tensor.
-
-        Parameters
-        ----------
-        name : str
-            A name in ``contents.tensors`` or ``contents.aliases``.
+        """Stored elements of one tensor or alias; callers must not write into them.
 
         Returns
         -------
         ndarray
-            C-contiguous, of the tensor's shape and ``stored_dtype``; read-only or a fresh copy:
-            callers must not write into it.
+            C-contiguous, of the tensor's shape and ``stored_dtype``; read-only or a fresh copy.
 
         Raises
         ------
-        TensorNotFoundError
-            No such tensor.
-        CheckpointError
-            The file is damaged there, or the reader is closed.
+        TensorNotFoundError, CheckpointError
+            No such tensor; or the file is damaged there, or the reader is closed.
         """
-        if self._closed:
-            raise CheckpointError("the checkpoint is closed")
-        return self._read(self.spec(name))
+        return self._read(self._wanted(name))
 
     def read_range(self, name: str, first: int, count: int) -> Array:
-        """Some consecutive elements of one tensor, in row-major order.
+        """Elements ``first .. first + count`` of one tensor, in row-major order: shape (count,).
 
-        Kinds that can read a part of a tensor do; of others the whole tensor is read, and kept
-        until ranges of another one are asked for.
-
-        Parameters
-        ----------
-        name : str
-        first, count : int
-            Elements ``first .. first + count``.
-
-        Returns
-        -------
-        ndarray, shape (count,)
-            As :meth:`read` gives them.
+        Kinds that can read a part of a tensor do; others read the tensor, and keep it until a
+        range of another one is asked for.
 
         Raises
         ------
         TensorNotFoundError, CheckpointError
             As :meth:`read`; also for a range that leaves the tensor.
         """
-        if self._closed:
-            raise CheckpointError("the checkpoint is closed")
-        spec = self.spec(name)
+        spec = self._wanted(name)
         if not 0 <= first <= first + count <= spec.size:
             raise CheckpointError(
                 f"tensor {name!r} has {spec.size} elements, not {first} .. {first + count}"
             )
         return self._read_range(spec, first, count)
+
+    def _wanted(self, name: str) -> TensorSpec:
+        if self._closed:
+            raise CheckpointError("the checkpoint is closed")
+        return self.spec(name)
 
     def _read_range(self, spec: TensorSpec, first: int, count: int) -> Array:
         """Elements of a range that is known to exist."""
@@ -154,33 +117,202 @@ class CheckpointReader(Closing):
         """Elements of a tensor that is known to exist."""
 
     def stop(self) -> None:
-        """End a long read in another thread with an error there; close follows.
-
-        Does nothing for files of this machine, which are read in no time.
-        """
-        return
+        """Let every further read fail, from any thread; the owner closes the reader afterwards."""
+        self._closed = True
 
     def close(self) -> None:
         """Release the file. Reading afterwards is an error; arrays already read stay valid."""
         self._closed = True
         self._last = None
+        if self.temporary is not None:
+            self.temporary.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def check_contents(contents: Contents) -> None:
-    """Refuse contents no file could hold.
+class CheckpointWriter(ABC):
+    """A checkpoint that is being written, one tensor at a time, in any order.
 
-    Raises
-    ------
-    CheckpointError
-        A name twice, an alias of nothing, an unknown dtype, an impossible shape, metadata that
-        is no text.
+    Used as a context manager: a clean exit finishes the file under its real name; an exception
+    (KeyboardInterrupt included) removes every trace of it.
     """
+
+    #: what this file kind cannot hold as it is, and what is written instead; known at once.
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, contents: Contents) -> None:
+        _check(contents)
+        self._path = path
+        self.contents = contents
+        self._todo = {spec.name: spec for spec in contents.tensors}
+        #: tensor -> names under which a kind without aliases writes it.
+        self._names_of = {spec.name: [spec.name] for spec in contents.tensors}
+        for alias, name in contents.aliases.items():
+            self._names_of[name].append(alias)
+        self._collected: Array | None = None
+
+    def write(self, name: str, array: Array) -> None:
+        """Add one tensor of ``contents.tensors``: stored elements, in its own dtype and shape.
+
+        Raises
+        ------
+        TensorNotFoundError, CheckpointError, OutputError
+            No such tensor; another dtype or shape than announced, or written before; disk full.
+        """
+        spec = self._wanted(name)
+        if array.shape != spec.shape or array.dtype != stored_dtype(spec.dtype):
+            raise CheckpointError(
+                f"tensor {name!r} was announced as {spec.dtype} {list(spec.shape)}, "
+                f"but an array of {array.dtype} {list(array.shape)} came"
+            )
+        self._write(spec, array if array.flags.c_contiguous else array.copy(order="C"))
+        del self._todo[name]
+
+    def write_parts(self, name: str, parts: Iterable[Array]) -> None:
+        """Add one tensor whose elements come in consecutive parts, in row-major order.
+
+        Parts have any shapes. Kinds that can write a part hold one at a time; others collect them.
+
+        Raises
+        ------
+        TensorNotFoundError, CheckpointError, OutputError
+            As :meth:`write`; also for too few or too many elements.
+        """
+        spec = self._wanted(name)
+        dtype, done = stored_dtype(spec.dtype), 0
+        for part in parts:
+            flat = np.ascontiguousarray(part).reshape(-1)
+            if done + flat.size > spec.size or flat.dtype != dtype:
+                raise CheckpointError(f"tensor {name!r} comes as something else than announced")
+            if flat.size:
+                self._write_part(spec, done, flat)
+            done += flat.size
+        if done != spec.size:
+            raise CheckpointError(f"tensor {name!r} has {spec.size} elements, {done} came")
+        if not spec.size:
+            self._write(spec, np.empty(spec.shape, dtype))
+        del self._todo[name]
+
+    def _write_part(self, spec: TensorSpec, first: int, part: Array) -> None:
+        """Take a part of a tensor; parts come in order."""
+        if first == 0 or self._collected is None:
+            self._collected = np.empty(spec.size, part.dtype)
+        self._collected[first : first + part.size] = part
+        if first + part.size == spec.size:
+            array, self._collected = self._collected, None
+            self._write(spec, array.reshape(spec.shape))
+
+    def _wanted(self, name: str) -> TensorSpec:
+        spec = self._todo.get(name)
+        if spec is None and name in self._names_of:
+            raise CheckpointError(f"tensor {name!r} was written before")
+        if spec is None:
+            raise TensorNotFoundError(f"the output has no tensor {name!r}")
+        return spec
+
+    def _side_file(self, role: str) -> bytes | None:
+        """What the contents hold of a role."""
+        return next((file.data for file in self.contents.files if file.role == role), None)
+
+    def commit(self) -> None:
+        """Write what is left, flush to disk, and rename into place.
+
+        Raises
+        ------
+        CheckpointError, OutputError
+            A tensor is missing; disk full or the like. Either way nothing is left behind.
+        """
+        try:
+            if self._todo:
+                raise CheckpointError(f"tensors never written: {shorten(self._todo)}")
+            self._finish()
+            self._publish()
+        except BaseException as error:
+            self.abort()
+            raise self._named(error) from None
+
+    def _named(self, error: BaseException) -> BaseException:
+        """The error itself, or what it means for the output."""
+        if isinstance(error, OSError) and not isinstance(error, OutputError):
+            return output_error(self._path, error)
+        return error
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Remove what has been written; does nothing after :meth:`commit`."""
+
+    @abstractmethod
+    def _write(self, spec: TensorSpec, array: Array) -> None:
+        """Write one checked, C-contiguous tensor (and its aliases, if they need bytes)."""
+
+    def _finish(self) -> None:
+        """Write what comes after the last tensor."""
+        return
+
+    @abstractmethod
+    def _publish(self) -> None:
+        """Give the output its name; on failure nothing is left."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.abort()
+
+
+class FileWriter(CheckpointWriter):
+    """A checkpoint that is one file; ``variant`` tells kinds apart that one module writes."""
+
+    def __init__(
+        self, path: Path, contents: Contents, *, force: bool = False, variant: str = ""
+    ) -> None:
+        super().__init__(path, contents)
+        self._force, self._variant = force, variant
+        header = self._plan()
+        self._output = AtomicFile(path, force=force)
+        try:
+            self._output.file.write(header)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _plan(self) -> bytes:
+        """How the file begins; refuses what the kind cannot hold, and sets ``notes``."""
+        return b""
+
+    def _write_at(self, offset: int, data: Array) -> None:
+        self._output.file.seek(offset)
+        self._output.file.write(raw_bytes(data).data)
+
+    def abort(self) -> None:
+        """Remove the temporary file; does nothing after :meth:`commit`."""
+        self._output.abort()
+
+    def _publish(self) -> None:
+        self._output.commit()
+
+
+def _check(contents: Contents) -> None:
+    """Refuse contents no file could hold; allocates nothing."""
     names: set[str] = set()
     for spec in contents.tensors:
         if spec.name in names:
             raise CheckpointError(f"two tensors are named {spec.name!r}")
         names.add(spec.name)
-        check_spec(spec)
+        dtype = stored_dtype(spec.dtype)
+        try:
+            np.broadcast_to(np.zeros((), dtype), spec.shape)
+        except (ValueError, TypeError, OverflowError, MemoryError):
+            raise CheckpointError(
+                f"tensor {spec.name!r} has the impossible shape {shorten(spec.shape)}"
+            ) from None
     for alias, name in contents.aliases.items():
         if alias in names:
             raise CheckpointError(f"{alias!r} is the name of a tensor and of an alias")
@@ -189,41 +321,3 @@ def check_contents(contents: Contents) -> None:
     for key, value in contents.metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise CheckpointError(f"metadata must be text pairs, not {key!r}: {value!r}")
-
-
-def check_spec(spec: TensorSpec) -> None:
-    """Refuse a dtype we don't know and a shape numpy cannot have; allocates nothing.
-
-    Raises
-    ------
-    CheckpointError
-        Naming the tensor.
-    """
-    dtype = stored_dtype(spec.dtype)
-    try:
-        np.broadcast_to(np.zeros((), dtype), spec.shape)
-    except (ValueError, TypeError, OverflowError, MemoryError):
-        raise CheckpointError(
-            f"tensor {spec.name!r} has the impossible shape {shorten(spec.shape)}"
-        ) from None
-
-
-def raw_bytes(array: Array) -> npt.NDArray[np.uint8]:
-    """Bytes of a C-contiguous array as a flat view (numpy lends no buffer of dates or empties)."""
-    if array.size == 0:
-        return np.empty(0, np.uint8)
-    return array.reshape(-1).view(np.uint8)
-
-
-def shorten(items: Iterable[object], limit: int = 8) -> str:
-    """The first few items, comma-separated, and how many more there are."""
-    listed = [str(item) for item in items]
-    more = f", ... ({len(listed)} in all)" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
-
-
-def tied_note(contents: Contents) -> tuple[str, ...]:
-    """Note of the writers whose format cannot share storage."""
-    if not contents.aliases:
-        return ()
-    return (f"tied tensors are written as full copies: {shorten(contents.aliases)}",)

@@ -1,201 +1,204 @@
-"""GGUF files: plain tensors as they are, quantized ones dequantized to float32.
+"""GGUF files, through the ``gguf`` package: quantized tensors are dequantized to float32.
 
-Q8_0 needs no library; other quantizations need the ``gguf`` package (extra ``gguf``).
+Written are matrices as F16, F32 or Q8_0 and vectors as F32, with the metadata of the source, which
+travels as a side file: a GGUF file without tensors.
 """
 
 from __future__ import annotations
 
+import tempfile
 import warnings
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from weightvid.checkpoint.base import Array, CheckpointReader, Contents, check_contents, shorten
-from weightvid.checkpoint.gguf_format import FileHeader, TensorInfo, parse_header
-from weightvid.checkpoint.gguf_writer import BLOCK, GGML_TYPES, Q8_0, open_writer
-from weightvid.dtypes import stored_dtype
+from weightvid.checkpoint import common
+from weightvid.checkpoint.base import CheckpointReader, Contents, FileWriter
+from weightvid.checkpoint.common import Array, first_line
+from weightvid.dtypes import PACKABLE, stored_dtype, to_float32
 from weightvid.errors import CheckpointError
-from weightvid.spec import SIDE_FILE_BYTES, SideFile, TensorSpec
-
-__all__ = ["METADATA_PATH", "METADATA_ROLE", "open_reader", "open_writer"]
+from weightvid.spec import TensorSpec
 
 METADATA_ROLE: Final = "gguf-metadata"
-METADATA_PATH: Final = "gguf-metadata.bin"
-#: a header may hold a vocabulary, but not this much.
-_HEADER_LIMIT_BYTES: Final = 1 << 28
-_FIRST_READ_BYTES: Final = 1 << 20
-#: elements that are dequantized at once.
-_ROWS_AT_ONCE: Final = 1 << 24
-_NAMES: Final = {number: name for name, number in GGML_TYPES.items()}
+METADATA_PATH: Final = "metadata.gguf"
+#: ggml types that are elements as they stand; their names are ours too.
+_PLAIN: Final = frozenset({"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"})
+_VERSIONS: Final = (b"GGUF\x02\0\0\0", b"GGUF\x03\0\0\0")
+#: fields of a header; each costs the library a few hundred bytes.
+_MAX_FIELDS: Final = 1 << 22
+_MAX_DIMS, _MAX_NAME_BYTES, _BLOCK = 4, 63, 32
+#: type of the matrices -> ``general.file_type``, and the largest weight.
+_MATRICES: Final = {"F32": (0, np.inf), "F16": (1, 65504.0), "Q8_0": (7, 127 * 65504.0)}
 
 
-def open_reader(path: Path) -> CheckpointReader:
-    """Open a GGUF file.
+class Reader(CheckpointReader):
+    """A GGUF file, memory-mapped; one part of several is refused."""
 
-    Raises
-    ------
-    CheckpointError
-        Damaged, of an unknown version, one part of several, or quantized in a way that needs the
-        ``gguf`` package, which is missing.
-    """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    try:
-        return _GgufReader(path, file)
-    except (OSError, CheckpointError) as error:
-        file.close()
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    except BaseException:
-        file.close()
-        raise
-
-
-class _GgufReader(CheckpointReader):
-    def __init__(self, path: Path, file: BufferedReader) -> None:
-        self._path = path
-        self._file = file
-        header = parse_header(_Head(file).up_to)
-        parts = header.metadata.integer("split.count", 1)
-        if parts > 1:
+    def __init__(self, path: Path) -> None:
+        source = _parse(path)
+        parts = source.get_field("split.count")
+        if parts is not None and parts.contents() > 1:
             raise CheckpointError(
-                f"it is one part of {parts}; join them first: llama-gguf-split --merge"
+                f"cannot read {path}: it is one part of {parts.contents()}; join them first: "
+                "llama-gguf-split --merge"
             )
-        size = file.seek(0, 2)
-        self._info = {info.name: info for info in header.tensors}
-        self._begin = header.data_offset
+        self._tensors = {tensor.name: tensor for tensor in source.tensors}
         specs = []
-        for info in header.tensors:
-            specs.append(TensorSpec(info.name, _dtype(info), info.shape))
-            if self._begin + info.offset + _stored_bytes(info) > size:
-                raise CheckpointError(f"it is cut short: tensor {info.name!r} lies beyond its end")
-        files, skipped = _metadata_file(header)
-        contents = Contents(tuple(specs), skipped=skipped, files=files)
-        check_contents(contents)
-        super().__init__(contents)
+        for name, tensor in self._tensors.items():
+            kind = tensor.tensor_type.name
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            specs.append(TensorSpec(name, kind if kind in _PLAIN else "F32", shape))
+        files, skipped = common.as_side_file(METADATA_PATH, _head(source), METADATA_ROLE)
+        super().__init__(Contents(tuple(specs), skipped=skipped, files=files))
 
     def _read(self, spec: TensorSpec) -> Array:
-        return self._elements(spec, 0, spec.size).reshape(spec.shape)
-
-    def _read_range(self, spec: TensorSpec, first: int, count: int) -> Array:
-        return self._elements(spec, first, count)
-
-    def _elements(self, spec: TensorSpec, first: int, count: int) -> Array:
-        info = self._info[spec.name]
-        if info.type in _NAMES:
-            dtype = stored_dtype(spec.dtype)
-            data = self._bytes(info, first * dtype.itemsize, count * dtype.itemsize)
-            return data.view(dtype)
-        block, block_bytes = _block(info)
-        begin, end = first // block, -(-(first + count) // block)
-        data = self._bytes(info, begin * block_bytes, (end - begin) * block_bytes)
-        start = first - begin * block
-        return _dequantize(data, info).reshape(-1)[start : start + count]
-
-    def _bytes(
-        self, info: TensorInfo, offset: int, size: int
-    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        data = np.empty(size, np.uint8)
-        try:
-            self._file.seek(self._begin + info.offset + offset)
-            got = self._file.readinto(data.data)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self._path}: {error}") from None
-        if got != data.size:
-            raise CheckpointError(f"{self._path} was cut short while it was open")
-        return data
-
-    def close(self) -> None:
-        super().close()
-        self._file.close()
-
-
-class _Head:
-    """The beginning of a file, read in growing pieces."""
-
-    def __init__(self, file: BufferedReader) -> None:
-        self._file = file
-        self._data = b""
-
-    def up_to(self, end: int) -> bytes:
-        if end > _HEADER_LIMIT_BYTES:
-            raise CheckpointError("its header is larger than any")
-        if end > len(self._data):
-            wanted = min(max(end, 2 * len(self._data), _FIRST_READ_BYTES), _HEADER_LIMIT_BYTES)
-            self._data += self._file.read(wanted - len(self._data))
-        return self._data
-
-
-def _metadata_file(header: FileHeader) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
-    raw = header.metadata.raw
-    if len(raw) > SIDE_FILE_BYTES:
-        return (), (f"metadata ({len(raw)} bytes, more than {SIDE_FILE_BYTES >> 20} MiB)",)
-    return (SideFile(METADATA_PATH, raw, METADATA_ROLE),), ()
-
-
-def _dtype(info: TensorInfo) -> str:
-    return _NAMES.get(info.type, "F32")
-
-
-def _stored_bytes(info: TensorInfo) -> int:
-    size = TensorSpec(info.name, "U8", info.shape).size
-    if info.type in _NAMES:
-        return size * stored_dtype(_NAMES[info.type]).itemsize
-    block, block_bytes = _block(info)
-    if not info.shape or info.shape[-1] % block:
-        raise CheckpointError(
-            f"quantized tensor {info.name!r} has rows that are no multiple of {block}"
-        )
-    return size // block * block_bytes
-
-
-def _block(info: TensorInfo) -> tuple[int, int]:
-    """Elements and bytes of one block of a quantized type."""
-    if info.type == Q8_0:
-        return BLOCK, BLOCK + 2
-    library = _library(info)
-    try:
-        block, block_bytes = library.GGML_QUANT_SIZES[library.GGMLQuantizationType(info.type)]
-    except (ValueError, KeyError):
-        raise CheckpointError(f"tensor {info.name!r} has the unknown type {info.type}") from None
-    return int(block), int(block_bytes)
-
-
-def _library(info: TensorInfo) -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise CheckpointError(
-            f"tensor {info.name!r} is quantized, and reading it needs the gguf package ({error}): "
-            "pip install 'weightvid[gguf]'"
-        ) from None
-    return gguf
-
-
-def _dequantize(data: np.ndarray[Any, np.dtype[np.uint8]], info: TensorInfo) -> Array:
-    block, block_bytes = _block(info)
-    blocks = data.reshape(-1, block_bytes)
-    out = np.empty((len(blocks), block), np.float32)
-    step = max(1, _ROWS_AT_ONCE // block)
-    for begin in range(0, len(blocks), step):
-        piece = blocks[begin : begin + step]
-        if info.type == Q8_0:
-            scale = piece[:, :2].copy().view("<f2").astype(np.float32)
-            out[begin : begin + step] = piece[:, 2:].view(np.int8) * scale
-            continue
-        library = _library(info)
-        kind = library.GGMLQuantizationType(info.type)
+        tensor = self._tensors[spec.name]
+        if tensor.tensor_type.name in _PLAIN:
+            flat: Array = np.asarray(tensor.data).reshape(-1).view(stored_dtype(spec.dtype))
+            return flat.reshape(spec.shape)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                made = library.quants.dequantize(piece.reshape(-1), kind)
+                made: Array = _library().quants.dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(
-                f"the gguf package cannot dequantize {kind.name} of tensor {info.name!r}: "
-                f"{shorten([error])}"
+                f"the gguf package cannot dequantize {tensor.tensor_type.name} of tensor "
+                f"{spec.name!r}: {first_line(error)}"
             ) from None
-        out[begin : begin + step] = made.reshape(-1, block)
-    return out
+        return made.reshape(spec.shape)
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._tensors = {}
+        super().close()
+
+
+class Writer(FileWriter):
+    """A GGUF file: the header first, then each tensor at its offset, in any order.
+
+    ``variant`` is the type of the matrices: ``F16`` (by default), ``F32`` or ``Q8_0``.
+    """
+
+    def _plan(self) -> bytes:
+        matrices = self._variant or "F16"
+        self.notes = common.tied_note(self.contents.aliases)
+        data = self._side_file(METADATA_ROLE)
+        if data is None:
+            self.notes += (
+                "the source was no GGUF file: the output gets no architecture and no tokenizer, "
+                "and llama.cpp will not load it",
+            )
+        self._types: dict[str, Any] = {}
+        self._offsets: dict[str, int] = {}
+        with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
+            path = Path(folder, METADATA_PATH)
+            if data is not None:
+                path.write_bytes(data)
+            maker = _maker(None if data is None else _parse(path))
+            maker.add_file_type(_MATRICES[matrices][0])
+            end = 0
+            for name, spec in self.contents.rows():
+                self._types[name] = kind = _type(name, spec, matrices)
+                block, block_bytes = _library().GGML_QUANT_SIZES[kind]
+                size = spec.size // block * block_bytes
+                self._offsets[name], end = end, maker.ggml_pad(end + size, maker.data_alignment)
+                shape = spec.shape or (1,)
+                maker.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+            maker.write_header_to_file(path.with_name("header"))
+            maker.write_kv_data_to_file()
+            maker.write_ti_data_to_file()
+            maker.close()
+            header = path.with_name("header").read_bytes()
+        header += bytes(-len(header) % maker.data_alignment)
+        self._offsets = {name: len(header) + at for name, at in self._offsets.items()}
+        self._end = len(header) + end
+        return header
+
+    def _write(self, spec: TensorSpec, array: Array) -> None:
+        kind = self._types[spec.name]
+        if spec.dtype in PACKABLE and spec.size:
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = to_float32(array, spec.dtype)
+            if kind.name != "F32" and not np.max(np.abs(values)) <= _MATRICES[kind.name][1]:
+                said = f"tensor {spec.name!r} does not fit {kind.name}; use --kind gguf-f32"
+                raise CheckpointError(said)
+            array = _library().quants.quantize(values, kind)
+        for name in self._names_of[spec.name]:
+            self._write_at(self._offsets[name], array)
+
+    def _finish(self) -> None:
+        # Where the last tensor is padded.
+        self._output.file.truncate(self._end)
+
+
+def _library() -> Any:
+    return common.need("gguf.quants", "gguf") and common.need("gguf", "gguf")
+
+
+def _parse(path: Path) -> Any:
+    """The library's reader, which is stopped where a damaged header would lead it astray."""
+    library: Any = _library()
+
+    class Bounded(library.GGUFReader):  # type: ignore[misc]
+        fields_read = 0
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *more: Any, **named: Any) -> Any:
+            self.fields_read += 1
+            if self.fields_read > _MAX_FIELDS:
+                raise ValueError("its header has more fields than any file")
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.size:
+                raise ValueError("it is cut short, or its header is damaged")
+            return super()._get(offset, dtype, count, *more, **named)
+
+    try:
+        with path.open("rb") as file:
+            if file.read(8) not in _VERSIONS:
+                raise ValueError("GGUF versions 2 and 3 are read, little-endian")
+        return Bounded(path)
+    except (ValueError, KeyError, IndexError, OverflowError, OSError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {first_line(error)}") from None
+
+
+def _head(source: Any) -> bytes:
+    """A file up to its tensors, of which it counts none: magic, version, two counts, pairs."""
+    last = list(source.fields.values())[-1]
+    end = max(24, last.offset + sum(int(part.nbytes) for part in last.parts))
+    head: bytes = source.data[:end].tobytes()
+    return head[:8] + bytes(8) + head[16:]
+
+
+def _maker(source: Any | None) -> Any:
+    """The library's writer, with the metadata of the source."""
+    fields = {} if source is None else source.fields
+    named = fields.get("general.architecture")
+    maker = _library().GGUFWriter(None, "unknown" if named is None else named.contents())
+    for name, field in fields.items():
+        value = field.contents()
+        # The library cannot write empty arrays, which say as much as absent ones.
+        if not name.startswith(("GGUF.", "general.architecture")) and value != []:
+            inner = field.types[-1] if len(field.types) > 1 else None
+            maker.add_key_value(name, value, field.types[0], sub_type=inner)
+    if "general.alignment" in fields:
+        maker.data_alignment = int(fields["general.alignment"].contents())
+    maker.kv_data[0].pop("general.file_type", None)
+    return maker
+
+
+def _type(name: str, spec: TensorSpec, matrices: str) -> Any:
+    """Ggml type of a tensor."""
+    if len(common.encode_name(name)) > _MAX_NAME_BYTES or len(spec.shape) > _MAX_DIMS:
+        raise CheckpointError(
+            f"GGUF holds names of {_MAX_NAME_BYTES} bytes and {_MAX_DIMS} dimensions at most; "
+            f"{name[:80]!r} {list(spec.shape)} is beyond that"
+        )
+    if spec.dtype not in PACKABLE | _PLAIN:
+        raise CheckpointError(f"GGUF has no element type {spec.dtype}, which {name!r} has")
+    kind = matrices
+    if spec.dtype not in PACKABLE:
+        kind = spec.dtype
+    elif len(spec.shape) < 2:
+        kind = "F32"
+    elif matrices == "Q8_0" and (not spec.size or spec.shape[-1] % _BLOCK):
+        kind = "F16"
+    return _library().GGMLQuantizationType[kind]

@@ -1,18 +1,19 @@
 """The table of checkpoint kinds, and how a file's content tells which one it is.
 
-To add a kind: write its module (``open_reader``, ``open_writer``) and add a row to ``KINDS``.
+To add a kind: write its module (``Reader`` and ``Writer``), add a row to ``KINDS``, and say in
+``_recognise`` how it begins.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
+from weightvid.checkpoint.base import CheckpointReader, CheckpointWriter, Contents
 from weightvid.errors import CheckpointError
 
 _HEAD_BYTES: Final = 512
@@ -22,156 +23,63 @@ _SAFETENSORS_HEADER_LIMIT: Final = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """What can be seen of a path at a glance.
-
-    Attributes
-    ----------
-    path : Path
-        As the user wrote it.
-    is_folder : bool
-        Then the rest is empty.
-    head : bytes
-        At most the first 512 bytes.
-    members : tuple of str or None
-        Names in a zip archive; None if the file is none (or one without its directory).
-    """
-
-    path: Path
-    is_folder: bool = False
-    head: bytes = b""
-    members: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of checkpoint.
+    """One kind of checkpoint."""
 
-    Attributes
-    ----------
-    name : str
-        What ``create_checkpoint(kind=...)`` takes.
-    label : str
-        What messages call it.
-    suffixes : tuple of str
-        Lower case, with the dot.
-    module : str
-        Imported when a file of this kind is opened.
-    recognises : callable
-        True if the content is of this kind.
-    roles : tuple of str
-        Roles of the side files that a checkpoint of this kind takes back.
-    variant : str
-        Handed to ``open_writer``, where one module writes several kinds; those are never read.
-    """
-
+    #: what ``create_checkpoint(kind=...)`` takes, and what messages call it.
     name: str
     label: str
+    #: lower case, with the dot.
     suffixes: tuple[str, ...]
+    #: of this package; imported when a file of this kind is opened.
     module: str
-    recognises: Callable[[Probe], bool]
+    #: roles of the side files that a checkpoint of this kind takes back.
     roles: tuple[str, ...] = ()
+    #: handed to ``Writer``, where one module writes several kinds; those are never read.
     variant: str = ""
 
+    def open(self, path: Path) -> CheckpointReader:
+        """Open a file of this kind."""
+        module = import_module(f"weightvid.checkpoint.{self.module}")
+        return cast(CheckpointReader, module.Reader(path))
 
-def _is_safetensors(probe: Probe) -> bool:
-    """8 bytes of header length, then the header: a JSON object."""
-    if probe.head[8:9] != b"{":
-        return False
-    length = int.from_bytes(probe.head[:8], "little")
-    return length <= _SAFETENSORS_HEADER_LIMIT or probe.path.suffix.lower() == ".safetensors"
-
-
-def _is_torch(probe: Probe) -> bool:
-    """A zip with a pickle in it, or (before torch 1.6) bare pickles of protocol 2 to 5."""
-    if probe.members is not None:
-        return _has_pickle(probe) and not _is_torchscript(probe)
-    return probe.head[:1] == b"\x80" and probe.head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-
-
-def _is_npz(probe: Probe) -> bool:
-    """A zip with .npy members; a zip without any member only if it is named .npz."""
-    if not probe.members:
-        return probe.members == () and probe.path.suffix.lower() == ".npz"
-    return any(name.endswith(".npy") for name in probe.members) and not _has_pickle(probe)
-
-
-def _is_gguf(probe: Probe) -> bool:
-    return probe.head[:4] == b"GGUF"
-
-
-def _is_onnx(probe: Probe) -> bool:
-    """A protobuf message that starts with ``ir_version`` and is named so, or names its producer."""
-    if probe.head[:1] != b"\x08":
-        return False
-    return probe.path.suffix.lower() == ".onnx" or probe.head[2:3] == b"\x12"
-
-
-def _never(probe: Probe) -> bool:
-    return False
-
-
-def _is_folder(probe: Probe) -> bool:
-    """Any folder: its reader says what is missing in it."""
-    return probe.is_folder
-
-
-def _has_pickle(probe: Probe) -> bool:
-    return any(name == "data.pkl" or name.endswith("/data.pkl") for name in probe.members or ())
-
-
-def _is_torchscript(probe: Probe) -> bool:
-    members = probe.members or ()
-    return _has_pickle(probe) and any(name.endswith("/constants.pkl") for name in members)
+    def create(self, path: Path, contents: Contents, *, force: bool) -> CheckpointWriter:
+        """Start writing a file of this kind."""
+        module = import_module(f"weightvid.checkpoint.{self.module}")
+        variant = {"variant": self.variant} if self.variant else {}
+        return cast(CheckpointWriter, module.Writer(path, contents, force=force, **variant))
 
 
 KINDS: Final[tuple[Kind, ...]] = (
-    Kind(
-        "safetensors",
-        "safetensors",
-        (".safetensors",),
-        "weightvid.checkpoint.safetensors",
-        _is_safetensors,
-    ),
-    Kind(
-        "torch",
-        "PyTorch",
-        (".pt", ".pth", ".th", ".bin"),
-        "weightvid.checkpoint.torch_file",
-        _is_torch,
-    ),
-    Kind("npz", "NumPy npz", (".npz",), "weightvid.checkpoint.npz", _is_npz),
-    Kind("gguf", "GGUF", (".gguf",), "weightvid.checkpoint.gguf", _is_gguf, ("gguf-metadata",)),
-    Kind("onnx", "ONNX", (".onnx",), "weightvid.checkpoint.onnx_file", _is_onnx, ("onnx-graph",)),
-    Kind("folder", "Hugging Face folder", (), "weightvid.checkpoint.folder", _is_folder, ("file",)),
-    *(
-        Kind(
-            f"gguf-{variant}",
-            "GGUF",
-            (),
-            "weightvid.checkpoint.gguf",
-            _never,
-            ("gguf-metadata",),
-            variant,
-        )
-        for variant in ("f32", "q8_0")
-    ),
+    Kind("safetensors", "safetensors", (".safetensors",), "safetensors"),
+    Kind("torch", "PyTorch", (".pt", ".pth", ".th", ".bin"), "torch_file"),
+    Kind("npz", "NumPy npz", (".npz",), "npz"),
+    Kind("gguf", "GGUF", (".gguf",), "gguf", ("gguf-metadata",)),
+    Kind("onnx", "ONNX", (".onnx",), "onnx_file", ("onnx-graph",)),
+    Kind("folder", "Hugging Face folder", (), "folder", ("file",)),
+    Kind("gguf-f32", "GGUF", (), "gguf", ("gguf-metadata",), "F32"),
+    Kind("gguf-q8_0", "GGUF", (), "gguf", ("gguf-metadata",), "Q8_0"),
 )
 
-#: offset, first bytes there, what the file is and what to do about it.
+#: offset, first bytes there in lower case, what the file is and what to do about it.
 _FOREIGN: Final[tuple[tuple[int, bytes, str], ...]] = (
-    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 (Keras) file; this kind is not supported (yet)"),
-    (4, b"TFL3", "a TensorFlow Lite file; this kind is not supported"),
-    (0, b"\x93NUMPY", "a single NumPy array without a name; save it with numpy.savez"),
+    (0, b"\x89hdf\r\n\x1a\n", "an HDF5 (Keras) file; this kind is not supported (yet)"),
+    (4, b"tfl3", "a TensorFlow Lite file; this kind is not supported"),
+    (0, b"\x93numpy", "a single NumPy array without a name; save it with numpy.savez"),
     (4, b"ftyp", "an MP4 file; weightvid archives are read by weightvid.loader and `unpack`"),
     (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
     (0, b"\x1f\x8b", "a gzip file; decompress it first"),
-    (0, b"\xfd7zXZ\x00", "an xz file; decompress it first"),
-    (0, b"\x28\xb5\x2f\xfd", "a zstd file; decompress it first"),
     (257, b"ustar", "a tar archive; extract it first"),
-    (0, b"<!DOCTYPE", "a web page; the download went wrong"),
+    (0, b"<!doctype", "a web page; the download went wrong"),
     (0, b"<html", "a web page; the download went wrong"),
 )
+
+
+def open_local(path: Path) -> CheckpointReader:
+    """Open a checkpoint of this machine, of the kind that its content tells."""
+    reader = kind_of_file(path).open(path)
+    reader.location = os.path.abspath(path)  # noqa: PTH100 - links stay as they are named
+    return reader
 
 
 def kind_of_file(path: Path) -> Kind:
@@ -182,11 +90,21 @@ def kind_of_file(path: Path) -> Kind:
     CheckpointError
         Missing, unreadable, or not a checkpoint that we understand: the message says what it is.
     """
-    probe = _look(path)
-    for kind in KINDS:
-        if kind.recognises(probe):
-            return kind
-    raise CheckpointError(f"cannot read {path}: {_explain(probe)}")
+    if path.is_dir():
+        return kind_for_output(path, "folder")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"cannot read {path}: it is no regular file, but a pipe or a device")
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"cannot read {os.fspath(path)!r}: {reason}") from None
+    members = _zip_members(path) if head.startswith(_ZIP_STARTS) else None
+    name = _recognise(path.suffix.lower(), head, members)
+    if name is None:
+        raise CheckpointError(f"cannot read {path}: {_explain(path, head, members)}")
+    return kind_for_output(path, name)
 
 
 def kind_for_output(path: Path, name: str | None = None) -> Kind:
@@ -208,18 +126,12 @@ def kind_for_output(path: Path, name: str | None = None) -> Kind:
         raise CheckpointError(f"unknown checkpoint kind {name!r}; known are {names}")
     raise CheckpointError(
         f"cannot tell from the name {path.name!r} what kind of checkpoint to write; "
-        f"use one of {understood()}, where a folder has no suffix"
+        f"use one of {_understood()}, where a folder has no suffix"
     )
 
 
-def understood() -> str:
-    """The kinds and their suffixes, for messages.
-
-    Examples
-    --------
-    >>> understood()  # doctest: +ELLIPSIS
-    'safetensors (.safetensors), PyTorch (.pt .pth .th .bin), NumPy npz (.npz), GGUF (.gguf), ...'
-    """
+def _understood() -> str:
+    """The kinds and their suffixes, for messages."""
     return ", ".join(
         f"{kind.label} ({' '.join(kind.suffixes)})" if kind.suffixes else kind.label
         for kind in KINDS
@@ -227,27 +139,30 @@ def understood() -> str:
     )
 
 
-def _look(path: Path) -> Probe:
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            return Probe(path, is_folder=True)
-        if not stat.S_ISREG(mode):
-            raise CheckpointError(
-                f"cannot read {path}: a checkpoint must be a regular file, not a pipe or a device"
-            )
-        with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"cannot read {os.fspath(path)!r}: {reason}") from None
-    return Probe(path, head=head, members=_zip_members(path) if _is_zip(head) else None)
+def _recognise(suffix: str, head: bytes, members: tuple[str, ...] | None) -> str | None:
+    """Name of a kind, from a file's first bytes and what lies in it as a zip archive."""
+    if members is not None:
+        if any(name.rpartition("/")[2] == "data.pkl" for name in members):
+            return None if _is_torchscript(members) else "torch"
+        empty = not members and suffix == ".npz"
+        return "npz" if empty or any(name.endswith(".npy") for name in members) else None
+    # 8 bytes of header length, then the header: a JSON object.
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and (length <= _SAFETENSORS_HEADER_LIMIT or suffix == ".safetensors"):
+        return "safetensors"
+    # Before torch 1.6: bare pickles of protocol 2 to 5.
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "torch"
+    if head[:4] == b"GGUF":
+        return "gguf"
+    # A protobuf message that starts with ``ir_version``, and is named so or names its producer.
+    if head[:1] == b"\x08" and (suffix == ".onnx" or head[2:3] == b"\x12"):
+        return "onnx"
+    return None
 
 
-def _is_zip(head: bytes) -> bool:
-    return head.startswith(_ZIP_STARTS)
+def _is_torchscript(members: tuple[str, ...] | None) -> bool:
+    return any(name.endswith("/constants.pkl") for name in members or ())
 
 
 def _zip_members(path: Path) -> tuple[str, ...] | None:
@@ -260,28 +175,24 @@ def _zip_members(path: Path) -> tuple[str, ...] | None:
         return None
 
 
-def _explain(probe: Probe) -> str:
+def _explain(path: Path, head: bytes, members: tuple[str, ...] | None) -> str:
     """Why the file is none of our kinds."""
-    suffix = probe.path.suffix.lower()
-    named = next((kind for kind in KINDS if suffix in kind.suffixes), None)
-    known = f"weightvid reads {understood()}"
-    if not probe.head:
+    named = next((kind for kind in KINDS if path.suffix.lower() in kind.suffixes), None)
+    known = f"weightvid reads {_understood()}"
+    if not head:
         return f"the file is empty ({known})"
-    if _is_torchscript(probe):
+    if _is_torchscript(members):
         return (
             "it is a TorchScript program; this kind is not supported: load it with torch.jit.load "
             "and save its state_dict() with torch.save"
         )
     for offset, magic, what in _FOREIGN:
-        if probe.head[offset : offset + len(magic)] == magic:
+        if head[offset : offset + len(magic)].lower() == magic:
             return f"it is {what}"
-    if _is_zip(probe.head):
-        if probe.members is None:
-            return "it is a zip archive (npz or PyTorch) that is cut short or damaged"
+    if members is not None:
         return f"it is a zip archive with neither PyTorch's data.pkl nor .npy arrays ({known})"
+    if head.startswith(_ZIP_STARTS):
+        return "it is a zip archive (npz or PyTorch) that is cut short or damaged"
     if named is not None:
-        return (
-            f"it is named like a {named.label} file, but its content is that of no checkpoint "
-            f"(damaged, cut short, or misnamed); {known}"
-        )
+        return f"it is named like a {named.label} file, but damaged, cut short or misnamed; {known}"
     return f"it is no checkpoint of a known kind; {known}"

@@ -6,12 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from weightvid.checkpoint.base import (
-    Array,
-    CheckpointReader,
-    Contents,
-    check_contents,
-)
+from weightvid.checkpoint.base import CheckpointReader, Contents
+from weightvid.checkpoint.common import Array
 from weightvid.dtypes import name_of, stored_dtype
 from weightvid.errors import CheckpointError
 from weightvid.spec import TensorSpec
@@ -26,27 +22,20 @@ def from_mapping(
     """Read from a mapping of name to numpy array; nothing is copied before it is read.
 
     Names whose arrays show the same memory the same way (address, dtype, shape, strides) become
-    aliases of the first of them, so tied weights stay tied.
+    aliases of the first of them, so tied weights stay tied. ``read`` gives read-only views of
+    contiguous arrays, copies of others.
 
     Parameters
     ----------
     arrays : mapping of str to ndarray
         Any shape and strides. Types numpy lacks come as raw bits, named in ``dtypes``.
-    dtypes : mapping of str to str, optional
-        Name -> dtype name, where it is not the array's own (``{"w": "BF16"}`` for uint16 bits).
-    metadata : mapping of str to str, optional
-        Free text pairs.
-
-    Returns
-    -------
-    CheckpointReader
-        Its ``read`` gives read-only views of contiguous arrays, copies of others.
+    dtypes, metadata : mapping of str to str, optional
+        Dtype names where they are not the arrays' own (``{"w": "BF16"}``); free text pairs.
 
     Raises
     ------
     CheckpointError
-        A name that is no string, a value that is no array of plain elements, a dtype that does
-        not fit the array.
+        No string for a name, no array of plain elements, a dtype that does not fit the array.
 
     Examples
     --------
@@ -54,10 +43,9 @@ def from_mapping(
     ...     reader.contents.tensors
     (TensorSpec(name='w', dtype='F32', shape=(2, 3)),)
     """
-    named = dict(dtypes or {})
     specs: list[TensorSpec] = []
     aliases: dict[str, str] = {}
-    kept: dict[str, Array] = {}
+    distinct: dict[str, Array] = {}
     first_of: dict[tuple[object, ...], str] = {}
     for name, value in arrays.items():
         if not isinstance(name, str):
@@ -65,30 +53,25 @@ def from_mapping(
         if not isinstance(value, (np.ndarray, np.generic)):
             raise CheckpointError(f"{name!r} is no numpy array but {type(value).__name__}")
         array = np.asarray(value)
-        dtype = named.get(name) or _own_dtype(name, array)
+        try:
+            dtype = (dtypes or {}).get(name) or name_of(array.dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name!r}: {error}") from None
         if array.dtype != stored_dtype(dtype):
             raise CheckpointError(f"{name!r} is an array of {array.dtype}, which is not {dtype}")
-        address = array.__array_interface__["data"][0]
-        look = (address, dtype, array.shape, array.strides)
+        look = (array.__array_interface__["data"][0], dtype, array.shape, array.strides)
         if array.size and look in first_of:
             aliases[name] = first_of[look]
             continue
         first_of[look] = name
-        kept[name] = array
+        distinct[name] = array
         specs.append(TensorSpec(name, dtype, array.shape))
-    contents = Contents(tuple(specs), aliases, dict(metadata or {}))
-    check_contents(contents)
-    return _MappingReader(contents, kept)
+    return ArrayReader(Contents(tuple(specs), aliases, dict(metadata or {})), distinct)
 
 
-def _own_dtype(name: str, array: Array) -> str:
-    try:
-        return name_of(array.dtype)
-    except CheckpointError as error:
-        raise CheckpointError(f"{name!r}: {error}") from None
+class ArrayReader(CheckpointReader):
+    """A reader over contents whose arrays are known, in memory or mapped."""
 
-
-class _MappingReader(CheckpointReader):
     def __init__(self, contents: Contents, arrays: dict[str, Array]) -> None:
         super().__init__(contents)
         self._arrays = arrays
@@ -100,5 +83,6 @@ class _MappingReader(CheckpointReader):
         return shown
 
     def close(self) -> None:
+        """Let the arrays go."""
         super().close()
         self._arrays = {}

@@ -5,284 +5,161 @@ Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 
 from __future__ import annotations
 
-import ast
-import io
 import os
-import re
 import warnings
 import zipfile
-import zlib
 from math import prod
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Any, Final
 
 import numpy as np
 
-from weightvid.checkpoint.base import (
-    Array,
-    CheckpointReader,
-    Contents,
-    check_contents,
-    check_spec,
-    raw_bytes,
-    shorten,
-    tied_note,
-)
-from weightvid.checkpoint.writer import CheckpointWriter, FileWriter
+from weightvid.checkpoint.base import CheckpointReader, Contents, FileWriter
+from weightvid.checkpoint.common import Array, encode_name, first_line, shorten, tied_note
 from weightvid.dtypes import RAW_BITS, name_of, stored_dtype, to_float32
 from weightvid.errors import CheckpointError
 from weightvid.spec import TensorSpec
 
-_MEMBER_SUFFIX: Final = ".npy"
+_NPY: Final = ".npy"
 #: deflate cannot do better than 1032:1 (bz2 and lzma are not read: numpy does not write them);
 #: a member that claims more is a trap, not an array.
 _MAX_RATIO: Final = 1032
 _COMPRESSIONS: Final = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
-_CHUNK_BYTES: Final = 1 << 20
 _NAME_LIMIT_BYTES: Final = 65535
-#: what zipfile and numpy let out of damaged members.
-_DAMAGE: Final = (
-    zipfile.BadZipFile,
-    zlib.error,
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    TypeError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    MemoryError,
-    OverflowError,
-)
+_FORMAT: Final = np.lib.format
 
 
-class _Member(NamedTuple):
-    """Where and how one array lies in the archive."""
+class Reader(CheckpointReader):
+    """An .npz file; arrays of objects or records are reported in ``contents.skipped``."""
 
-    info: zipfile.ZipInfo
-    header_bytes: int
-    fortran: bool
-
-
-def open_reader(path: Path) -> CheckpointReader:
-    """Open an .npz file; arrays of objects or records are reported in ``contents.skipped``.
-
-    Raises
-    ------
-    CheckpointError
-        The file or a member is damaged.
-    """
-    try:
-        archive = zipfile.ZipFile(path)
-    except Exception as error:
-        raise CheckpointError(f"{path} is no valid npz file: {error}") from None
-    try:
-        return _NpzReader(path, archive)
-    except BaseException:
-        archive.close()
-        raise
-
-
-def open_writer(path: Path, contents: Contents, *, force: bool = False) -> CheckpointWriter:
-    """Start an .npz file (see :func:`weightvid.checkpoint.create_checkpoint`)."""
-    return _NpzWriter(path, contents, force=force)
-
-
-class _NpzReader(CheckpointReader):
-    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._archive = archive
-        self._members: dict[str, _Member] = {}
-        self._refused: dict[str, str] = {}
+        try:
+            self._archive = zipfile.ZipFile(path)
+        except Exception as error:
+            raise CheckpointError(f"{path} is no valid npz file: {error}") from None
+        self._members: dict[str, zipfile.ZipInfo] = {}
         specs: list[TensorSpec] = []
         skipped: list[str] = []
-        for info in archive.infolist():
-            name = info.filename.removesuffix(_MEMBER_SUFFIX)
-            if name == info.filename:
-                skipped.append(f"{info.filename} (no .npy array)")
-                continue
-            if name in self._members or name in self._refused:
-                raise CheckpointError(f"{path} holds two arrays named {name!r}")
-            found = self._examine(name, info)
-            if isinstance(found, str):
-                self._refused[name] = found
-                skipped.append(f"{name} ({found})")
-            else:
-                specs.append(found)
-        super().__init__(Contents(tuple(specs), skipped=tuple(skipped)))
+        try:
+            for info in self._archive.infolist():
+                found = self._examine(info)
+                if isinstance(found, TensorSpec):
+                    specs.append(found)
+                    self._members[found.name] = info
+                else:
+                    skipped.append(f"{info.filename.removesuffix(_NPY)} ({found})")
+            super().__init__(Contents(tuple(specs), skipped=tuple(skipped)))
+        except BaseException:
+            self._archive.close()
+            raise
 
-    def _examine(self, name: str, info: zipfile.ZipInfo) -> TensorSpec | str:
+    def _examine(self, info: zipfile.ZipInfo) -> TensorSpec | str:
         """Spec of a member, or what it is if it cannot be stored."""
+        name = info.filename.removesuffix(_NPY)
+        what = f"array {name!r} in {self._path}"
+        if name == info.filename:
+            return "no .npy array"
         if info.compress_type not in _COMPRESSIONS:
-            raise CheckpointError(f"array {name!r} in {self._path} has an unknown compression")
+            raise CheckpointError(f"{what} has an unknown compression")
         try:
             with self._archive.open(info) as member:
-                shape, fortran, dtype, header_bytes = _read_header(member)
-        except _DAMAGE as error:
-            raise self._damaged(name, error) from None
-        if dtype is None or dtype.hasobject:
+                shape, dtype = _read_header(member)
+                data_bytes = info.file_size - member.tell()
+        except Exception as error:
+            raise CheckpointError(f"{what} is damaged: {first_line(error)}") from None
+        if dtype.hasobject:
             return "array of Python objects or records"
         try:
-            spec = TensorSpec(name, name_of(dtype), shape)
+            spec = TensorSpec(name, name_of(dtype.newbyteorder("<")), shape)
         except CheckpointError:
             return f"array of {dtype}"
-        check_spec(spec)
-        data_bytes = prod(shape) * dtype.itemsize
-        if info.file_size != header_bytes + data_bytes:
-            raise CheckpointError(
-                f"array {name!r} in {self._path} should have {data_bytes} bytes and has "
-                f"{info.file_size - header_bytes}"
-            )
+        wanted = prod(shape) * dtype.itemsize
+        if data_bytes != wanted:
+            raise CheckpointError(f"{what} should have {wanted} bytes and has {data_bytes}")
         if info.file_size > _MAX_RATIO * (info.compress_size + 64):
-            raise CheckpointError(f"array {name!r} in {self._path} claims an impossible size")
-        self._members[name] = _Member(info, header_bytes, fortran)
+            raise CheckpointError(f"{what} claims an impossible size")
         return spec
 
-    def read(self, name: str) -> Array:
-        """See :meth:`CheckpointReader.read`; a refused array is named with the reason."""
-        if name in self._refused:
-            raise CheckpointError(f"{name!r} is an {self._refused[name]}, which is not read")
-        return super().read(name)
-
     def _read(self, spec: TensorSpec) -> Array:
-        member = self._members[spec.name]
-        data = np.empty(spec.stored_bytes, np.uint8)
         try:
-            with self._archive.open(member.info) as file:
-                _skip(file, member.header_bytes)
-                _fill(file, data)
+            with warnings.catch_warnings(), self._archive.open(self._members[spec.name]) as file:
+                warnings.simplefilter("ignore")
+                array: Array = _FORMAT.read_array(file, allow_pickle=False)
                 # The checksum is compared only when the reader meets the end.
                 if file.read(1):
                     raise EOFError("more bytes than its header says")
-        except _DAMAGE as error:
-            raise self._damaged(spec.name, error) from None
-        flat = data.view(stored_dtype(spec.dtype))
-        if member.fortran:
-            return flat.reshape(spec.shape[::-1]).T.copy(order="C")
-        return flat.reshape(spec.shape)
-
-    def _damaged(self, name: str, error: BaseException) -> CheckpointError:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return CheckpointError(f"array {name!r} in {self._path} is damaged: {reason}")
+        except Exception as error:
+            what = f"array {spec.name!r} in {self._path}"
+            raise CheckpointError(f"{what} is damaged: {first_line(error)}") from None
+        return array.astype(stored_dtype(spec.dtype), "C", copy=False)
 
     def close(self) -> None:
-        super().close()
+        """Close the archive."""
         self._archive.close()
+        super().close()
 
 
-class _NpzWriter(FileWriter):
-    """One stored (uncompressed) zip member per tensor, with fixed time stamps."""
+class Writer(FileWriter):
+    """An .npz file: one stored (uncompressed) zip member per tensor, with fixed time stamps."""
 
-    def __init__(self, path: Path, contents: Contents, *, force: bool) -> None:
-        check_contents(contents)
-        _check_names(contents)
-        super().__init__(path, contents, force=force)
-        self.notes = _notes(contents)
-        try:
-            self._zip = zipfile.ZipFile(self._output.file, "w", allowZip64=True)
-        except BaseException:
-            self._output.abort()
-            raise
+    _zip: zipfile.ZipFile | None = None
+
+    def _plan(self) -> bytes:
+        for name, _ in self.contents.rows():
+            # zipfile would cut the first and rewrite the second.
+            odd = "\0" in name or (os.sep != "/" and os.sep in name)
+            if odd or len(encode_name(name)) > _NAME_LIMIT_BYTES:
+                raise CheckpointError(f"an npz file cannot hold the tensor name {name[:80]!r}")
+        dtypes = {spec.dtype for spec in self.contents.tensors}
+        for dtype in sorted(RAW_BITS & dtypes):
+            said = f"npz has no {dtype}; its bits are written as {stored_dtype(dtype)}"
+            if dtype == "BF16":
+                said = "npz has no bfloat16; written as float32, which holds it exactly"
+            named = (spec.name for spec in self.contents.tensors if spec.dtype == dtype)
+            self.notes += (f"{said}: {shorten(named)}",)
+        if self.contents.metadata:
+            self.notes += (f"npz has no metadata; dropped: {shorten(self.contents.metadata)}",)
+        self.notes += tied_note(self.contents.aliases)
+        return b""
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
         if spec.dtype == "BF16":
             array = to_float32(array, "BF16")
-        header = io.BytesIO()
-        shape = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
-        np.lib.format.write_array_header_1_0(header, shape)
-        for name in (spec.name, *self._aliases_of.get(spec.name, ())):
+        for name in self._names_of[spec.name]:
             # ZipInfo's own date (1980) rather than now: the same tensors give the same bytes.
-            info = zipfile.ZipInfo(name + _MEMBER_SUFFIX)
-            with self._zip.open(info, "w", force_zip64=True) as member:
-                member.write(header.getvalue())
-                data = raw_bytes(array)
-                for start in range(0, data.size, _CHUNK_BYTES):
-                    member.write(data[start : start + _CHUNK_BYTES].data)
+            info = zipfile.ZipInfo(name + _NPY)
+            with self._archive().open(info, "w", force_zip64=True) as member:
+                _FORMAT.write_array(member, array, version=(1, 0), allow_pickle=False)
+
+    def _archive(self) -> zipfile.ZipFile:
+        if self._zip is None:
+            self._zip = zipfile.ZipFile(self._output.file, "w", allowZip64=True)
+        return self._zip
 
     def _finish(self) -> None:
-        self._zip.close()
+        self._archive().close()
 
     def abort(self) -> None:
         """Remove the temporary file."""
         # Forgets its file, or ZipFile would try to write its directory when it is collected.
-        self._zip.fp = None
+        if self._zip is not None:
+            self._zip.fp = None
         super().abort()
 
 
-def _read_header(
-    member: IO[bytes],
-) -> tuple[tuple[int, ...], bool, np.dtype[Any] | None, int]:
-    """Shape, Fortran order?, dtype (None: records with odd names), bytes of the header."""
-    version = np.lib.format.read_magic(member)
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of an array; records with odd names (version 3.0) count as objects."""
+    version = _FORMAT.read_magic(member)
+    if version == (3, 0):
+        return (), np.dtype(object)
     if version not in ((1, 0), (2, 0)):
-        if version == (3, 0):
-            return (), False, None, 0
         raise ValueError(f"unknown .npy version {version}")
-    length_bytes = 2 if version == (1, 0) else 4
-    prefix = member.read(length_bytes)
-    length = int.from_bytes(prefix, "little")
-    # numpy's own limit: ast.literal_eval may crash on longer text.
-    if length > 10_000:
-        raise ValueError(f"a header of {length} bytes")
-    text = member.read(length)
-    if len(prefix) < length_bytes or len(text) < length:
-        raise EOFError("the header is cut short")
-    # Python 2 wrote long integers as 3L.
-    fields = ast.literal_eval(re.sub(r"(?<=\d)L\b", "", text.decode("latin1")))
-    if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
-        raise ValueError("the header is no array description")
-    shape = fields["shape"]
-    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"the shape {shape!r} is impossible")
+    read = _FORMAT.read_array_header_1_0 if version == (1, 0) else _FORMAT.read_array_header_2_0
     with warnings.catch_warnings():
+        # Headers of Python 2 (3L for 3) are read, with a warning that nobody needs.
         warnings.simplefilter("ignore")
-        dtype = np.lib.format.descr_to_dtype(fields["descr"])
-    header_bytes = np.lib.format.MAGIC_LEN + length_bytes + length
-    return shape, bool(fields["fortran_order"]), dtype, header_bytes
-
-
-def _skip(file: IO[bytes], count: int) -> None:
-    if len(file.read(count)) != count:
-        raise EOFError("it ends early")
-
-
-def _fill(file: IO[bytes], data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-    at = 0
-    while at < data.size:
-        piece = file.read(min(_CHUNK_BYTES, data.size - at))
-        if not piece:
-            raise EOFError("it ends early")
-        data[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
-        at += len(piece)
-
-
-def _check_names(contents: Contents) -> None:
-    for name in (*(spec.name for spec in contents.tensors), *contents.aliases):
-        try:
-            encoded = (name + _MEMBER_SUFFIX).encode()
-        except UnicodeEncodeError:
-            raise CheckpointError(f"the tensor name {name!r} is not valid Unicode") from None
-        # zipfile would cut the first and rewrite the second.
-        odd = "\0" in name or (os.sep != "/" and os.sep in name)
-        if odd or len(encoded) > _NAME_LIMIT_BYTES:
-            raise CheckpointError(f"an npz file cannot hold the tensor name {name[:80]!r}")
-
-
-def _notes(contents: Contents) -> tuple[str, ...]:
-    notes: list[str] = []
-    widened = [spec.name for spec in contents.tensors if spec.dtype == "BF16"]
-    if widened:
-        notes.append(
-            f"npz has no bfloat16; written as float32, which holds it exactly: {shorten(widened)}"
-        )
-    for dtype in sorted(RAW_BITS - {"BF16"}):
-        names = [spec.name for spec in contents.tensors if spec.dtype == dtype]
-        if names:
-            notes.append(
-                f"npz has no {dtype}; its bits are written as {stored_dtype(dtype)}: "
-                f"{shorten(names)}"
-            )
-    if contents.metadata:
-        notes.append(f"npz has no metadata; dropped: {shorten(contents.metadata)}")
-    return (*notes, *tied_note(contents))
+        shape, _, dtype = read(member)
+    if any(isinstance(n, bool) or n < 0 for n in shape):
+        raise ValueError(f"the shape {shape!r} is impossible")
+    return shape, dtype

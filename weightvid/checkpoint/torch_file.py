@@ -10,17 +10,17 @@ import os
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from functools import cache
 from math import prod
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from weightvid.checkpoint.base import Array, CheckpointReader, Contents, check_contents, shorten
-from weightvid.checkpoint.state_dict import find_tensors
-from weightvid.checkpoint.writer import CheckpointWriter, FileWriter
+from weightvid.checkpoint.base import Contents, FileWriter
+from weightvid.checkpoint.common import Array, first_line, need, raw_bytes, shorten
+from weightvid.checkpoint.mapping import ArrayReader
 from weightvid.dtypes import SUB_BYTE, pack_bits, stored_dtype, unpack_bits
 from weightvid.errors import CheckpointError, OutputError
 from weightvid.spec import TensorSpec
@@ -30,100 +30,34 @@ if TYPE_CHECKING:
 
 #: dtype name -> attribute of torch; newer ones may be missing in an older torch.
 _TORCH_NAMES: Final = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F4": "float4_e2m1fn_x2",
-    "C128": "complex128",
-    "C64": "complex64",
-    "C32": "complex32",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-#: bytes per element -> torch integer type whose numpy array can be viewed as the stored elements.
-_BIT_TYPES: Final = {1: "uint8", 2: "int16", 4: "int32"}
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2",
+    "C128": "complex128", "C64": "complex64", "C32": "complex32",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+#: customary names of the entry that holds the weights, the most telling first.
+_WRAPPERS: Final = (
+    *("state_dict", "model_state_dict", "model_state", "model", "module"),
+    *("net", "network", "weights", "params"),
+)
 #: a view may show its storage many times over (``expand``); a file that makes more of it than
 #: this does so to exhaust memory.
 _EXPANSION: Final = 16
 _EXPANSION_FLOOR_BYTES: Final = 1 << 26
 
 
-def open_reader(path: Path) -> CheckpointReader:
-    """Open a PyTorch checkpoint with ``weights_only=True``, memory-mapped where possible.
-
-    Tensors that are sparse, quantized, nested, on the meta device or of a type weightvid lacks
-    are reported in ``contents.skipped``, as is everything that is no tensor.
-
-    Raises
-    ------
-    CheckpointError
-        torch is missing, refuses the file (it would run code), or finds it damaged; or the file
-        holds no named tensors.
-    """
-    torch = import_torch()
-    mmap = _can_map(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            root = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:
-        raise CheckpointError(f"cannot read {path}: {_refusal(error)}") from None
-    try:
-        return _TorchReader(path, root)
-    except RecursionError:
-        raise CheckpointError(f"cannot read {path}: its dicts are nested too deep") from None
-
-
-def open_writer(path: Path, contents: Contents, *, force: bool = False) -> CheckpointWriter:
-    """Start a state dict; it is held in memory until ``commit``, for tensors to share storage."""
-    return _TorchWriter(path, contents, force=force)
-
-
-def import_torch() -> ModuleType:
-    """Import torch, or say how to get it.
-
-    Raises
-    ------
-    CheckpointError
-        torch is not installed.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"PyTorch is needed for this ({error}): pip install 'weightvid[torch]'"
-        ) from None
-    module: ModuleType = torch
-    return module
+def import_torch() -> Any:
+    """Import torch, or say in a CheckpointError how to get it."""
+    return need("torch", "torch")
 
 
 def to_stored(tensor: torch.Tensor) -> tuple[str, Array]:
-    """Dtype name and stored elements of a torch tensor.
+    """Dtype name and stored elements of a torch tensor (any device and strides).
 
-    Parameters
-    ----------
-    tensor : torch.Tensor
-        Any device, strides and ``requires_grad``; strided layout. A float4_e2m1fn_x2 tensor
-        becomes F4 with twice the last dimension, as in safetensors.
-
-    Returns
-    -------
-    str, ndarray
-        The array is C-contiguous and shares the tensor's memory where it is contiguous and on
-        the CPU: don't write into it.
+    The array is C-contiguous and shares the tensor's memory where it can: don't write into it.
+    A float4_e2m1fn_x2 tensor becomes F4 with twice the last dimension, as in safetensors.
 
     Raises
     ------
@@ -135,81 +69,84 @@ def to_stored(tensor: torch.Tensor) -> tuple[str, Array]:
         raise CheckpointError(f"a {problem} cannot be stored")
     name = _name_of()[tensor.dtype]
     try:
-        array = _elements(tensor, name)
+        with warnings.catch_warnings():
+            # complex32 warns that it is experimental; nothing is computed with it here.
+            warnings.simplefilter("ignore")
+            plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            flat: Array = _row(plain).view(import_torch().uint8).numpy()
     except (RuntimeError, TypeError, MemoryError) as error:
         # Tensor subclasses (distributed, fake, wrapped) may lack any of the steps.
         kind = type(tensor).__name__
-        raise CheckpointError(f"cannot read a {kind}'s elements: {_first_line(error)}") from None
+        raise CheckpointError(f"cannot read a {kind}'s elements: {first_line(error)}") from None
+    shape = tuple(int(n) for n in tensor.shape)
     if name in SUB_BYTE:
-        size = array.size * 8 // SUB_BYTE[name]
-        shape = _shape(tensor, name)
-        array = unpack_bits(array.reshape(-1).view(np.uint8), name, size).reshape(shape)
-    return name, array
+        shape = (*shape[:-1], shape[-1] * 8 // SUB_BYTE[name])
+        flat = unpack_bits(flat.view(np.uint8), name, prod(shape))
+    return name, flat.view(stored_dtype(name)).reshape(shape)
 
 
 def from_stored(array: Array, name: str) -> torch.Tensor:
-    """Torch tensor of stored elements.
+    """Tensor of stored elements of dtype ``name``, on the CPU.
 
-    Parameters
-    ----------
-    array : ndarray
-        Stored elements of dtype ``name``.
-    name : str
-        Dtype name.
-
-    Returns
-    -------
-    torch.Tensor
-        On the CPU; shares the array's memory if that is contiguous and writable.
+    It shares the array's memory if that is contiguous and writable.
 
     Raises
     ------
     CheckpointError
-        torch has no such element type.
+        torch has no such element type, or the array is of another.
     """
-    torch = import_torch()
     dtype = torch_dtype(name)
-    stored = stored_dtype(name)
-    if array.dtype != stored:
+    if array.dtype != stored_dtype(name):
         raise CheckpointError(f"an array of {array.dtype} is not {name}")
+    shape = array.shape
     if name in SUB_BYTE:
-        if array.ndim == 0 or array.shape[-1] % 2:
-            raise CheckpointError(f"torch holds {name} in pairs; {list(array.shape)} has none")
-        pairs = (*array.shape[:-1], array.shape[-1] // 2)
-        array = pack_bits(array.copy(order="C"), name).reshape(pairs)
+        if not shape or shape[-1] % 2:
+            raise CheckpointError(f"torch holds {name} in pairs; {list(shape)} has none")
+        shape = (*shape[:-1], shape[-1] // 2)
+        array = pack_bits(array.copy(order="C"), name)
     if not array.flags.writeable or not array.flags.c_contiguous:
         array = array.copy(order="C")
-    raw = stored.kind == "u" and not name.startswith("U")
-    if raw:
-        # A view of a 0-d array may not change its kind of element in torch, but in numpy it may.
-        array = array.view(
-            f"u{stored.itemsize}" if stored.itemsize == 1 else f"<i{stored.itemsize}"
-        )
-    tensor = torch.from_numpy(array)
-    return tensor.view(dtype) if raw else tensor
+    data: torch.Tensor = import_torch().from_numpy(raw_bytes(array))
+    return _row(data).view(dtype).reshape(shape)
+
+
+def _row(tensor: torch.Tensor) -> torch.Tensor:
+    """Flatten; unlike reshape, leaves no odd strides to what is empty or has one element."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Torch's dtype of one of our names.
-
-    Raises
-    ------
-    CheckpointError
-        This torch has none.
-    """
+    """Torch's dtype of one of our names; a CheckpointError where it has none."""
     found = getattr(import_torch(), _TORCH_NAMES.get(name, ""), None)
     if found is None:
-        raise CheckpointError(
-            f"this PyTorch has no element type {name}; write .npz or .safetensors instead"
-        )
+        said = f"this PyTorch has no element type {name}; write .npz or .safetensors instead"
+        raise CheckpointError(said)
     return found
 
 
-class _TorchReader(CheckpointReader):
-    def __init__(self, path: Path, root: object) -> None:
-        found = find_tensors(root, import_torch().Tensor)
+class Reader(ArrayReader):
+    """A PyTorch checkpoint, loaded with ``weights_only=True``, memory-mapped where possible.
+
+    Tensors that are sparse, quantized, nested, on the meta device or of a type weightvid lacks
+    are reported in ``contents.skipped``, as is everything that is no tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        torch = import_torch()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                root = torch.load(
+                    os.fspath(path), map_location="cpu", weights_only=True, mmap=_can_map(path)
+                )
+        except Exception as error:
+            raise CheckpointError(f"cannot read {path}: {_refusal(error)}") from None
+        try:
+            found = StateDict(root, torch.Tensor)
+        except RecursionError:
+            raise CheckpointError(f"cannot read {path}: its dicts are nested too deep") from None
         limit = _EXPANSION * path.stat().st_size + _EXPANSION_FLOOR_BYTES
-        self._tensors: dict[str, Any] = {}
+        arrays: dict[str, Array] = {}
         specs: list[TensorSpec] = []
         aliases: dict[str, str] = {}
         first_of: dict[tuple[object, ...], str] = {}
@@ -220,80 +157,54 @@ class _TorchReader(CheckpointReader):
             if problem is not None:
                 found.skipped.append(f"{name} ({problem})")
                 continue
-            look = _look(tensor)
+            # Equal for two tensors that show the same memory the same way.
+            seen = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+            look = (*seen, tensor.is_conj(), tensor.is_neg())
             if tensor.numel() and look in first_of:
                 aliases[name] = first_of[look]
                 continue
             first_of[look] = name
-            self._tensors[name] = tensor
-            dtype = _name_of()[tensor.dtype]
-            specs.append(TensorSpec(name, dtype, _shape(tensor, dtype)))
-        if not specs:
-            said = f": {shorten(found.skipped)}" if found.skipped else ""
-            if found.skipped or not isinstance(root, dict):
-                raise CheckpointError(f"{path} holds no named tensors{said}")
-        contents = Contents(tuple(specs), aliases, skipped=tuple(found.skipped))
-        check_contents(contents)
-        super().__init__(contents)
-
-    def _read(self, spec: TensorSpec) -> Array:
-        try:
-            array = to_stored(self._tensors[spec.name])[1]
-        except (RuntimeError, TypeError, MemoryError) as error:
-            raise CheckpointError(
-                f"cannot read tensor {spec.name!r}: {_first_line(error)}"
-            ) from None
-        # Not the tensor's own array object, whose flag somebody else may see.
-        array = array.view()
-        array.flags.writeable = False
-        return array
-
-    def close(self) -> None:
-        super().close()
-        self._tensors = {}
+            dtype, arrays[name] = to_stored(tensor)
+            specs.append(TensorSpec(name, dtype, arrays[name].shape))
+        if not specs and (found.skipped or not isinstance(root, dict)):
+            raise CheckpointError(f"{path} holds no named tensors: {shorten(found.skipped)}")
+        super().__init__(Contents(tuple(specs), aliases, skipped=tuple(found.skipped)), arrays)
 
 
-class _TorchWriter(FileWriter):
-    def __init__(self, path: Path, contents: Contents, *, force: bool) -> None:
-        check_contents(contents)
-        for spec in contents.tensors:
-            self._check(spec)
-        super().__init__(path, contents, force=force)
+class Writer(FileWriter):
+    """A state dict; it is held in memory until ``commit``, for tensors to share storage."""
+
+    def _plan(self) -> bytes:
+        for spec in self.contents.tensors:
+            try:
+                torch_dtype(spec.dtype)
+                if spec.dtype in SUB_BYTE and (not spec.shape or spec.shape[-1] % 2):
+                    raise CheckpointError(f"torch holds {spec.dtype} in pairs")
+            except CheckpointError as error:
+                raise CheckpointError(f"tensor {spec.name!r}: {error}") from None
+        if dropped := self.contents.metadata:
+            self.notes = (f"a state_dict has no metadata; dropped: {shorten(dropped)}",)
         self._state: dict[str, Any] = {}
-        if contents.metadata:
-            self.notes = (f"a state_dict has no metadata; dropped: {shorten(contents.metadata)}",)
-
-    @staticmethod
-    def _check(spec: TensorSpec) -> None:
-        try:
-            torch_dtype(spec.dtype)
-            if spec.dtype in SUB_BYTE and (not spec.shape or spec.shape[-1] % 2):
-                raise CheckpointError(f"torch holds {spec.dtype} in pairs")
-        except CheckpointError as error:
-            raise CheckpointError(f"tensor {spec.name!r}: {error}") from None
+        return b""
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
         # A copy: the caller may fill the same buffer with the next tensor.
         self._state[spec.name] = from_stored(array.copy(), spec.dtype)
 
     def _finish(self) -> None:
-        from collections import OrderedDict
-
-        torch = import_torch()
         state = OrderedDict((spec.name, self._state[spec.name]) for spec in self.contents.tensors)
         for alias, name in self.contents.aliases.items():
             state[alias] = state[name]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                torch.save(state, self._output.file)
+                import_torch().save(state, self._output.file)
         except RuntimeError as error:
             # torch's zip writer turns a failing write into an error of its own.
             cause = error.__cause__ or error.__context__
             if isinstance(cause, OutputError):
                 raise cause from None
-            raise OutputError(f"cannot write the PyTorch file: {_first_line(error)}") from None
-        self._state = {}
+            raise OutputError(f"cannot write the PyTorch file: {first_line(error)}") from None
 
     def abort(self) -> None:
         """Remove the temporary file and let the tensors go."""
@@ -304,61 +215,22 @@ class _TorchWriter(FileWriter):
 @cache
 def _name_of() -> dict[Any, str]:
     torch = import_torch()
-    return {
-        getattr(torch, attribute): name
-        for name, attribute in _TORCH_NAMES.items()
-        if hasattr(torch, attribute)
-    }
+    found = {getattr(torch, attribute, None): name for name, attribute in _TORCH_NAMES.items()}
+    return {dtype: name for dtype, name in found.items() if dtype is not None}
 
 
 def _unsupported(tensor: Any) -> str | None:
     """What keeps a tensor from being stored, or None."""
-    torch = import_torch()
-    if tensor.is_nested:
-        return "nested tensor"
-    if tensor.layout != torch.strided:
-        return f"sparse tensor ({tensor.layout})"
-    if tensor.is_quantized:
-        return f"quantized tensor ({tensor.dtype})"
-    if tensor.is_meta:
-        return "meta tensor, which has no data"
-    if tensor.dtype not in _name_of():
-        return f"tensor of {tensor.dtype}"
+    for is_so, what in (
+        (tensor.is_nested, "nested tensor"),
+        (tensor.layout != import_torch().strided, f"sparse tensor ({tensor.layout})"),
+        (tensor.is_quantized, f"quantized tensor ({tensor.dtype})"),
+        (tensor.is_meta, "meta tensor, which has no data"),
+        (tensor.dtype not in _name_of(), f"tensor of {tensor.dtype}"),
+    ):
+        if is_so:
+            return what
     return None
-
-
-def _elements(tensor: Any, name: str) -> Array:
-    """Stored elements of a strided tensor; sub-byte types still packed."""
-    torch = import_torch()
-    stored = stored_dtype(name)
-    with warnings.catch_warnings():
-        # complex32 warns that it is experimental; nothing is computed with it here.
-        warnings.simplefilter("ignore")
-        plain = tensor.detach().cpu()
-        plain = plain.resolve_conj().resolve_neg()
-        if stored.kind == "u" and not name.startswith("U"):
-            plain = plain.view(getattr(torch, _BIT_TYPES[stored.itemsize]))
-        array: Array = plain.contiguous().numpy().view(stored)
-    return array
-
-
-def _look(tensor: Any) -> tuple[object, ...]:
-    """Equal for two tensors that show the same memory the same way."""
-    return (
-        tensor.data_ptr(),
-        tensor.dtype,
-        tuple(tensor.shape),
-        tuple(tensor.stride()),
-        tensor.is_conj(),
-        tensor.is_neg(),
-    )
-
-
-def _shape(tensor: Any, name: str) -> tuple[int, ...]:
-    shape = tuple(int(n) for n in tensor.shape)
-    if name in SUB_BYTE and shape:
-        return (*shape[:-1], shape[-1] * 8 // SUB_BYTE[name])
-    return shape
 
 
 def _can_map(path: Path) -> bool:
@@ -374,19 +246,93 @@ def _refusal(error: BaseException) -> str:
     """One line of torch's long messages about a file it does not load."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     objects = re.search(r"GLOBAL ([\w.]+)", text)
-    if objects is not None:
+    if objects is not None or "Unsupported operand" in text:
+        what = f"Python objects ({objects[1]})" if objects else "something else than tensors"
         return (
-            f"it holds Python objects ({objects[1]}), and loading them could run code; "
-            "save the model's state_dict() instead"
-        )
-    if "Unsupported operand" in text:
-        return (
-            "it is a pickle of something else than tensors, and loading it could run code; save "
-            "the model's state_dict() with torch.save instead"
+            f"it holds {what}, and loading it could run code; save the model's state_dict() with "
+            "torch.save instead"
         )
     inner = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-    return f"damaged, or no state_dict: {inner[1] if inner else _first_line(error)}"
+    return f"damaged, or no state_dict: {inner[1] if inner else first_line(error)}"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+class StateDict:
+    """Where in an unpickled file the weights are, and what is skipped.
+
+    Training scripts wrap the weights (``{"model": {...}, "epoch": 3}``). The dict is searched from
+    the top: a wrapper of a customary name, or the only entry that holds tensors, is entered. Where
+    several entries hold tensors, all of them are taken, nested names joined by dots. Optimizer
+    states are never taken. Nothing is dropped without being reported.
+
+    Examples
+    --------
+    >>> found = StateDict({"model": {"w": 1.5}, "epoch": 3}, float)
+    >>> found.tensors, found.skipped
+    ({'w': 1.5}, ['epoch (int)'])
+    """
+
+    def __init__(self, root: object, tensor_class: type) -> None:
+        self.tensors: dict[str, Any] = {}
+        self.skipped: list[str] = []
+        self._tensor_class = tensor_class
+        self._counts: dict[int, int] = {}
+        self._entered: set[int] = set()
+        node = {"tensor": root} if isinstance(root, tensor_class) else root
+        if not isinstance(node, dict):
+            self._skip("the whole file", node)
+            return
+        prefix = ""
+        while (key := self._wrapper(node)) is not None and id(node) not in self._entered:
+            self._entered.add(id(node))
+            for other, value in node.items():
+                if other != key:
+                    self._skip(f"{prefix}{other}", value)
+            node, prefix = node[key], f"{prefix}{key}."
+        self._take(node, "")
+
+    def _wrapper(self, node: dict[Any, Any]) -> Any | None:
+        """Key of the entry that wraps the weights, if the node itself is not what we want."""
+        inner = [key for key, value in node.items() if self._is_worth_entering(value)]
+        for name in _WRAPPERS:
+            if name in inner:
+                return name
+        direct = any(isinstance(value, self._tensor_class) for value in node.values())
+        return inner[0] if len(inner) == 1 and not direct else None
+
+    def _take(self, node: dict[Any, Any], prefix: str) -> None:
+        self._entered.add(id(node))
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, self._tensor_class) and name not in self.tensors:
+                self.tensors[name] = value
+            elif isinstance(value, self._tensor_class):
+                self.skipped.append(f"{name} (tensor; the name is taken)")
+            elif self._is_worth_entering(value) and id(value) not in self._entered:
+                self._take(value, f"{name}.")
+            else:
+                self._skip(name, value)
+
+    def _is_worth_entering(self, value: object) -> bool:
+        optimizer = isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
+        return isinstance(value, dict) and not optimizer and self._count(value) > 0
+
+    def _count(self, value: object) -> int:
+        """Tensors at or below ``value``; each container is counted once, so loops end."""
+        if not isinstance(value, (dict, list, tuple)):
+            return int(isinstance(value, self._tensor_class))
+        if id(value) not in self._counts:
+            self._counts[id(value)] = 0
+            inner = value.values() if isinstance(value, dict) else value
+            # Lists are not entered for weights, so what they hold does not make a dict worth it.
+            self._counts[id(value)] = sum(
+                self._count(item) for item in inner if not isinstance(item, (list, tuple))
+            )
+        return self._counts[id(value)]
+
+    def _skip(self, name: str, value: object) -> None:
+        count, what = self._count(value), type(value).__name__
+        if isinstance(value, self._tensor_class):
+            what = "tensor outside the weights"
+        elif count:
+            what += f" with {count} tensor{'s' if count > 1 else ''}"
+        self.skipped.append(f"{name} ({what})")

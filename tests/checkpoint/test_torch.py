@@ -1,0 +1,187 @@
+"""PyTorch files: state dicts in, state dicts out, and no code run on the way."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import save
+
+from weightvid.checkpoint import from_mapping, open_checkpoint
+from weightvid.errors import CheckpointError
+
+torch = pytest.importorskip("torch")
+
+from weightvid.checkpoint.torch_file import from_stored, to_stored  # noqa: E402
+
+W = torch.ones(2, 2)
+OPTIMIZER = {"state": {0: {"m": W.clone(), "v": W.clone()}}, "param_groups": [{"lr": 0.1}]}
+
+
+class Custom:
+    """Something that weights_only must not build."""
+
+
+def dump(path: Path, value: object, **options: object) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(value, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_real_state_dict(tmp_path: Path, legacy: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    state = model.to(memory_format=torch.channels_last).state_dict()
+    path = dump(tmp_path / "m.pth", state, _use_new_zipfile_serialization=not legacy)
+    with open_checkpoint(path) as reader:
+        assert [spec.name for spec in reader.contents.tensors] == list(state)
+        assert reader.contents.skipped == ()
+        for name, tensor in state.items():
+            got = reader.read(name)
+            assert got.shape == tuple(tensor.shape)
+            assert not got.flags.writeable
+            assert np.array_equal(got, tensor.numpy())
+        known = reader.read("0.weight")
+    assert np.array_equal(known, state["0.weight"].numpy())
+
+
+def test_what_we_write_loads_strictly_and_tied(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Embedding(6, 4), "b": torch.nn.Linear(4, 6, False)})
+    model["b"].weight = model["a"].weight
+    with open_checkpoint(dump(tmp_path / "in.pt", model.state_dict())) as reader:
+        assert reader.contents.aliases == {"b.weight": "a.weight"}
+        assert save(tmp_path / "out.bin", reader) == ()
+    state = torch.load(tmp_path / "out.bin", weights_only=True)
+    assert isinstance(state, OrderedDict)
+    assert state["a.weight"].data_ptr() == state["b.weight"].data_ptr()
+    model.load_state_dict(state)
+
+
+def test_views_of_one_storage(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    views = {
+        "base": base,
+        "again": base.view(3, 4),
+        "parameter": torch.nn.Parameter(base),
+        "transposed": base.T,
+        "column": base[:, 1],
+        "expanded": base[:1].expand(5, 4),
+        "conjugate": torch.tensor([1 + 2j]).conj(),
+        "empty": torch.empty(0),
+        "empty too": torch.empty(0),
+    }
+    with open_checkpoint(dump(tmp_path / "m.pt", views)) as reader:
+        assert reader.contents.aliases == {"again": "base", "parameter": "base"}
+        for name, view in views.items():
+            assert np.array_equal(reader.read(name), view.detach().resolve_conj().numpy())
+
+
+@pytest.mark.parametrize(
+    ("value", "names", "skipped"),
+    [
+        (W, "tensor", ""),
+        ({0: W, "x": None, "lr": 0.1}, "0", "lr (float), x (NoneType)"),
+        ({"model": {"w": W}, "optimizer": OPTIMIZER}, "w", "optimizer (dict with 2 tensors)"),
+        ({"c": {"module": {"w": W, "n": 1}, "it": 2}}, "w", "c.it (int), n (int)"),
+        ({"model": {"w": W}, "step": W[0]}, "w", "step (tensor outside the weights)"),
+        ({"a": {"w": W}, "b": {"w": W + 1, "k": ()}}, "a.w b.w", "b.k (tuple)"),
+        ({"w": W, "l": [W, W], "n": {"l": [W]}}, "w", "l (list with 2 tensors), n (dict)"),
+        ({1: W, "1": W + 1}, "1", "1 (tensor; the name is taken)"),
+    ],
+)
+def test_where_the_weights_are(tmp_path: Path, value: Any, names: str, skipped: str) -> None:
+    with open_checkpoint(dump(tmp_path / "m.pt", value)) as reader:
+        assert " ".join(spec.name for spec in reader.contents.tensors) == names
+        assert ", ".join(sorted(reader.contents.skipped)) == skipped
+
+
+@pytest.mark.parametrize("value", [[W], 3, {"a": 1}, {"a": [W]}, OPTIMIZER["param_groups"]])
+def test_no_named_tensors(tmp_path: Path, value: object) -> None:
+    with pytest.raises(CheckpointError, match="holds no named tensors: "):
+        open_checkpoint(dump(tmp_path / "m.pt", value))
+
+
+def test_tangled_dicts(tmp_path: Path) -> None:
+    """Dicts shared 2**40 times, dicts in themselves, and dicts 5000 deep end in a bounded time."""
+    node: dict[str, object] = {"w": W}
+    for _ in range(40):
+        node = {"a": node, "b": node}
+    loop: dict[str, object] = {"w": W}
+    loop["model"] = loop
+    for value in (node, loop):
+        with open_checkpoint(dump(tmp_path / "m.pt", value)) as reader:
+            assert len(reader.contents.tensors) == 1
+    deep: dict[str, object] = {"w": W}
+    for _ in range(5000):
+        deep = {"x": deep, "v": W}
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(100_000)
+    try:
+        dump(tmp_path / "deep.pt", deep)
+    finally:
+        sys.setrecursionlimit(limit)
+    with pytest.raises(CheckpointError, match="nested too deep"):
+        open_checkpoint(tmp_path / "deep.pt")
+
+
+def test_tensors_of_an_unsupported_make_are_reported(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = {
+            "ok": W,
+            "quantized": torch.quantize_per_tensor(W, 0.1, 0, torch.qint8),
+            "sparse": W.to_sparse(),
+            "meta": torch.empty(3, device="meta"),
+            "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+            "expanded": torch.zeros(1).expand(1 << 40),
+        }
+    with open_checkpoint(dump(tmp_path / "m.pt", value)) as reader:
+        assert [spec.name for spec in reader.contents.tensors] == ["ok"]
+        said = dict(item.split(" ", 1) for item in reader.contents.skipped)
+    assert said["quantized"] == "(quantized tensor (torch.qint8))"
+    assert set(said) == set(value) - {"ok"}
+
+
+def test_code_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "p.bin").write_bytes(pickle.dumps({"a": Custom()}, 5))
+    dump(tmp_path / "a.pt", {"w": W, "x": Custom()})
+    dump(tmp_path / "b.pt", torch.nn.Linear(2, 2))
+    for path in tmp_path.iterdir():
+        with pytest.raises(CheckpointError, match=r"could run code.*state_dict\(\)") as caught:
+            open_checkpoint(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = from_mapping({"\ud800": np.ones(1, np.float32)}, metadata={"format": "pt"})
+    notes = save(tmp_path / "m.pt", source)
+    assert notes == ("a state_dict has no metadata; dropped: format",)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'weightvid\[torch\]'"):
+        open_checkpoint(tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="pip install"):
+        save(tmp_path / "out.pt", source)
+
+
+def test_what_cannot_be_converted() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.empty(2)
+    for tensor, said in ((fake, "FakeTensor"), (torch.empty(2, device="meta"), "meta tensor")):
+        with pytest.raises(CheckpointError, match=said):
+            to_stored(tensor)
+    for array, name, said in (
+        (np.zeros(2, np.uint8), "F6_E2M3", "no element type"),
+        (np.zeros(2, np.float32), "BF16", "is not BF16"),
+        (np.zeros(3, np.uint8), "F4", "pairs"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            from_stored(array, name)
