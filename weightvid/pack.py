@@ -1,49 +1,172 @@
-"""Checkpoint to archive.
+"""Checkpoint to archive: survey, plans, levels, frames, packets, file.
 
-Two passes over the source, one tensor in memory at a time: a survey (statistics, from which the
-steps follow), then quantizing, tiling and encoding; a target takes the second pass a few times.
-The archive is written under a temporary name, decoded and checked against its own hashes, and
-renamed.
+    checkpoint -> tensor -> [kernel transform] -> steps -> levels -> energy order -> frames
+               -> video encoder -> fragmented MP4
+
+Two passes over the source, a few parts of tensors in memory at a time: a survey (statistics, from
+which the steps follow), then quantizing, laying out and encoding; a target takes the second pass a
+few times. The archive is written under a temporary name, decoded and checked, and renamed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import inf, log10
 from pathlib import Path
 from time import perf_counter
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
 
+import numpy as np
+
+from weightvid.archives import stored_pieces
 from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
+from weightvid.container import ArchiveWriter
+from weightvid.dtypes import PACKABLE
 from weightvid.errors import CheckpointError, FormatError, QuantizationError
-from weightvid.loader import open_archive
-from weightvid.loader.stream import Spill
-from weightvid.packing.engines import open_workers
-from weightvid.packing.quantizer import Fixed
-from weightvid.packing.workers import Workers
-from weightvid.packing.write import WritePlan, Written, write_archive
-from weightvid.planning.caution import cautions
-from weightvid.planning.options import MIN_MANTISSA_BITS, Evaluation, PackOptions
-from weightvid.planning.search import Trial, search
-from weightvid.planning.sequential import Refiner
-from weightvid.planning.survey import Survey, plan_archive, slopes, survey
-from weightvid.planning.target import Target
+from weightvid.levels.code import CodedPart, Quality, code_part, part_rows, quality_of
+from weightvid.levels.exact import exact_elements, likeness
+from weightvid.levels.frames import Frame, choose_frame_size, lay_out, ribbon_columns
+from weightvid.levels.stats import TensorStats, tensor_stats
+from weightvid.levels.steps import (
+    MIN_WEIGHTS,
+    Moments,
+    TensorPlan,
+    is_codable,
+    plan_tensor,
+    recipe,
+    sample_step,
+    units,
+)
+from weightvid.levels.transform import dct, view_of
+from weightvid.loader import (
+    TENSOR_SHA_BYTES,
+    Array,
+    Assembler,
+    Bytes,
+    Decoder,
+    End,
+    Floats,
+    Header,
+    Sidecar,
+    TensorSpec,
+    Track,
+    from_float32,
+    open_archive,
+    tensor_sha256,
+    to_float32,
+)
 from weightvid.progress import Progress, Report, quiet
-from weightvid.remote import is_url
-from weightvid.remote.upload import check_target, upload
+from weightvid.targets import Target, Trial, search
+from weightvid.version import __version__
+from weightvid.video import CODECS, Video, hevc_level, open_encoder, with_level
+from weightvid.workers import Piece, Workers, open_workers
 
-__all__ = [
-    "MIN_MANTISSA_BITS",
-    "Evaluation",
-    "PackOptions",
-    "PackReport",
-    "Target",
-    "pack_checkpoint",
-]
+if TYPE_CHECKING:
+    from weightvid.calibrate import Calibration, Evaluation
+
+__all__ = ["PackOptions", "PackReport", "Target", "pack_checkpoint"]
+
+#: elements that the survey looks at in one go.
+_SURVEY_BLOCK: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """Settings of one packing.
+
+    Attributes
+    ----------
+    recipe : str
+        ``balanced``, ``small`` or ``fine``.
+    step_factor : float or None
+        k of the step rule, instead of the recipe's.
+    fidelity : str
+        ``outputs``: steps that keep the network's outputs; ``weights``: one step for all tensors,
+        the least squared error of the weights; ``integers``: plain integers times a step.
+    target : Target or None
+        Search the step factor for a size, a rate or an SQNR.
+    calibration : Calibration or None
+        Statistics of this very model, or the model with example inputs.
+    evaluation : Evaluation or None
+        Search the step factor for a bound of the user's own measure.
+    keep : tuple of str
+        Shell-style patterns of tensor names that are kept exactly.
+    side_files : bool
+        Store the small other files of a folder: configuration, tokenizer.
+    video : Video
+        Codec, preset, and the QP of a lossy codec.
+    workers : str, Executor or None
+        See `weightvid.workers.open_workers`.
+    jobs : int
+        Workers; 0: one per core.
+    force : bool
+        Replace an existing file.
+    verify : bool
+        Decode the archive and check it before it gets its name.
+    """
+
+    recipe: str = "balanced"
+    step_factor: float | None = None
+    fidelity: str = "outputs"
+    target: Target | None = None
+    calibration: Calibration | None = None
+    evaluation: Evaluation | None = None
+    keep: tuple[str, ...] = ()
+    side_files: bool = True
+    video: Video = field(default_factory=Video)
+    workers: str | Executor | None = None
+    jobs: int = 0
+    force: bool = False
+    verify: bool = True
+
+    @property
+    def first_factor(self) -> float:
+        """The step factor asked for: the option, or else the recipe's."""
+        return self.step_factor or recipe(self.recipe).step_factor
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other or themselves.
+
+        Raises
+        ------
+        QuantizationError
+        """
+        recipe(self.recipe)
+        units((), self.fidelity)
+        if self.step_factor is not None and not 0 < self.step_factor < inf:
+            raise QuantizationError(
+                f"the step factor must be a positive number, not {self.step_factor}"
+            )
+        searched = [
+            name
+            for name, value in (
+                ("a step factor", self.step_factor), ("a target", self.target),
+                ("an evaluation", self.evaluation), ("a QP", self.video.qp),
+            )
+            if value is not None
+        ]  # fmt: skip
+        if len(searched) > 1:
+            raise QuantizationError(f"{searched[0]} and {searched[1]} exclude each other")
+        if self.jobs < 0:
+            raise QuantizationError(f"the number of jobs must not be negative, as {self.jobs} is")
+
+
+class TensorReport(NamedTuple):
+    """What became of one tensor: SQNR in dB, its worst row, escapes and outliers."""
+
+    name: str
+    sqnr_db: float
+    worst_row: int
+    worst_row_db: float
+    escapes: int
+    outliers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,64 +175,45 @@ class PackReport:
 
     Attributes
     ----------
-    file_bytes, source_bytes : int
-        Of the archive, and of all tensors of the source.
-    weights : int
-        Elements of all floating-point tensors of the source.
-    coded_weights : int
-        Those that were quantized.
-    stream_bytes : int
-        Of the packets and of the digits beside them.
+    file_bytes, source_bytes, packet_bytes : int
+        Of the archive, of all tensors of the source, and of the video in the archive.
+    weights, coded_weights : int
+        Elements of all floating-point tensors, and of those that were quantized.
     sqnr_db : float or None
-        Over all quantized tensors.
-    frames : int
-    width, height : int
-        Of a frame, in samples.
+        Over all quantized weights; None if nothing was lost.
+    tensors : tuple of TensorReport
+        Of the quantized tensors.
+    frames, width, height : int
     skipped : tuple of str
         Entries of the source that are no tensors.
     unused_keeps : tuple of str
         Patterns of ``keep`` that no tensor matches.
-    seconds : float
     side_files : tuple of str
-        Paths of the small other files that the archive keeps.
     step_factor : float
-        k that the steps came from.
     encodings : int
         Whole encodings that a search took; 1 without one.
-    warnings : tuple of str
-        Why the accuracy should be checked.
-    loss : float or None
-        Of the decoded archive, by the evaluation: mean KL divergence of the logits, 1 - mean
-        cosine of unit vectors, or the relative drop of a number.
-    metric_before, metric : float or None
-        What the evaluation measured of the original, and of the decoded archive.
-    evaluations : int
-        Calls of the evaluation.
-    calibration : str
-        With example inputs at hand: which of two calibrated archives was kept, and why.
+    seconds : float
+    notes : tuple of str
+        What calibration and evaluation found.
     """
 
     file_bytes: int
     source_bytes: int
+    packet_bytes: int
     weights: int
     coded_weights: int
-    stream_bytes: int
     sqnr_db: float | None
+    tensors: tuple[TensorReport, ...]
     frames: int
     width: int
     height: int
     skipped: tuple[str, ...]
     unused_keeps: tuple[str, ...]
+    side_files: tuple[str, ...]
+    step_factor: float
+    encodings: int
     seconds: float
-    side_files: tuple[str, ...] = ()
-    step_factor: float = 0.0
-    encodings: int = 1
-    warnings: tuple[str, ...] = ()
-    loss: float | None = None
-    metric_before: float | None = None
-    metric: float | None = None
-    evaluations: int = 0
-    calibration: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -117,9 +221,17 @@ class PackReport:
         return 8 * self.file_bytes / self.weights if self.weights else 0.0
 
     @property
-    def stream_bits_per_weight(self) -> float:
-        """8 x (packets + digits) / quantized weights; 0 without any."""
-        return 8 * self.stream_bytes / self.coded_weights if self.coded_weights else 0.0
+    def worst_tensor(self) -> TensorReport | None:
+        """Tensor of the lowest SQNR."""
+        return min(self.tensors, key=lambda tensor: tensor.sqnr_db, default=None)
+
+    @property
+    def worst_row(self) -> TensorReport | None:
+        """Tensor that has the row of the lowest SQNR."""
+        return min(self.tensors, key=lambda tensor: tensor.worst_row_db, default=None)
+
+
+# --- the pipeline ---------------------------------------------------------------------------------
 
 
 def pack_checkpoint(
@@ -133,9 +245,8 @@ def pack_checkpoint(
     Parameters
     ----------
     source : path, address or CheckpointReader
-    destination : path or address
-        Appears whole, or not at all. At an address (``s3://...``), after it was written and
-        checked here.
+    destination : path
+        Appears whole, or not at all.
     options : PackOptions
     progress : callable
         Told about the stages ``survey``, ``encode`` and ``verify`` (and ``download``).
@@ -145,14 +256,6 @@ def pack_checkpoint(
     CheckpointError, QuantizationError, CodecError, OutputError, RemoteError
     """
     chosen = options or PackOptions()
-    if is_url(destination):
-        chosen.check()
-        check_target(destination, force=chosen.force)
-        with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
-            here = Path(folder, "archive.mp4")
-            report = pack_checkpoint(source, here, chosen, progress)
-            upload(here, destination)
-        return report
     if isinstance(source, CheckpointReader):
         return _pack(source, destination, chosen, progress)
     if Path(destination).exists() and os.path.realpath(source) == os.path.realpath(destination):
@@ -171,160 +274,492 @@ def _pack(
     options.check()
     output = AtomicFile(destination, force=options.force)
     try:
-        feedback = options.calibration is not None
-        with open_workers(options.cluster, options.jobs, algebra=feedback) as workers:
-            workers.folder = output.temporary.parent
-            surveyed = survey(reader, options, progress, workers)
-            encoder = _Encoder(surveyed, cast(BinaryIO, output.file), workers, progress)
-            encodings, verdict = 1, _Judged()
-            if options.evaluation is not None:
-                made, encodings, verdict = _measured(surveyed, encoder, progress)
-            elif options.target is None:
-                made = encoder.encode(options.first_factor)
-            else:
-                made, encodings = search(surveyed, options.target, encoder.encode)
-            told = ""
-            if options.examples is not None and surveyed.moments:
-                refined = Refiner(
-                    surveyed, options.examples, encoder.encode_fixed, encoder.stream, progress
-                ).run(made)
-                made, told = refined.made, refined.told
-                encodings += refined.encodings
+        with open_workers(options.workers, options.jobs) as workers:
+            survey = survey_checkpoint(reader, options, workers, progress)
+            encoder = Encoder(survey, cast(BinaryIO, output.file), workers, progress)
+            made, encodings, notes = _choose(survey, encoder, progress)
         if options.verify:
-            _verify(encoder.stream, output.temporary.parent, reader, progress)
+            _verify(cast(BinaryIO, output.file), reader, options.jobs, progress)
     except BaseException:
         output.abort()
         raise
     output.commit()
-    tensors = reader.contents.tensors
-    plan, written = encoder.plan, encoder.written
+    contents = reader.contents
     return PackReport(
         file_bytes=made.file_bytes,
-        source_bytes=sum(spec.stored_bytes for spec in tensors),
-        weights=surveyed.weights,
-        coded_weights=written.weights,
-        stream_bytes=written.packet_bytes + written.digit_bytes,
-        sqnr_db=written.sqnr_db,
-        frames=written.frames,
-        width=plan.header.geometry.width,
-        height=plan.header.geometry.height,
-        skipped=reader.contents.skipped,
+        source_bytes=sum(spec.stored_bytes for spec in contents.tensors),
+        packet_bytes=made.packet_bytes,
+        weights=survey.weights,
+        coded_weights=made.coded_weights,
+        sqnr_db=made.sqnr_db,
+        tensors=made.tensors,
+        frames=made.frames,
+        width=made.width,
+        height=made.height,
+        skipped=contents.skipped,
         unused_keeps=tuple(
             pattern
             for pattern in options.keep
-            if not any(fnmatchcase(spec.name, pattern) for spec in tensors)
+            if not any(fnmatchcase(spec.name, pattern) for spec in contents.tensors)
         ),
-        seconds=perf_counter() - began,
-        side_files=tuple(entry.path for entry in plan.header.files),
+        side_files=tuple(file.path for file in contents.files) if options.side_files else (),
         step_factor=made.factor,
         encodings=encodings,
-        warnings=_warnings(surveyed, plan, made.factor),
-        loss=verdict.loss,
-        metric_before=verdict.metric_before,
-        metric=verdict.metric,
-        evaluations=verdict.calls,
-        calibration=told,
+        seconds=perf_counter() - began,
+        notes=notes,
     )
 
 
-def _warnings(surveyed: Survey, plan: WritePlan, factor: float) -> tuple[str, ...]:
-    """What to be wary of: sensitive models, unless they were judged; doubtful example inputs."""
-    options, calibration = surveyed.options, surveyed.calibration
-    tensors = surveyed.reader.contents.tensors
-    found = () if options.evaluation else cautions(tensors, plan.params, factor)
-    if calibration is None or options.examples is None:
-        return found
-    return (*found, *calibration.notes)
+def _choose(
+    survey: Survey, encoder: Encoder, progress: Report
+) -> tuple[Written, int, tuple[str, ...]]:
+    """Encode until the archive is as it was asked for."""
+    options = survey.options
+    notes: tuple[str, ...] = ()
+    calibration, evaluation = options.calibration, options.evaluation
+    if evaluation is not None:
+        made, encodings, notes = evaluation.search(survey, encoder.encode, encoder.file, progress)
+        return made, encodings, notes
+    if options.target is not None:
+        made, encodings = search(
+            survey.weights, options.first_factor, options.target, encoder.encode
+        )
+    else:
+        made, encodings = encoder.encode(options.first_factor), 1
+    if calibration is not None:
+        made, more, notes = calibration.refine(survey, made, encoder, progress)
+        encodings += more
+    return made, encodings, notes
+
+
+# --- the survey -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Judged:
-    """What an evaluation said of the archive."""
-
-    loss: float | None = None
-    metric_before: float | None = None
-    metric: float | None = None
-    calls: int = 0
-
-
-def _measured(surveyed: Survey, encoder: _Encoder, progress: Report) -> tuple[Trial, int, _Judged]:
-    from weightvid.planning.evaluate import Evaluator
-    from weightvid.planning.measured import Planner
-
-    evaluation = surveyed.options.evaluation
-    if evaluation is None:
-        raise QuantizationError("there is no evaluation to measure with")
-    evaluator = Evaluator(surveyed, evaluation, progress)
-    found = Planner(surveyed, evaluator, encoder.encode_steps, encoder.stream).run()
-    judged = _Judged(found.verdict.loss, found.metric_before, found.verdict.metric, evaluator.calls)
-    return found.made, found.encodings, judged
-
-
-class _Encoder:
-    """Writes archives over each other, until one is as it should be.
+class Survey:
+    """A checkpoint whose tensors have all been looked at once.
 
     Attributes
     ----------
-    stream : binary file object
-        Holds the last archive.
-    plan : WritePlan
-    written : Written
+    reader : CheckpointReader
+    options : PackOptions
+    stats : mapping of int to TensorStats
+        Of the tensors that are worth quantizing, by number, in order.
+    units : mapping of int to float
+        Step of each at k = 1, before any limit.
+    moments : mapping of int to Moments
+        What calibration knows of the inputs of a tensor.
     """
 
-    plan: WritePlan
-    written: Written
+    reader: CheckpointReader
+    options: PackOptions
+    stats: Mapping[int, TensorStats]
+    units: Mapping[int, float]
+    moments: Mapping[int, Moments] = field(default_factory=dict)
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """All tensors; a tensor's number is its place."""
+        return self.reader.contents.tensors
+
+    @property
+    def weights(self) -> int:
+        """Elements of all floating-point tensors."""
+        return sum(spec.size for spec in self.specs if spec.dtype in PACKABLE)
+
+    def plans(self, factor: float) -> dict[int, TensorPlan]:
+        """Plan of each tensor that is quantized, at a step factor."""
+        found = {}
+        for number, stats in self.stats.items():
+            unit, fidelity = self.units[number], self.options.fidelity
+            if self.options.video.qp is not None:
+                plan = plan_tensor(stats, sample_step(unit, stats), "integers")
+            else:
+                moments = self.moments.get(number)
+                plan = plan_tensor(stats, factor * unit, fidelity, moments=moments)
+            if plan is not None:
+                found[number] = plan
+        return found
+
+
+class _Looked(NamedTuple):
+    spec: TensorSpec
+    pieces: tuple[Piece, ...]
+
+
+def survey_checkpoint(
+    reader: CheckpointReader, options: PackOptions, workers: Workers, progress: Report = quiet
+) -> Survey:
+    """Read every tensor once.
+
+    Raises
+    ------
+    CheckpointError
+        The source is damaged, or the calibration statistics are of another model.
+    """
+    specs = reader.contents.tensors
+    wanted = {number: spec for number, spec in enumerate(specs) if may_code(spec, options.keep)}
+    total = sum(spec.size for spec in wanted.values())
+    done, stats = 0, {}
+    tasks = (_Looked(spec, _pieces(reader, spec, workers)) for spec in wanted.values())
+    for number, found in zip(wanted, workers.map(_look_at, tasks), strict=True):
+        done += found.spec.size
+        progress(Progress("survey", done, total))
+        if is_codable(found.spec, found):
+            stats[number] = found
+    steps = dict(zip(stats, units(list(stats.values()), options.fidelity), strict=True))
+    survey = Survey(reader, options, stats, steps)
+    if options.calibration is not None:
+        survey = options.calibration.apply(survey, progress)
+    return survey
+
+
+def may_code(spec: TensorSpec, keep: Sequence[str] = ()) -> bool:
+    """Whether a tensor may be quantized: not few floats, of two axes, that nobody wants exactly."""
+    return (
+        spec.dtype in PACKABLE
+        and spec.size >= MIN_WEIGHTS
+        and sum(size > 1 for size in spec.shape) >= 2
+        and not any(fnmatchcase(spec.name, pattern) for pattern in keep)
+    )
+
+
+def _pieces(reader: CheckpointReader, spec: TensorSpec, workers: Workers) -> tuple[Piece, ...]:
+    """Blocks of whole rows of a tensor's matrix."""
+    columns = view_of(spec.shape).columns
+    count = max(1, _SURVEY_BLOCK // columns) * columns
+    return tuple(
+        workers.piece(reader, spec.name, first, min(count, spec.size - first))
+        for first in range(0, spec.size, count)
+    )
+
+
+def _look_at(task: _Looked) -> TensorStats:
+    return tensor_stats(task.spec, (piece.read() for piece in task.pieces))
+
+
+# --- encoding -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Written(Trial):
+    """An archive that was written: what `Trial` says, and what the report needs."""
+
+    packet_bytes: int = 0
+    coded_weights: int = 0
+    frames: int = 0
+    width: int = 0
+    height: int = 0
+    tensors: tuple[TensorReport, ...] = ()
+
+
+class _PartTask(NamedTuple):
+    piece: Piece
+    plan: TensorPlan
+    number: int
+    first_row: int
+    moments: Moments | None
+
+
+class _FrameTask(NamedTuple):
+    luma: Bytes
+    video: Video
+
+
+class _Packet(NamedTuple):
+    data: bytes
+    sha256: bytes
+    luma: Bytes | None
+
+
+class Encoder:
+    """Writes archives over each other, until one is as it should be.
+
+    Parameters
+    ----------
+    survey : Survey
+    file : binary file object
+        Holds the last archive.
+    workers : Workers
+    progress : callable
+    """
 
     def __init__(
-        self, surveyed: Survey, stream: BinaryIO, workers: Workers, progress: Report
+        self, survey: Survey, file: BinaryIO, workers: Workers, progress: Report = quiet
     ) -> None:
-        self.stream = stream
-        self._surveyed = surveyed
-        self._workers = workers
-        self._progress = progress
+        self.file, self._survey, self._workers, self._progress = file, survey, workers, progress
 
-    def encode(self, factor: float) -> Trial:
-        """Write the archive of a step factor."""
-        return self.encode_steps(self._surveyed.steps(factor), factor, {})
-
-    def encode_fixed(
-        self, factor: float, about: Mapping[str, Any], fixed: Mapping[int, Fixed] | None
-    ) -> Trial:
-        """Write the archive of a step factor; of some tensors the levels may be known."""
-        return self.encode_steps(self._surveyed.steps(factor), factor, about, fixed)
-
-    def encode_steps(
+    def encode(
         self,
-        steps: Mapping[int, float],
         factor: float,
-        about: Mapping[str, Any],
-        fixed: Mapping[int, Fixed] | None = None,
-    ) -> Trial:
-        """Write the archive of these steps."""
-        if self._surveyed.options.lossy is None:
-            about = {"slopes": slopes(steps, self._surveyed.units, factor), **about}
-        self.plan = plan_archive(self._surveyed, steps, about, fixed)
-        self.stream.seek(0)
-        self.stream.truncate()
-        source = self._workers.source(self._surveyed.reader)
-        self.written = write_archive(self.stream, self.plan, source, self._workers, self._progress)
-        return Trial(factor, self.stream.tell(), self.written.sqnr_db)
+        coded: Mapping[int, Sequence[CodedPart]] | None = None,
+    ) -> Written:
+        """Write the archive of a step factor.
+
+        Parameters
+        ----------
+        factor : float
+        coded : mapping of int to sequence of CodedPart, optional
+            Tensors that are quantized already.
+        """
+        survey = self._survey
+        plans = survey.plans(factor)
+        run = _Run(survey, plans, coded or {}, self._workers, self._progress)
+        self.file.seek(0)
+        self.file.truncate()
+        return run.write(self.file, factor)
 
 
-def _verify(stream: BinaryIO, folder: Path, reader: CheckpointReader, progress: Report) -> None:
-    stream.seek(0)
-    specs = reader.contents.tensors
-    total, total_bytes = sum(s.size for s in specs), sum(s.stored_bytes for s in specs)
-    done = done_bytes = 0
-    progress(Progress("verify", 0, total, 0, total_bytes))
+class _Run:
+    """One pass from tensors to file."""
+
+    def __init__(
+        self,
+        survey: Survey,
+        plans: Mapping[int, TensorPlan],
+        coded: Mapping[int, Sequence[CodedPart]],
+        workers: Workers,
+        progress: Report,
+    ) -> None:
+        self._survey, self._plans, self._coded = survey, plans, coded
+        self._workers, self._progress = workers, progress
+        #: by the number of a bias: what the weights of its layer have taken from the mean outputs.
+        self._shifts: dict[int, Floats] = {}
+        sizes = sorted({size for plan in plans.values() for size in plan.kernel})
+        self._bases = {size: number for number, size in enumerate(sizes)}
+        self._hashes: dict[int, Any] = {}
+        self._reports: dict[int, _Tally] = {}
+        self._done = 0
+        self._total = sum(plan.spec.size for plan in plans.values())
+        self._video = survey.options.video.for_levels(self._total)
+
+    def write(self, file: BinaryIO, factor: float) -> Written:
+        """Write the whole archive."""
+        survey, options = self._survey, self._survey.options
+        rows = {number: part_rows(plan) for number, plan in self._plans.items()}
+        columns = sum(
+            ribbon_columns(count * self._plans[number].view.columns)
+            for number, parts in rows.items()
+            for _, count in parts
+        )
+        size = choose_frame_size(columns)
+        record = open_encoder(self._video, *size).record
+        track = Track(size.width, size.height, CODECS[options.video.codec].entry, record)
+        contents = survey.reader.contents
+        numbers = {spec.name: number for number, spec in enumerate(survey.specs)}
+        header = Header(
+            survey.specs,
+            {alias: numbers[name] for alias, name in contents.aliases.items()},
+            contents.metadata,
+            (),
+            tuple(dct(kernel) for kernel in self._bases),
+            _about(options),
+        )
+        writer = ArchiveWriter(file, track, header, contents.files if options.side_files else ())
+        frames = lay_out(self._code(rows), size)
+        decoded = Assembler(header) if options.video.qp is not None else None
+        count = 0
+        for frame, packet in self._encode(frames):
+            sidecar = self._sidecar(frame, packet)
+            if decoded is not None and packet.luma is not None:
+                sidecar = self._decoded(sidecar, decoded, packet.luma)
+            writer.add_frame(sidecar, packet.data)
+            count += 1
+        writer.add_exact(self._exact())
+        file_bytes = writer.finish()
+        if count and track.entry == b"hvc1":
+            level = hevc_level(*size, writer.largest_packet, writer.first_packet)
+            writer.replace_record(with_level(record, level.level_idc))
+        tallies = [self._reports[number] for number in self._plans]
+        signal, noise = sum(t.signal for t in tallies), sum(t.noise for t in tallies)
+        return Written(
+            factor, file_bytes, 10 * log10(signal / noise) if signal and noise else None,
+            writer.packet_bytes, self._total, count, *size,
+            tuple(tally.report() for tally in tallies),
+        )  # fmt: skip
+
+    # --- tensors to samples
+
+    def _code(
+        self, rows: Mapping[int, Sequence[tuple[int, int]]]
+    ) -> Iterator[tuple[CodedPart, Bytes]]:
+        """Coded parts in the order of the ribbon, with their samples."""
+        tasks = (task for number in rows for task in self._tasks(number, rows[number]))
+        results = self._workers.map(_code_part, tasks)
+        for number, parts in rows.items():
+            plan, tally = self._plans[number], _Tally(self._plans[number].spec.name)
+            self._reports[number] = tally
+            digest = self._hashes[number] = hashlib.sha256()
+            for place in range(len(parts)):
+                part = self._coded[number][place] if number in self._coded else next(results)
+                digest.update(np.ascontiguousarray(part.stored).data)
+                tally.add(part)
+                if part.shift is not None:
+                    self._shift(self._survey.moments[number], part.shift)
+                self._done += part.stored.size
+                self._progress(Progress("encode", self._done, self._total))
+                yield replace(part, stored=np.empty((0,))), part.samples
+            del plan
+
+    def _shift(self, moments: Moments, shift: Floats) -> None:
+        if moments.bias is not None and np.isfinite(shift).all():
+            before = self._shifts.get(moments.bias, np.float32(0))
+            self._shifts[moments.bias] = before + moments.bias_sign * shift
+
+    def _tasks(self, number: int, parts: Sequence[tuple[int, int]]) -> Iterator[_PartTask]:
+        if number in self._coded:
+            return
+        plan, columns = self._plans[number], self._plans[number].view.columns
+        for first, count in parts:
+            piece = self._workers.piece(
+                self._survey.reader, plan.spec.name, first * columns, count * columns
+            )
+            yield _PartTask(piece, plan, number, first, self._survey.moments.get(number))
+
+    # --- samples to packets
+
+    def _encode(
+        self, frames: Iterator[Frame[CodedPart]]
+    ) -> Iterator[tuple[Frame[CodedPart], _Packet]]:
+        waiting: list[Frame[CodedPart]] = []
+
+        def tasks() -> Iterator[_FrameTask]:
+            for frame in frames:
+                waiting.append(frame._replace(luma=np.empty((0, 0), np.uint8)))
+                yield _FrameTask(frame.luma, self._video)
+
+        for packet in self._workers.map(_encode_frame, tasks()):
+            yield waiting.pop(0), packet
+
+    def _sidecar(self, frame: Frame[CodedPart], packet: _Packet) -> Sidecar:
+        parts = []
+        for coded, column in frame.starts:
+            kernel = self._plans[coded.part.tensor].kernel
+            bases = tuple(self._bases[size] for size in kernel)
+            parts.append(replace(coded.part, column=column, bases=bases))
+        ends = []
+        for coded in frame.ends:
+            plan = self._plans[coded.part.tensor]
+            if coded.part.first_row + coded.part.rows == plan.view.rows:
+                number = coded.part.tensor
+                digest = self._hashes.pop(number).digest()[:TENSOR_SHA_BYTES]
+                ends.append(End(number, digest, self._reports[number].sqnr_db))
+        return Sidecar(frame.number, packet.sha256, tuple(parts), tuple(ends))
+
+    def _decoded(self, sidecar: Sidecar, assembler: Assembler, luma: Bytes) -> Sidecar:
+        """Sidecar of a lossy frame: hashes and qualities are those of what came back."""
+        ends = []
+        for number, array in assembler.add(sidecar, luma):
+            spec, tally = self._survey.specs[number], _Tally(self._survey.specs[number].name)
+            original = to_float32(self._survey.reader.read(spec.name).reshape(-1), spec.dtype)
+            shape = -1, self._plans[number].view.columns
+            tally.add_quality(
+                quality_of(original.reshape(shape), array.reshape(shape), spec.dtype, 0)
+            )
+            self._reports[number] = tally
+            ends.append(End(number, tensor_sha256(array)[:TENSOR_SHA_BYTES], tally.sqnr_db))
+        return sidecar._replace(ends=tuple(ends))
+
+    # --- what is kept exactly
+
+    def _exact(self) -> Iterator[tuple[int, Array]]:
+        options, reader = self._survey.options, self._survey.reader
+        bits = recipe(options.recipe).mantissa_bits
+        left = [n for n in range(len(self._survey.specs)) if n not in self._plans]
+        for number in sorted(left, key=lambda n: likeness(self._survey.specs[n])):
+            spec = self._survey.specs[number]
+            array = reader.read(spec.name)
+            if number in self._shifts:
+                values = to_float32(array, spec.dtype) + self._shifts[number]
+                array = from_float32(values, spec.dtype)
+            if any(fnmatchcase(spec.name, pattern) for pattern in options.keep):
+                yield number, array
+            else:
+                yield number, exact_elements(array, spec, bits)
+
+
+class _Tally:
+    """Sums over the parts of one tensor."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.signal = self.noise = 0.0
+        self._worst = (inf, 0)
+        self._escapes = self._outliers = 0
+
+    def add(self, coded: CodedPart) -> None:
+        self.add_quality(coded.quality)
+        self._escapes += 0 if coded.part.escapes is None else len(coded.part.escapes[0])
+        self._outliers += coded.outliers
+
+    def add_quality(self, quality: Quality) -> None:
+        self.signal += quality.signal
+        self.noise += quality.noise
+        self._worst = min(self._worst, (quality.worst_db, quality.worst_row))
+
+    @property
+    def sqnr_db(self) -> float | None:
+        return 10 * log10(self.signal / self.noise) if self.signal and self.noise else None
+
+    def report(self) -> TensorReport:
+        sqnr = inf if self.sqnr_db is None else self.sqnr_db
+        return TensorReport(
+            self.name, sqnr, self._worst[1], self._worst[0], self._escapes, self._outliers
+        )
+
+
+def _code_part(task: _PartTask) -> CodedPart:
+    return code_part(task.piece.read(), task.plan, task.number, task.first_row, task.moments)
+
+
+_LOCAL = threading.local()
+
+
+def _encode_frame(task: _FrameTask) -> _Packet:
+    """Packet of a frame and SHA-256 of what it decodes to; of a lossy one also what that is."""
+    height, width = task.luma.shape
+    key = (task.video, width, height)
+    if getattr(_LOCAL, "key", None) != key:
+        _LOCAL.key, _LOCAL.encoder = key, open_encoder(task.video, width, height)
+    encoder = _LOCAL.encoder
+    data = encoder.encode(task.luma)
+    if task.video.qp is None:
+        return _Packet(data, hashlib.sha256(task.luma.data).digest(), None)
+    track = Track(width, height, CODECS[task.video.codec].entry, encoder.record)
+    decoder = Decoder(track)
+    decoded = [*decoder.decode(0, data), *decoder.decode(0, None)]
+    luma = np.ascontiguousarray(decoded[0][1])
+    return _Packet(data, hashlib.sha256(luma.data).digest(), luma)
+
+
+def _about(options: PackOptions) -> dict[str, str]:
+    """What the header says to people about the making of the archive."""
+    made = options.recipe if options.step_factor is None else f"step {options.step_factor:g}"
+    if options.target is not None:
+        made = f"target {options.target}"
+    if options.video.qp is not None:
+        made = f"lossy video, QP {options.video.qp}"
+    about = {"generator": f"weightvid {__version__}", "recipe": made}
+    if options.fidelity != "outputs":
+        about["fidelity"] = options.fidelity
+    if options.video.codec != "x265":
+        about["encoder"] = options.video.codec
+    return about
+
+
+def _verify(file: BinaryIO, reader: CheckpointReader, threads: int, progress: Report) -> None:
+    """Decode the archive and compare every hash in it."""
+    file.flush()
+    file.seek(0)
+    total = sum(spec.size for spec in reader.contents.tensors)
+    done = 0
     try:
-        with open_archive(stream, check_tensors=True) as archive:
-            for _, parts in archive.iter_parts(spill=Spill(folder)):
-                for part in parts:
-                    done += part.size
-                    done_bytes += part.nbytes
-                    progress(Progress("verify", done, total, done_bytes, total_bytes))
+        for _, _, elements in stored_pieces(open_archive(file, threads=threads)):
+            done += elements.size
+            progress(Progress("verify", done, total))
     except FormatError as error:
         raise FormatError(
-            f"the archive does not decode to what was packed, and has been discarded: {error}",
+            "the archive does not decode to what was packed, and has been discarded: "
+            f"{error.args[0]}",
             code=error.code,
         ) from error

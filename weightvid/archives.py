@@ -1,0 +1,250 @@
+"""Archives at paths and addresses: opened, walked without decoding, and read when damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from weightvid.checkpoint import is_url, open_remote
+from weightvid.errors import CodecError, FormatError, TruncatedError
+from weightvid.loader import (
+    BAND,
+    FRAME_UUID,
+    TENSOR_SHA_BYTES,
+    Archive,
+    Array,
+    Assembler,
+    PacketDecoder,
+    Part,
+    Sidecar,
+    TensorSpec,
+    dequantize,
+    from_float32,
+    open_archive,
+    open_body,
+    parse_exact,
+    parse_sidecar,
+)
+from weightvid.progress import Progress, Report, quiet
+
+#: where an archive is: a path, an address, or an open file.
+Location = str | os.PathLike[str] | BinaryIO
+
+
+@contextmanager
+def open_anywhere(
+    location: Location, decoder: str | PacketDecoder = "software"
+) -> Iterator[Archive]:
+    """Archive at a path, an address, or in a file: decoded on all cores, every hash checked.
+
+    A file that was given open stays open.
+
+    Raises
+    ------
+    FormatError, OSError, RemoteError
+    """
+    if not isinstance(location, (str, os.PathLike)):
+        yield open_archive(location, decoder=decoder, threads=0, check_tensors=True)
+        return
+    with open_remote(location) if is_url(location) else Path(location).open("rb") as file:
+        yield open_archive(file, decoder=decoder, threads=0, check_tensors=True)
+
+
+class Defect(NamedTuple):
+    """The first thing found wrong: its stable code (see FORMAT.md), message and byte offset."""
+
+    code: str
+    message: str
+    offset: int | None = None
+
+
+@dataclass(slots=True)
+class Salvage:
+    """Iterates over the whole tensors of an archive, and remembers what was wrong.
+
+    A defect does not end the iteration where the archive has its index: the tensors that have not
+    come yet are then tried one by one.
+
+    Attributes
+    ----------
+    archive, progress, stage : Archive, callable, str
+        Progress is reported as this stage.
+    defect : Defect or None
+        The first defect met.
+    missing : tuple of str
+        Tensors that did not come whole; known after the iteration.
+    """
+
+    archive: Archive
+    progress: Report = quiet
+    stage: str = ""
+    defect: Defect | None = None
+    missing: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[tuple[TensorSpec, Array]]:
+        specs, done, done_bytes = self.archive.header.tensors, 0, 0
+        total, total_bytes = sum(s.size for s in specs), sum(s.stored_bytes for s in specs)
+        for spec, array in self._tensors():
+            yield spec, array
+            done, done_bytes = done + spec.size, done_bytes + spec.stored_bytes
+            self.progress(Progress(self.stage, done, total, done_bytes, total_bytes))
+
+    def _tensors(self) -> Iterator[tuple[TensorSpec, Array]]:
+        left = {spec.name: spec for spec in self.archive.header.tensors}
+        try:
+            for spec, array in self.archive.stored_items():
+                del left[spec.name]
+                yield spec, array
+        except (FormatError, CodecError) as error:
+            if self.defect is None:
+                code, offset = getattr(error, "code", "decode"), getattr(error, "offset", None)
+                self.defect = Defect(code, str(error), offset)
+            for name in tuple(left) if self.archive.index else ():
+                with suppress(FormatError, CodecError):
+                    array = self.archive.stored(name)
+                    yield left.pop(name), array
+        self.missing = tuple(left)
+
+
+def read_tensors(archive: Archive, names: Collection[str]) -> Iterator[tuple[TensorSpec, Array]]:
+    """Tensors of these names, without decoding many frames of others.
+
+    Raises
+    ------
+    FormatError, CodecError
+        The archive is damaged there; a TruncatedError names those of ``names`` that are missing.
+    """
+    wanted = {number: s for number, s in enumerate(archive.header.tensors) if s.name in names}
+    if archive.index is not None:
+        spans = archive.index.spans
+        frames = sum(len(spans.get(number, ())) for number in wanted)
+        if frames < len(archive.index.frames):
+            for number in sorted(wanted, key=lambda number: spans.get(number, range(0)).start):
+                yield wanted[number], archive.stored(wanted[number].name)
+            return
+    left, everything = {s.name for s in wanted.values()}, len(archive.header.tensors)
+    try:
+        for spec, array in archive.stored_items():
+            if spec.name in left:
+                left.discard(spec.name)
+                yield spec, array
+            if not left and len(wanted) < everything:
+                return  # the rest of a pipe need not arrive
+    except TruncatedError as error:
+        if len(wanted) == everything:
+            raise
+        why = f"the archive is cut short; missing: {', '.join(sorted(left))}"
+        raise TruncatedError(why, error.offset, sorted(left)) from None
+
+
+def stored_pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
+    """Consecutive stored elements of all tensors in file order, a part at a time, hashes checked.
+
+    Yields
+    ------
+    TensorSpec, int, ndarray
+        Tensor, number of the first element, elements; no whole tensor is ever in memory.
+
+    Raises
+    ------
+    FormatError
+        The archive is damaged or cut short; ``tensor-digest`` at the last piece of a tensor.
+    """
+    header, ready = archive.header, list[tuple[int, int, Array]]()
+
+    def take(part: Part, matrix: Array) -> None:
+        bases = [header.bases[basis] for basis in part.bases]
+        values = dequantize(matrix, part, bases)
+        dtype = header.tensors[part.tensor].dtype
+        ready.append((part.tensor, part.first_row * part.columns, from_float32(values, dtype)))
+
+    assembler, digests = Assembler(header, sink=take), dict[int, Any]()
+    left = {number: spec.size for number, spec in enumerate(header.tensors)}
+    try:
+        for event in archive.events():
+            if isinstance(event, bytes):
+                ready.extend(parse_exact(event, header))
+            else:
+                all(assembler.add(*event))
+            for number, first, elements in ready:
+                spec, flat = header.tensors[number], np.ascontiguousarray(elements).reshape(-1)
+                if first != spec.size - left.get(number, -1):
+                    why = f"parts of tensor {spec.name!r} are out of order"
+                    raise FormatError(why, "order", tensor=spec.name)
+                if isinstance(event, tuple):
+                    digests.setdefault(number, hashlib.sha256()).update(flat)
+                left[number] -= flat.size
+                if isinstance(event, bytes) and not left[number]:
+                    del left[number]
+                yield spec, first, flat
+            ready.clear()
+            for end in event[0].ends if isinstance(event, tuple) else ():
+                found, name = digests.pop(end.tensor, None), header.tensors[end.tensor].name
+                if left.pop(end.tensor, 1) or found.digest()[:TENSOR_SHA_BYTES] != end.sha256:
+                    why = f"tensor {name!r} is not what was packed"
+                    raise FormatError(why, "tensor-digest", tensor=name)
+    except TruncatedError as error:
+        missing = [header.tensors[number].name for number in left]
+        why = f"the archive is cut short; missing: {', '.join(missing[:5]) or 'its index'}"
+        raise TruncatedError(why, error.offset, missing) from None
+    if left:
+        name = header.tensors[min(left)].name
+        raise FormatError(f"tensor {name!r} is not in the archive", "order", tensor=name)
+
+
+def walk_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Type (16 bytes of ours), offset and bytes of each whole box of a file that can seek."""
+    at, end = 0, file.seek(0, os.SEEK_END)
+    while at + 8 <= end:
+        file.seek(at)
+        head = file.read(24)
+        size, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if not 8 <= size <= end - at:
+            return
+        yield head[8:24] if kind == b"uuid" else kind, at, size
+        at += size
+
+
+class FrameBoxes(NamedTuple):
+    """A frame as its boxes tell: its sidecar, and the bytes of its packet."""
+
+    sidecar: Sidecar
+    packet_bytes: int
+
+
+def walk_frames(archive: Archive) -> Iterator[FrameBoxes]:
+    """All whole frames of a file that can seek, without their packets.
+
+    Raises
+    ------
+    FormatError
+        A sidecar is damaged.
+    """
+    file, sidecar = archive.source.file, None
+    for kind, offset, size in walk_boxes(file):
+        if kind == FRAME_UUID:
+            file.seek(offset + 24)
+            body = open_body(file.read(size - 24), f"the sidecar at byte {offset}")
+            sidecar = parse_sidecar(body, archive.header)
+        elif kind == b"mdat" and sidecar is not None:
+            yield FrameBoxes(sidecar, size - 8)
+
+
+def place_parts(
+    sidecars: Iterable[Sidecar], archive: Archive
+) -> Iterator[list[tuple[int, int, int]]]:
+    """For each frame what lies on it: number of the tensor, first ribbon column, columns."""
+    capacity = archive.track.width * (archive.track.height // BAND)
+    going_on: list[tuple[int, int]] = []
+    for sidecar in sidecars:
+        pieces = [(tensor, 0, left) for tensor, left in going_on]
+        pieces += [(part.tensor, part.column, -(-part.size // BAND)) for part in sidecar.parts]
+        going_on = [(tensor, at + n - capacity) for tensor, at, n in pieces if at + n > capacity]
+        yield [(tensor, at, min(n, capacity - at)) for tensor, at, n in pieces]

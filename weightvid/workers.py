@@ -1,0 +1,236 @@
+"""Work done side by side, with results in order: threads, processes, Dask's and Ray's workers.
+
+All of them are `concurrent.futures.Executor`. What is computed does not depend on who computes it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from threading import get_ident
+from typing import Any, TypeVar
+
+from weightvid.checkpoint import CheckpointReader, open_checkpoint
+from weightvid.errors import ClusterError
+from weightvid.loader import Array
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+#: tasks handed out ahead of the one whose result comes next, for each worker.
+_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Consecutive elements of a tensor, for a worker of this process or of another one.
+
+    Attributes
+    ----------
+    array : ndarray or None
+        The elements; None: they are read from ``location``.
+    location : tuple or None
+        Path of the checkpoint, and its size and time of change, by which another file is told.
+    """
+
+    name: str
+    first: int
+    count: int
+    array: Array | None
+    location: tuple[str, int, int] | None = None
+
+    def read(self) -> Array:
+        """Stored elements, shape (count,)."""
+        if self.array is not None or self.location is None:
+            return self.array if self.array is not None else _no_elements(self.name)
+        reader = _reader(self.location, get_ident())
+        return reader.read_range(self.name, self.first, self.count)
+
+
+def _no_elements(name: str) -> Array:
+    raise ClusterError(f"a worker was given no elements of tensor {name!r}")
+
+
+@lru_cache(maxsize=16)
+def _reader(location: tuple[str, int, int], _: int) -> CheckpointReader:
+    """Checkpoint of a worker's thread; closed when nobody refers to it any more."""
+    return open_checkpoint(location[0])
+
+
+class Workers:
+    """An executor, and how many tasks it takes at a time.
+
+    Parameters
+    ----------
+    executor : Executor or None
+        None: everything is done at once, in this thread.
+    count : int
+        Workers.
+    remote : bool
+        They are not threads of this process.
+    """
+
+    def __init__(self, executor: Executor | None, count: int, *, remote: bool = False) -> None:
+        self._executor, self.count, self.remote = executor, count, remote
+
+    def map(self, task: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+        """Results of a task for each item, in the order of the items; items are taken as needed.
+
+        Raises
+        ------
+        ClusterError
+            A worker died.
+        """
+        if self._executor is None:
+            yield from map(task, items)
+            return
+        waiting: deque[Future[_R]] = deque()
+        try:
+            for item in items:
+                waiting.append(self._executor.submit(task, item))
+                if len(waiting) > _AHEAD * self.count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenExecutor as error:
+            raise ClusterError(
+                f"a worker process died ({error or 'no message'}); it may have run out of memory: "
+                "use fewer --jobs"
+            ) from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def piece(self, reader: CheckpointReader, name: str, first: int, count: int) -> Piece:
+        """Elements of a tensor for a task: read here, or by the worker where that is cheap."""
+        location = reader.location
+        if self.remote and reader.shareable and location is not None:
+            status = os.stat(location)  # noqa: PTH116 - a path as it was given
+            return Piece(name, first, count, None, (location, status.st_size, status.st_mtime_ns))
+        return Piece(name, first, count, reader.read_range(name, first, count))
+
+
+@contextmanager
+def open_workers(workers: str | Executor | None = None, jobs: int = 0) -> Iterator[Workers]:
+    """Workers that were asked for; those started here end with the block.
+
+    Parameters
+    ----------
+    workers : str, Executor or None
+        ``threads`` (also None), ``processes``, ``dask`` or ``tcp://host:port`` (a Dask scheduler),
+        ``ray`` or ``ray://host:port``, or any ``concurrent.futures.Executor``.
+    jobs : int
+        How many; 0: one per core.
+
+    Raises
+    ------
+    ClusterError
+        Unknown workers, or they cannot be reached.
+    """
+    count = jobs or os.cpu_count() or 1
+    if isinstance(workers, Executor):
+        yield Workers(workers, count, remote=not isinstance(workers, ThreadPoolExecutor))
+    elif workers in (None, "threads"):
+        if count == 1:
+            yield Workers(None, 1)
+            return
+        threads = ThreadPoolExecutor(count, "weightvid")
+        try:
+            yield Workers(threads, count)
+        finally:
+            threads.shutdown(cancel_futures=True)
+    elif workers == "processes":
+        pool = ProcessPoolExecutor(count, get_context("spawn"), _quiet_child)
+        try:
+            yield Workers(pool, count, remote=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    elif workers == "dask" or str(workers).startswith(("tcp://", "tls://")):
+        with _dask(str(workers), count) as client:
+            yield Workers(client.get_executor(), max(1, len(client.ncores())), remote=True)
+    elif str(workers).startswith("ray"):
+        with _ray(str(workers), count) as executor:
+            yield Workers(executor, count, remote=True)
+    else:
+        raise ClusterError(
+            f"unknown workers {workers!r}; choose threads, processes, dask, tcp://HOST:PORT, ray "
+            "or ray://HOST:PORT"
+        )
+
+
+def _quiet_child() -> None:
+    """Children leave Ctrl-C to their parent, and keep linear algebra to one thread."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
+@contextmanager
+def _dask(address: str, count: int) -> Iterator[Any]:
+    try:
+        from distributed import Client, LocalCluster
+    except ModuleNotFoundError:
+        raise ClusterError("Dask is missing: pip install 'weightvid[dask]'") from None
+    try:
+        cluster = None
+        if address == "dask":
+            cluster = LocalCluster(
+                n_workers=count, threads_per_worker=1, dashboard_address=None, silence_logs=50
+            )
+        client = Client(cluster or address, timeout=20)
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"cannot reach the Dask scheduler at {address}: {error}") from None
+    try:
+        yield client
+    finally:
+        client.close()
+        if cluster is not None:
+            cluster.close()
+
+
+class _RayExecutor(Executor):
+    """Submits tasks to Ray."""
+
+    def __init__(self, ray: Any) -> None:
+        self._run = ray.remote(_call)
+        self._objects: list[Any] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        made: Future[Any] = self._run.remote(fn, args, kwargs).future()
+        return made
+
+
+def _call(task: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return task(*args, **kwargs)
+
+
+@contextmanager
+def _ray(address: str, count: int) -> Iterator[Executor]:
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ClusterError("Ray is missing: pip install 'weightvid[ray]'") from None
+    local = address == "ray"
+    options = {"num_cpus": count, "include_dashboard": False} if local else {"address": address}
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(f"cannot reach Ray at {address}: {error}") from None
+    try:
+        yield _RayExecutor(ray)
+    finally:
+        ray.shutdown()
