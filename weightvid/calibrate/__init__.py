@@ -1,11 +1,37 @@
-"""Calibration: run a torch module on example inputs and keep what its layers see.
+"""Calibration and evaluation: what a model's own data says of its weights.
 
->>> from weightvid.calibrate import calibrate  # doctest: +SKIP
+>>> from weightvid.calibrate import Calibration, calibrate  # doctest: +SKIP
 >>> calibrate(module, batches).save("stats.safetensors")  # doctest: +SKIP
+>>> PackOptions(calibration=Calibration.from_file("stats.safetensors"))  # doctest: +SKIP
+
+Only what runs a model imports torch.
 """
 
-from weightvid.calibrate.examples import ModuleExamples
-from weightvid.calibrate.run import CalibrationConfig, calibrate
-from weightvid.calibration import CalibrationStats, load_stats
+from __future__ import annotations
 
-__all__ = ["CalibrationConfig", "CalibrationStats", "ModuleExamples", "calibrate", "load_stats"]
+from typing import TYPE_CHECKING, Any
+
+from weightvid.calibrate.calibration import Calibration
+from weightvid.calibrate.evaluation import Evaluation
+from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats, load_stats
+
+if TYPE_CHECKING:
+    from weightvid.calibrate.run import calibrate
+
+__all__ = [
+    "Calibration",
+    "CalibrationConfig",
+    "CalibrationStats",
+    "Evaluation",
+    "calibrate",
+    "load_stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `calibrate`, which needs torch, when it is asked for."""
+    if name != "calibrate":
+        raise AttributeError(f"module 'weightvid.calibrate' has no attribute {name!r}")
+    from weightvid.calibrate.run import calibrate
+
+    return calibrate

@@ -2,77 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any, Final
 
-import numpy as np
 import torch
 
-from weightvid.calibrate.accumulate import Accumulator
-from weightvid.calibrate.domain import NormCheck
-from weightvid.calibrate.outputs import call, first_output, samples_of
-from weightvid.calibrate.sensitivity import choose_batches, sensitivities
-from weightvid.calibrate.trial import finish
+from weightvid.calibrate.state import State, call, first_output, ready, samples_of
+from weightvid.calibrate.stats import (
+    CalibrationConfig,
+    CalibrationStats,
+    TensorMoments,
+    model_hash,
+)
+from weightvid.calibrate.sums import Collector
+from weightvid.calibrate.trial import choose_damping, sensitivities, whole_gain_db
 from weightvid.calibrate.watch import Seen, Watch
-from weightvid.calibrate.whole import whole_gain_db
-from weightvid.calibration import CalibrationStats, TensorMoments, model_hash
-from weightvid.checkpoint.base import shorten
-from weightvid.dtypes import to_float32
+from weightvid.checkpoint.common import shorten
 from weightvid.errors import QuantizationError
 from weightvid.progress import Progress, Report, quiet
-from weightvid.torch import TensorReader
 
 #: batches that show which tensors are used, and how.
 _LOOK_BATCHES: Final = 2
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrationConfig:
-    """How to calibrate.
-
-    Attributes
-    ----------
-    memory_bytes : int
-        Limit of the sums of one pass; more layers take more passes over the inputs. A layer that
-        is larger alone gets no statistics.
-    held_back : float
-        Part of the inputs that the statistics are checked on, 0 to 0.5; 0: no check.
-    dampings : tuple of float
-        Tried on held-back inputs; the first one when there is no check.
-    domain_limit : float
-        Divergence in nats of what BatchNorm layers see from what they remember of training,
-        above which the inputs are taken for foreign and the statistics are not used.
-    sensitivity_samples : int
-        About so many samples, evenly spaced, tell how much the outputs care for each tensor's
-        error; 0: the steps are those of an archive without statistics.
-    trust_inputs : bool
-        The inputs are known to be of the kind that the model is used on. Otherwise only the
-        model's BatchNorm layers can confirm it, and where they don't, such losses are not
-        measured and weights are not fitted anew: both do harm where inputs are of another kind.
-    """
-
-    memory_bytes: int = 1 << 30
-    held_back: float = 0.2
-    dampings: tuple[float, ...] = (0.01, 0.1, 1.0)
-    domain_limit: float = 0.1
-    sensitivity_samples: int = 128
-    trust_inputs: bool = False
-
-    def __post_init__(self) -> None:
-        if self.memory_bytes < 1:
-            raise QuantizationError("the memory limit must be positive")
-        if not 0.0 <= self.held_back <= 0.5:
-            raise QuantizationError(f"the part held back must be 0 to 0.5, not {self.held_back}")
-        if not self.dampings or not all(0.0 < d < np.inf for d in self.dampings):
-            raise QuantizationError("dampings must be positive")
-
-
 def calibrate(
     module: torch.nn.Module,
     inputs: Iterable[Any],
-    *,
     config: CalibrationConfig | None = None,
     progress: Report = quiet,
 ) -> CalibrationStats:
@@ -100,33 +57,38 @@ def calibrate(
     QuantizationError
         No inputs, no layer seen, or activations with NaN or infinity (the layer is named).
     """
-    chosen = config or CalibrationConfig()
-    batches = list(inputs)
+    chosen, batches = config or CalibrationConfig(), list(inputs)
     if not batches:
         raise QuantizationError("no example inputs: calibration needs at least one batch")
-    tensors = dict(module.state_dict(keep_vars=True))
-    reader = TensorReader({name: tensor.detach() for name, tensor in tensors.items()}, {})
-    with reader, ready(module):
-        found = _gather(_Subject(module, tensors, reader), batches, chosen, progress)
+    held = held_back(len(batches), chosen.held_back)
+    with ready(module), State(module) as state:
+        found = _Gathering(state, chosen, progress)
+        found.run(list(zip(batches, held, strict=True)))
         moments, notes, refused = found.moments, found.notes, found.foreign
-        unused = [n for n, m in moments.items() if m.moment is not None and not m.useful]
+        unused = [name for name, known in moments.items() if not known.useful]
         if unused and not refused:
             notes.append(f"no better than without, on held-back inputs: {shorten(unused)}")
         measured: dict[str, float] = {}
         if chosen.sensitivity_samples and found.confirmed and not refused:
-            some = choose_batches(batches, chosen.sensitivity_samples)
-            measured = sensitivities(module, reader, moments, some, progress)
-        if not refused:
-            held_back = _held_back(batches, chosen)
-            refused = _is_worse(module, found.trial, measured, held_back, progress)
+            total = sum(map(samples_of, batches))
+            some = batches[:: max(1, total // chosen.sensitivity_samples)]
+            measured = sensitivities(state, moments, some, progress)
+        checks = [batch for batch, back in zip(batches, held, strict=True) if back]
+        if not refused and checks and len(unused) < len(moments):
+            gain = whole_gain_db(state, found.trial, measured, checks, progress)
+            if gain is not None and gain <= 0.0:
+                refused = (
+                    "on held-back inputs the model as a whole is no better with calibration than "
+                    f"without ({-gain:.1f} dB worse at an equal rate)"
+                )
         if refused:
             moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
             measured = {}
             notes.append(f"{refused}; the statistics will not be used")
         return CalibrationStats(
-            model_hash(reader, moments),
-            sum(samples_of(batch) for batch in batches),
-            {name: moments[name] for name in sorted(moments)},
+            model_hash(state.reader, moments),
+            sum(map(samples_of, batches)),
+            moments,
             tuple(notes),
             measured,
             refused,
@@ -134,130 +96,91 @@ def calibrate(
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    """The module, and its tensors by name."""
+def held_back(count: int, part: float) -> list[bool]:
+    """Which batches are held back: evenly spaced, the last of each span; none where all would be.
 
-    module: torch.nn.Module
-    tensors: Mapping[str, torch.Tensor]
-    reader: TensorReader
+    Examples
+    --------
+    >>> held_back(5, 0.5), held_back(1, 0.5)
+    ([False, True, False, True, False], [False])
+    """
+    if part <= 0.0 or count < 2:
+        return [False] * count
+    span = min(count, max(2, round(1 / part)))
+    return [number % span == span - 1 for number in range(count)]
 
 
-@dataclass(slots=True)
-class _Gathered:
-    """What all passes over the inputs gave.
+class _Gathering:
+    """What all passes over the inputs give.
 
-    Attributes
-    ----------
-    moments, trial : dict of str to TensorMoments
-        From all inputs, and from those that are not held back, for checks on the others.
-    notes : list of str
-    confirmed : bool
-        The model knows the inputs, or whoever calls does.
-    foreign : str
-        In what the inputs are unlike those of training; empty: in nothing.
+    ``moments`` are from all inputs, ``trial`` from those that are not held back. ``confirmed``:
+    the model knows the inputs, or whoever calls does. ``foreign``: in what the inputs are unlike
+    those of training; empty: in nothing.
     """
 
-    moments: dict[str, TensorMoments] = field(default_factory=dict)
-    trial: dict[str, TensorMoments] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    confirmed: bool = False
-    foreign: str = ""
+    def __init__(self, state: State, config: CalibrationConfig, progress: Report) -> None:
+        self._state, self._config, self._progress = state, config, progress
+        self.moments: dict[str, TensorMoments] = {}
+        self.trial: dict[str, TensorMoments] = {}
+        self.notes: list[str] = []
+        self.confirmed, self.foreign = config.trust_inputs, ""
 
+    def run(self, batches: Sequence[tuple[Any, bool]]) -> None:
+        """Run the model as often as memory asks for; of batches, whether they are held back."""
+        order = look(self._state, [batch for batch, _ in batches])
+        if not order.shapes:
+            raise QuantizationError(
+                "no layer was seen at work: the module's forward uses none of its own weights "
+                "(compiled and scripted modules cannot be watched)"
+            )
+        # Twice, as some inputs are held back.
+        sizes = {name: 16 * g * c * (c + 1) for name, (g, c, _) in order.shapes.items()}
+        passes = _plan(sizes, self._config, self.notes)
+        for number, names in enumerate(passes):
+            collector, norms = Collector(), NormCheck()
+            gradients = bool(names & order.tables)
+            directions = torch.Generator().manual_seed(0)
+            watch = Watch(self._state.tensors, collector.add, gradients, norms.see, names)
+            with watch, torch.set_grad_enabled(gradients):
+                for place, (batch, back) in enumerate(batches):
+                    collector.held_back = back
+                    result = call(self._state.module, batch)
+                    if gradients:
+                        _send_back(result, directions)
+                    done, total = number * len(batches) + place + 1, len(passes) * len(batches)
+                    self._progress(Progress("calibrate", done, total, unit="batches"))
+            self._compare(norms.divergence)
+            for place, name in enumerate(sorted(names)):
+                self._finish(collector, watch, name)
+                self._progress(Progress("check", place + 1, len(names), unit="tensors"))
 
-def _gather(
-    subject: _Subject, batches: Sequence[Any], config: CalibrationConfig, progress: Report
-) -> _Gathered:
-    """Run the model as often as memory asks for."""
-    module, tensors, reader = subject.module, subject.tensors, subject.reader
-    found = _Gathered(confirmed=config.trust_inputs)
-    sizes = {name: len(t) for name, t in tensors.items() if t.ndim >= 1}
-    needed, tables = _look_around(module, batches[:_LOOK_BATCHES], tensors)
-    if not needed:
-        raise QuantizationError(
-            "no layer was seen at work: the module's forward uses none of its own weights "
-            "(compiled and scripted modules cannot be watched)"
-        )
-    passes = _plan(needed, config, found.notes)
-    done, total = 0, len(passes) * len(batches)
-    for names in passes:
-        accumulator = Accumulator(names, sizes)
-        gradients = bool(names & tables)
-        directions = torch.Generator().manual_seed(0)
-        norms = NormCheck() if not done else None
-        watch = Watch(tensors, accumulator.add, gradients, norms, names)
-        with watch, torch.set_grad_enabled(gradients):
-            for number, batch in enumerate(batches):
-                accumulator.held_back = is_held_back(number, len(batches), config.held_back)
-                result = call(module, batch)
-                if gradients:
-                    _send_back(result, directions)
-                done += 1
-                progress(Progress("calibrate", done, total, unit="batches"))
-        if norms is not None:
-            found.foreign = _is_foreign(norms, config)
-            found.confirmed = found.confirmed or norms.divergence is not None
-        for place, name in enumerate(sorted(names)):
-            weights = to_float32(reader.read(name), reader.spec(name).dtype)
-            made, part = finish(name, accumulator, weights, config.dampings)
-            found.moments.update(made)
-            found.trial.update(part)
-            progress(Progress("check", place + 1, len(names), unit="tensors"))
-    return found
+    def _compare(self, apart: float | None) -> None:
+        """Take note of what BatchNorm layers say of the inputs."""
+        self.confirmed = self.confirmed or apart is not None
+        if apart is not None and apart > self._config.domain_limit:
+            self.foreign = (
+                "the example inputs are unlike those the model was trained on: its BatchNorm "
+                f"layers see other means and variances than they remember ({apart:.2f} nats "
+                f"apart; up to {self._config.domain_limit:g} is usual)"
+            )
 
-
-def _is_foreign(norms: NormCheck, config: CalibrationConfig) -> str:
-    """In what the inputs are unlike those of training, as far as BatchNorm layers know."""
-    divergence = norms.divergence
-    if divergence is None or divergence <= config.domain_limit:
-        return ""
-    return (
-        "the example inputs are unlike those the model was trained on: its BatchNorm layers see "
-        f"other means and variances than they remember ({divergence:.2f} nats apart; up to "
-        f"{config.domain_limit:g} is usual)"
-    )
-
-
-def _is_worse(
-    module: torch.nn.Module,
-    moments: Mapping[str, TensorMoments],
-    measured: Mapping[str, float],
-    batches: Sequence[Any],
-    progress: Report,
-) -> str:
-    """Whether the model as a whole is no better with the statistics."""
-    if not batches or not any(m.useful for m in moments.values()):
-        return ""
-    gain = whole_gain_db(module, moments, measured, batches, progress)
-    if gain is None or gain > 0.0:
-        return ""
-    return (
-        "on held-back inputs the model as a whole is no better with calibration than without "
-        f"({-gain:.1f} dB worse at an equal rate)"
-    )
-
-
-def _held_back(batches: Sequence[Any], config: CalibrationConfig) -> list[Any]:
-    held = (is_held_back(n, len(batches), config.held_back) for n in range(len(batches)))
-    return [batch for batch, back in zip(batches, held, strict=True) if back]
-
-
-@contextmanager
-def ready(module: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and none of the fast paths that hide the layers."""
-    modes = [(m, m.training) for m in module.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        for m, training in modes:
-            stack.callback(setattr, m, "training", training)
-        for parameter in module.parameters():
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
-        torch.backends.mha.set_fastpath_enabled(False)
-        module.eval()
-        with torch.no_grad():
-            yield
+    def _finish(self, collector: Collector, watch: Watch, name: str) -> None:
+        """Statistics of a tensor from its sums."""
+        fitted, held = collector.fitted.pop(name, None), collector.held.pop(name, None)
+        if fitted is None:
+            fitted, held = held, None
+        if fitted is None:
+            return
+        bias, sign = watch.bias_of(name) or (None, 1)
+        moment, mean = fitted.rounded()
+        dampings = self._config.dampings
+        known = TensorMoments(moment, mean, fitted.axis, dampings[0], None, bias, sign)
+        if held is not None:
+            damping, gain = choose_damping(self._state.reader, name, known, held.means(), dampings)
+            known = replace(known, damping=damping, gain_db=gain)
+            moment, mean = fitted.plus(held).rounded()
+        self.trial[name] = known
+        self.moments[name] = replace(known, moment=moment, mean=mean)
 
 
 def _send_back(result: Any, directions: torch.Generator) -> None:
@@ -268,33 +191,42 @@ def _send_back(result: Any, directions: torch.Generator) -> None:
         (output * direction.to(output)).sum().backward()
 
 
-def is_held_back(number: int, count: int, part: float) -> bool:
-    """Evenly spaced batches, the last of each span; none where all would be."""
-    if part <= 0.0 or count < 2:
-        return False
-    span = min(count, max(2, round(1 / part)))
-    return number % span == span - 1
+@dataclass(slots=True)
+class Order:
+    """What a look at a few batches shows: tensors in the order of first use, all last calls.
+
+    ``shapes`` gives groups, columns, and elements of the inputs of one call.
+    """
+
+    shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    tables: set[str] = field(default_factory=set)
+    calls: list[str] = field(default_factory=list)
+
+    def first_after(self, names: Collection[str]) -> str | None:
+        """A tensor that is used first after the last use of these: nothing of theirs comes then."""
+        last = max((i for i, name in enumerate(self.calls) if name in names), default=-1)
+        before = set(self.calls[: last + 1])
+        return next((name for name in self.calls[last + 1 :] if name not in before), None)
 
 
-def _look_around(
-    module: torch.nn.Module, batches: Sequence[Any], tensors: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, int], frozenset[str]]:
-    """Bytes that the sums of each tensor in use will take, and which ones are embedding tables."""
-    sizes: dict[str, int] = {}
-    tables: set[str] = set()
+def look(state: State, batches: Sequence[Any]) -> Order:
+    """Run a few batches and note what is used."""
+    order = Order()
 
     def note(seen: Seen) -> None:
-        groups, columns = max(len(seen.inputs), seen.share[1]), seen.inputs.shape[-1]
+        order.calls.append(seen.name)
         if seen.axis < 0:
-            tables.add(seen.name)
-            groups, columns = 1, tensors[seen.name].shape[-1]
-        # Twice, as some inputs are held back.
-        sizes[seen.name] = 16 * groups * columns * (columns + 1)
+            order.tables.add(seen.name)
+            order.shapes[seen.name] = 1, state.tensors[seen.name].shape[-1], 0
+        elif seen.name not in order.tables:
+            size = seen.inputs.numel(), order.shapes.get(seen.name, (0, 0, 0))[2]
+            order.shapes[seen.name] = seen.groups, seen.inputs.shape[-1], max(size)
 
-    with Watch(tensors, note):
-        for batch in batches:
-            call(module, batch)
-    return sizes, frozenset(tables)
+    with Watch(state.tensors, note):
+        for batch in batches[:_LOOK_BATCHES]:
+            order.calls.clear()
+            call(state.module, batch)
+    return order
 
 
 def _plan(
@@ -302,19 +234,54 @@ def _plan(
 ) -> list[frozenset[str]]:
     """Tensors of each pass."""
     passes: list[list[str]] = []
-    used = 0
-    too_large = []
-    for name, size in sizes.items():
-        if size > config.memory_bytes:
-            too_large.append(name)
+    room = 0
+    large = [name for name, size in sizes.items() if size > config.memory_bytes]
+    for name in sizes:
+        if name in large:
             continue
-        if not passes or used + size > config.memory_bytes:
+        room -= sizes[name]
+        if not passes or room < 0:
             passes.append([])
-            used = 0
+            room = config.memory_bytes - sizes[name]
         passes[-1].append(name)
-        used += size
-    if too_large:
-        notes.append(f"beyond the memory limit of one pass: {shorten(too_large)}")
+    if large:
+        notes.append(f"beyond the memory limit of one pass: {shorten(large)}")
     if not passes:
-        raise QuantizationError("every layer is beyond the memory limit; raise it")
+        raise QuantizationError(
+            f"every layer is beyond the memory limit of {config.memory_bytes} bytes; raise it"
+        )
     return [frozenset(names) for names in passes]
+
+
+class NormCheck:
+    """Whether the example inputs are of the kind that the model was trained on.
+
+    A model with BatchNorm remembers: the running mean and variance of each channel are those of
+    its training data. What the example inputs make of the same channels is compared with them,
+    each as a normal distribution. On CIFAR and keyword models real inputs, even 16 of them, differ
+    by 0.01 nats (median over channels, then over layers), blurred ones by 0.2, noise by 0.2 to 0.9.
+    """
+
+    def __init__(self) -> None:
+        #: by the memory of the running mean: it and the variance; sums of inputs and squares.
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor, list[int]]] = {}
+
+    def see(self, inputs: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """Look at the inputs of a layer, and at what it remembers."""
+        known = torch.stack([mean, variance]).detach().cpu().double()
+        layer = self._layers.setdefault(mean.data_ptr(), (known, torch.zeros_like(known), [0]))
+        rows = inputs.detach().movedim(1, -1).reshape(-1, inputs.shape[1]).float()
+        layer[1].add_(torch.stack([rows.sum(0), rows.square().sum(0)]).cpu().double())
+        layer[2][0] += len(rows)
+
+    @property
+    def divergence(self) -> float | None:
+        """Kullback-Leibler divergence in nats, medians as above; None without such layers."""
+        found = []
+        for known, sums, (count,) in self._layers.values():
+            mean, square = sums / max(count, 1)
+            variance = known[1] + 1e-5
+            ratio = ((square - mean**2).clamp(min=0.0) + 1e-5) / variance
+            apart = (mean - known[0]) ** 2 / variance
+            found.append(float((0.5 * (ratio + apart - 1.0 - ratio.log())).median()))
+        return median(found) if found else None

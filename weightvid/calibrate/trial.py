@@ -1,125 +1,158 @@
-"""Statistics of one tensor from its sums, and whether they are of use on held-back inputs."""
+"""Whether statistics are of use: dampings, measured losses, and the model as a whole.
+
+A tensor's statistics are tried on held-back inputs. How much the outputs care for the error of a
+tensor is tried one tensor at a time: it is quantized as packing would do it at a middling step, and
+the model runs with it in place of its own. Checks tensor by tensor cannot see how errors of layers
+add up, so the whole model is quantized as well, once as without statistics and once with them. What
+no such check can see is inputs of a wrong kind: those held back are of that kind as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import log10
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from weightvid.calibrate.accumulate import Accumulator, Sums
-from weightvid.calibration import TensorMoments
-from weightvid.quantize import feedback, shaped
-from weightvid.quantize.feedback import FeedbackConfig
+from weightvid.calibrate.moments import (
+    DB_PER_BIT,
+    Coded,
+    packing_moments,
+    sample_rows,
+    values_of,
+    with_statistics,
+)
+from weightvid.calibrate.state import State, change_of, outputs, samples_of
+from weightvid.calibrate.stats import TensorMoments
+from weightvid.calibrate.sums import InputMeans
+from weightvid.checkpoint import CheckpointReader
+from weightvid.levels.code import block_diagonal, mean_shift
+from weightvid.levels.feedback import output_error
+from weightvid.levels.stats import tensor_stats
+from weightvid.levels.steps import TensorPlan, is_codable, plan_tensor
+from weightvid.loader import TensorSpec
+from weightvid.pack import PackOptions, Survey, may_code, survey_checkpoint
+from weightvid.progress import Progress, Report
+from weightvid.workers import Workers
 
-#: steps, in sigmas, and rows that the trial on held-back samples is made with.
+#: step factor of trials, a middling one; and step of those of single tensors, in sigmas.
+TRIAL_FACTOR: Final = 0.25
 _TRIAL_SIGMAS: Final = 0.5
-_TRIAL_ROWS: Final = 64
-_TRIAL_GROUPS: Final = 16
 #: what the moment must gain on held-back samples to be used.
 _LEAST_GAIN_DB: Final = 0.1
 
 
-def finish(
+def choose_damping(
+    reader: CheckpointReader,
     name: str,
-    accumulator: Accumulator,
-    array: npt.NDArray[np.float32],
-    dampings: Sequence[float],
-) -> tuple[dict[str, TensorMoments], dict[str, TensorMoments]]:
-    """Statistics of a tensor from all inputs, and from those that are not held back.
-
-    Parameters
-    ----------
-    name : str
-    accumulator : Accumulator
-        Its sums of this tensor are taken out.
-    array : ndarray of float32
-        The weights.
-    dampings : sequence of float
-        To be tried.
-    """
-    # The rows of a tied table all reach the output, looked up or not.
-    counts = None if name in accumulator.direct else accumulator.counts.get(name)
-    counted = None if counts is None else counts.numpy().astype(np.int64)
-    fitted, held = accumulator.fitted.pop(name, None), accumulator.held.pop(name, None)
-    if fitted is None:
-        fitted, held = held, None
-    if fitted is None:
-        made = {} if counted is None else {name: TensorMoments(None, None, counts=counted)}
-        return made, made
-    damping, gain = dampings[0], None
-    if held is not None:
-        weights = array.reshape(len(array), -1)
-        kernel = array.shape[2:] if fitted.axis and np.prod(array.shape[2:]) > 1 else ()
-        turned = weights if fitted.axis else weights.T
-        damping, gain = _try(turned, kernel, fitted, held, dampings)
-    known = TensorMoments(
-        None,
-        None,
-        axis=fitted.axis,
-        damping=damping,
-        gain_db=gain,
-        counts=counted,
-        bias=accumulator.biases.get(name),
-    )
-    parts = (fitted.plus(held), fitted)
-    whole, part = (
-        replace(
-            known,
-            moment=sums.mean_moment.astype(np.float32),
-            mean=sums.mean.astype(np.float32),
-            rows=max(sums.rows),
-        )
-        for sums in parts
-    )
-    return {name: whole}, {name: part}
-
-
-def _try(
-    weights: npt.NDArray[np.float32],
-    kernel: tuple[int, ...],
-    fitted: Sums,
-    held: Sums,
+    known: TensorMoments,
+    held: InputMeans,
     dampings: Sequence[float],
 ) -> tuple[float, float]:
-    """Best damping on held-back inputs (0: none helps), and its gain in decibel.
+    """Best damping on held-back inputs (0: none helps), and its gain in decibels.
 
-    The rival is what `pack` does without statistics: shaped rounding of convolutions, plain
-    rounding of the others.
+    The rival is what packing does without statistics; rates count as well.
     """
-    step = float(np.float32(_TRIAL_SIGMAS * weights.std()))
-    if not (np.isfinite(step) and step > 0.0):
+    spec, groups = reader.spec(name), len(known.mean)
+    if not may_code(spec):
         return dampings[0], 0.0
-    shares = _shares(weights, fitted)
-    checks = held.mean_moment
-    without = with_best = 0.0
-    best = 0.0
-    trials = list(zip(shares, fitted.mean_moment, checks, strict=True))
-    trials = trials[:: max(1, len(trials) // _TRIAL_GROUPS)]
-    rows = [part[:: max(1, len(part) // _TRIAL_ROWS)] for part, _, _ in trials]
-    for part, (_, _, check) in zip(rows, trials, strict=True):
-        levels = shaped.quantize(part, step, kernel) if kernel else np.rint(part / step)
-        without += feedback.output_error(part - levels * np.float32(step), check)
-    for damping in dampings:
-        config = FeedbackConfig(damping=damping, lam=0.0)
-        error = 0.0
-        for part, (_, moment, check) in zip(rows, trials, strict=True):
-            levels = feedback.quantize(part, step, moment, config)
-            error += feedback.output_error(part - levels * np.float32(step), check)
-        if not best or error < with_best:
-            best, with_best = damping, error
-    if not (without > 0.0 and with_best > 0.0):
+    array = reader.read(name)
+    array = array[sample_rows(len(array), groups, known.axis)]
+    spec = TensorSpec(name, spec.dtype, array.shape)
+    stats = tensor_stats(spec, [array])
+    if not is_codable(spec, stats) or packing_moments(known, spec, None) is None:
         return dampings[0], 0.0
-    gain = 10 * log10(without / with_best)
+    weights = values_of(array, spec)
+
+    def cost_db(damping: float) -> float:
+        """Error of the outputs in decibels, a bit for every weight counted as six."""
+        bias = None if known.bias is None else 0
+        moments = packing_moments(replace(known, damping=damping), spec, bias)
+        plan = plan_tensor(stats, _TRIAL_SIGMAS * stats.typical_scale, moments=moments)
+        if plan is None:
+            return 0.0
+        coded = Coded(plan, 0, array, moments)
+        error = (weights - coded.values).reshape(plan.view.rows, -1)
+        if known.axis == 0:
+            lost = output_error(error.T, block_diagonal(held.moment))
+        else:
+            lost = output_error(error, held.moment)
+        if moments is not None and moments.bias is not None:
+            # What the bias makes up for, s, leaves |d - s|^2 of a shift d: |d|^2 is there already.
+            made_up = mean_shift(error, moments, plan).astype(np.float64)
+            here = mean_shift(error, replace(moments, mean=held.mean), plan).astype(np.float64)
+            lost += float(np.vdot(made_up, made_up - 2 * here))
+        return 10 * log10(max(lost, 1e-300)) + DB_PER_BIT * coded.bits
+
+    costs = {damping: cost_db(damping) for damping in dampings}
+    best = min(dampings, key=lambda damping: costs[damping])
+    gain = cost_db(0.0) - costs[best]
     return (best if gain >= _LEAST_GAIN_DB else 0.0), round(gain, 2)
 
 
-def _shares(weights: npt.NDArray[np.float32], sums: Sums) -> list[npt.NDArray[np.float32]]:
-    """Weights that each group's inputs meet, inputs along the columns."""
-    groups = len(sums.rows)
-    if sums.axis:
-        return np.split(weights, groups)
-    return np.split(weights, groups, axis=1)
+def sensitivities(
+    state: State, moments: Mapping[str, TensorMoments], batches: Sequence[Any], progress: Report
+) -> dict[str, float]:
+    """Squared change of the outputs, per sample and squared step of the quantizer.
+
+    By name; tensors whose errors don't reach the outputs are left out.
+    """
+    survey = with_statistics(_survey(state), moments, {})
+    samples, plans = sum(map(samples_of, batches)), survey.plans(TRIAL_FACTOR)
+    expected = outputs(state.module, batches)
+    found: dict[str, float] = {}
+    for place, (number, plan) in enumerate(plans.items()):
+        _quantize(state, survey, number, plan)
+        state.quantized()
+        change = change_of(expected, outputs(state.module, batches))
+        if np.isfinite(change) and change > 0.0:
+            found[plan.spec.name] = change / max(1, samples) / plan.step**2
+        state.forget()
+        progress(Progress("sensitivity", place + 1, len(plans), unit="tensors"))
+    return found
+
+
+def whole_gain_db(
+    state: State,
+    moments: Mapping[str, TensorMoments],
+    sensitivity: Mapping[str, float],
+    batches: Sequence[Any],
+    progress: Report,
+) -> float | None:
+    """By how much the outputs change less with statistics, in decibels of the squared change.
+
+    A bit for every weight counts as six; above 0: better with. None where nothing changes. The
+    batches are such as the statistics were not gathered on.
+    """
+    expected, plain = outputs(state.module, batches), _survey(state)
+    changes, rates, done = [], [], 0
+    for survey in (plain, with_statistics(plain, moments, sensitivity)):
+        plans, bits = survey.plans(TRIAL_FACTOR), 0.0
+        for number, plan in plans.items():
+            bits += plan.spec.size * _quantize(state, survey, number, plan).bits
+            done += 1
+            progress(Progress("whole", done, 2 * len(plans), unit="tensors"))
+        state.quantized()
+        changes.append(change_of(expected, outputs(state.module, batches)))
+        rates.append(bits / max(1, sum(plan.spec.size for plan in plans.values())))
+        state.forget()
+    if not (min(changes) > 0.0 and np.isfinite(changes).all()):
+        return None
+    return round(10 * log10(changes[0] / changes[1]) + DB_PER_BIT * (rates[0] - rates[1]), 2)
+
+
+def _survey(state: State) -> Survey:
+    return survey_checkpoint(state.reader, PackOptions(), Workers(None, 1))
+
+
+def _quantize(state: State, survey: Survey, number: int, plan: TensorPlan) -> Coded:
+    """Give the quantized model a tensor, and the bias that makes up for its shift."""
+    moments = survey.moments.get(number)
+    coded = Coded(plan, number, state.reader.read(plan.spec.name), moments)
+    bias = coded.corrected_bias(survey, moments)
+    state.put(plan.spec.name, coded.stored)
+    if bias is not None:
+        state.put(*bias)
+    return coded

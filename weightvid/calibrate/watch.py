@@ -13,6 +13,7 @@ sees. It takes the place of the inputs' moment, along the columns of the table.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,32 +23,22 @@ import torch
 from torch.nn import functional as fn
 from torch.overrides import TorchFunctionMode
 
-from weightvid.calibrate.domain import NormCheck
-
 _CHUNK_ELEMENTS: Final = 1 << 23
 #: dtypes of weights that may be quantized.
 _DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_MHA: Final = inspect.signature(fn.multi_head_attention_forward)
+_ATTENTION: Final = inspect.signature(fn.multi_head_attention_forward)
+
+#: a tensor that makes up for shifts of mean outputs, and its sign.
+Bias = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
     """Inputs of one tensor in one call.
 
-    Attributes
-    ----------
-    name : str
-        Of the weight, in the state dict.
-    inputs : torch.Tensor
-        Shape (groups, n, C); or, for an embedding table, integer rows of any shape.
-    axis : int
-        Axis of the weight's matrix along which inputs lie; -1: an embedding table.
-    share : tuple of int
-        Which group of how many these inputs are for; (0, 1): all.
-    gradient : bool
-        Gradients by what was looked up in a table, in place of inputs.
-    bias : str or None
-        Name of what is added to the layer's output.
+    ``inputs`` have the shape (groups, n, C), and lie along ``axis`` of the weight's matrix; axis -1
+    means integer rows of an embedding table. ``share`` says which group of how many they are for;
+    (0, 1): all. ``gradient``: gradients by what was looked up, in place of inputs.
     """
 
     name: str
@@ -55,50 +46,44 @@ class Seen:
     axis: int
     share: tuple[int, int] = (0, 1)
     gradient: bool = False
-    bias: str | None = None
+
+    @property
+    def groups(self) -> int:
+        """Groups of the tensor."""
+        return max(len(self.inputs), self.share[1])
 
 
 class Enough(Exception):  # noqa: N818 - no error
     """Ends a run of which nothing more is wanted."""
 
 
-Sink = Callable[[Seen], None]
-
-
 class Watch(TorchFunctionMode):  # type: ignore[misc]
     """Reports the inputs of known weights; used as a context manager.
 
-    Parameters
-    ----------
-    tensors : mapping of str to torch.Tensor
-        The model's state dict. Weights are recognised by their memory.
-    sink : callable
-        Receives every `Seen`, piece by piece, on the model's device.
-    gradients : bool
-        Make what is looked up in embedding tables a leaf of the graph, and report its gradients.
-    norms : NormCheck, optional
-        Looks at the inputs of BatchNorm layers.
-    wanted : collection of str, optional
-        Tensors that are reported; all others cost nothing. None: all.
-    stop : str, optional
-        A tensor whose use ends the run, by an `Enough`.
+    Weights are recognised by their memory. ``sink`` receives every `Seen`, piece by piece; with
+    ``gradients`` also those by what is looked up in tables; ``norms`` the inputs, running mean and
+    running variance of BatchNorm layers. Only ``wanted`` tensors are reported (None: all), and the
+    use of ``stop`` ends the run by an `Enough`.
     """
 
     def __init__(
         self,
         tensors: Mapping[str, torch.Tensor],
-        sink: Sink,
+        sink: Callable[[Seen], None],
         gradients: bool = False,
-        norms: NormCheck | None = None,
+        norms: Callable[[Any, Any, Any], None] | None = None,
         wanted: Collection[str] | None = None,
         stop: str | None = None,
     ) -> None:
         super().__init__()
-        self._norms = norms
-        self._sink = sink
-        self._gradients = gradients
+        self.send, self._gradients, self._norms, self._stop = sink, gradients, norms, stop
+        self._calls: Counter[str] = Counter()
+        self._biased: Counter[tuple[str, Bias]] = Counter()
+        #: the weight of the last call, and what came out of it.
+        self._last: str | None = None
+        self._output: tuple[str | None, Any] = None, None
         self._names: dict[Any, tuple[str, bool]] = {}
-        self._biases = {
+        self._vectors = {
             _look(tensor): name
             for name, tensor in reversed(list(tensors.items()))
             if tensor.ndim == 1 and tensor.dtype in _DTYPES and not tensor.is_meta
@@ -112,7 +97,6 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         if wanted is not None:
             kept = {*wanted, stop}
             self._names = {key: to for key, to in self._names.items() if to[0] in kept}
-        self._stop = stop
 
     def __torch_function__(
         self,
@@ -122,15 +106,46 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Look at a call, and let it go on."""
-        handler = _HANDLERS.get(func)
         given = kwargs or {}
-        if func is fn.batch_norm and self._norms is not None:
-            self._norms.see(args, given)
-        if handler is not None:
-            result = handler(self, func, args, given)
-            if result is not None:
-                return result
-        return func(*args, **given)
+        if func is fn.batch_norm:
+            self._batch_norm(*(_argument(args, given, place, name) for place, name in _NORM))
+        handler = _HANDLERS.get(func)
+        if handler is None:
+            return func(*args, **given)
+        self._last = None
+        result = handler(self, func, args, given)
+        result = func(*args, **given) if result is None else result
+        if self._last is not None:
+            self._output = self._last, result
+        return result
+
+    def bias_of(self, name: str) -> Bias | None:
+        """What takes the shifts of a weight's mean outputs: the same in all of its calls."""
+        found = [bias for (weight, bias) in self._biased if weight == name]
+        if len(found) == 1 and self._biased[name, found[0]] == self._calls[name]:
+            return found[0]
+        return None
+
+    def _batch_norm(self, inputs: Any, mean: Any, variance: Any) -> None:
+        """A running mean is subtracted from what the layer before puts out."""
+        if self._norms is not None and mean is not None and variance is not None:
+            self._norms(inputs, mean, variance)
+        name, output = self._output
+        if name is not None and output is inputs:
+            self._note_bias(name, mean, -1)
+        self._output = None, None
+
+    def _note_bias(self, name: str, bias: Any, sign: int = 1) -> None:
+        known = self._vectors.get(_look(bias)) if isinstance(bias, torch.Tensor) else None
+        if known is not None:
+            self._biased[name, (known, sign)] += 1
+            self._last = None  # what comes after has no further bias to give
+
+    def called(self, name: str, bias: Any) -> None:
+        """Note a call of a layer, and what is added to its outputs."""
+        self._calls[name] += 1
+        self._last = name
+        self._note_bias(name, bias)
 
     def name_of(self, weight: Any) -> tuple[str, bool] | None:
         """Name of a weight, and whether it is the transpose of the tensor of that name."""
@@ -141,27 +156,15 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
             raise Enough
         return found
 
-    def bias_of(self, bias: Any) -> str | None:
-        """Name of a bias, if it is a whole tensor of the model."""
-        if not isinstance(bias, torch.Tensor) or bias.layout != torch.strided:
-            return None
-        return self._biases.get(_look(bias))
-
-    def matrix_product(
-        self, inputs: torch.Tensor, weight: Any, axis: int, bias: Any = None
-    ) -> None:
+    def product(self, inputs: Any, weight: Any, axis: int, bias: Any = None) -> None:
         """Report the inputs of a 2-D weight; along ``axis`` 1 or 0 of the weight as given."""
         found = self.name_of(weight)
-        if found is None or weight.ndim != 2:
+        if found is None or weight.ndim != 2 or not isinstance(inputs, torch.Tensor):
             return
         name, transposed = found
         rows = inputs.detach().reshape(1, -1, inputs.shape[-1])
-        along = 1 - axis if transposed else axis
-        self._sink(Seen(name, rows, along, bias=self.bias_of(bias)))
-
-    def send(self, seen: Seen) -> None:
-        """Report inputs as they are."""
-        self._sink(seen)
+        self.called(name, bias)
+        self.send(Seen(name, rows, 1 - axis if transposed else axis))
 
     def look_up(self, weight: Any, index: Any, call: Callable[[], Any]) -> Any:
         """Report rows of a table that are looked up by ``call``, and later their gradients."""
@@ -169,20 +172,22 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         if found is None or found[1] or not isinstance(index, torch.Tensor):
             return None
         name = found[0]
-        self._sink(Seen(name, index.detach(), -1))
+        self.send(Seen(name, index.detach(), -1))
         if not (self._gradients and torch.is_grad_enabled()):
             return None
         leaf = call().detach().requires_grad_()
         columns = leaf.shape[-1]
-        leaf.register_hook(
-            lambda gradient: self._sink(
-                Seen(name, gradient.detach().reshape(1, -1, columns), 1, gradient=True)
-            )
-        )
+
+        def sent(gradient: torch.Tensor) -> None:
+            self.send(Seen(name, gradient.detach().reshape(1, -1, columns), 1, gradient=True))
+
+        leaf.register_hook(sent)
         return leaf
 
 
 def _look(tensor: torch.Tensor) -> Any:
+    if tensor.layout != torch.strided:
+        return None
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
@@ -191,27 +196,22 @@ def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: 
 
 
 def _linear(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    watch.matrix_product(
-        _argument(args, kwargs, 0, "input"),
-        _argument(args, kwargs, 1, "weight"),
-        1,
-        _argument(args, kwargs, 2, "bias"),
-    )
+    given = enumerate(("input", "weight", "bias"))
+    inputs, weight, bias = (_argument(args, kwargs, place, name) for place, name in given)
+    watch.product(inputs, weight, 1, bias)
 
 
 def _matmul(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     left, right = args[0], _argument(args, kwargs, 1, "other")
-    if right is None:
-        right = kwargs.get("mat2")
+    right = kwargs.get("mat2") if right is None else right
     if isinstance(left, torch.Tensor) and left.ndim >= 1:
-        watch.matrix_product(left, right, 0)
+        watch.product(left, right, 0)
 
 
 def _addmm(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     left, right = _argument(args, kwargs, 1, "mat1"), _argument(args, kwargs, 2, "mat2")
     scaled = kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1
-    bias = None if scaled else _argument(args, kwargs, 0, "input")
-    watch.matrix_product(left, right, 0, bias)
+    watch.product(left, right, 0, None if scaled else _argument(args, kwargs, 0, "input"))
 
 
 def _embedding(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -243,27 +243,24 @@ def _convolution(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[s
     if padding == "same":
         sides = [(r // 2, r - r // 2) for r in reach]
     else:
-        both = _spread(0 if padding in (None, "valid") else padding, dims, 0)
-        sides = [(p, p) for p in both]
+        sides = [(p, p) for p in _spread(None if padding == "valid" else padding, dims, 0)]
     data = inputs.detach() if inputs.ndim == dims + 2 else inputs.detach()[None]
-    outputs = prod(
+    places = prod(
         (size + sum(side) - r - 1) // s + 1
         for size, side, r, s in zip(data.shape[2:], sides, reach, stride, strict=True)
     )
-    step = max(1, _CHUNK_ELEMENTS // max(1, outputs * data.shape[1] * prod(kernel)))
-    bias = watch.bias_of(_argument(args, kwargs, 2, "bias"))
+    step = max(1, _CHUNK_ELEMENTS // max(1, places * data.shape[1] * prod(kernel)))
+    watch.called(found[0], _argument(args, kwargs, 2, "bias"))
     for part in data.split(step):
         patches = fn.pad(part, [side for pair in reversed(sides) for side in pair])
         for dim in range(dims):
             patches = patches.unfold(2 + dim, reach[dim] + 1, stride[dim])
-        for dim in range(dims):
-            patches = patches[(..., *[slice(None)] * dim, slice(None, None, dilation[dim]),
-                               *[slice(None)] * (dims - dim - 1))]  # fmt: skip
+        every = [slice(None, None, d) for d in dilation]
         # (B, C, T1.., k1..) -> (groups, B T, C/groups k)
-        patches = patches.unflatten(1, (groups, -1)).movedim(1, 0)
+        patches = patches[(..., *every)].unflatten(1, (groups, -1)).movedim(1, 0)
         patches = patches.movedim(2, 2 + dims)
         rows = patches.reshape(groups, -1, data.shape[1] // groups * prod(kernel))
-        watch.send(Seen(found[0], rows, 1, bias=bias))
+        watch.send(Seen(found[0], rows, 1))
 
 
 def _transposed(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -278,58 +275,47 @@ def _transposed(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[st
 
 
 def _attention(watch: Watch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    bound = _MHA.bind(*args, **kwargs)
+    bound = _ATTENTION.bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    sources = [given["query"], given["key"], given["value"]]
     packed = watch.name_of(given["in_proj_weight"])
-    for place, inputs in enumerate(sources):
-        rows = inputs.detach().reshape(1, -1, inputs.shape[-1])
-        if given["use_separate_proj_weight"]:
-            weight = given[("q_proj_weight", "k_proj_weight", "v_proj_weight")[place]]
-            watch.matrix_product(inputs, weight, 1)
-        elif packed is not None:
-            bias = watch.bias_of(given["in_proj_bias"])
-            watch.send(Seen(packed[0], rows, 1, (place, 3), bias=bias))
+    if given["use_separate_proj_weight"]:
+        for source in ("query", "key", "value"):
+            watch.product(given[source], given[f"{source[0]}_proj_weight"], 1)
+    elif packed is not None:
+        watch.called(packed[0], given["in_proj_bias"])
+        for place, source in enumerate(("query", "key", "value")):
+            rows = given[source].detach().reshape(1, -1, given[source].shape[-1])
+            watch.send(Seen(packed[0], rows, 1, (place, 3)))
     projection = given["out_proj_weight"]
-    if watch.name_of(projection) is not None:
-        # With no projection, what comes out is the input of the projection.
-        bare = dict(given)
-        size = projection.shape[1]
-        bare["out_proj_weight"] = torch.eye(size, dtype=projection.dtype, device=projection.device)
-        bare["out_proj_bias"] = None
-        attended, weights = func(**bare)
-        watch.matrix_product(attended, projection, 1, given["out_proj_bias"])
-        return fn.linear(attended, projection, given["out_proj_bias"]), weights
-    return None
+    if watch.name_of(projection) is None:
+        return None
+    # With no projection, what comes out is the input of the projection.
+    bare = dict(given)
+    size = projection.shape[1]
+    bare["out_proj_weight"] = torch.eye(size, dtype=projection.dtype, device=projection.device)
+    bare["out_proj_bias"] = None
+    attended, weights = func(**bare)
+    watch.product(attended, projection, 1, given["out_proj_bias"])
+    return fn.linear(attended, projection, given["out_proj_bias"]), weights
 
 
 def _spread(value: Any, dims: int, default: int) -> list[int]:
-    if value is None:
-        value = default
-    if isinstance(value, int):
-        return [value] * dims
-    values = [int(v) for v in value]
-    return values * dims if len(values) == 1 else values
+    values = [default] if value is None else [value] if isinstance(value, int) else list(value)
+    return [int(v) for v in values] * (dims if len(values) == 1 else 1)
 
 
+_NORM: Final = tuple(enumerate(("input", "running_mean", "running_var")))
 _Handler = Callable[[Watch, Any, Sequence[Any], Mapping[str, Any]], Any]
 _HANDLERS: Final[dict[Any, _Handler]] = {
     fn.linear: _linear,
-    torch.matmul: _matmul,
-    torch.mm: _matmul,
-    torch.Tensor.matmul: _matmul,
-    torch.Tensor.__matmul__: _matmul,
-    torch.Tensor.mm: _matmul,
     torch.addmm: _addmm,
     fn.embedding: _embedding,
     torch.embedding: _embedding,
     torch.Tensor.__getitem__: _get_item,
-    fn.conv1d: _convolution,
-    fn.conv2d: _convolution,
-    fn.conv3d: _convolution,
-    fn.conv_transpose1d: _transposed,
-    fn.conv_transpose2d: _transposed,
-    fn.conv_transpose3d: _transposed,
     fn.multi_head_attention_forward: _attention,
-}
+    **dict.fromkeys((torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__,
+                     torch.Tensor.mm), _matmul),
+    **dict.fromkeys((fn.conv1d, fn.conv2d, fn.conv3d), _convolution),
+    **dict.fromkeys((fn.conv_transpose1d, fn.conv_transpose2d, fn.conv_transpose3d), _transposed),
+}  # fmt: skip

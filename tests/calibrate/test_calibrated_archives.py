@@ -1,0 +1,178 @@
+"""Packing with statistics: outputs are nearer at the same bytes, or the archive is as without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from weightvid.calibrate import Calibration, CalibrationConfig
+from weightvid.checkpoint import from_mapping
+from weightvid.loader import open_archive
+from weightvid.pack import PackOptions, PackReport, Target, pack_checkpoint, survey_checkpoint
+from weightvid.workers import Workers
+
+torch = pytest.importorskip("torch", reason="needs the extra: weightvid[torch]")
+nn, fn = torch.nn, torch.nn.functional
+
+
+class Images(nn.Sequential):
+    """Convolutions of all kinds, and a BatchNorm that knows its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 24, 3, bias=False), nn.BatchNorm2d(24, momentum=None), nn.ReLU(),
+            nn.Conv2d(24, 48, 3, groups=24), nn.ReLU(), nn.Conv2d(48, 48, 3, groups=4), nn.ReLU(),
+            nn.ConvTranspose2d(48, 16, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 20),
+        )  # fmt: skip
+
+    @staticmethod
+    def inputs(count: int) -> Any:
+        smooth = 5 * fn.avg_pool2d(torch.randn(count, 3, 14, 14), 5, 1)
+        return torch.randn(count, 3, 1, 1) * smooth + torch.randn(count, 3, 1, 1)
+
+
+class Words(nn.Sequential):
+    """Without BatchNorm: a table, attention, linear layers."""
+
+    def __init__(self) -> None:
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+        super().__init__(nn.Embedding(40, 32), layer, nn.Flatten(), nn.Linear(384, 20))
+
+    @staticmethod
+    def inputs(count: int) -> Any:
+        return (torch.randint(0, 40, (count, 1)) + torch.randint(0, 6, (count, 12))) % 40
+
+
+@pytest.fixture(scope="module", params=[Images, Words])
+def net(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    made = request.param()
+    with torch.no_grad():
+        made(made.inputs(512))
+    return made.eval()
+
+
+images = pytest.mark.parametrize("net", [Images], indirect=True)
+
+
+def examples(net: Any, count: int = 96, trust: bool = True) -> Calibration:
+    torch.manual_seed(1)
+    config = CalibrationConfig(trust_inputs=trust)
+    return Calibration.from_examples(net, net.inputs(count).split(12), config)
+
+
+@pytest.fixture(scope="module")
+def example(net: Any) -> Calibration:
+    return examples(net, trust=isinstance(net, Words))
+
+
+def arrays(net: Any) -> dict[str, Any]:
+    return {name: tensor.numpy().copy() for name, tensor in net.state_dict().items()}
+
+
+def pack(
+    net: Any, path: Path, calibration: Calibration | None, **more: Any
+) -> tuple[PackReport, dict[str, Any]]:
+    step = None if "target" in more else 0.4
+    options = PackOptions(step_factor=step, calibration=calibration, jobs=1, force=True, **more)
+    report = pack_checkpoint(from_mapping(arrays(net)), path, options)
+    with open_archive(path, check_tensors=True) as archive:
+        return report, {name: array.copy() for name, array in archive.items()}
+
+
+def loss(net: Any, restored: dict[str, Any]) -> tuple[float, float]:
+    """Squared error of the outputs on further inputs, and that around its mean."""
+    torch.manual_seed(2)
+    other, inputs = type(net)().eval(), net.inputs(200)
+    other.load_state_dict({name: torch.from_numpy(array) for name, array in restored.items()})
+    with torch.no_grad():
+        error = net(inputs) - other(inputs)
+    return float(error.square().mean()), float(error.var(0).mean())
+
+
+def test_outputs_are_nearer_at_the_same_bytes(net: Any, example: Any, tmp_path: Path) -> None:
+    before, path = arrays(net), tmp_path / "m.mp4"
+    plain, free = pack(net, path, None)
+    same = Target("size", plain.file_bytes)
+    known, better = pack(net, path, Calibration(example.stats), target=same)
+    layered, best = pack(net, path, example, target=same)
+    assert max(known.file_bytes, layered.file_bytes) <= plain.file_bytes
+    losses = [loss(net, restored) for restored in (free, better, best)]
+    assert losses[1][0] < 0.6 * losses[0][0]
+    assert losses[1][1] < 0.7 * losses[0][1]
+    assert losses[2][0] < 0.97 * losses[1][0]
+    assert known.notes == layered.notes[:-1]
+    assert layered.notes[-1].startswith("layer by layer: ")
+    assert layered.notes[-1].count("KL divergence") == 2
+    assert all(np.array_equal(array, before[name]) for name, array in arrays(net).items())
+
+
+@images
+def test_steps_follow_the_data(net: Any, example: Any) -> None:
+    found = []
+    for calibration in (Calibration(example.stats), None):
+        reader, options = from_mapping(arrays(net)), PackOptions(calibration=calibration)
+        plans = survey_checkpoint(reader, options, Workers(None, 1)).plans(0.4).values()
+        found.append({plan.spec.name: plan for plan in plans})
+    for name in ("0.weight", "5.weight"):
+        steps, rule = (plans[name].frequency_steps for plans in found)
+        assert not np.array_equal(steps, rule)
+        # Smooth inputs: the mean of a kernel counts most, its finest frequency least.
+        assert steps[0] == min(steps) < steps[-1]
+
+
+@images
+def test_biases_take_the_mean_error(net: Any, example: Any, tmp_path: Path) -> None:
+    before = arrays(net)
+    made = pack(net, tmp_path / "m.mp4", Calibration(example.stats))[1]
+    biases = {name: known.bias for name, known in example.stats.tensors.items() if known.bias}
+    plain = {f"{place}.weight": f"{place}.bias" for place in (3, 5, 11, 13)}
+    assert biases == plain | {"0.weight": "1.running_mean"}
+    for name, bias in biases.items():
+        known = example.stats.tensors[name]
+        error = (made[name] - before[name]).reshape(len(known.mean), -1, known.mean.shape[1])
+        lost = np.einsum("goc,gc->go", error, known.mean).reshape(-1)
+        gained = known.bias_sign * (made[bias] - before[bias])
+        # But for the mantissa bits that the recipe keeps.
+        assert np.linalg.norm(lost + gained) < 0.2 * np.linalg.norm(lost)
+    kept = ("13.bias", "5.weight")
+    made = pack(net, tmp_path / "m.mp4", example, keep=kept)[1]
+    assert all(np.array_equal(made[name], before[name]) for name in kept)
+
+
+@images
+@pytest.mark.parametrize("after", [0.01, 2.0])
+def test_layer_by_layer_only_if_better(
+    net: Any, example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: float
+) -> None:
+    losses = iter([(1.0, "one"), (after, "another")])
+    monkeypatch.setattr(type(example.examples), "loss", lambda *_: next(losses))
+    note = pack(net, tmp_path / "a.mp4", example)[0].notes[-1]
+    pack(net, tmp_path / "b.mp4", Calibration(example.stats))
+    assert note.startswith("layer by" if after < 1 else "not layer by layer, which is no better")
+    assert "one -> another" in note
+    same = (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert same == (after > 1)
+
+
+@pytest.mark.parametrize("net", [Words], indirect=True)
+def test_where_nobody_can_tell_it_is_not_done(net: Any, example: Any, tmp_path: Path) -> None:
+    for found, more, why in ((examples(net, 12), {}, "a single batch"),
+                             (examples(net, trust=False), {}, "without BatchNorm"),
+                             (example, {"target": Target("sqnr", 15)}, "a target")):  # fmt: skip
+        report = pack(net, tmp_path / "m.mp4", found, **more)[0]
+        assert report.notes[-1].startswith(f"not layer by layer: {why}")
+
+
+@images
+def test_foreign_inputs_make_nothing_worse(net: Any, tmp_path: Path) -> None:
+    found = Calibration.from_examples(net, (0.3 * torch.randn(64, 3, 10, 10)).split(8))
+    assert "unlike those the model was trained on" in found.stats.refused
+    note = pack(net, tmp_path / "a.mp4", found)[0].notes[0]
+    assert note.startswith("calibration was not used: the example inputs are unlike")
+    pack(net, tmp_path / "b.mp4", None)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()

@@ -1,0 +1,277 @@
+"""What calibration sees of each kind of layer, next to sums made by hand; and the file of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_models
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from weightvid.calibrate import Calibration, CalibrationConfig, CalibrationStats, calibrate
+from weightvid.calibrate.stats import KEY, TensorMoments, load_stats, model_hash
+from weightvid.checkpoint import from_mapping
+from weightvid.errors import CheckpointError, OutputError, QuantizationError
+from weightvid.pack import PackOptions, pack_checkpoint
+
+torch = pytest.importorskip("torch", reason="needs the extra: weightvid[torch]")
+nn = torch.nn
+
+ALL = CalibrationConfig(held_back=0, sensitivity_samples=0)
+
+
+def outer(inputs: Any) -> Any:
+    """Mean of x x' over all rows of inputs, shape (..., C)."""
+    rows = inputs.detach().double().reshape(-1, inputs.shape[-1])
+    return (rows.T @ rows / len(rows)).numpy()
+
+
+def statistics(module: Any, *batches: Any) -> CalibrationStats:
+    torch.manual_seed(0)
+    return calibrate(module, batches, ALL)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "groups"),
+    [
+        (nn.Linear(5, 4, bias=False), (7, 3, 5), 1),
+        (nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2, bias=False), (3, 4, 11), 2),
+        (nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0), bias=False), (2, 3, 9, 8), 1),
+        (nn.Conv2d(4, 4, 3, groups=4, padding=1, bias=False), (2, 4, 6, 7), 4),
+        (nn.Conv2d(4, 8, 3, groups=2, dilation=2, padding="same", bias=False), (2, 4, 6, 7), 2),
+        (nn.Conv2d(3, 5, 3, padding=2, padding_mode="reflect", bias=False), (2, 3, 6, 7), 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_moments_give_those_of_the_outputs(layer: Any, shape: Any, groups: int) -> None:
+    """Of y = W x: E[y y'] = W E[x x'] W', and the mean of y is W times that of x."""
+    inputs = torch.randn(shape) + 0.3
+    stats = statistics(layer, inputs[:1], inputs[1:])
+    found = stats.tensors["weight"]
+    outputs = layer(inputs).detach().double().movedim(-1 if shape[-1] == 5 else 1, -1)
+    assert (found.axis, len(found.mean), stats.samples) == (1, groups, shape[0])
+    assert (found.damping, found.gain_db, found.bias) == (0.01, None, None)
+    weights = layer.weight.detach().double().flatten(1).numpy()
+    parts = np.split(weights, groups), found.moment, found.mean, outputs.chunk(groups, -1)
+    for weight, moment, mean, share in zip(*parts, strict=True):
+        np.testing.assert_allclose(weight @ moment @ weight.T, outer(share), atol=1e-5)
+        np.testing.assert_allclose(weight @ mean, share.flatten(0, -2).mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [nn.ConvTranspose1d(4, 3, 2, stride=2),
+                                   nn.ConvTranspose2d(4, 6, 3, groups=2)], ids=str)  # fmt: skip
+def test_inputs_of_transposed_convolutions_lie_along_the_rows(layer: Any) -> None:
+    inputs = torch.randn(3, 4, *(5, 6)[: layer.weight.ndim - 2]) + 0.3
+    found = statistics(layer, inputs).tensors["weight"]
+    assert found.axis == 0
+    parts = inputs.movedim(1, -1).chunk(layer.groups, -1)
+    for part, moment, mean in zip(parts, found.moment, found.mean, strict=True):
+        np.testing.assert_allclose(moment, outer(part), atol=1e-5)
+        np.testing.assert_allclose(mean, part.flatten(0, -2).mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"batch_first": True}, {"kdim": 5, "vdim": 6}], ids=str)
+def test_attention(more: dict[str, Any]) -> None:
+    module = nn.MultiheadAttention(8, 2, **more).eval()
+    batch = tuple(torch.randn(4, 3, size) for size in (8, more.get("kdim", 8), more.get("vdim", 8)))
+    found = statistics(module, batch).tensors
+    for place, (name, inputs) in enumerate(zip("qkv", batch, strict=True)):
+        own = found.get(f"{name}_proj_weight")
+        moment = found["in_proj_weight"].moment[place] if own is None else own.moment[0]
+        np.testing.assert_allclose(moment, outer(inputs), atol=1e-5)
+    weight, moment = module.out_proj.weight.detach().numpy(), found["out_proj.weight"].moment[0]
+    expected = outer(module(*batch)[0] - module.out_proj.bias)
+    np.testing.assert_allclose(weight @ moment @ weight.T, expected, atol=1e-5)
+    assert found["out_proj.weight"].bias == "out_proj.bias"
+
+
+class Functional(nn.Module):
+    """Weights that plain functions use, as GPT-2's Conv1D; an output layer that is the table."""
+
+    def __init__(self, **shapes: Any) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+    def forward(self, ids: Any) -> dict[str, Any]:
+        self.hidden = torch.addmm(self.shift, self.table[ids], self.inner).relu()
+        return {"loss": None, "logits": (self.hidden @ self.outer.T) @ self.table.T}
+
+
+def test_functions_and_tied_tables() -> None:
+    net = Functional(table=(10, 6), inner=(6, 4), outer=(6, 4), shift=4)
+    ids = torch.tensor([1, 2, 2, 3, -1, 2])
+    found = statistics(net, ids).tensors
+    # A table that is an output layer too is known by the inputs of that layer alone.
+    for name, axis, inputs in (("inner", 0, net.table[ids]), ("outer", 1, net.hidden),
+                               ("table", 1, net.hidden @ net.outer.T)):  # fmt: skip
+        assert found[name].axis == axis
+        np.testing.assert_allclose(found[name].moment[0], outer(inputs), rtol=1e-4, atol=1e-5)
+    assert found["inner"].bias == "shift"
+
+
+def test_tables_know_what_the_output_sees() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(20, 3), nn.Linear(3, 2, bias=False))
+    with torch.no_grad():
+        module[1].weight.copy_(torch.tensor([[5.0, 0.0, 0.0], [0.0, 0.5, 0.0]]))
+    found = statistics(module, *torch.randint(0, 20, (6, 40, 10)))
+    seen = np.diagonal(found.tensors["0.weight"].moment[0])
+    np.testing.assert_allclose(seen, [25, 0.25, 0], rtol=0.2)
+    assert all(p.requires_grad and p.grad is None for p in module.parameters())
+
+
+def test_what_the_outputs_care_for() -> None:
+    """White inputs: each of the 48 x 64 errors counts with a twelfth of a squared step."""
+    torch.manual_seed(1)
+    layer, inputs = nn.Linear(64, 48, bias=False), torch.randn(1000, 64).split(50)
+    config = CalibrationConfig(sensitivity_samples=1000, trust_inputs=True)
+    found = calibrate(layer, inputs, config).sensitivity
+    assert found["weight"] == pytest.approx(48 * 64 / 12, rel=0.25)
+    # Without BatchNorm nobody can tell whether the inputs are good for that.
+    assert calibrate(layer, inputs).sensitivity == {}
+
+
+def test_held_back_inputs_unlike_the_others() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16, bias=False)
+    narrow = torch.randn(4, 16, 1) @ torch.ones(1, 16) + 1e-3 * torch.randn(4, 16, 16)
+    others = torch.randn(16, 16)
+    good = calibrate(layer, list(narrow)).tensors["weight"]
+    bad = calibrate(layer, [*narrow, others - others.mean(1, keepdim=True)])
+    assert good.useful
+    assert (good.gain_db or 0) > 10
+    assert not bad.tensors["weight"].useful
+    assert any("no better than without" in note for note in bad.notes)
+
+
+def test_statistics_that_fit_only_their_own_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightvid.calibrate.trial._LEAST_GAIN_DB", -100.0)
+    torch.manual_seed(0)
+    config, layer = CalibrationConfig(dampings=(0.001,)), nn.Linear(64, 64, bias=False)
+    stats = calibrate(layer, torch.randn(8, 64).split(1), config)
+    assert "the model as a whole is no better" in stats.refused
+    assert not stats.tensors["weight"].useful
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_numbers_that_are_none_are_named(bad: float) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        module[0].bias[1] = bad
+    with pytest.raises(QuantizationError, match=r"'1\.weight' hold NaN or infinity"):
+        calibrate(module, [torch.ones(2, 3)])
+
+
+def test_what_cannot_be_calibrated_says_so() -> None:
+    ones = torch.ones(1, 30)
+    for module, batches, message in ((nn.Linear(3, 2), [], "no example inputs"),
+                                     (nn.ReLU(), [ones], "no layer was seen"),
+                                     (nn.Linear(30, 2), [ones], "memory limit")):  # fmt: skip
+        with pytest.raises(QuantizationError, match=message):
+            calibrate(module, batches, CalibrationConfig(memory_bytes=100))
+
+
+def test_importing_it_imports_no_torch() -> None:
+    code = "import sys, weightvid.calibrate as c; c.Calibration, c.Evaluation; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" not in found.stdout.split()
+    assert "weightvid.calibrate.stats" in found.stdout.split()
+
+
+ARRAYS = {"a.weight": small_models.weights(1, 40, 30), "a.bias": small_models.weights(2, 40)}
+
+
+def made(**more: Any) -> CalibrationStats:
+    inputs = small_models.weights(3, 200, 30, scale=1.0) + 0.5
+    moments = TensorMoments(
+        (inputs.T @ inputs / 200)[None], inputs.mean(0)[None], 1, 0.1, 3.25, "a.bias", -1
+    )
+    digest, loss = model_hash(from_mapping(ARRAYS), ["a.weight"]), {"a.weight": 2.5}
+    stats = CalibrationStats(digest, 200, {"a.weight": moments}, ("a note",), loss, "", True)
+    return replace(stats, **more)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    stats, path = made(), tmp_path / "stats"
+    stats.save(path)
+    found, data = load_stats(path), path.read_bytes()
+    assert repr(found) == repr(stats)
+    with pytest.raises(OutputError, match="exists"):
+        stats.save(path)
+    found.save(path, force=True)
+    assert path.read_bytes() == data
+
+
+def rewritten(path: Path, change: Any) -> None:
+    made().save(path)
+    with safe_open(path, "np") as file:
+        record = json.loads(file.metadata()[KEY])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(record, arrays)
+    save_file(arrays, path, {KEY: json.dumps(record)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda r, _, v=v: r["sensitivity"].update({"a.weight": v}) for v in (0, "x", None)),
+        *(lambda r, _, k=k: r.pop(k) for k in ("tensors", "model_sha256", "notes")),
+        *(lambda r, _, k=k, v=v: r["tensors"]["a.weight"].update({k: v})
+          for k, v in (("axis", 2), ("damping", -1.0), ("damping", None), ("bias_sign", 0))),
+        lambda r, _: r.update(tensors=[1]),
+        lambda r, _: r["tensors"]["a.weight"].pop("bias"),
+        lambda _, a: a.pop("a.weight#mean"),
+        lambda _, a: a.update({"a.weight#mean": np.ones((1, 29), np.float32)}),
+        lambda _, a: a.update({"a.weight#moment": np.ones((1, 30, 30), np.float16)}),
+    ],
+)  # fmt: skip
+def test_damaged_files(tmp_path: Path, change: Any) -> None:
+    rewritten(tmp_path / "stats", change)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_stats(tmp_path / "stats")
+
+
+def test_other_files(tmp_path: Path) -> None:
+    rewritten(tmp_path / "newer", lambda record, _: record.update(version=9))
+    save_file(ARRAYS, tmp_path / "model")
+    messages = {"newer": "version 9", "model": "no calibration", "absent": "absent"}
+    for name, message in messages.items():
+        with pytest.raises(CheckpointError, match=message):
+            Calibration.from_file(tmp_path / name)
+
+
+def packed(path: Path, stats: CalibrationStats, arrays: Any = ARRAYS, **more: Any) -> Any:
+    options = PackOptions(calibration=Calibration(stats), jobs=1, **more)
+    return pack_checkpoint(from_mapping(arrays), path, options)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "more", "message"),
+    [
+        (ARRAYS | {"a.weight": 2 * ARRAYS["a.weight"]}, {}, "other weights"),
+        ({"b.weight": ARRAYS["a.weight"]}, {}, r"has no .*a\.weight"),
+        (ARRAYS, {"fidelity": "weights"}, "calibration keeps the outputs"),
+    ],
+)
+def test_another_model_and_other_aims(tmp_path: Path, arrays: Any, more: Any, message: str) -> None:
+    with pytest.raises((CheckpointError, QuantizationError), match=message):
+        packed(tmp_path / "m.mp4", made(), arrays, **more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_of_no_use_change_nothing(tmp_path: Path) -> None:
+    pack_checkpoint(from_mapping(ARRAYS), tmp_path / "plain.mp4", PackOptions(jobs=1))
+    useless = {"a.weight": replace(made().tensors["a.weight"], damping=0.0)}
+    none = {"tensors": useless, "sensitivity": {}}, "calibrated: 0 of 1 tensors"
+    for more, note in (none, ({"refused": "foreign"}, "calibration was not used: foreign")):
+        path = tmp_path / note[:12]
+        assert packed(path, made(**more)).notes == (note,)
+        assert path.read_bytes() == (tmp_path / "plain.mp4").read_bytes()

@@ -1,0 +1,254 @@
+"""Calibration statistics: what the layers of a model see at their inputs, and their file.
+
+The file is a safetensors file. Of each tensor ``NAME`` it holds ``NAME#moment`` (float32, shape
+(groups, C, C)) and ``NAME#mean`` (float32, (groups, C)); the rest is JSON in the metadata under
+`KEY`. Statistics belong to one model: the file carries a hash of the tensors that it speaks of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from weightvid.checkpoint import CheckpointReader, Contents, create_checkpoint, open_checkpoint
+from weightvid.checkpoint.common import raw_bytes, shorten
+from weightvid.errors import CheckpointError, QuantizationError, TensorNotFoundError
+from weightvid.loader import Floats, TensorSpec
+
+KEY: Final = "weightvid.calibration"
+VERSION: Final = 1
+_BLOCK_BYTES: Final = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationConfig:
+    """How to calibrate.
+
+    Attributes
+    ----------
+    memory_bytes : int
+        Limit of the sums of one pass; more layers take more passes over the inputs. A layer that
+        is larger alone gets no statistics.
+    held_back : float
+        Part of the inputs that the statistics are checked on, 0 to 0.5; 0: no check.
+    dampings : tuple of float
+        Tried on held-back inputs; the first one when there is no check.
+    domain_limit : float
+        Divergence in nats of what BatchNorm layers see from what they remember of training,
+        above which the inputs are taken for foreign and the statistics are not used.
+    sensitivity_samples : int
+        About so many samples, evenly spaced, tell how much the outputs care for each tensor's
+        error; 0: the steps are those of an archive without statistics.
+    trust_inputs : bool
+        The inputs are known to be of the kind that the model is used on. Otherwise only the
+        model's BatchNorm layers can confirm it, and where they don't, such losses are not
+        measured and weights are not fitted anew: both do harm where inputs are of another kind.
+    """
+
+    memory_bytes: int = 1 << 30
+    held_back: float = 0.2
+    dampings: tuple[float, ...] = (0.01, 0.1, 1.0)
+    domain_limit: float = 0.1
+    sensitivity_samples: int = 128
+    trust_inputs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes < 1:
+            raise QuantizationError("the memory limit of calibration must be positive")
+        if not 0.0 <= self.held_back <= 0.5:
+            raise QuantizationError(f"the part held back must be 0 to 0.5, not {self.held_back}")
+        if not self.dampings or not all(0.0 < d < np.inf for d in self.dampings):
+            raise QuantizationError(f"dampings must be positive numbers, not {self.dampings}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorMoments:
+    """What one weight tensor sees.
+
+    Attributes
+    ----------
+    moment : ndarray of float32, shape (groups, C, C)
+        Mean of ``x x'`` over the inputs x of the layer. With ``axis`` 1 the tensor, as a matrix of
+        first axis by the rest, is ``groups`` equal shares of rows, each applied to its own x of
+        C columns. With ``axis`` 0 the inputs lie along its rows, ``groups`` times C of them.
+    mean : ndarray of float32, shape (groups, C)
+        Mean of x.
+    axis : int
+        1 (linear layers, convolutions, attention) or 0 (transposed convolutions, ``x @ W``).
+    damping : float
+        What worked best on samples held back, as a part of the mean diagonal; 0: the tensor is
+        better off without its moment.
+    gain_db : float or None
+        Output error on samples held back, without the moment against with it; None: not measured.
+    bias : str or None
+        Name of the tensor that is added to the layer's output, if there is one.
+    bias_sign : int
+        -1: it is subtracted, as the running mean of a BatchNorm is.
+    """
+
+    moment: Floats
+    mean: Floats
+    axis: int = 1
+    damping: float = 0.01
+    gain_db: float | None = None
+    bias: str | None = None
+    bias_sign: int = 1
+
+    @property
+    def useful(self) -> bool:
+        """Whether quantizing with the moment is better than without."""
+        return self.damping > 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CalibrationStats:
+    """Statistics of one model.
+
+    Attributes
+    ----------
+    model_sha256 : str
+        `model_hash` of the tensors that have statistics.
+    samples : int
+        Example inputs seen.
+    tensors : mapping of str to TensorMoments
+        By name in the state dict.
+    notes : tuple of str
+        What could not be measured.
+    sensitivity : mapping of str to float
+        Squared change of the outputs, per sample and squared step of the quantizer, when this
+        tensor alone is quantized. May name tensors that have no other statistics.
+    refused : str
+        Why none of it is to be used; empty: it is.
+    confirmed : bool
+        The inputs are of the kind that the model is used on: its BatchNorm layers know them, or
+        whoever calibrated said so.
+    """
+
+    model_sha256: str
+    samples: int
+    tensors: Mapping[str, TensorMoments] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    refused: str = ""
+    confirmed: bool = False
+
+    def check(self, reader: CheckpointReader) -> None:
+        """Refuse statistics of another model.
+
+        Raises
+        ------
+        CheckpointError
+            The checkpoint lacks a tensor, or its weights are not those that were calibrated.
+        """
+        known = {spec.name for spec in reader.contents.tensors} | set(reader.contents.aliases)
+        missing = [name for name in self.tensors if name not in known]
+        if missing:
+            why = f"the checkpoint has no {shorten(missing)}"
+            raise CheckpointError(f"the calibration statistics are of another model: {why}")
+        if model_hash(reader, self.tensors) != self.model_sha256:
+            raise CheckpointError(
+                "the calibration statistics are of a model with other weights than this "
+                "checkpoint's; calibrate again"
+            )
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the file; it appears whole, or not at all.
+
+        Raises
+        ------
+        OutputError
+            The file exists or cannot be written.
+        """
+        arrays: dict[str, Floats] = {}
+        records: dict[str, Any] = {}
+        for name, tensor in sorted(self.tensors.items()):
+            arrays[f"{name}#moment"], arrays[f"{name}#mean"] = tensor.moment, tensor.mean
+            records[name] = {key: getattr(tensor, key) for key in _RECORDED}
+        record = {"version": VERSION, "tensors": records, "sensitivity": dict(self.sensitivity)}
+        record |= {key: getattr(self, key) for key in _WHOLE}
+        specs = [TensorSpec(name, "F32", array.shape) for name, array in arrays.items()]
+        contents = Contents(tuple(specs), metadata={KEY: json.dumps(record)})
+        with create_checkpoint(path, contents, force=force, kind="safetensors") as writer:
+            for name, array in arrays.items():
+                writer.write(name, np.ascontiguousarray(array))
+
+
+_RECORDED: Final = ("axis", "damping", "gain_db", "bias", "bias_sign")
+_WHOLE: Final = ("model_sha256", "samples", "notes", "refused", "confirmed")
+
+
+def load_stats(path: str | os.PathLike[str]) -> CalibrationStats:
+    """Read a calibration file.
+
+    Raises
+    ------
+    CheckpointError
+        No calibration file, a damaged one, or one of a later version.
+    """
+    with open_checkpoint(path) as reader:
+        text = reader.contents.metadata.get(KEY)
+        if text is None:
+            raise CheckpointError(
+                f"{os.fspath(path)} holds no calibration statistics, as "
+                "weightvid calibrate writes them"
+            )
+        try:
+            record = json.loads(text)
+            if record["version"] != VERSION:
+                raise CheckpointError(
+                    f"{os.fspath(path)} holds statistics of version {record['version']}, and this "
+                    f"weightvid reads version {VERSION}"
+                )
+            sensitivity = {str(k): float(v) for k, v in record["sensitivity"].items()}
+            if not all(0.0 < value < np.inf for value in sensitivity.values()):
+                raise ValueError("a sensitivity is no positive number")
+            return CalibrationStats(
+                str(record["model_sha256"]),
+                int(record["samples"]),
+                {n: _read_tensor(reader, n, entry) for n, entry in record["tensors"].items()},
+                tuple(map(str, record["notes"])),
+                sensitivity,
+                str(record["refused"]),
+                bool(record["confirmed"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, TensorNotFoundError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{os.fspath(path)} is damaged: its statistics make no sense ({error})"
+            ) from None
+
+
+def _read_tensor(reader: CheckpointReader, name: str, entry: Mapping[str, Any]) -> TensorMoments:
+    moment: Any = reader.read(f"{name}#moment")
+    mean: Any = reader.read(f"{name}#mean")
+    found = TensorMoments(moment, mean, **{key: entry[key] for key in _RECORDED})
+    good = found.axis in (0, 1) and found.bias_sign in (1, -1) and 0.0 <= found.damping < np.inf
+    good = good and moment.dtype == mean.dtype == np.float32 and mean.ndim == 2
+    if not good or moment.shape != (*mean.shape, mean.shape[-1]):
+        raise ValueError(f"tensor {name!r}")
+    return found
+
+
+def model_hash(reader: CheckpointReader, names: Iterable[str]) -> str:
+    """SHA-256 of tensors: for each, in order of its name, name, dtype, shape and stored bytes.
+
+    Buffers such as batch counters differ between a file and the module that was loaded from it, so
+    only tensors that have statistics are taken.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        spec = reader.spec(name)
+        head = json.dumps([name, spec.dtype, list(spec.shape)]).encode()
+        digest.update(len(head).to_bytes(4, "little") + head)
+        data: npt.NDArray[np.uint8] = raw_bytes(np.ascontiguousarray(reader.read(name)))
+        for start in range(0, data.size, _BLOCK_BYTES):
+            digest.update(data[start : start + _BLOCK_BYTES].data)
+    return digest.hexdigest()
