@@ -1,4 +1,4 @@
-"""``python -m weightvid``: the command line."""
+"""``python -m weightvid`` is the ``weightvid`` command."""
 
 from weightvid.cli import main
 

@@ -6,64 +6,31 @@ held-out digits come from ``tools/train_digits.py``.
 
 from __future__ import annotations
 
+import lzma
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file as load_safetensors
+from safetensors.numpy import load_file
 
-from weightvid.baselines import int8_xz
 from weightvid.errors import CheckpointError
-
-Array = npt.NDArray[np.generic]
-Floats = npt.NDArray[np.float32]
-Progress = Callable[[str], None]
+from weightvid.loader import Array, Floats
+from weightvid.pack import PackOptions, pack_checkpoint
+from weightvid.unpack import UnpackOptions, unpack_archive
 
 CHECKPOINT_NAME: Final = "digits_cnn.safetensors"
 HOLDOUT_NAME: Final = "digits_holdout.npz"
-ARCHIVE_NAME: Final = "digits_cnn.mp4"
-RESTORED_NAME: Final = "digits_cnn.restored.safetensors"
-
 #: PyTorch's default ``BatchNorm2d.eps``, with which the network was trained.
-BATCH_NORM_EPS: Final = np.float32(1e-5)
+_BATCH_NORM_EPS: Final = np.float32(1e-5)
 
 
-@dataclass(frozen=True, slots=True)
-class Holdout:
-    """Digits the network was not trained on.
+class DemoRow(NamedTuple):
+    """One way to store the network: ``fp32`` (the source), ``int8+xz`` or ``weightvid``.
 
-    Attributes
-    ----------
-    images : ndarray of uint8, shape (n, 8, 8)
-        Grey levels 0..16.
-    labels : ndarray of uint8, shape (n,)
-        0..9.
-    """
-
-    images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class DemoRow:
-    """One way to store the network.
-
-    Attributes
-    ----------
-    name : str
-        ``"fp32"``, ``"int8+xz"`` or ``"weightvid"``.
-    file_bytes : int
-        Bytes of the whole file.
-    bits_per_weight : float
-        8 x ``file_bytes`` / number of elements in the source's tensors.
-    correct : int
-        Held-out digits classified correctly.
-    agreement : float
-        Share (0..1) of held-out digits classified as the fp32 network does, right or wrong.
+    Of the held-out digits, ``correct`` are classified right, and a share of ``agreement`` (0..1)
+    as by the fp32 network, right or wrong.
     """
 
     name: str
@@ -73,35 +40,15 @@ class DemoRow:
     agreement: float
 
 
-@dataclass(frozen=True, slots=True)
-class DemoReport:
-    """What the demo found.
-
-    Attributes
-    ----------
-    rows : tuple of DemoRow
-        fp32 (the source file), int8+xz, weightvid.
-    images : int
-        Number of held-out digits behind ``correct`` and ``agreement``.
-    weights : int
-        Elements in the source's tensors.
-    exact_tensors : int
-        Tensors that came back bit for bit (batch norm, biases, counters).
-    tensors : int
-        All tensors of the network.
-    pack_s, unpack_s : float
-        Wall-clock seconds; both check every hash.
-    archive, restored : str
-        Where the two files lie.
-    """
+class DemoReport(NamedTuple):
+    """What the demo found: rows, counts, seconds (every hash checked), where the files lie."""
 
     rows: tuple[DemoRow, ...]
     images: int
     weights: int
-    exact_tensors: int
-    tensors: int
     pack_s: float
     unpack_s: float
+    source: str
     archive: str
     restored: str
 
@@ -121,111 +68,75 @@ def sample_dir() -> Path:
     raise CheckpointError(f"the demo's {CHECKPOINT_NAME} is missing: reinstall weightvid")
 
 
-def load_holdout(path: Path) -> Holdout:
-    """Read the held-out digits from an npz with ``images`` and ``labels``."""
-    with np.load(path, allow_pickle=False) as data:
-        return Holdout(data["images"], data["labels"])
-
-
-def run(data_dir: Path, work_dir: Path, progress: Progress | None = None) -> DemoReport:
+def run_demo(data_dir: Path, work_dir: Path, announce: Callable[[str], None]) -> DemoReport:
     """Pack the sample, unpack it, and compare sizes and answers.
 
     Parameters
     ----------
-    data_dir : Path
-        Folder with the sample, usually :func:`sample_dir`.
-    work_dir : Path
-        Folder to write the archive and the restored checkpoint to; earlier ones are replaced.
-    progress : callable or None
-        Called with ``"pack"``, ``"unpack"``, ``"int8+xz"`` and ``"evaluate"`` as each begins.
+    data_dir, work_dir : Path
+        Folder with the sample, usually :func:`sample_dir`; folder for the archive and the
+        restored checkpoint, where earlier ones are replaced.
+    announce : callable
+        Called with ``pack``, ``unpack`` and ``evaluate`` as each begins.
 
     Raises
     ------
     WeightvidError
-        The sample is missing or damaged, or the archive does not come back as it was written.
     """
-    announce = progress if progress is not None else _ignore
-    source, holdout_path = data_dir / CHECKPOINT_NAME, data_dir / HOLDOUT_NAME
-    for path in (source, holdout_path):
+    source, holdout = data_dir / CHECKPOINT_NAME, data_dir / HOLDOUT_NAME
+    for path in (source, holdout):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the demo needs it")
     work_dir.mkdir(parents=True, exist_ok=True)
-    archive, restored_path = work_dir / ARCHIVE_NAME, work_dir / RESTORED_NAME
-
-    pack_s, unpack_s = _round_trip(source, archive, restored_path, announce)
-    original: dict[str, Array] = load_safetensors(source)
-    restored: dict[str, Array] = load_safetensors(restored_path)
-    exact_tensors = count_exact(original, restored)
-
-    announce("int8+xz")
-    baseline = int8_xz(original)
-
+    archive, restored = work_dir / "digits_cnn.mp4", work_dir / "digits_cnn.restored.safetensors"
+    announce("pack")
+    packed = pack_checkpoint(source, archive, PackOptions(force=True))
+    announce("unpack")
+    unpacked = unpack_archive(archive, restored, UnpackOptions(force=True))
     announce("evaluate")
-    holdout = load_holdout(holdout_path)
-    weights = sum(t.size for t in original.values())
-    expected = logits(original, holdout.images).argmax(axis=1)
-
-    def row(name: str, file_bytes: int, tensors: Mapping[str, Array]) -> DemoRow:
-        predicted = logits(tensors, holdout.images).argmax(axis=1)
-        return DemoRow(
-            name=name,
-            file_bytes=file_bytes,
-            bits_per_weight=8 * file_bytes / weights,
-            correct=int((predicted == holdout.labels).sum()),
-            agreement=float((predicted == expected).mean()),
-        )
-
+    original: dict[str, Array] = load_file(source)
+    int8_bytes, int8 = int8_xz(original)
+    with np.load(holdout, allow_pickle=False) as data:
+        images, labels = data["images"], data["labels"]
+    weights = sum(tensor.size for tensor in original.values())
+    expected = logits(original, images).argmax(axis=1)
+    rows = []
+    for name, file_bytes, tensors in (
+        ("fp32", source.stat().st_size, original),
+        ("int8+xz", int8_bytes, int8),
+        ("weightvid", archive.stat().st_size, load_file(restored)),
+    ):
+        found = logits(tensors, images).argmax(axis=1)
+        correct, agreement = int((found == labels).sum()), float((found == expected).mean())
+        rows.append(DemoRow(name, file_bytes, 8 * file_bytes / weights, correct, agreement))
     return DemoReport(
-        rows=(
-            row("fp32", source.stat().st_size, original),
-            row(baseline.name, baseline.file_bytes, baseline.tensors),
-            row("weightvid", archive.stat().st_size, restored),
-        ),
-        images=len(holdout.labels),
-        weights=weights,
-        exact_tensors=exact_tensors,
-        tensors=len(original),
-        pack_s=pack_s,
-        unpack_s=unpack_s,
-        archive=str(archive),
-        restored=str(restored_path),
-    )
+        tuple(rows), len(labels), weights, packed.seconds, unpacked.seconds,
+        str(source), str(archive), str(restored),
+    )  # fmt: skip
 
 
-def count_exact(original: Mapping[str, Array], restored: Mapping[str, Array]) -> int:
-    """Number of tensors that are bit-identical in both.
+def int8_xz(tensors: Mapping[str, Array]) -> tuple[int, dict[str, Array]]:
+    """Bytes of ``xz -9e`` over int8 weights with a scale per output channel, and what comes back.
 
-    Raises
-    ------
-    CheckpointError
-        A tensor is missing, new, or of another shape or dtype.
+    Float tensors of two or more axes are quantized; neither names nor shapes are counted.
     """
-    if original.keys() != restored.keys():
-        raise CheckpointError(f"tensors differ: {sorted(original.keys() ^ restored.keys())}")
-    for name, tensor in original.items():
-        other = restored[name]
-        if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
-            raise CheckpointError(
-                f"{name} was {tensor.dtype}{tensor.shape} and came back as "
-                f"{other.dtype}{other.shape}"
-            )
-    return sum(t.tobytes() == restored[name].tobytes() for name, t in original.items())
+    restored: dict[str, Array] = {}
+    chunks: list[bytes] = []
+    for name, tensor in tensors.items():
+        restored[name] = tensor
+        if tensor.ndim < 2 or tensor.dtype.kind != "f":
+            chunks.append(tensor.tobytes())
+            continue
+        values, axes = tensor.astype(np.float32), tuple(range(1, tensor.ndim))
+        scales = np.abs(values).max(axis=axes, initial=0, keepdims=True) / np.float32(127)
+        levels = np.rint(values / np.where(scales > 0, scales, 1)).astype(np.int8)
+        chunks += [levels.tobytes(), scales.tobytes()]
+        restored[name] = (levels * scales).astype(tensor.dtype)
+    return len(lzma.compress(b"".join(chunks), preset=9 | lzma.PRESET_EXTREME)), restored
 
 
 def logits(tensors: Mapping[str, Array], images: npt.NDArray[np.uint8]) -> Floats:
-    """Run the network of ``tools/train_digits.py`` in float32.
-
-    Parameters
-    ----------
-    tensors : mapping of str to ndarray
-        Its state dict.
-    images : ndarray of uint8, shape (n, 8, 8)
-        Grey levels 0..16.
-
-    Returns
-    -------
-    ndarray of float32, shape (n, 10)
-        One logit for each digit.
+    """Run the network of ``tools/train_digits.py`` on images of shape (n, 8, 8), levels 0..16.
 
     Raises
     ------
@@ -247,35 +158,21 @@ def logits(tensors: Mapping[str, Array], images: npt.NDArray[np.uint8]) -> Float
 
 
 def conv2d(x: Floats, kernel: Floats) -> Floats:
-    """Convolution with stride 1, odd kernel and "same" zero padding.
-
-    Parameters
-    ----------
-    x : ndarray of float32, shape (n, c, h, w)
-        Input.
-    kernel : ndarray of float32, shape (o, c, kh, kw), or (c, 1, kh, kw) for a depthwise one
-        Weights.
-
-    Returns
-    -------
-    ndarray of float32, shape (n, o, h, w)
-    """
+    """Convolution with stride 1 and zero padding that keeps the size; depthwise if it looks so."""
     height, width = kernel.shape[2:]
-    top, left = height // 2, width // 2
-    padded = np.pad(x, ((0, 0), (0, 0), (top, top), (left, left)))
+    sides = (height // 2, height // 2), (width // 2, width // 2)
+    padded = np.pad(x, ((0, 0), (0, 0), *sides))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
     if kernel.shape[1] == 1 and x.shape[1] == kernel.shape[0]:
         depthwise: Floats = np.einsum("nchwij,cij->nchw", windows, kernel[:, 0])
         return depthwise
-    products = np.tensordot(windows, kernel, axes=((1, 4, 5), (1, 2, 3)))
-    return np.moveaxis(products, 3, 1)
+    return np.moveaxis(np.tensordot(windows, kernel, axes=((1, 4, 5), (1, 2, 3))), 3, 1)
 
 
 def _conv_bn_relu(x: Floats, weights: Mapping[str, Floats], block: str) -> Floats:
     """Convolution ``block.0``, batch norm ``block.1`` with its running statistics, ReLU."""
-    gain = weights[f"{block}.1.weight"] / np.sqrt(
-        weights[f"{block}.1.running_var"] + BATCH_NORM_EPS
-    )
+    deviation = np.sqrt(weights[f"{block}.1.running_var"] + _BATCH_NORM_EPS)
+    gain = weights[f"{block}.1.weight"] / deviation
     offset = weights[f"{block}.1.bias"] - weights[f"{block}.1.running_mean"] * gain
     y = conv2d(x, weights[f"{block}.0.weight"])
     result: Floats = np.maximum(y * gain[:, np.newaxis, np.newaxis] + offset[:, None, None], 0)
@@ -287,26 +184,3 @@ def _max_pool(x: Floats) -> Floats:
     n, c, h, w = x.shape
     pooled: Floats = x.reshape(n, c, h // 2, 2, w // 2, 2).max(axis=(3, 5))
     return pooled
-
-
-def _round_trip(
-    source: Path, archive: Path, restored: Path, announce: Progress
-) -> tuple[float, float]:
-    """Pack and unpack, each of which checks its hashes; seconds taken by each."""
-    # Late, so that the network and the baseline can be used without the encoder.
-    from weightvid.pack import pack_checkpoint
-    from weightvid.unpack import UnpackOptions, unpack_archive
-
-    # PackOptions has no say over an existing file, and the demo owns the names in its folder.
-    archive.unlink(missing_ok=True)
-    announce("pack")
-    start = perf_counter()
-    pack_checkpoint(source, archive)
-    packed = perf_counter()
-    announce("unpack")
-    unpack_archive(archive, restored, options=UnpackOptions(force=True))
-    return packed - start, perf_counter() - packed
-
-
-def _ignore(stage: str) -> None:
-    """Progress callback that does nothing."""

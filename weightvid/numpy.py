@@ -7,25 +7,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from weightvid.loader import open_archive
+from weightvid.archives import Location, open_anywhere
+from weightvid.loader import Array
 
 if TYPE_CHECKING:
     from weightvid.pack import PackOptions, PackReport
 
-Array = npt.NDArray[np.generic]
 
-
-def load_file(path: str | os.PathLike[str], *, threads: int = 0) -> dict[str, Array]:
-    """All tensors of an archive.
-
-    Parameters
-    ----------
-    path : path
-    threads : int
-        Frames decoded at the same time; 0: one per core.
+def load_file(location: Location) -> dict[str, Array]:
+    """All tensors of an archive at a path, an address, or in a binary file object.
 
     Returns
     -------
@@ -38,9 +28,9 @@ def load_file(path: str | os.PathLike[str], *, threads: int = 0) -> dict[str, Ar
     FormatError
         The archive is damaged or cut short.
     """
-    with open_archive(path, threads=threads, check_tensors=True) as archive:
-        found = dict(archive)
-        return {name: found[name] for name in archive.names}
+    with open_anywhere(location) as archive:
+        found = dict(archive.items())
+        return {name: found[name] for name in archive}
 
 
 def save_file(
@@ -48,19 +38,19 @@ def save_file(
     path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
     *,
+    dtypes: Mapping[str, str] | None = None,
     recipe: str | None = None,
     options: PackOptions | None = None,
 ) -> PackReport:
     """Pack arrays into an archive; an existing file is replaced, as safetensors does.
 
+    Arrays that show the same memory the same way are stored once.
+
     Parameters
     ----------
-    tensors : mapping of str to ndarray
-        Arrays that show the same memory the same way are stored once.
-    path : path
-        Appears whole, or not at all.
-    metadata : mapping of str to str, optional
-        Free text pairs.
+    tensors, path, metadata : mapping of str to ndarray, path, mapping of str to str
+    dtypes : mapping of str to str, optional
+        Name -> element type where it is not the array's own: ``BF16`` for uint16 bits.
     recipe : str, optional
         ``balanced`` (default), ``small`` or ``fine``.
     options : PackOptions, optional
@@ -77,5 +67,5 @@ def save_file(
     chosen = options or PackOptions(force=True)
     if recipe is not None:
         chosen = replace(chosen, recipe=recipe)
-    with from_mapping(tensors, metadata=metadata) as reader:
+    with from_mapping(tensors, dtypes=dtypes, metadata=metadata) as reader:
         return pack_checkpoint(reader, path, chosen)

@@ -1,325 +1,198 @@
 """Frames as pictures: levels in colour, the borders of tensors and their names.
 
-A frame shows folded levels in coding order: sample 128 is level 0 (or the core that is stored as
-digits beside the frame), and the distance from it grows with the level's magnitude.
+A frame shows levels in coding order: sample 128 is level 0, and the distance from it is the level.
 """
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from weightvid.archives import Location, open_anywhere, place_parts, walk_frames
 from weightvid.atomic import atomic_output
 from weightvid.errors import CodecError, FormatError, TensorNotFoundError
-from weightvid.loader import Archive, open_archive
-from weightvid.tile import BAND, ZERO_SAMPLE, Tile
-
-Samples = npt.NDArray[Any]
-Picture = npt.NDArray[np.uint8]
+from weightvid.loader import BAND, ZERO_SAMPLE, Archive, Array, Bytes
 
 #: colours of the most negative, the zero and the most positive level.
-_NEGATIVE: Final = (24, 78, 168)
-_ZERO: Final = (247, 247, 244)
-_POSITIVE: Final = (178, 24, 43)
-_BLANK: Final = (120, 124, 130)
-_INK: Final = (20, 20, 24)
-_PAPER: Final = (255, 255, 255)
+_NEGATIVE, _ZERO, _POSITIVE = (24, 78, 168), (247, 247, 244), (178, 24, 43)
+_BLANK, _INK, _PAPER = (120, 124, 130), (20, 20, 24), (255, 255, 255)
 #: small levels are by far the most frequent; a power below 1 spreads their colours.
 _GAMMA: Final = 0.6
-#: the scale ends at the level that this share of the samples does not exceed.
-_QUANTILE: Final = 0.999
-_LEAST_RANGE: Final = 3
-_TARGET_PX: Final = 1400
-_MAX_SCALE: Final = 6
-_FONT_PX: Final = 12
-_LEGEND_PX: Final = 64
-_MARGIN_PX: Final = 12
+#: the scale ends at the level that this share of the samples does not exceed, or at the least.
+_QUANTILE, _LEAST_RANGE = 0.999, 3
+_TARGET_PX, _MAX_SCALE, _FONT_PX, _LEGEND_PX = 1400, 6, 12, 64
 
 
-@dataclass(frozen=True, slots=True)
-class PreviewOptions:
-    """What to draw.
+class Tile(NamedTuple):
+    """Samples of one tensor in one band of a frame: name, left edge, top edge, width."""
 
-    Attributes
+    name: str
+    x: int
+    y: int
+    width: int
+
+
+def preview_archive(
+    location: Location,
+    folder: str | os.PathLike[str],
+    *,
+    frames: range | None = None,
+    tensor: str | None = None,
+    scale: int = 0,
+    force: bool = False,
+) -> tuple[str, ...]:
+    """Draw frames of an archive as PNG files; gives their paths.
+
+    Parameters
     ----------
-    frames : range or None
-        Numbers of the frames; None: the first (or those of ``tensor``).
-    tensor : str or None
-        Shell-style pattern: the frames on which tensors of such names lie.
+    location : path, address or binary file object
+    folder : path
+        Made if it does not exist; the pictures are named ``frame-0000.png`` and so on.
+    frames, tensor : range, str, optional
+        Numbers of the frames, or a shell-style pattern of tensors on them; None: the first.
     scale : int
         Pixels per sample; 0: as many as make small frames readable, 1 to 6.
     force : bool
         Replace existing pictures.
-    """
-
-    frames: range | None = None
-    tensor: str | None = None
-    scale: int = 0
-    force: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PreviewReport:
-    """The pictures' paths, in frame order."""
-
-    pictures: tuple[str, ...]
-
-
-def preview_archive(
-    archive: str | os.PathLike[str],
-    folder: str | os.PathLike[str],
-    options: PreviewOptions | None = None,
-) -> PreviewReport:
-    """Draw frames of an archive as PNG files.
-
-    Parameters
-    ----------
-    archive : path or address
-    folder : path
-        Made if it does not exist; the pictures are named ``frame-0000.png`` and so on.
-    options : PreviewOptions
 
     Raises
     ------
     CodecError
         imageio (the extra ``preview``) is missing.
-    FormatError
-        The archive is damaged, or has no frames.
-    TensorNotFoundError
-        No such frame, or no tensor of that name on a frame.
+    FormatError, TensorNotFoundError
+        The archive is damaged or cut short, or has no such frame or tensor on a frame.
     """
-    chosen = options or PreviewOptions()
-    imageio = _import_imageio()
-    with open_archive(archive) as opened:
-        numbers = _frames(opened, chosen)
-        tiles = _tiles(opened)
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        made = []
-        count = len(opened.index.frames)
-        for run in numbers:
-            for sidecar, luma in opened.frames(run):
-                title = f"{Path(archive).name}   frame {sidecar.frame} of {count}"
-                picture = draw(luma, tiles[sidecar.frame], title, chosen.scale)
-                path = target / f"frame-{sidecar.frame:04d}.png"
-                data = imageio.imwrite("<bytes>", picture, extension=".png")
-                with atomic_output(path, force=chosen.force) as file:
-                    file.write(data)
-                made.append(str(path))
-        return PreviewReport(tuple(made))
-
-
-def _import_imageio() -> ModuleType:
     try:
-        import imageio.v3
+        import imageio.v3 as imageio
     except ImportError as error:
         raise CodecError(
             f"imageio is needed to draw pictures ({error}): pip install 'weightvid[preview]'"
         ) from None
-    module: ModuleType = imageio.v3
-    return module
+    target, made = Path(folder), []
+    with open_anywhere(location) as archive:
+        wanted = _choose_frames(archive, frames, tensor)
+        sidecars = (frame.sidecar for frame in walk_frames(archive))
+        placed = list(islice(place_parts(sidecars, archive), wanted[-1] + 1))
+        target.mkdir(parents=True, exist_ok=True)
+        for number in wanted:
+            ((_, luma),) = archive.frames(range(number, number + 1))
+            tiles = [tile for piece in placed[number] for tile in _tiles(archive, *piece)]
+            name = Path(getattr(archive.source.file, "name", "")).name
+            picture = draw(luma, tiles, f"{name}   frame {number}", scale)
+            path = target / f"frame-{number:04d}.png"
+            with atomic_output(path, force=force) as output:
+                output.write(imageio.imwrite("<bytes>", picture, extension=".png"))
+            made.append(str(path))
+    return tuple(made)
 
 
-def _frames(archive: Archive, options: PreviewOptions) -> list[range]:
-    count = len(archive.index.frames)
+def _choose_frames(archive: Archive, frames: range | None, tensor: str | None) -> list[int]:
+    if archive.index is None:
+        raise FormatError("the archive is cut short: unpack it with --partial", code="truncated")
+    count, spans = len(archive.index.frames), archive.index.spans
     if not count:
         raise FormatError("the archive has no frames: all its tensors are exact", code="no-frames")
-    if options.tensor is not None:
-        names = [name for name in archive.names if fnmatchcase(name, options.tensor)]
-        if not names:
-            raise TensorNotFoundError(f"no tensor of the archive matches {options.tensor!r}")
-        wanted = sorted({number for name in names for number in archive.frames_of(name)})
-        if not wanted:
+    if tensor is None:
+        wanted = frames or range(1)
+        if wanted.stop > count:
             raise TensorNotFoundError(
-                f"{names[0]!r} is stored exactly and lies on no frame"
-                if len(names) == 1
-                else f"the tensors that match {options.tensor!r} are exact and lie on no frame"
+                f"there is no frame {wanted[-1]}: the archive has frames 0 to {count - 1}"
             )
-        return [range(number, number + 1) for number in wanted if number < count]
-    return [options.frames if options.frames is not None else range(1)]
-
-
-def _tiles(archive: Archive) -> Mapping[int, list[tuple[str, Tile]]]:
-    found: dict[int, list[tuple[str, Tile]]] = defaultdict(list)
-    for spec in archive.header.tensors:
-        for tile in archive.tiles_of(spec.name):
-            found[tile.frame].append((spec.name, tile))
+        return list(wanted)
+    names = {archive.spec(name).name for name in archive if fnmatchcase(name, tensor)}
+    if not names:
+        raise TensorNotFoundError(f"no tensor of the archive matches {tensor!r}")
+    numbers = [n for n, spec in enumerate(archive.header.tensors) if spec.name in names]
+    found = sorted({frame for number in numbers for frame in spans.get(number, ())})
+    if not found:
+        raise TensorNotFoundError(
+            f"no tensor that matches {tensor!r} lies in the pictures: exact ones don't"
+        )
     return found
 
 
-def colours(largest: int, zero: int = ZERO_SAMPLE) -> Picture:
-    """Colour of each sample, shape (2 zero, 3): blue below zero, red above, near white at zero.
+def _tiles(archive: Archive, tensor: int, column: int, columns: int) -> list[Tile]:
+    """Ribbon columns of a frame as rectangles, one for each band."""
+    name, width, tiles = archive.header.tensors[tensor].name, archive.track.width, []
+    while columns:
+        band, x = divmod(column, width)
+        run = min(columns, width - x)
+        tiles.append(Tile(name, x, band * BAND, run))
+        column, columns = column + run, columns - run
+    return tiles
 
-    Parameters
-    ----------
-    largest : int
-        Distance from the sample of zero that gets the full colour; those beyond it do too.
-    zero : int
-        Sample of level 0.
 
-    Examples
-    --------
-    >>> colours(4)[128].tolist()
-    [247, 247, 244]
+def colours(largest: int) -> Bytes:
+    """Colour of each sample, shape (256, 3): blue below zero, red above, near white at zero.
+
+    Levels of the largest magnitude and beyond get the full colour.
     """
-    distance = np.clip((np.arange(2 * zero) - zero) / largest, -1, 1)
-    strength = (np.abs(distance) ** _GAMMA)[:, None]
-    ends = np.where(distance[:, None] < 0, np.array(_NEGATIVE), np.array(_POSITIVE))
+    level = np.clip((np.arange(256) - ZERO_SAMPLE) / largest, -1, 1)[:, None]
+    strength = np.abs(level) ** _GAMMA
+    ends = np.where(level < 0, np.array(_NEGATIVE), np.array(_POSITIVE))
     return np.round(np.array(_ZERO) * (1 - strength) + ends * strength).astype(np.uint8)
 
 
-def _zero(luma: Samples) -> int:
-    """Sample of level 0: deeper samples than of 8 bits have 10."""
-    return ZERO_SAMPLE if luma.dtype == np.uint8 else 4 * ZERO_SAMPLE
-
-
-def colour_range(luma: Samples) -> int:
-    """Distance from the sample of zero that nearly all samples keep to; at least 3."""
-    zero = _zero(luma)
-    counts = np.bincount(np.abs(luma.astype(np.int16) - zero).reshape(-1), minlength=zero + 1)
-    cumulative = np.cumsum(counts)
+def colour_range(luma: Array) -> int:
+    """Magnitude that nearly all levels keep to; at least 3."""
+    levels = np.abs(luma.astype(np.int16) - ZERO_SAMPLE).reshape(-1)
+    cumulative = np.cumsum(np.bincount(levels, minlength=129))
     return max(_LEAST_RANGE, int(np.searchsorted(cumulative, _QUANTILE * luma.size)))
 
 
-def draw(luma: Samples, tiles: list[tuple[str, Tile]], title: str, scale: int = 0) -> Picture:
-    """Picture of one frame.
+def draw(luma: Array, tiles: list[Tile], title: str, scale: int = 0) -> Bytes:
+    """Picture of one frame and what lies on it, uint8 of shape (height, width, 3).
 
-    Parameters
-    ----------
-    luma : ndarray of uint8 or uint16, shape (height, width)
-    tiles : list of (name, Tile)
-        What lies on it.
-    title : str
-        Written under the frame, beside the scale.
-    scale : int
-        Pixels per sample; 0: chosen by size.
-
-    Returns
-    -------
-    ndarray of uint8, shape (height, width, 3)
+    The title is written below it, with the scale of colours; ``scale`` 0 is chosen by the size.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = luma.shape
     zoom = scale or max(1, min(_MAX_SCALE, round(_TARGET_PX / max(height, width))))
     largest = colour_range(luma)
-    table = colours(largest, _zero(luma))
-    picture = table[luma]
-    covered = np.zeros((height // BAND, width), bool)
-    for _, tile in tiles:
-        covered[tile.y // BAND, tile.x : tile.x + tile.width] = True
-    blank = np.repeat(~covered, BAND, axis=0)
+    table = colours(largest)
+    picture, blank = table[luma], np.ones((height, width), bool)
+    for tile in tiles:
+        blank[tile.y : tile.y + BAND, tile.x : tile.x + tile.width] = False
     picture[blank] = _BLANK
     picture = np.repeat(np.repeat(picture, zoom, axis=0), zoom, axis=1)
     image = Image.new("RGB", (max(width * zoom, 640), height * zoom + _LEGEND_PX), _PAPER)
     image.paste(Image.fromarray(picture), (0, 0))
-    pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(_FONT_PX)
-    _borders(pen, tiles, zoom)
-    for name, tile in _labelled(tiles):
-        _label(image, (name, tile, zoom), font)
-    _legend(image, (largest, table), title, font)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(_FONT_PX)
+    for tile in tiles:
+        corner = (tile.x + tile.width) * zoom - 1, (tile.y + BAND) * zoom - 1
+        pen.rectangle((tile.x * zoom, tile.y * zoom, *corner), outline=_INK)
+    widest = {tile.name: tile for tile in sorted(tiles, key=lambda tile: tile.width)}
+    for tile in widest.values():
+        _label(image, tile, zoom, font)
+    top = height * zoom + 8
+    pen.text((12, top), f"{title}   level:", fill=_INK, font=font)
+    step = -(-largest // 8)
+    for place, level in enumerate(range(-(largest // step) * step, largest + 1, step)):
+        x, colour = 12 + place * 36, tuple(table[level + ZERO_SAMPLE].tolist())
+        pen.rectangle((x, top + 18, x + 35, top + 31), fill=colour, outline=_INK)
+        pen.text((x + 2, top + 33), f"{level:+d}" if level else "0", fill=_INK, font=font)
     return np.asarray(image)
 
 
-def _borders(pen: Any, tiles: list[tuple[str, Tile]], zoom: int) -> None:
-    for _, tile in tiles:
-        left, top = tile.x * zoom, tile.y * zoom
-        right, bottom = left + tile.width * zoom - 1, top + BAND * zoom - 1
-        pen.line((left, top, right, top), fill=_INK)
-        pen.line((left, bottom, right, bottom), fill=_INK)
-    # The sides only where a tensor begins or ends, so that one that goes on is seen to do so.
-    for edges, place in ((0, 0), (-1, 1)):
-        by_name: dict[str, Tile] = {}
-        for name, tile in tiles if edges == -1 else reversed(tiles):
-            by_name[name] = tile
-        for tile in by_name.values():
-            x = tile.x * zoom if place == 0 else (tile.x + tile.width) * zoom - 1
-            pen.line((x, tile.y * zoom, x, (tile.y + BAND) * zoom - 1), fill=_INK)
-
-
-def _labelled(tiles: list[tuple[str, Tile]]) -> list[tuple[str, Tile]]:
-    """For each tensor the widest of its tiles, the first of equals: there its name has room."""
-    widest: dict[str, Tile] = {}
-    for name, tile in tiles:
-        if name not in widest or tile.width > widest[name].width:
-            widest[name] = tile
-    return list(widest.items())
-
-
-def _label(image: Any, place: tuple[str, Tile, int], font: Any) -> None:
-    """Write a name on its tile: across, else upright, else as much of its end as fits."""
+def _label(image: Any, tile: Tile, zoom: int, font: Any) -> None:
+    """Write a name on its tile: across, else upright; as much of its end as fits."""
     from PIL import Image, ImageDraw
 
-    name, tile, zoom = place
-    room, tall = tile.width * zoom - 4, BAND * zoom - 4
-    line = _FONT_PX + 4
-    across = font.getlength(name) + 6 <= room
-    if not across and room < line:
+    room, tall, line = tile.width * zoom - 10, BAND * zoom - 10, _FONT_PX + 4
+    if room < line:
         return
-    upright = not across and tall > room
-    space = tall if upright else room
-    text = _fit(name, space - 6, font)
-    if not text:
-        return
+    upright = font.getlength(tile.name) > room and tall > room
+    text = tile.name
+    while font.getlength(text) > (tall if upright else room):
+        text = "…" + text.lstrip("…")[1:]
     box = Image.new("RGB", (int(font.getlength(text)) + 6, line), _PAPER)
     ImageDraw.Draw(box).text((3, 1), text, fill=_INK, font=font)
     if upright:
         box = box.transpose(Image.Transpose.ROTATE_90)
-    image.paste(
-        Image.blend(image.crop(_area(tile, zoom, box.size)), box, 0.85),
-        _area(tile, zoom, box.size)[:2],
-    )
-
-
-def _area(tile: Tile, zoom: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    left, top = tile.x * zoom + 3, tile.y * zoom + 2
-    return left, top, left + size[0], top + size[1]
-
-
-def _fit(name: str, space: float, font: Any) -> str:
-    """The name, without ``.weight`` if need be, or its end; empty if not even four letters fit."""
-    if font.getlength(name) <= space:
-        return name
-    short = name.removesuffix(".weight")
-    for cut in range(len(short) - 3):
-        text = "…" * bool(cut) + short[cut:]
-        if font.getlength(text) <= space:
-            return text
-    return ""
-
-
-def _legend(image: Any, scale: tuple[int, Picture], title: str, font: Any) -> None:
-    """Below the frame: its title, and the colours of the samples with their distance from zero."""
-    from PIL import ImageDraw
-
-    largest, table = scale
-    pen = ImageDraw.Draw(image)
-    top = image.height - _LEGEND_PX + 8
-    pen.text((_MARGIN_PX, top), title, fill=_INK, font=font)
-    note = f"sample - {len(table) // 2}:"
-    top += _FONT_PX + 10
-    pen.text((_MARGIN_PX, top), note, fill=_INK, font=font)
-    left = _MARGIN_PX + int(font.getlength(note)) + 10
-    # Numbers of three digits take more room.
-    cells = 24 if largest < 100 else 16
-    steps = list(range(-largest, largest + 1, max(1, -(-2 * largest // cells))))
-    each = max(
-        18, min(34 if cells == 24 else 42, (image.width - left - _MARGIN_PX) // (len(steps) + 1))
-    )
-    for place, level in enumerate(steps):
-        x = left + place * each
-        colour = tuple(int(c) for c in table[level + len(table) // 2])
-        pen.rectangle((x, top, x + each - 1, top + 13), fill=colour, outline=_INK)
-        text = f"{level:+d}" if level else "0"
-        offset = (each - font.getlength(text)) / 2
-        pen.text((x + offset, top + 15), text, fill=_INK, font=font)
+    image.paste(box, (tile.x * zoom + 3, tile.y * zoom + 2))

@@ -5,42 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import log10
+from math import inf, log10
 from time import perf_counter
-from typing import BinaryIO, Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.archives import Defect, Location, Salvage, open_anywhere
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.dtypes import PACKABLE, to_float32
 from weightvid.errors import TensorNotFoundError
-from weightvid.loader import Archive, open_archive
-from weightvid.progress import Progress, Report, quiet
-from weightvid.remote import is_url, open_remote
-from weightvid.salvage import Defect, Salvage
-from weightvid.spec import TensorSpec
-
-Array = npt.NDArray[np.generic]
+from weightvid.loader import Archive, Array, TensorSpec
+from weightvid.progress import Report, quiet
 
 _BLOCK: Final = 1 << 20
+#: the archive gives an SQNR in hundredths of a decibel.
+_CLAIM_ROUNDING_DB: Final = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class TensorComparison:
-    """One tensor of the archive beside the checkpoint's.
+class TensorComparison(NamedTuple):
+    """One tensor of the archive, compared with the checkpoint's.
 
-    Attributes
-    ----------
-    name, dtype : str
-    weights : int
-    exact : bool
-        Equal bit for bit.
-    sqnr_db : float or None
-        10 log10(sum x^2 / sum (x - x')^2); None for equal tensors and for types without values
-        that can be compared (then ``exact`` says all).
-    max_abs_error : float or None
-        Largest |x - x'|; None for such types.
+    ``exact``: equal bit for bit. The SQNR, 10 log10(sum x^2 / sum (x - x')^2), is None for equal
+    tensors and for types without values that can be compared; ``claimed_db`` is what the archive
+    says of it. The largest error |x - x'| is None for such types, too.
     """
 
     name: str
@@ -48,40 +37,38 @@ class TensorComparison:
     weights: int
     exact: bool
     sqnr_db: float | None
+    claimed_db: float | None
     max_abs_error: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """An archive beside a checkpoint.
+    """An archive compared with a checkpoint.
 
     Attributes
     ----------
     tensors : tuple of TensorComparison
         Distinct tensors that both have, with one dtype and shape.
-    missing : tuple of str
-        Names of the checkpoint that the archive lacks.
-    extra : tuple of str
-        Names of the archive that the checkpoint lacks.
-    mismatched : tuple of str
-        Tensors of another dtype or shape, each with both.
-    sqnr_db : float or None
-        Over all quantized floating-point tensors together; None if there is no error at all.
-    max_abs_error : float
-        Of all tensors.
+    missing, extra, mismatched : tuple of str
+        Names that only the checkpoint has, only the archive has, or of another dtype or shape.
+    below : tuple of str
+        Tensors whose SQNR is below the archive's claim or the minimum asked for, each with both.
+    sqnr_db, max_abs_error : float or None, float
+        Over all tensors in the pictures; None if there is no error at all. Largest of all tensors.
     """
 
     tensors: tuple[TensorComparison, ...]
     missing: tuple[str, ...]
     extra: tuple[str, ...]
     mismatched: tuple[str, ...]
+    below: tuple[str, ...]
     sqnr_db: float | None
     max_abs_error: float
 
     @property
-    def same_model(self) -> bool:
-        """Whether both have the same names, dtypes and shapes."""
-        return not (self.missing or self.extra or self.mismatched)
+    def ok(self) -> bool:
+        """Whether names, dtypes and shapes are the same, and each SQNR is as good as it should."""
+        return not (self.missing or self.extra or self.mismatched or self.below)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,28 +77,21 @@ class VerifyReport:
 
     Attributes
     ----------
-    tensors, tensors_whole : int
-        Distinct tensors listed in the header, and those whose every hash matches.
-    weights : int
-        Elements of the whole ones.
-    frames : int or None
-        Frames listed in the index; None when read from a pipe.
-    file_bytes : int
-        Bytes read from the archive, which is all of them if it is sound.
-    defect : Defect or None
-        The first thing found wrong.
-    affected : tuple of str
-        Tensors that are missing or damaged.
+    tensors, tensors_intact, weights : int
+        Distinct tensors listed in the header, those whose every hash matches, and their elements.
+    frames, file_bytes : int or None
+        None when read from a pipe.
+    defect, affected : Defect or None, tuple of str
+        The first thing found wrong, and the tensors that are missing or damaged.
     comparison : Comparison or None
-        Only with ``against``.
     seconds : float
     """
 
     tensors: int
-    tensors_whole: int
+    tensors_intact: int
     weights: int
     frames: int | None
-    file_bytes: int
+    file_bytes: int | None
     defect: Defect | None
     affected: tuple[str, ...]
     comparison: Comparison | None
@@ -119,23 +99,95 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """No defect, and the same names, dtypes and shapes as the checkpoint, if there is one."""
-        return self.defect is None and (self.comparison is None or self.comparison.same_model)
+        """Whether there is no defect, and the comparison, if there is one, is good."""
+        return self.defect is None and (self.comparison is None or self.comparison.ok)
+
+
+def verify_archive(
+    archive: Location,
+    against: str | os.PathLike[str] | None = None,
+    progress: Report = quiet,
+    *,
+    min_sqnr_db: float | None = None,
+) -> VerifyReport:
+    """Decode an archive and check the hash of every frame, box and tensor.
+
+    Parameters
+    ----------
+    archive : path, address or binary file object
+        May be a pipe.
+    against : path, address or None
+        Checkpoint to compare with: each tensor's SQNR must reach what the archive says of it.
+    progress : callable
+        Receives the stage ``verify``.
+    min_sqnr_db : float, optional
+        What the SQNR of each tensor must reach, too.
+
+    Raises
+    ------
+    FormatError
+        Only for a file whose head cannot be read; later defects are in the report.
+    CheckpointError, RemoteError
+    """
+    began = perf_counter()
+    with open_anywhere(archive) as opened:
+        salvage, comparison = Salvage(opened, progress, "verify"), None
+        if against is None:
+            intact = [spec for spec, _ in salvage]
+        else:
+            with open_checkpoint(against) as reader:
+                intact, comparison = _compare(salvage, reader, min_sqnr_db)
+        return VerifyReport(
+            tensors=len(opened.header.tensors),
+            tensors_intact=len(intact),
+            weights=sum(spec.size for spec in intact),
+            frames=None if opened.index is None else len(opened.index.frames),
+            file_bytes=opened.source.size,
+            defect=salvage.defect,
+            affected=salvage.missing,
+            comparison=comparison,
+            seconds=perf_counter() - began,
+        )
+
+
+def _compare(
+    salvage: Salvage, reader: CheckpointReader, least_db: float | None
+) -> tuple[list[TensorSpec], Comparison]:
+    archive, intact, compared, mismatched = salvage.archive, [], [], []
+    for spec, array in salvage:
+        intact.append(spec)
+        try:
+            other = reader.spec(spec.name)
+        except TensorNotFoundError:
+            continue
+        if (other.dtype, other.shape) == (spec.dtype, spec.shape):
+            compared.append((spec, _Sums.of(spec, array, reader)))
+        else:
+            mismatched.append(
+                f"{spec.name}: {spec.dtype} {list(spec.shape)} in the archive, "
+                f"{other.dtype} {list(other.shape)} in the checkpoint"
+            )
+    rows = [_comparison(archive, spec, sums) for spec, sums in compared]
+    # Of a pipe, nobody knows any more which tensors were in the pictures.
+    spans = archive.index.spans if archive.index else {}
+    video = {archive.header.tensors[number].name for number in spans}
+    coded = [s for spec, s in compared if (spec.name in video if spans else not s.equal)]
+    total = _Sums(sum(s.power for s in coded), sum(s.noise for s in coded))
+    ours, theirs = set(archive), [name for name, _ in reader.contents.rows()]
+    return intact, Comparison(
+        tensors=tuple(rows),
+        missing=tuple(name for name in theirs if name not in ours),
+        extra=tuple(name for name in archive if name not in set(theirs)),
+        mismatched=tuple(mismatched),
+        below=tuple(_below(rows, least_db)),
+        sqnr_db=total.sqnr_db,
+        max_abs_error=max((sums.largest for _, sums in compared), default=0.0),
+    )
 
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums over a tensor, or over all tensors compared so far.
-
-    Attributes
-    ----------
-    power, noise : float
-        Sums of squares of the original and of the error.
-    largest : float
-        Magnitude of an error.
-    equal : bool
-        No part differs in a bit.
-    """
+    """Sums of squares of originals and of errors, the largest error, and whether all is equal."""
 
     power: float = 0.0
     noise: float = 0.0
@@ -147,189 +199,41 @@ class _Sums:
         """None without noise."""
         if self.noise <= 0:
             return None
-        return 10 * log10(self.power / self.noise) if self.power > 0 else float("-inf")
+        return 10 * log10(self.power / self.noise) if self.power > 0 else -inf
 
-    def add(self, ours: Array, theirs: Array, dtype: str) -> None:
-        """Compare some elements."""
-        same = np.array_equal(_bits(ours), _bits(theirs))
-        self.equal = self.equal and same
-        if dtype not in PACKABLE:
-            return
-        x = _values(theirs, dtype)
-        self.power += float(np.vdot(x, x))
-        if not same:
-            x -= _values(ours, dtype)
-            self.noise += float(np.vdot(x, x))
-            self.largest = max(self.largest, float(np.abs(x).max()))
-
-
-def verify_archive(
-    archive: str | os.PathLike[str] | BinaryIO,
-    against: str | os.PathLike[str] | None = None,
-    progress: Report = quiet,
-    *,
-    threads: int = 0,
-) -> VerifyReport:
-    """Decode an archive and check the hash of every frame, box and tensor.
-
-    Parameters
-    ----------
-    archive : path, address or binary file object
-        May be a pipe.
-    against : path, address or None
-        Checkpoint to compare with.
-    progress : callable
-        Told about the stage ``verify``.
-    threads : int
-        Frames decoded at the same time; 0: one per core.
-
-    Raises
-    ------
-    FormatError
-        Only for a file whose head cannot be read; later defects are in the report.
-    CheckpointError
-        The checkpoint cannot be read.
-    RemoteError
-        The archive cannot be read from its address.
-    """
-    began = perf_counter()
-    if is_url(archive):
-        with open_remote(archive) as stream:
-            return verify_archive(stream, against, progress, threads=threads)
-    with open_archive(archive, threads=threads, check_tensors=True) as opened:
-        salvage = Salvage(opened)
-        if against is None:
-            whole, comparison = list(_walk(opened, salvage, progress)), None
-        else:
-            with open_checkpoint(against) as reader:
-                whole, comparison = _compare(opened, salvage, reader, progress)
-        return VerifyReport(
-            tensors=len(opened.header.tensors),
-            tensors_whole=len(whole),
-            weights=sum(spec.size for spec in whole),
-            frames=None if opened.complete is None else len(opened.index.frames),
-            file_bytes=_size(archive, opened),
-            defect=salvage.defect,
-            affected=salvage.missing,
-            comparison=comparison,
-            seconds=perf_counter() - began,
-        )
+    @classmethod
+    def of(cls, spec: TensorSpec, array: Array, reader: CheckpointReader) -> _Sums:
+        """Compare in blocks, so that little more than the tensor itself is in memory."""
+        sums, flat = cls(), array.reshape(-1)
+        for first in range(0, flat.size, _BLOCK):
+            ours = flat[first : first + _BLOCK]
+            theirs = reader.read_range(spec.name, first, ours.size)
+            same = ours.tobytes() == theirs.tobytes()
+            sums.equal = sums.equal and same
+            if spec.dtype in PACKABLE:
+                x = _values(theirs, spec.dtype)
+                error = x - _values(ours, spec.dtype)
+                sums.power += float(np.vdot(x, x))
+                sums.noise += float(np.vdot(error, error))
+                sums.largest = max(sums.largest, float(np.abs(error).max()))
+        return sums
 
 
-def _size(archive: str | os.PathLike[str] | BinaryIO, opened: Archive) -> int:
-    if isinstance(archive, (str, os.PathLike)):
-        return os.stat(archive).st_size  # noqa: PTH116 - a path of any make
-    if opened.complete is None:
-        return opened.bytes_read
-    return archive.seek(0, os.SEEK_END)
-
-
-def _walk(archive: Archive, salvage: Salvage, progress: Report) -> Iterator[TensorSpec]:
-    for spec, parts in _tracked(archive, salvage, progress):
-        for _ in parts:
-            pass
-        if salvage.is_whole(spec.name):
-            yield spec
-
-
-def _tracked(
-    archive: Archive, salvage: Salvage, progress: Report
-) -> Iterator[tuple[TensorSpec, Iterator[Array]]]:
-    """What is salvaged, in parts, told as they pass."""
-    specs = archive.header.tensors
-    told = _Told(sum(s.size for s in specs), sum(s.stored_bytes for s in specs), progress)
-    for spec, parts in salvage:
-        yield spec, told.parts(parts)
-
-
-@dataclass(slots=True)
-class _Told:
-    total: int
-    total_bytes: int
-    progress: Report
-    done: int = 0
-    done_bytes: int = 0
-
-    def parts(self, parts: Iterator[Array]) -> Iterator[Array]:
-        for part in parts:
-            yield part
-            # What is tried a second time counts once.
-            self.done = min(self.total, self.done + part.size)
-            self.done_bytes = min(self.total_bytes, self.done_bytes + part.nbytes)
-            self.progress(
-                Progress("verify", self.done, self.total, self.done_bytes, self.total_bytes)
-            )
-
-
-def _compare(
-    archive: Archive, salvage: Salvage, reader: CheckpointReader, progress: Report
-) -> tuple[list[TensorSpec], Comparison]:
-    total = _Sums()
-    whole, rows, mismatched = [], [], []
-    for spec, parts in _tracked(archive, salvage, progress):
-        other = _same_name(reader, spec)
-        comparable = other is not None and (other.dtype, other.shape) == (spec.dtype, spec.shape)
-        sums = _compare_parts(spec, parts, reader if comparable else None)
-        if not salvage.is_whole(spec.name):
-            continue
-        whole.append(spec)
-        if comparable:
-            rows.append(_comparison(spec, sums, total))
-        elif other is not None:
-            mismatched.append(
-                f"{spec.name}: {spec.dtype} {list(spec.shape)} in the archive, "
-                f"{other.dtype} {list(other.shape)} in the checkpoint"
-            )
-    ours = set(archive.names)
-    theirs = [*(spec.name for spec in reader.contents.tensors), *reader.contents.aliases]
-    return whole, Comparison(
-        tensors=tuple(rows),
-        missing=tuple(name for name in theirs if name not in ours),
-        extra=tuple(name for name in archive.names if name not in set(theirs)),
-        mismatched=tuple(mismatched),
-        sqnr_db=total.sqnr_db,
-        max_abs_error=total.largest,
-    )
-
-
-def _same_name(reader: CheckpointReader, spec: TensorSpec) -> TensorSpec | None:
-    try:
-        return reader.spec(spec.name)
-    except TensorNotFoundError:
-        return None
-
-
-def _compare_parts(
-    spec: TensorSpec, parts: Iterator[Array], reader: CheckpointReader | None
-) -> _Sums:
-    """Compare a tensor part by part, in blocks; without a reader the parts only pass."""
-    sums = _Sums()
-    first = 0
-    for part in parts:
-        flat = part.reshape(-1)
-        if reader is not None:
-            theirs = reader.read_range(spec.name, first, flat.size)
-            for begin in range(0, flat.size, _BLOCK):
-                block = slice(begin, begin + _BLOCK)
-                sums.add(flat[block], theirs[block], spec.dtype)
-        first += flat.size
-    return sums
-
-
-def _comparison(spec: TensorSpec, sums: _Sums, total: _Sums) -> TensorComparison:
-    if spec.dtype not in PACKABLE:
-        return TensorComparison(spec.name, spec.dtype, spec.size, sums.equal, None, None)
-    if not sums.equal:
-        total.power += sums.power
-        total.noise += sums.noise
-    total.largest = max(total.largest, sums.largest)
+def _comparison(archive: Archive, spec: TensorSpec, sums: _Sums) -> TensorComparison:
+    end = archive.info(spec.name).end if archive.index else None
     return TensorComparison(
-        spec.name, spec.dtype, spec.size, sums.equal, sums.sqnr_db, sums.largest
-    )
+        spec.name, spec.dtype, spec.size, sums.equal, sums.sqnr_db, end and end.sqnr_db,
+        sums.largest if spec.dtype in PACKABLE else None,
+    )  # fmt: skip
 
 
-def _bits(array: Array) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(array).view(np.uint8)
+def _below(rows: list[TensorComparison], least_db: float | None) -> Iterator[str]:
+    for row in rows:
+        sqnr, claimed = row.sqnr_db, row.claimed_db
+        if sqnr is not None and claimed is not None and sqnr < claimed - _CLAIM_ROUNDING_DB:
+            yield f"{row.name}: {sqnr:.2f} dB, and the archive says {claimed:.2f}"
+        elif sqnr is not None and least_db is not None and sqnr < least_db:
+            yield f"{row.name}: {sqnr:.2f} dB, and {least_db:g} was asked for"
 
 
 def _values(array: Array, dtype: str) -> npt.NDArray[np.float64]:

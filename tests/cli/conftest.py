@@ -68,14 +68,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its archive, with tied tensors."""
-    return small_models.pack(small_models.small(), tmp_path_factory.mktemp("a") / "model.mp4")
-
-
-@pytest.fixture(scope="session")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that takes seconds to pack."""
     path = tmp_path_factory.mktemp("large") / "large.npz"
-    np.savez(path, **{f"w{i}": small_models.weights(i, 1024, 1024) for i in range(8)})
+    np.savez(path, **{f"w{i}": small_models.weights(i, 1024, 1024) for i in range(6)})
     return path

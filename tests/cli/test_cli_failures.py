@@ -26,11 +26,25 @@ from running import ROOT, Run, Start
         ("pack", "{model}", "--step", "1", "--recipe", "small"),
         ("pack", "{model}", "--keep", "nothing.*"),
         ("pack", "{model}", "--jobs", "-2"),
-        ("pack", "{model}", "--cluster", "slurm"),
+        ("pack", "{model}", "--for", "glory"),
+        ("pack", "{model}", "--for", "weights", "--integer"),
+        ("pack", "{model}", "--codec", "vp9"),
+        ("pack", "{model}", "--preset", "warp"),
+        ("pack", "{model}", "--qp", "99"),
+        ("pack", "{model}", "--qp", "20", "--target", "3bpw"),
+        ("pack", "{model}", "--target", "12 apples"),
+        ("pack", "{model}", "--target", "0"),
+        ("pack", "{model}", "--target", "-3bpw"),
+        ("pack", "{model}", "--target", "nanbpw"),
+        ("pack", "{model}", "--target", "infdB"),
+        ("pack", "{model}", "--target", "3bpw", "--step", "0.2"),
+        ("pack", "{model}", "--max-kl", "0.1"),
+        ("pack", "{model}", "--max-drop", "1%"),
         ("pack", "{model}", "-o", "{model}"),
         ("unpack", "{archive}"),
         ("unpack", "{archive}", "-o", "{folder}/m.tar"),
         ("unpack", "{archive}", "-o", "{folder}/m.npz", "--dtype", "int4"),
+        ("verify", "{archive}", "--min-sqnr", "20"),
         ("preview", "{archive}", "--frames", "first"),
         ("preview", "{archive}", "--frames", "3-1"),
         ("preview", "{archive}", "--frames", "0", "--tensor", "conv.*"),
@@ -56,7 +70,8 @@ def test_wrong_usage(
         ("pack", "{folder}"),
         ("pack", "{model}", "-o", "{folder}/no/such/folder.mp4"),
         ("pack", "{model}", "-o", "{archive}"),
-        ("pack", "{model}", "-o", "{folder}/m.mp4", "--preset", "warp"),
+        ("pack", "{model}", "-o", "{folder}/m.mp4", "--workers", "slurm"),
+        ("pack", "{model}", "-o", "https://example.org/m.mp4"),
         ("unpack", "{folder}/absent.mp4", "-o", "{folder}/m.npz"),
         ("unpack", "{model}", "-o", "{folder}/m.npz"),
         ("unpack", "{archive}", "-o", "{folder}/m.npz", "--tensor", "nothing.*"),
@@ -78,33 +93,34 @@ def test_failure_is_one_line(
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
-def test_memory_error(run: Run, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weightvid import summary
+def test_force_replaces(run: Run, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.mp4"
+    path.write_bytes(b"precious")
+    assert "exists" in run("pack", model, "-o", path, status=1).stderr
+    assert path.read_bytes() == b"precious"
+    run("pack", model, "-o", path, "--force")
+    assert path.stat().st_size > 100
 
-    def exhaust(_: Any, details: bool) -> Any:
+
+def test_memory_error(run: Run, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhaust(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(summary, "summarize_archive", exhaust)
+    monkeypatch.setattr("weightvid.inspect.summarize_archive", exhaust)
     assert run("inspect", archive, status=1).stderr.startswith("error: out of memory")
 
 
-def test_pipe_in(start: Start, archive: Path, tmp_path: Path) -> None:
-    unpack = start("unpack", "-", "-o", tmp_path / "m.npz", stdin=subprocess.PIPE)
-    _, error = unpack.communicate(archive.read_bytes())
-    assert unpack.returncode == 0, error
-    assert (tmp_path / "m.npz").is_file()
-    verify = start("verify", "-", stdin=subprocess.PIPE)
-    output, _ = verify.communicate(archive.read_bytes())
-    assert verify.returncode == 0
-    assert b"ok" in output
-
-
-def test_cut_pipe(start: Start, archive: Path, tmp_path: Path) -> None:
-    unpack = start("unpack", "-", "-o", tmp_path / "m.npz", stdin=subprocess.PIPE)
-    _, error = unpack.communicate(archive.read_bytes()[:-500])
-    assert unpack.returncode == 1
-    assert error.startswith(b"error: ")
-    assert not list(tmp_path.iterdir())
+def test_pipes(start: Start, archive: Path, tmp_path: Path) -> None:
+    for data, status in ((archive.read_bytes(), 0), (archive.read_bytes()[:-500], 1)):
+        unpack = start("unpack", "-", "-o", tmp_path / f"{status}.npz", stdin=subprocess.PIPE)
+        _, error = unpack.communicate(data)
+        assert unpack.returncode == status, error
+        assert error.startswith(b"error: ") == bool(status)
+        verify = start("verify", "-", stdin=subprocess.PIPE)
+        output, _ = verify.communicate(data)
+        assert verify.returncode == status
+        assert (b"ok" in output) == (not status)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.npz"]
 
 
 def test_reader_that_leaves(start: Start, archive: Path) -> None:
@@ -170,36 +186,28 @@ def test_full_disk_leaves_nothing(
     assert not list(tiny_disk.iterdir())
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys\n"
-        "from weightvid.cli import main\n"
-        "sys.argv = ['weightvid', '--help']\n"
-        "try:\n"
-        "    main()\n"
-        "except SystemExit:\n"
-        "    pass\n"
-        "heavy = {'numpy', 'av', 'torch', 'safetensors', 'imageio', 'PIL'}\n"
-        "sys.exit(','.join(heavy & set(sys.modules)) or None)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
-    assert run.returncode == 0, run.stderr
-
-
 @pytest.mark.parametrize(
-    ("verb", "unwanted"),
-    [("inspect", {"torch", "safetensors", "imageio"}), ("verify", {"torch", "imageio"})],
+    ("arguments", "unwanted"),
+    [
+        ("--help", "numpy av torch safetensors imageio PIL"),
+        ("inspect {archive}", "torch safetensors imageio"),
+        ("verify {archive}", "torch imageio"),
+        ("pack {model} -o {folder}/m.mp4", "torch imageio weightvid.unpack weightvid.cli.unpack"),
+    ],
 )
-def test_verbs_import_what_they_use(archive: Path, verb: str, unwanted: set[str]) -> None:
+def test_verbs_import_what_they_use(
+    model: Path, archive: Path, tmp_path: Path, arguments: str, unwanted: str
+) -> None:
+    call = arguments.format(model=model, archive=archive, folder=tmp_path).split()
     code = (
         "import sys\n"
         "from weightvid.cli import main\n"
-        f"sys.argv = ['weightvid', {verb!r}, {str(archive)!r}]\n"
+        f"sys.argv = ['weightvid', *{call!r}]\n"
         "try:\n"
         "    main()\n"
         "except SystemExit as done:\n"
         "    assert not done.code\n"
-        f"sys.exit(','.join({unwanted!r} & set(sys.modules)) or None)\n"
+        f"sys.exit(','.join(set({unwanted.split()!r}) & set(sys.modules)) or None)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr

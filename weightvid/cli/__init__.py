@@ -1,4 +1,4 @@
-"""The command line. Verbs live in one file each; what they need is imported when they run."""
+"""The command line. Verbs live in one file each, which is imported when the verb is called."""
 
 from __future__ import annotations
 

@@ -5,26 +5,43 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib import import_module
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
-from weightvid.cli import calibrate, compare, demo, inspect, output, pack, preview, unpack, verify
-from weightvid.errors import WeightvidError
+from weightvid.cli import output
 from weightvid.version import __version__
 
-#: what a shell reports for a program that Ctrl-C ended.
-INTERRUPTED = 130
-TERMINATED = 143
+#: in the order of the help.
+VERBS: Final = ("pack", "unpack", "inspect", "verify", "preview", "calibrate", "compare", "demo")
+#: what a shell reports for programs that Ctrl-C and kill ended.
+INTERRUPTED, TERMINATED = 130, 143
 
 
-class _Guard(TyperGroup):
-    """Turns what a verb raises into one line on stderr and an exit status."""
+class _Verbs(TyperGroup):
+    """Imports a verb when it is called, and turns what it raises into one line and a status."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the verbs."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Command of a verb."""
+        if cmd_name not in VERBS:
+            return None
+        verb = getattr(import_module(f"weightvid.cli.{cmd_name}"), cmd_name)
+        made = typer.Typer(rich_markup_mode="rich", add_completion=False)
+        made.command(cmd_name, no_args_is_help=cmd_name != "demo")(verb)
+        return get_command(made)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""
+        from weightvid.errors import WeightvidError
+
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -38,7 +55,7 @@ class _Guard(TyperGroup):
             named = f"{error.filename}: " if error.filename else ""
             _fail(f"{named}{error.strerror or error}")
         except MemoryError:
-            _fail("out of memory; fewer --jobs or --threads need less")
+            _fail("out of memory; fewer --jobs need less")
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -51,7 +68,7 @@ def _fail(message: str) -> NoReturn:
 
 
 app = typer.Typer(
-    cls=_Guard,
+    cls=_Verbs,
     name="weightvid",
     no_args_is_help=True,
     add_completion=False,
@@ -59,14 +76,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
-app.command("pack", no_args_is_help=True)(pack.pack)
-app.command("unpack", no_args_is_help=True)(unpack.unpack)
-app.command("inspect", no_args_is_help=True)(inspect.inspect)
-app.command("verify", no_args_is_help=True)(verify.verify)
-app.command("preview", no_args_is_help=True)(preview.preview)
-app.command("calibrate", no_args_is_help=True)(calibrate.calibrate)
-app.command("compare", no_args_is_help=True)(compare.compare)
-app.command("demo")(demo.demo)
 
 
 def _show_version(wanted: bool) -> None:
@@ -75,15 +84,13 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_VERSION = output.option(
+    False, "Print the version and exit.", "--version", callback=_show_version, is_eager=True
+)
+
+
 @app.callback()
-def root(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
-) -> None:
+def root(version: bool = _VERSION) -> None:
     """Neural-network weights as HEVC video: small archives, exact integers, a tiny loader.
 
     A first round trip:

@@ -3,96 +3,94 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import Any
 
 from weightvid.cli import output
-from weightvid.cli.examples import load_examples
-from weightvid.cli.options import Force, Json, TrustInputs, usage_error
-
-if TYPE_CHECKING:
-    from weightvid.calibration import CalibrationStats
+from weightvid.cli.output import FORCE, JSON, argument, check_function, option, usage_error
 
 
 def calibrate(
-    script: Annotated[
-        str,
-        typer.Argument(
-            metavar="SCRIPT:FUNCTION",
-            help="A Python file, and a function in it that takes nothing and returns a torch "
-            "module and an iterable of example inputs.",
-        ),
-    ],
-    stats: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="STATS", help="The statistics (.safetensors)."),
-    ] = Path("stats.safetensors"),
-    memory: Annotated[
-        int,
-        typer.Option(min=1, metavar="MB", help="Limit of one pass; more layers take more passes."),
-    ] = 1024,
-    trust_inputs: TrustInputs = False,
-    force: Force = False,
-    json: Json = False,
-) -> None:
+    script: str = argument(
+        "SCRIPT:FUNCTION",
+        "A Python file, and a function in it that takes nothing and returns a torch module and an "
+        "iterable of example inputs.",
+    ),
+    path: Path = option(
+        Path("stats.safetensors"), "The statistics.", "--output", "-o", metavar="STATS"
+    ),
+    memory: int = option(
+        1024, "Limit of one pass; more layers take more passes.", min=1, metavar="MB"
+    ),
+    trust_inputs: bool = option(
+        False, "The inputs are of the kind that the model is used on; models with BatchNorm know "
+        "by themselves.", "--trust-inputs",
+    ),
+    force: bool = FORCE,
+    json: bool = JSON,
+) -> None:  # fmt: skip
     """Run a model on a few hundred example inputs and keep what its layers see.
 
     No labels and no training. Packing with the statistics gives a smaller archive at the same
     fidelity. The script is run as Python code: call only what you trust.
 
     [bold]weightvid calibrate script.py:examples -o stats.safetensors[/bold]
-    [bold]weightvid pack model.safetensors --calibration stats.safetensors[/bold]
+    [bold]weightvid pack model.safetensors --calibrate stats.safetensors[/bold]
     """
-    if stats.exists() and not force:
-        usage_error(f"{stats} exists; --force replaces it", "--output")
-    module, inputs = load_examples(script, "SCRIPT")
+    if path.exists() and not force:
+        usage_error(f"{path} exists; --force replaces it", "--output")
+    module, inputs = load_examples(script, "SCRIPT:FUNCTION")
     from weightvid.calibrate import CalibrationConfig
     from weightvid.calibrate import calibrate as run
 
     config = CalibrationConfig(memory_bytes=memory << 20, trust_inputs=trust_inputs)
     with output.progress_bars() as report:
-        made = run(module, inputs, config=config, progress=report)
-    made.save(stats, force=force)
+        made = run(module, inputs, config, report)
+    made.save(path, force=force)
     for note in made.notes:
         output.warn(note)
-    _show(made, stats, json)
-
-
-def _show(made: CalibrationStats, path: Path, json: bool) -> None:
-    rows = [
-        {
-            "name": name,
-            "kind": "inputs" if moments.counts is None else "embedding",
-            "rows": moments.rows,
-            "gain_db": moments.gain_db,
-            "used": moments.useful,
-        }
-        for name, moments in made.tensors.items()
+    tensors = [
+        {"name": name, "gain_db": tensor.gain_db, "used": tensor.useful}
+        for name, tensor in made.tensors.items()
     ]
+    used = [tensor for tensor in tensors if tensor["used"]]
+    gains = sorted(tensor["gain_db"] for tensor in used if tensor["gain_db"] is not None)
     if json:
-        output.emit_json(
-            {
-                "stats": str(path),
-                "file_bytes": path.stat().st_size,
-                "model_sha256": made.model_sha256,
-                "samples": made.samples,
-                "tensors": rows,
-                "notes": list(made.notes),
-            }
-        )
+        record = {"samples": made.samples, "model_sha256": made.model_sha256, "tensors": tensors}
+        output.emit_json(record, stats=str(path), notes=made.notes)
         return
-    used = [moments for moments in made.tensors.values() if moments.useful]
-    gains = sorted(m.gain_db for m in used if m.gain_db is not None)
-    facts = [
-        ("statistics", str(path)),
-        ("size", output.size(path.stat().st_size)),
-        ("samples", output.count(made.samples)),
-        ("tensors", f"{len(used)} of {len(made.tensors)} profit"),
-    ]
-    if gains:
-        middle = gains[len(gains) // 2]
-        facts.append(
-            ("output error", f"{middle:.1f} dB less (median; {gains[0]:.1f} to {gains[-1]:.1f})")
-        )
-    output.facts(facts)
+    middle = f", by {gains[len(gains) // 2]:.1f} dB of output error (median)" if gains else ""
+    output.facts(
+        [
+            ("statistics", f"{path}, {output.size(path.stat().st_size)}"),
+            ("samples", f"{made.samples:,}"),
+            ("tensors", f"{len(used)} of {len(tensors)} profit{middle}"),
+        ]
+    )
+
+
+def load_examples(script: str, name: str) -> tuple[Any, Any]:
+    """The module and the inputs that a function of a script returns.
+
+    Raises
+    ------
+    WeightvidError
+        There is no torch, or the script fails.
+    """
+    check_function(script, name)
+    from weightvid.calibrate.evaluation import load_function
+    from weightvid.errors import EvaluationError, WeightvidError
+
+    function: Any = load_function(script)[0]
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise WeightvidError(
+            f"calibrating needs PyTorch ({error}); install it with: pip install 'weightvid[torch]'"
+        ) from None
+    try:
+        given = function()
+    except (Exception, SystemExit) as error:
+        raise EvaluationError(f"{script} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(given, tuple) or len(given) != 2:
+        usage_error("the function must return two things: a module and its inputs", name)
+    return given

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from weightvid.cli import output
-from weightvid.cli.options import Json
+from weightvid.cli.output import JSON, option
 
 
 def demo(
-    folder: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the two files go.")
-    ] = Path("weightvid-demo"),
-    json: Json = False,
+    folder: Path = option(
+        Path("weightvid-demo"), "Where the two files go.", "--output", "-o", metavar="FOLDER"
+    ),
+    json: bool = JSON,
 ) -> None:
     """Pack the sample network, unpack it, and count the digits it still reads right.
 
     [bold]weightvid demo[/bold]
     """
-    from weightvid import demo as work
+    from weightvid.demo import run_demo, sample_dir
 
     terminal = sys.stderr.isatty()
 
@@ -30,9 +30,9 @@ def demo(
         if terminal:
             typer.echo(f"{stage} ...", err=True)
 
-    report = work.run(work.sample_dir(), folder, announce)
+    report = run_demo(sample_dir(), folder, announce)
     if json:
-        output.emit_json(report)
+        output.emit_json(report._asdict())
         return
     output.table(
         ("stored as", ">size", ">bits/weight", ">digits read right", ">agrees with fp32"),
@@ -47,13 +47,15 @@ def demo(
             for row in report.rows
         ],
     )
+    archive = shlex.quote(report.archive)
     output.facts(
         [
-            ("weights", output.count(report.weights)),
-            ("bit-exact", f"{report.exact_tensors} of {report.tensors} tensors"),
+            ("weights", f"{report.weights:,}"),
             ("packed in", f"{report.pack_s:.2f} s, every hash checked"),
             ("unpacked in", f"{report.unpack_s:.2f} s, every hash checked"),
-            ("archive", report.archive),
             ("restored", report.restored),
+            ("next", f"weightvid inspect {archive} --tensors"),
+            ("", f"weightvid verify {archive} --against {shlex.quote(report.source)}"),
+            ("", "weightvid pack YOUR_MODEL.safetensors"),
         ]
     )

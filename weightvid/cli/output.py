@@ -1,28 +1,89 @@
-"""What verbs print: tables and JSON on stdout, warnings and progress on stderr."""
+"""What verbs print and share: tables and JSON on stdout, warnings and progress on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import typer
-
-from weightvid.progress import Progress, Report, quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from weightvid.salvage import Defect
+    from weightvid.progress import Progress
 
 #: width of a table that goes to a file or a pipe.
-_PLAIN_WIDTH = 160
-#: workers of a cluster that have a line of their own in the progress.
-_SHOWN_WORKERS = 16
+_PLAIN_WIDTH: Final = 160
+_SUFFIXES: Final = frozenset(
+    {".safetensors", ".pt", ".pth", ".th", ".bin", ".npz", ".gguf", ".onnx", ".mp4", ".json"}
+)
+
+
+def option(
+    default: Any, text: str, *names: str, metavar: str = "", group: str = "", **more: Any
+) -> Any:
+    """An option of a verb; ``...`` as its default: it must be given. A flag has no metavar."""
+    return typer.Option(
+        default, *names, metavar=metavar or None, help=text, rich_help_panel=group or None, **more
+    )
+
+
+def argument(metavar: str, text: str) -> Any:
+    """An argument of a verb."""
+    return typer.Argument(..., metavar=metavar, help=text)
+
+
+#: addresses are of type str, because a Path would make one slash of the two in them.
+ARCHIVE: Final = argument("ARCHIVE", "The archive (.mp4): a file or an address.")
+ARCHIVE_OR_PIPE: Final = argument("ARCHIVE", "A file, an address, or - for a pipe.")
+FORCE: Final = option(False, "Replace an existing file.", "--force", "-f")
+JSON: Final = option(False, "Print one JSON object instead of a table.", "--json")
+
+
+def named_after(source: str, ending: str) -> Path:
+    """A default output: next to a file, in the current folder for an address.
+
+    >>> named_after("models/m.safetensors", ".mp4").as_posix()
+    'models/m.mp4'
+    >>> named_after("hf://org/model-v1.5", ".mp4").as_posix()
+    'model-v1.5.mp4'
+    """
+    from weightvid.checkpoint import file_name, is_url
+
+    if is_url(source):
+        name = file_name(source) or "model"
+        # What a hub address or a folder names has no suffix, though it may have dots.
+        known = Path(name).suffix.lower() in _SUFFIXES
+        return Path(f"{Path(name).stem if known else name}{ending}")
+    path = Path(source)
+    if path.is_dir():
+        folder = path.resolve()
+        return folder.with_name(f"{folder.name or 'model'}{ending}")
+    return path.with_name(f"{path.stem}{ending}")
+
+
+def usage_error(message: str, option: str) -> NoReturn:
+    """Refuse a wrong call; exit status 2."""
+    raise typer.BadParameter(message, param_hint=option)
+
+
+def check_function(text: str, option: str) -> str:
+    """Refuse what is not the name of a function in a script or module."""
+    place, _, name = text.rpartition(":")
+    if not place or not name.isidentifier():
+        usage_error(f"{text!r} is not of the form script.py:function", option)
+    if place.endswith(".py") and not Path(place).is_file():
+        usage_error(f"there is no file {place}", option)
+    return text
+
+
+# --- stdout
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -43,9 +104,11 @@ def emit_json(record: Any, **more: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinities; tuples become lists by themselves."""
+    """JSON has no infinities; records become objects, tuples become lists."""
     if isinstance(value, float):
         return value if isfinite(value) else None
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -54,36 +117,36 @@ def _plain(value: Any) -> Any:
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> None:
-    """Print names and values in two columns."""
+    """Print names and values in two columns; rows without a value are left out."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, printable(value))
+        if value:
+            table.add_row(printable(name), printable(value))
     console().print(table)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; columns whose title starts with ``>`` are aligned to the right.
-
-    The first column is folded where the terminal is narrow; the others never are.
-    """
+    """Print a table; columns whose title starts with ``>`` are aligned to the right."""
     from rich import box
     from rich.table import Table
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place, title in enumerate(columns):
+        justify: Any = "right" if title.startswith(">") else "left"
+        # The first column is folded where the terminal is narrow; the others never are.
         made.add_column(
-            title.removeprefix(">"),
-            justify="right" if title.startswith(">") else "left",
-            no_wrap=place > 0,
-            overflow="fold",
+            title.removeprefix(">"), justify=justify, no_wrap=place > 0, overflow="fold"
         )
     for row in rows:
         made.add_row(*map(printable, row))
     console().print(made)
+
+
+# --- stderr
 
 
 def printable(text: str) -> str:
@@ -101,24 +164,44 @@ def error(message: str) -> None:
     typer.echo(f"error: {printable(' '.join(message.split()))}", err=True)
 
 
-def cause(defect: Defect) -> str:
-    """A defect in words; the names that an incomplete archive lacks are told elsewhere."""
-    if defect.code == "truncated":
-        return f"the archive is cut short (at byte {defect.offset}) [truncated]"
-    return defect.message
+@contextmanager
+def progress_bars() -> Iterator[Callable[[Progress], None]]:
+    """Progress bars on stderr, one for each stage, where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    percent = TextColumn("{task.percentage:>3.0f} %")
+    stage, rates = TextColumn("{task.description:>9}"), TextColumn("{task.fields[rate]}")
+    columns = (stage, BarColumn(), percent, rates, TimeRemainingColumn())
+    bars = Bars(*columns, console=console(stderr=True))
+    tasks: dict[str, Any] = {}
+
+    def report(progress: Progress) -> None:
+        if progress.stage not in tasks:
+            tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, rate="")
+        task = bars.tasks[tasks[progress.stage]]
+        speed = task.finished_speed or task.speed or 0.0
+        rate = f"{speed:.3g} {progress.unit}/s" if speed < 1e5 else f"{speed / 1e6:.1f} M/s"
+        bars.update(task.id, completed=progress.done, total=progress.total, rate=rate)
+
+    with bars:
+        yield report
 
 
-def some(names: Sequence[str], limit: int = 8) -> str:
+# --- words
+
+
+def some(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def size(number: float) -> str:
     """Bytes for people.
 
-    Examples
-    --------
     >>> size(999), size(9_416_741)
     ('999 B', '9.42 MB')
     """
@@ -129,102 +212,11 @@ def size(number: float) -> str:
     return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
 
 
-def count(number: int) -> str:
-    """A number with its thousands set apart.
-
-    Examples
-    --------
-    >>> count(22713728)
-    '22,713,728'
-    """
-    return f"{number:,}"
-
-
 def db(value: float | None) -> str:
     """An SQNR; no noise has none."""
-    return "no error" if value is None else f"{value:.2f} dB"
+    return "no error" if value is None or value == float("inf") else f"{value:.2f} dB"
 
 
 def number(value: float | None, digits: int) -> str:
-    """A number with so many significant digits; nothing for None.
-
-    Examples
-    --------
-    >>> number(0.00318908, 3), number(28.556, 2), number(None, 2)
-    ('0.00319', '29', '')
-    """
+    """A number with so many significant digits; nothing for None."""
     return "" if value is None else f"{value:.{digits}g}"
-
-
-def speed(weights: float | None, size_bytes: float | None) -> str:
-    """Weights and bytes per second; nothing while they are unknown.
-
-    Examples
-    --------
-    >>> speed(4_940_000.0, 19_760_000.0), speed(None, None)
-    ('4.9 M weights/s, 19.8 MB/s', '')
-    """
-    if not weights:
-        return ""
-    shown = f"{weights / 1e6:.1f} M weights/s"
-    return f"{shown}, {size(size_bytes)}/s" if size_bytes else shown
-
-
-@contextmanager
-def progress_bars() -> Iterator[Report]:
-    """Progress bars on stderr, one for each stage, where stderr is a terminal.
-
-    Each shows weights and bytes per second and the time left; the workers of a cluster have a
-    line of their own.
-    """
-    if not sys.stderr.isatty():
-        yield quiet
-        return
-    from rich.progress import BarColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-    from rich.text import Text
-
-    class TimeLeft(TimeRemainingColumn):
-        """Nothing for workers: nobody knows which part of the rest will be theirs."""
-
-        def render(self, task: Task) -> Text:
-            """The column of one line."""
-            return Text() if task.fields["worker"] else super().render(task)
-
-    bars = Bars(
-        TextColumn("{task.description:>8}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[rate]}"),
-        TimeLeft(),
-        console=console(stderr=True),
-        # What is slow comes in fits: the time left is told from the last minutes.
-        speed_estimate_period=180,
-    )
-    tasks: dict[str, Any] = {}
-
-    def show(name: str, progress: Progress, worker: bool = False) -> None:
-        if name not in tasks:
-            tasks[name] = bars.add_task(name, total=progress.total, rate="", worker=worker)
-        task = bars.tasks[tasks[name]]
-        weights = task.finished_speed or task.speed
-        each = progress.done_bytes / progress.done if progress.done else 0.0
-        if progress.stage == "download":
-            rate = "" if not weights else f"{weights / 1e6:.1f} MB/s"
-        elif progress.unit != "weights":
-            rate = "" if not weights else _rate(weights, progress.unit)
-        else:
-            rate = speed(weights, weights and weights * each)
-        bars.update(task.id, completed=progress.done, total=progress.total, rate=rate)
-
-    def report(progress: Progress) -> None:
-        show(progress.stage, progress)
-        for share in progress.workers[:_SHOWN_WORKERS]:
-            show(printable(share.name), Progress(share.name, share.done, progress.total), True)
-
-    with bars:
-        yield report
-
-
-def _rate(speed: float, unit: str) -> str:
-    return f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s each"

@@ -2,268 +2,222 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from weightvid.cli import output, targets, video
-from weightvid.cli.examples import load_examples
-from weightvid.cli.options import Force, Json, TrustInputs, named_after, usage_error
+from weightvid.cli import output
+from weightvid.cli.output import FORCE, JSON, argument, check_function, option, usage_error
 
 if TYPE_CHECKING:
+    from weightvid.calibrate import Calibration, Evaluation
     from weightvid.checkpoint import CheckpointReader
     from weightvid.pack import PackOptions, PackReport
-    from weightvid.planning.examples import Examples
-    from weightvid.planning.named import Quantizer
+    from weightvid.targets import Target
 
-ARCHIVE_SUFFIX = ".mp4"
+_QUALITY, _DATA, _VIDEO, _WORK = "Quality", "With the model's own data", "Video", "Work"
 
 
 def pack(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A .safetensors, .pt/.pth, .npz, .gguf or .onnx file, a Hugging Face folder, or "
-            "an address: hf://org/model, https://, s3://, gs://.",
-        ),
-    ],
-    archive: Annotated[
-        str | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="ARCHIVE",
-            help="A file, or an address in an object store. Default: MODEL's name with .mp4, "
-            "beside it.",
-        ),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="balanced (default): no visible loss of accuracy; small; fine.",
-        ),
-    ] = None,
-    step: Annotated[
-        float | None,
-        typer.Option(
-            metavar="K",
-            help="Quantizer step of a tensor of average size, in sigmas, instead of a recipe's.",
-        ),
-    ] = None,
-    rule: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="fidelity (default): keep what the network computes; sqnr: keep the weights.",
-        ),
-    ] = None,
-    target_size: targets.Size = None,
-    target_bpw: targets.Rate = None,
-    target_sqnr: targets.Sqnr = None,
-    evaluate: targets.Eval = None,
-    lower_is_better: targets.LowerIsBetter = False,
-    max_drop: targets.MaxDrop = None,
-    max_kl: targets.MaxKl = None,
-    eval_budget: targets.Budget = None,
-    eval_cache: targets.EvalCache = None,
-    quantizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="pack (default), sqnr, uniform, shaped, trellis4 to trellis64: what "
-            "[bold]weightvid compare[/bold] measures.",
-        ),
-    ] = None,
-    codec: video.Codec = None,
-    qp: video.Qp = None,
-    crf: video.Crf = None,
-    bit_depth: video.BitDepth = None,
-    whole_video: video.WholeVideo = False,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="STATS",
-            help="Statistics that [bold]weightvid calibrate[/bold] wrote for this very model.",
-        ),
-    ] = None,
-    examples: Annotated[
-        str | None,
-        typer.Option(
-            "--calibrate",
-            metavar="SCRIPT:FUNCTION",
-            help="Calibrate on a torch module and example inputs, which this function of a Python "
-            "file returns, and quantize layer by layer if that is better.",
-        ),
-    ] = None,
-    trust_inputs: TrustInputs = False,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Keep these tensors bit for bit. May be repeated."),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The codec's preset; x265's: ultrafast to placebo."),
-    ] = None,
-    ffmpeg: video.Ffmpeg = None,
-    jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=0, help="Workers side by side; 0: one per core.")
-    ] = 0,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHERE",
-            help="Who does the work: threads or processes of this machine (default: processes for "
-            "large models in safetensors files), or a cluster: dask or ray (started on this "
-            "machine), ray:auto, or a scheduler's address such as tcp://host:8786.",
-        ),
-    ] = None,
-    force: Force = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Don't decode the archive before it gets its name.")
-    ] = False,
-    no_side_files: Annotated[
-        bool,
-        typer.Option(
-            "--no-side-files",
-            help="Leave a folder's small other files (configuration, tokenizer) out.",
-        ),
-    ] = False,
-    json: Json = False,
-) -> None:
+    model: str = argument(
+        "MODEL",
+        "A .safetensors, .pt/.pth, .npz, .gguf or .onnx file, a Hugging Face folder, or an "
+        "address: hf://org/model, https://, s3://.",
+    ),
+    archive: str = option(
+        "", "A file, or an address in an object store. Default: MODEL's name with .mp4.",
+        "--output", "-o", metavar="ARCHIVE",
+    ),
+    recipe: str = option(
+        "", "balanced (default): no visible loss of accuracy; small; fine.",
+        metavar="NAME", group=_QUALITY,
+    ),
+    step: float | None = option(
+        None, "Quantizer step of an average tensor, in sigmas, instead of a recipe's.",
+        metavar="K", group=_QUALITY,
+    ),
+    target: str = option(
+        "", "Search the step: 12MB or 2.5bpw (whole file, at most and nearly), or 35dB.",
+        metavar="SIZE|RATE|SQNR", group=_QUALITY,
+    ),
+    fidelity: str = option(
+        "", "outputs (default): keep what the network computes; weights: keep the weights; "
+        "integers: levels that an integer kernel can use.",
+        "--for", metavar="WHAT", group=_QUALITY,
+    ),
+    integer: bool = option(False, "Short for --for integers.", "--integer", group=_QUALITY),
+    keep: list[str] = option(
+        [], "Keep these tensors bit for bit. May be repeated.", metavar="GLOB", group=_QUALITY
+    ),
+    calibrate: str = option(
+        "", "Statistics that [bold]weightvid calibrate[/bold] wrote for this very model; or "
+        "SCRIPT:FUNCTION, as there, to quantize layer by layer, too.",
+        metavar="STATS", group=_DATA,
+    ),
+    evaluate: str = option(
+        "", "Judges a dict of tensors: returns a number, logits, (logits, labels) or unit "
+        "vectors. It is run as Python code: call only what you trust.",
+        "--eval", metavar="SCRIPT:FUNCTION", group=_DATA,
+    ),
+    max_drop: str = option(
+        "", "Relative loss of the number that --eval returns, at most: 0.5% or 0.005.",
+        metavar="SHARE", group=_DATA,
+    ),
+    max_kl: float | None = option(
+        None, "Mean KL divergence of logits, or 1 - mean cosine of unit vectors, at most.",
+        metavar="NATS", group=_DATA,
+    ),
+    lower: bool = option(
+        False, "The number that --eval returns is a loss.", "--lower-is-better", group=_DATA
+    ),
+    codec: str = option(
+        "x265", "x265 (HEVC), svt-av1 (AV1) or x264 (H.264).", metavar="NAME", group=_VIDEO
+    ),
+    preset: str = option(
+        "", "The codec's preset; default: by the model's size.", metavar="NAME", group=_VIDEO
+    ),
+    qp: int | None = option(
+        None, "Code the pictures with loss, instead of the levels.", metavar="N", group=_VIDEO
+    ),
+    workers: str = option(
+        "threads", "threads, processes, dask, ray, or a scheduler: tcp://HOST:8786.",
+        metavar="WHERE", group=_WORK,
+    ),
+    jobs: int = option(0, "How many; 0: one per core.", "--jobs", "-j", min=0, group=_WORK),
+    no_side_files: bool = option(
+        False, "Leave a folder's configuration, tokenizer out.", "--no-side-files", group=_WORK
+    ),
+    no_verify: bool = option(
+        False, "Don't decode the archive before it gets its name.", "--no-verify", group=_WORK
+    ),
+    force: bool = FORCE,
+    json: bool = JSON,
+) -> None:  # fmt: skip
     """Pack a checkpoint into an archive.
 
     The archive is decoded and checked before it appears under its name.
 
     [bold]weightvid pack model.safetensors -o model.mp4[/bold]
     [bold]weightvid pack model.pt --recipe small --keep "head.*"[/bold]
-    [bold]weightvid pack model.pt --target-size 12MB[/bold]
+    [bold]weightvid pack model.pt --target 12MB[/bold]
+    [bold]weightvid pack model.pt --calibrate stats.safetensors[/bold]
     [bold]weightvid pack model.pt --eval script.py:logits --max-drop 0.5%[/bold]
-    [bold]weightvid pack model.pt --calibration stats.safetensors[/bold]
-    [bold]weightvid pack model.pt --calibrate script.py:examples[/bold]
-    [bold]weightvid pack all-MiniLM-L6-v2/ -o minilm.mp4[/bold]
     [bold]weightvid pack hf://sentence-transformers/all-MiniLM-L6-v2 -o minilm.mp4[/bold]
     """
-    from weightvid.allocate import DEFAULT_RECIPE, RECIPES, RULES
-    from weightvid.checkpoint import open_checkpoint
-    from weightvid.errors import ClusterError
-    from weightvid.pack import PackOptions, pack_checkpoint
-    from weightvid.packing.engines import check_cluster
+    from weightvid.errors import CodecError, QuantizationError
+    from weightvid.pack import PackOptions
+    from weightvid.video import Video
 
-    if recipe is not None and recipe not in RECIPES:
-        usage_error(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}", "--recipe")
-    if recipe is not None and step is not None:
+    if integer and fidelity not in ("", "integers"):
+        usage_error(f"--integer contradicts --for {fidelity}", "--integer")
+    if recipe and step is not None:
         usage_error("--step replaces a recipe's step; give one of both", "--step")
-    if step is not None and not 0 < step < float("inf"):
-        usage_error(f"{step} is not a positive number", "--step")
-    if cluster is not None:
-        try:
-            check_cluster(cluster)
-        except ClusterError as error:
-            usage_error(str(error), "--cluster")
-    if rule is not None and rule not in RULES:
-        usage_error(f"unknown rule {rule!r}; known: {', '.join(RULES)}", "--rule")
-    target = targets.chosen(
-        {
-            "--target-size": target_size,
-            "--target-bpw": target_bpw,
-            "--target-sqnr": target_sqnr,
-            "--max-drop": max_drop,
-            "--max-kl": max_kl,
-        }
-    )
-    if target is not None and (recipe is not None or step is not None):
-        usage_error("a target takes the place of a recipe or step", "--recipe / --step")
-    more = targets.Measuring(lower_is_better, eval_budget, eval_cache)
-    evaluation = targets.evaluation(evaluate, more, target, rule)
-    named = _quantizer(quantizer)
-    wish = video.Wish(video.known_codec(codec), qp, crf, bit_depth)
-    options = PackOptions(
-        codec=wish.codec,
-        lossy=wish.lossy(levels=(recipe, step, quantizer) != (None, None, None)),
-        bit_depth=wish.bit_depth,
-        whole_video=whole_video,
-        states=named.states,
-        shaping=named.shaping,
-        recipe=recipe or DEFAULT_RECIPE,
-        rule=rule or named.rule,
-        step_factor=step,
-        target=target,
-        evaluation=evaluation,
-        calibration=_calibration(calibration, examples, evaluate, trust_inputs),
-        keep=tuple(keep or ()),
-        preset=preset or "",
-        ffmpeg=ffmpeg,
-        jobs=jobs,
-        cluster=cluster,
-        force=force,
-        verify=not no_verify,
-        side_files=not no_side_files,
-    )
-    destination = archive or str(named_after(model, ARCHIVE_SUFFIX))
+    try:
+        options = PackOptions(
+            recipe=recipe or "balanced",
+            step_factor=step,
+            fidelity="integers" if integer else fidelity or "outputs",
+            target=parse_target(target) if target else None,
+            evaluation=_evaluation(evaluate, max_drop, max_kl, lower),
+            calibration=load_calibration(calibrate) if calibrate else None,
+            keep=tuple(keep),
+            side_files=not no_side_files,
+            video=Video(codec, preset, qp),
+            workers=workers,
+            jobs=jobs,
+            force=force,
+            verify=not no_verify,
+        )
+        options.check()
+    except QuantizationError as error:
+        usage_error(str(error), "--recipe / --step / --target / --for / --qp")
+    except CodecError as error:
+        usage_error(str(error), "--codec / --preset / --qp")
+    destination = archive or str(output.named_after(model, ".mp4"))
     if Path(destination).exists() and Path(destination).resolve() == Path(model).resolve():
         usage_error(f"{destination} is the model itself", "--output")
-    with output.progress_bars() as report, open_checkpoint(model, report) as reader:
-        _check_keeps(reader, options)
-        made = pack_checkpoint(reader, destination, _with_workers(options, reader), report)
+    made = _pack(model, destination, options)
     for entry in made.skipped:
         output.warn(f"not packed: {entry}")
-    for text in made.warnings:
-        output.warn(text)
     if json:
         output.emit_json(
-            made,
-            archive=destination,
-            source=model,
-            bits_per_weight=made.bits_per_weight,
-            stream_bits_per_weight=made.stream_bits_per_weight,
+            made, archive=destination, source=model, bits_per_weight=made.bits_per_weight
         )
     else:
         _show(made, destination, options)
 
 
-def _calibration(
-    stats: Path | None, examples: str | None, evaluate: str | None, trust_inputs: bool
-) -> Path | Examples | None:
-    """Statistics in a file, or a model with example inputs."""
-    if examples is None:
-        if trust_inputs:
-            usage_error("there are no inputs to trust without --calibrate", "--trust-inputs")
-        return stats
-    if stats is not None:
-        usage_error("--calibration takes finished statistics; give one of both", "--calibrate")
-    if evaluate is not None:
-        usage_error(
-            "an evaluation takes statistics: weightvid calibrate, then --calibration", "--calibrate"
-        )
-    module, inputs = load_examples(examples, "--calibrate")
-    from weightvid.calibrate import CalibrationConfig, ModuleExamples
+def parse_target(text: str) -> Target:
+    """A target as the command line spells it.
 
-    return ModuleExamples(module, inputs, CalibrationConfig(trust_inputs=trust_inputs))
+    Raises
+    ------
+    QuantizationError
 
+    Examples
+    --------
+    >>> parse_target("12MB"), parse_target("2.5bpw")
+    (Target(kind='size', value=12000000.0), Target(kind='bpw', value=2.5))
+    """
+    from weightvid.errors import QuantizationError
+    from weightvid.targets import Target, parse_size
 
-def _quantizer(name: str | None) -> Quantizer:
-    from weightvid.codec.registry import suggestion
-    from weightvid.planning.named import DEFAULT_QUANTIZER, QUANTIZERS
-
-    chosen = name or DEFAULT_QUANTIZER
-    if chosen not in QUANTIZERS:
-        known = suggestion(chosen, tuple(QUANTIZERS))
-        usage_error(f"unknown quantizer {chosen!r}{known}", "--quantizer")
-    return QUANTIZERS[chosen]
+    for unit, kind in (("bpw", "bpw"), ("db", "sqnr")):
+        if text.lower().endswith(unit):
+            try:
+                return Target(kind, float(text[: -len(unit)]))
+            except ValueError:
+                raise QuantizationError(f"{text!r} is no number and {unit}") from None
+    return Target("size", parse_size(text))
 
 
-def _with_workers(options: PackOptions, reader: CheckpointReader) -> PackOptions:
-    """The options, with the faster way to use this machine where no other was asked for."""
-    from weightvid.packing.engines import local_engine
+def load_calibration(text: str) -> Calibration:
+    """Statistics in a file, or a model with example inputs that a function of a script gives."""
+    from weightvid.calibrate import Calibration
+    from weightvid.cli.calibrate import load_examples
 
-    if options.cluster is not None:
-        return options
-    return replace(options, cluster=local_engine(reader, options.jobs))
+    if Path(text).exists() or ":" not in text:
+        return Calibration.from_file(text)
+    module, inputs = load_examples(text, "--calibrate")
+    with output.progress_bars() as report:
+        return Calibration.from_examples(module, inputs, progress=report)
+
+
+def _evaluation(
+    function: str, max_drop: str, max_kl: float | None, lower: bool
+) -> Evaluation | None:
+    """How the function judges, and what it allows; a share may be given in percent."""
+    if not function:
+        if max_drop or max_kl is not None or lower:
+            usage_error("only a function can judge that: --eval", "--max-drop / --max-kl")
+        return None
+    from weightvid.calibrate import Evaluation
+
+    drop = None
+    if max_drop:
+        try:
+            drop = float(max_drop.removesuffix("%")) / (100 if max_drop.endswith("%") else 1)
+        except ValueError:
+            usage_error(f"{max_drop!r} is no share such as 0.5% or 0.005", "--max-drop")
+    return Evaluation(check_function(function, "--eval"), drop, max_kl, lower)
+
+
+def _pack(model: str, destination: str, options: PackOptions) -> PackReport:
+    """Pack into a file, or into one that is then uploaded."""
+    from weightvid.checkpoint import check_upload, is_url, open_checkpoint, upload
+    from weightvid.pack import pack_checkpoint
+
+    if is_url(destination):
+        check_upload(destination, force=options.force)
+    with output.progress_bars() as report, open_checkpoint(model, report) as reader:
+        _check_keeps(reader, options)
+        if not is_url(destination):
+            return pack_checkpoint(reader, destination, options, report)
+        with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
+            made = pack_checkpoint(reader, Path(folder) / "archive.mp4", options, report)
+            upload(Path(folder) / "archive.mp4", destination)
+            return made
 
 
 def _check_keeps(reader: CheckpointReader, options: PackOptions) -> None:
@@ -274,35 +228,32 @@ def _check_keeps(reader: CheckpointReader, options: PackOptions) -> None:
             usage_error(f"no tensor matches {pattern!r}{hint}", "--keep")
 
 
-def _judgement(made: PackReport) -> list[tuple[str, str]]:
-    rows = []
-    if made.encodings > 1:
-        rows.append(("encodings", str(made.encodings)))
-    if made.evaluations:
-        rows.append(("evaluations", str(made.evaluations)))
-    if made.loss is not None:
-        rows.append(("loss", f"{made.loss:.4g} (of the decoded archive)"))
-    if made.metric is not None and made.metric_before is not None:
-        rows.append(("metric", f"{made.metric_before:.6g} -> {made.metric:.6g}"))
-    if made.calibration:
-        rows.append(("calibration", made.calibration))
-    return rows
-
-
 def _show(made: PackReport, destination: str, options: PackOptions) -> None:
+    share = 100 * made.packet_bytes / made.file_bytes
     ratio = made.source_bytes / made.file_bytes
     rows = [
         ("archive", destination),
         ("size", f"{output.size(made.file_bytes)} of {output.size(made.source_bytes)}"
-                 f" (1/{ratio:.1f})"),
-        ("weights", f"{output.count(made.weights)}, of which {output.count(made.coded_weights)}"
-                    " as video"),
+                 f" (1/{ratio:.1f}), {share:.1f} % of it video"),
+        ("weights", f"{made.weights:,}, of which {made.coded_weights:,} as video"),
         ("bits per weight", f"{made.bits_per_weight:.3f} (whole file)"),
-        ("", f"{made.stream_bits_per_weight:.3f} (the video's weights in its stream)"),
         ("SQNR", output.db(made.sqnr_db)),
-        *_judgement(made),
-        ("side files", str(len(made.side_files))),
+    ]  # fmt: skip
+    tensor, row = made.worst_tensor, made.worst_row
+    if tensor is not None and row is not None:
+        rows += [
+            ("worst tensor", f"{output.db(tensor.sqnr_db)}: {tensor.name}"),
+            ("worst row", f"{output.db(row.worst_row_db)}: row {row.worst_row} of {row.name}"),
+        ]
+    escapes = sum(tensor.escapes for tensor in made.tensors)
+    outliers = sum(tensor.outliers for tensor in made.tensors)
+    rows += [
+        ("listed", f"{escapes:,} levels beyond a sample, {outliers:,} outliers"),
+        ("side files", f"{len(made.side_files)}" if made.side_files else ""),
+        ("encodings", f"{made.encodings}, step factor {made.step_factor:.4g}"
+                      if made.encodings > 1 else ""),
         ("frames", f"{made.frames} of {made.width} x {made.height}"),
+        *(("", note) for note in made.notes),
         ("verified", "every hash" if options.verify else "no"),
         ("time", f"{made.seconds:.1f} s"),
     ]  # fmt: skip

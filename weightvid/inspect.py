@@ -1,0 +1,244 @@
+"""What is in an archive, as its boxes and sidecars tell: nothing is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import e, log2, pi
+from typing import Final, NamedTuple
+
+from weightvid import loader
+from weightvid.archives import (
+    FrameBoxes,
+    Location,
+    open_anywhere,
+    place_parts,
+    walk_boxes,
+    walk_frames,
+)
+from weightvid.checkpoint import is_url
+from weightvid.errors import FormatError
+from weightvid.loader import Archive, End, Part, StoredFile
+from weightvid.video import CODECS, describe
+
+_KINDS: Final = {
+    b"ftyp": "ftyp", b"moov": "moov", loader.HEADER_UUID: "header", loader.FILE_UUID: "side_files",
+    loader.FRAME_UUID: "sidecars", b"moof": "fragment_boxes", b"mdat": "packets",
+    loader.EXACT_UUID: "boxes", loader.INDEX_UUID: "index", b"mfra": "mfra",
+}  # fmt: skip
+#: parts of the byte account, in file order.
+ACCOUNT: Final = (*_KINDS.values(), "other")
+_STANDARDS: Final = {row.entry: row.standard for row in CODECS.values()}
+#: bits per weight where the SQNR is not known, and at least.
+_USUAL_RATE, _LEAST_RATE = 4.0, 0.01
+
+
+class TensorSummary(NamedTuple):
+    """One name of an archive.
+
+    ``coding`` is ``video``, ``boxed`` (beside the pictures), or ``missing`` (the file is cut
+    short). Nothing else is said of a name that shares the storage of another (``alias_of``), and
+    only of video: ``method`` (``uniform`` or ``trellis``), ``step`` of the first part, sizes of the
+    transformed ``kernel`` axes, listed levels (``escapes``; outliers are among them), first and
+    last of the ``frames``, and a share of the packets in ``bits_per_weight``. Where tensors share a
+    packet, it is shared out by estimate: a Gaussian tensor of this SQNR takes ``log2(1 + SQNR * pi
+    * e / 6) / 2``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    weights: int
+    coding: str
+    alias_of: str | None = None
+    method: str | None = None
+    step: float | None = None
+    kernel: tuple[int, ...] = ()
+    escapes: int = 0
+    frames: tuple[int, int] | None = None
+    sqnr_db: float | None = None
+    bits_per_weight: float | None = None
+
+
+class VideoSummary(NamedTuple):
+    """The video track: its standard, what it claims of itself, frames, and bytes of packets.
+
+    Of packets, 0 if the index alone has been read.
+    """
+
+    codec: str
+    profile: str
+    tier: str
+    level: str
+    full_range: bool | None
+    width: int
+    height: int
+    frames: int
+    first_packet: int
+    largest_packet: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveSummary:
+    """An archive at a glance.
+
+    Attributes
+    ----------
+    file_bytes : int
+    complete : bool
+        False: the file ends before its index.
+    detailed : bool
+        False: the index alone has been read. Then all bytes of frames count as packets and all
+        others as ``other``; quantizers, SQNR and bits of the tensors are not known.
+    weights, coded_weights : int
+        Elements of all floating-point tensors, and of those in the pictures.
+    video : VideoSummary
+    tensors : tuple of TensorSummary
+        In the order of the source; aliases last.
+    account : mapping of str to int
+        Bytes by :data:`ACCOUNT`; they sum to ``file_bytes``.
+    about, metadata : mapping of str to str
+        What the packer says of itself, and the source checkpoint's own.
+    files : tuple of StoredFile
+        Small other files of the model.
+    """
+
+    file_bytes: int
+    complete: bool
+    detailed: bool
+    weights: int
+    coded_weights: int
+    video: VideoSummary
+    tensors: tuple[TensorSummary, ...]
+    account: Mapping[str, int]
+    about: Mapping[str, str]
+    metadata: Mapping[str, str]
+    files: tuple[StoredFile, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 x whole file / weights; 0 without weights."""
+        return 8 * self.file_bytes / self.weights if self.weights else 0.0
+
+    @property
+    def packet_share(self) -> float:
+        """Share of the file, 0..1, that is video."""
+        return self.account["packets"] / self.file_bytes
+
+
+def summarize_archive(location: Location, *, details: bool | None = None) -> ArchiveSummary:
+    """Say what is in an archive, without decoding it.
+
+    Parameters
+    ----------
+    location : path, address or binary file object
+        It must be able to seek.
+    details : bool, optional
+        Read the sidecar of each frame. None: of a file, but not of an address, where that may
+        take as long as a download; an archive without index is always read in detail.
+
+    Raises
+    ------
+    FormatError, OSError, RemoteError
+    """
+    with open_anywhere(location) as archive:
+        size, index, track = archive.source.size, archive.index, archive.track
+        if size is None:
+            raise FormatError("a pipe cannot be inspected: save it first", code="not-seekable")
+        detailed = index is None or (not is_url(location) if details is None else details)
+        frames = list(walk_frames(archive)) if detailed else []
+        packets = [frame.packet_bytes for frame in frames] or [0]
+        account = dict.fromkeys(ACCOUNT, 0)
+        for kind, _, box_bytes in walk_boxes(archive.source.file) if detailed else ():
+            account[_KINDS.get(kind, "other")] += box_bytes
+        # The head of an mdat box belongs to no packet.
+        account["fragment_boxes"] += 8 * len(frames)
+        account["packets"] = sum(packets)
+        if index is not None and not detailed:
+            account["packets"] = sum(frame_bytes for _, frame_bytes in index.frames)
+        account["other"] += size - sum(account.values())
+        tensors = tuple(_tensors(archive, frames))
+        return ArchiveSummary(
+            file_bytes=size,
+            complete=index is not None,
+            detailed=detailed,
+            weights=sum(s.size for s in archive.header.tensors if s.dtype in loader.PACKABLE),
+            coded_weights=sum(t.weights for t in tensors if t.coding == "video" and not t.alias_of),
+            video=VideoSummary(
+                _STANDARDS[track.entry], *describe(track.entry, track.record), track.width,
+                track.height, len(frames if index is None else index.frames), packets[0],
+                max(packets),
+            ),
+            tensors=tensors,
+            account=account,
+            about=archive.header.about,
+            metadata=archive.header.metadata,
+            files=archive.header.files,
+        )  # fmt: skip
+
+
+def _tensors(archive: Archive, frames: Sequence[FrameBoxes]) -> Iterator[TensorSummary]:
+    parts: dict[int, list[Part]] = {}
+    for part in (part for frame in frames for part in frame.sidecar.parts):
+        parts.setdefault(part.tensor, []).append(part)
+    ends = {end.tensor: end for frame in frames for end in frame.sidecar.ends}
+    shares, spans = _shares(archive, frames, ends)
+    exact = _boxed(archive)
+    if archive.index is not None:
+        spans = {number: (span[0], span[-1]) for number, span in archive.index.spans.items()}
+    made = []
+    for number, spec in enumerate(archive.header.tensors):
+        own, end = parts.get(number), ends.get(number)
+        if own is not None and end is not None:
+            summary = TensorSummary(
+                *spec, spec.size, "video", None,
+                "trellis" if own[0].method == loader.TRELLIS else "uniform", own[0].step,
+                tuple(len(archive.header.bases[basis]) for basis in own[0].bases),
+                sum(len(part.escapes[0]) for part in own if part.escapes is not None),
+                spans[number], end.sqnr_db, 8 * shares[number] / spec.size,
+            )  # fmt: skip
+        elif number in spans and not frames:
+            summary = TensorSummary(*spec, spec.size, "video", frames=spans[number])
+        else:
+            summary = TensorSummary(*spec, spec.size, "boxed" if number in exact else "missing")
+        made.append(summary)
+    yield from made
+    for alias, number in archive.header.aliases.items():
+        of = made[number]
+        yield TensorSummary(alias, of.dtype, of.shape, of.weights, of.coding, alias_of=of.name)
+
+
+def _boxed(archive: Archive) -> set[int]:
+    """Numbers of the tensors in boxes whose elements are all there."""
+    if archive.index is not None:
+        return {number for _, numbers in archive.index.boxes for number in numbers}
+    counts: dict[int, int] = {}
+    for kind, offset, _ in walk_boxes(archive.source.file):
+        if kind == loader.EXACT_UUID:
+            payload = archive.source.box(offset)[1]
+            for number, _, elements in loader.parse_exact(payload, archive.header):
+                counts[number] = counts.get(number, 0) + elements.size
+    return {n for n, count in counts.items() if count == archive.header.tensors[n].size}
+
+
+def _shares(
+    archive: Archive, frames: Sequence[FrameBoxes], ends: Mapping[int, End]
+) -> tuple[dict[int, float], dict[int, tuple[int, int]]]:
+    """Bytes of packets, and first and last frame, by tensor."""
+    shares: dict[int, float] = {}
+    spans: dict[int, tuple[int, int]] = {}
+    placed = place_parts((frame.sidecar for frame in frames), archive)
+    for number, (frame, pieces) in enumerate(zip(frames, placed, strict=True)):
+        costs = [(tensor, _rate(ends.get(tensor)) * columns) for tensor, _, columns in pieces]
+        total = sum(cost for _, cost in costs)
+        for tensor, cost in costs:
+            shares[tensor] = shares.get(tensor, 0.0) + frame.packet_bytes * cost / total
+            spans[tensor] = spans.get(tensor, (number, 0))[0], number
+    return shares, spans
+
+
+def _rate(end: End | None) -> float:
+    """Bits per weight, as `TensorSummary` estimates it; a usual rate if there is no SQNR."""
+    if end is None or end.sqnr_db is None:
+        return _USUAL_RATE
+    return max(0.5 * log2(1 + 10 ** (end.sqnr_db / 10) * pi * e / 6), _LEAST_RATE)
