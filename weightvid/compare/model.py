@@ -1,154 +1,179 @@
-"""The model that is compared on: its tensors, its hash, and how far a restored one is from it."""
+"""The model that is compared on, and what a way of storing it gave back."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import log10
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import inf, log10
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from weightvid.calibration import load_stats
-from weightvid.checkpoint import open_checkpoint
-from weightvid.compare.coded import Array, Tensors
+from weightvid.checkpoint import CheckpointReader
 from weightvid.dtypes import PACKABLE, to_float32
 from weightvid.errors import CheckpointError, CodecError
-from weightvid.spec import TensorSpec
+from weightvid.loader import TensorSpec
+
+Array = npt.NDArray[Any]
+Tensors = dict[str, Array]
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """How far restored tensors are from the model's.
-
-    Attributes
-    ----------
-    sqnr_db : float or None
-        Over all finite float tensors of two or more dimensions; None where all are exact.
-    worst_sqnr_db : float or None
-        Of the tensor that fares worst.
-    worst_tensor : str or None
-    sha256 : str
-        Of the restored tensors: equal for equal reconstructions.
-    """
-
-    sqnr_db: float | None
-    worst_sqnr_db: float | None
-    worst_tensor: str | None
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """A checkpoint, whole in memory.
+    """A checkpoint, all of it in memory.
 
     Attributes
     ----------
-    path : str
+    reader : CheckpointReader
+        Packing reads it; it must stay open.
     specs : tuple of TensorSpec
     aliases : mapping of str to str
         Tied names.
     tensors : dict of str to ndarray
         By name, without aliases; BF16 as float32, float8 as raw bits.
-    weights : int
-        Elements of all floating-point tensors: what bits per weight are counted over.
     sha256 : str
         Of names, types, shapes and elements.
     """
 
-    path: str
+    reader: CheckpointReader
     specs: tuple[TensorSpec, ...]
     aliases: Mapping[str, str]
     tensors: Tensors
-    weights: int
     sha256: str
 
-    def judge(self, restored: Mapping[str, Array]) -> Quality:
-        """Compare restored tensors with the model's.
+    @property
+    def weights(self) -> int:
+        """Elements of all floating-point tensors: what bits per weight are counted over."""
+        return sum(spec.size for spec in self.specs if spec.dtype in PACKABLE)
+
+    def matrices(self) -> dict[str, Array]:
+        """Finite float tensors of two axes or more, none empty: what plain ways quantize."""
+        return {
+            spec.name: self.tensors[spec.name]
+            for spec in self.specs
+            if spec.dtype in PACKABLE
+            and len(spec.shape) >= 2
+            and spec.size
+            and bool(np.isfinite(to_float32(self.tensors[spec.name], "F32")).all())
+        }
+
+    def sqnr_db(self, restored: Mapping[str, Array]) -> float | None:
+        """Signal over squared error of all `matrices`, in dB; None where all are exact.
 
         Raises
         ------
         CodecError
-            A tensor is missing, of another shape, or not what it was though it is no float.
+            A tensor is missing, of another shape, or changed though it is no float.
         """
-        digest = hashlib.sha256()
-        power = noise = 0.0
-        worst: tuple[float, str] | None = None
+        signal = noise = 0.0
+        counted = self.matrices()
         for spec in self.specs:
             before, after = self.tensors[spec.name], restored.get(spec.name)
             if after is None or after.shape != before.shape:
                 raise CodecError(f"tensor {spec.name!r} was not restored")
-            digest.update(np.ascontiguousarray(after).view(np.uint8).reshape(-1).data)
-            if spec.dtype not in PACKABLE:
-                if after.tobytes() != before.tobytes():
-                    raise CodecError(f"tensor {spec.name!r} has changed; it must be exact")
-                continue
-            signal, error = _energies(before, after)
-            if before.ndim < 2 or not (np.isfinite(signal) and np.isfinite(error)):
-                continue
-            power, noise = power + signal, noise + error
-            if error > 0 and signal > 0 and (worst is None or signal / error < worst[0]):
-                worst = (signal / error, spec.name)
-        return Quality(
-            10 * log10(power / noise) if noise > 0 and power > 0 else None,
-            10 * log10(worst[0]) if worst else None,
-            worst[1] if worst else None,
-            digest.hexdigest(),
-        )
+            if spec.dtype not in PACKABLE and after.tobytes() != before.tobytes():
+                raise CodecError(f"tensor {spec.name!r} has changed; it must be exact")
+            if spec.name in counted:
+                wide = before.astype(np.float64)
+                signal += float(np.square(wide).sum())
+                noise += float(np.square(wide - after).sum())
+        known = 0 < noise < inf and 0 < signal < inf
+        return 10 * log10(signal / noise) if known else None
 
     def state(self, restored: Mapping[str, Array]) -> Tensors:
-        """Tensors by all their names, tied ones included."""
-        found = {name: restored[name] for name in self.tensors}
-        return found | {alias: restored[name] for alias, name in self.aliases.items()}
+        """Copies of tensors by all their names; tied ones share a copy."""
+        found = {name: np.array(restored[name]) for name in self.tensors}
+        return found | {alias: found[name] for alias, name in self.aliases.items()}
 
 
-def _energies(before: Array, after: Array) -> tuple[float, float]:
-    """Sums of squares of a tensor and of its error."""
-    with np.errstate(all="ignore"):
-        wide = before.astype(np.float64)
-        error = wide - after
-        return float(np.square(wide).sum()), float(np.square(error).sum())
-
-
-def load_model(path: str | os.PathLike[str]) -> Model:
-    """Read a checkpoint whole.
+def load_model(reader: CheckpointReader) -> Model:
+    """All tensors of an open checkpoint.
 
     Raises
     ------
     CheckpointError
-        It cannot be read, or holds no floating-point weights.
+        It holds no floating-point weights.
     """
     digest = hashlib.sha256()
     tensors: Tensors = {}
-    with open_checkpoint(path) as reader:
-        specs = reader.contents.tensors
-        for spec in specs:
-            stored = reader.read(spec.name)
-            digest.update(f"{spec.name}\0{spec.dtype}\0{spec.shape}\0".encode())
-            digest.update(np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data)
-            # A copy: some readers map the file, and the pages would count as our memory.
-            tensors[spec.name] = (
-                to_float32(stored, "BF16") if spec.dtype == "BF16" else np.array(stored)
-            )
-        aliases = dict(reader.contents.aliases)
-    weights = sum(spec.size for spec in specs if spec.dtype in PACKABLE)
-    if not weights:
-        raise CheckpointError(f"{path} holds no floating-point weights to compare on")
-    return Model(str(Path(path)), specs, aliases, tensors, weights, digest.hexdigest())
+    for spec in reader.contents.tensors:
+        stored = np.ascontiguousarray(reader.read(spec.name))
+        digest.update(f"{spec.name}\0{spec.dtype}\0{spec.shape}\0".encode())
+        digest.update(stored.tobytes())
+        # A copy: the reader may have mapped the file.
+        natural = to_float32(stored, "BF16") if spec.dtype == "BF16" else np.array(stored)
+        tensors[spec.name] = natural.reshape(spec.shape)
+    contents = reader.contents
+    model = Model(reader, contents.tensors, dict(contents.aliases), tensors, digest.hexdigest())
+    if not model.weights:
+        raise CheckpointError("the checkpoint holds no floating-point weights to compare on")
+    return model
 
 
-def statistics_sha256(path: str | os.PathLike[str], model: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file of calibration statistics, known to be of this model.
+@dataclass(frozen=True, slots=True, eq=False)
+class Coded:
+    """A model that was stored and restored.
 
-    Raises
-    ------
-    CheckpointError
-        The file is no such file, or its statistics are of another model.
+    Attributes
+    ----------
+    file_bytes : int
+        Everything that a reader needs.
+    tensors : mapping of str to ndarray
+        What it gets, in the types and shapes of `Model.tensors`.
     """
-    stats = load_stats(path)
-    with open_checkpoint(model) as reader:
-        stats.check(reader)
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+    file_bytes: int
+    tensors: Mapping[str, Array]
+    encode_s: float
+    decode_s: float
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way of storing a model: one curve of a comparison.
+
+    Attributes
+    ----------
+    name : str
+        Of the curve.
+    kind : str
+        ``weightvid``, ``codec``, ``plain`` or ``peer``.
+    code : callable
+        Stores and restores a model at a value.
+    parameter : str
+        What the values are: ``step factor``, ``QP``, ``bits``; empty without one.
+    values : tuple of float
+        At least one; without a parameter it is 0.
+    missing : str
+        What this machine lacks for it; empty: nothing.
+    settings : mapping
+        All other settings: they and the value tell points apart.
+    depends : tuple of str
+        Beginnings of the paths of those files of this package that its results depend on.
+    """
+
+    name: str
+    kind: str
+    code: Callable[[Model, float], Coded]
+    parameter: str = ""
+    values: tuple[float, ...] = (0.0,)
+    missing: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    depends: tuple[str, ...] = ("",)
+
+    def points(self) -> tuple[float, ...]:
+        """Values to measure: one that says what is missing, where something is."""
+        return self.values[:1] if self.missing else self.values
+
+    def label(self, value: float) -> str:
+        """Name of a point.
+
+        Examples
+        --------
+        >>> Method("weightvid", "weightvid", code=None, parameter="step factor").label(0.18)
+        'weightvid, step factor 0.18'
+        """
+        return f"{self.name}, {self.parameter} {value:g}" if self.parameter else self.name

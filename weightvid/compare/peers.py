@@ -1,152 +1,88 @@
-"""Baselines by other people's packages: GGUF, ZipNN, NNCodec."""
+"""NNCodec (MPEG NNC), the peer that rates are compared with.
+
+Its pins clash with ours, so a Python of its own runs it: its path is an option, or the value
+of the environment variable WEIGHTVID_NNCODEC.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import tempfile
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from weightvid.baselines import is_weight
-from weightvid.compare import nnc
-from weightvid.compare.coded import Coded, Decoded, Parts, Tensors
-from weightvid.compare.model import Model
+from weightvid.compare.model import Coded, Method, Model
 from weightvid.errors import CodecError
 
-#: weights that share a scale in GGUF's Q8_0 and Q4_0.
-_BLOCK: Final = 32
-#: ZipNN's names of element types.
-_ZIPNN: Final = {"float32": "float32", "float16": "float16"}
+_CHILD: Final = Path(__file__).with_name("nncodec_child.py")
+_VARIABLE: Final = "WEIGHTVID_NNCODEC"
+_TIMEOUT_S: Final = 60
+#: two to an octave of the step.
+DQ_QPS: Final = tuple(range(-34, -17, 2))
+OPT_QPS: Final = tuple(range(-36, -19, 2))
 
 
-def encode_gguf(kind: str, model: Model, value: float | None) -> Coded:
-    """A whole GGUF file by the ``gguf`` package.
+def peer_methods(
+    nncodec: str | os.PathLike[str] | None = None,
+    dq_qps: Sequence[int] = DQ_QPS,
+    opt_qps: Sequence[int] = OPT_QPS,
+) -> Iterator[Method]:
+    """NNCodec with dependent quantization, without and with its own QP for each layer.
 
-    Matrices whose rows are multiples of 32 weights take the kind, other matrices F16 where that
-    stays finite, vectors F32; names are numbers, since GGUF limits their length.
+    ``nncodec`` is the Python that has it (None: the environment variable's). The step of a QP is
+    2 ** (QP / 4).
     """
-    import gguf
-    from gguf import quants
-
-    wanted = gguf.GGMLQuantizationType[kind]
-    with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
-        path = Path(folder) / "model.gguf"
-        writer = gguf.GGUFWriter(path, "weightvid")
-        for number, tensor in enumerate(model.tensors.values()):
-            name = str(number)
-            if not tensor.size:
-                continue
-            if tensor.dtype.kind != "f":
-                writer.add_tensor(name, np.ascontiguousarray(tensor).reshape(-1).view(np.int8))
-                continue
-            if not is_weight(tensor):
-                writer.add_tensor(name, _plain(tensor))
-                continue
-            matrix = tensor.reshape(len(tensor), -1).astype(np.float32)
-            if matrix.shape[1] % _BLOCK == 0:
-                writer.add_tensor(name, quants.quantize(matrix, wanted), raw_dtype=wanted)
-                continue
-            with np.errstate(over="ignore"):
-                half = matrix.astype(np.float16)
-            writer.add_tensor(name, half if np.isfinite(half).all() else matrix)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return Coded({"data": path.read_bytes()})
+    python = os.fspath(nncodec or os.environ.get(_VARIABLE, ""))
+    version, missing = _nncodec_version(python)
+    for name, opt_qp, qps in (("NNCodec DQ", False, dq_qps), ("NNCodec opt_qp", True, opt_qps)):
+        yield Method(
+            name, "peer", partial(_nncodec, python, opt_qp), "QP", tuple(map(float, qps)), missing,
+            {"version": version}, ("compare/peers", "compare/nncodec"),
+        )  # fmt: skip
 
 
-def _plain(tensor: Any) -> Any:
-    """A float vector as GGUF takes it: at least one dimension, elements of an ordinary type."""
-    return np.ascontiguousarray(tensor).reshape(-1)
+@lru_cache
+def _nncodec_version(python: str) -> tuple[str, str]:
+    """Version of NNCodec, or why it cannot run."""
+    if not python:
+        return "", f"NNCodec is missing: name a Python that has it by --nncodec or {_VARIABLE}"
+    script = "from importlib.metadata import version; print(version('nncodec'))"
+    try:
+        done = subprocess.run(
+            [python, "-c", script], capture_output=True, text=True, check=False,
+            timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", f"{python} cannot be run: {error}"
+    if done.returncode:
+        return "", f"{python} has no NNCodec: pip install nncodec==2.1.3 into it"
+    return done.stdout.strip(), ""
 
 
-def decode_gguf(coded: Coded, model: Model, value: float | None) -> Decoded:
-    """Tensors of a GGUF file."""
-    import gguf
-    from gguf import quants
-
-    found: Tensors = {}
-    with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
-        path = Path(folder) / "model.gguf"
-        path.write_bytes(coded.parts["data"])
-        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-        for number, (name, before) in enumerate(model.tensors.items()):
-            if not before.size:
-                found[name] = before
-                continue
-            stored = tensors[str(number)]
-            if before.dtype.kind != "f":
-                raw = np.array(stored.data).reshape(-1).view(np.uint8)
-                found[name] = raw.view(before.dtype).reshape(before.shape)
-            elif is_weight(before):
-                values = quants.dequantize(np.array(stored.data), stored.tensor_type)
-                found[name] = values.reshape(before.shape).astype(before.dtype)
-            else:
-                found[name] = np.array(stored.data).reshape(before.shape).astype(before.dtype)
-        tensors.clear()
-    return Decoded(found)
-
-
-def encode_zipnn(model: Model, value: float | None) -> Coded:
-    """ZipNN on the bytes of each kind of tensor, like beside like; one thread."""
-    parts: Parts = {}
-    for dtype, data in _by_dtype(model).items():
-        if dtype in _ZIPNN and data:
-            # It swaps bytes in place: it gets a copy of its own.
-            parts[dtype] = bytes(_zipnn(dtype).compress(bytearray(data)))
-        else:
-            parts[dtype] = data
-    return Coded(parts)
-
-
-def decode_zipnn(coded: Coded, model: Model, value: float | None) -> Decoded:
-    """Tensors from ZipNN's streams."""
-    whole = {
-        dtype: bytes(_zipnn(dtype).decompress(bytearray(data)))
-        if dtype in _ZIPNN and data
-        else data
-        for dtype, data in coded.parts.items()
-    }
-    at, found = dict.fromkeys(whole, 0), Tensors()
-    for name, tensor in model.tensors.items():
-        dtype = tensor.dtype.name
-        end = at[dtype] + tensor.nbytes
-        found[name] = np.frombuffer(whole[dtype][at[dtype] : end], tensor.dtype).reshape(
-            tensor.shape
-        )
-        at[dtype] = end
-    return Decoded(found)
-
-
-def _by_dtype(model: Model) -> dict[str, bytes]:
-    found: dict[str, list[bytes]] = {}
-    for tensor in model.tensors.values():
-        found.setdefault(tensor.dtype.name, []).append(tensor.tobytes())
-    return {dtype: b"".join(parts) for dtype, parts in found.items()}
-
-
-def _zipnn(dtype: str) -> Any:
-    import zipnn
-
-    return zipnn.ZipNN(input_format="byte", bytearray_dtype=_ZIPNN[dtype], threads=1)
-
-
-def encode_nncodec(model: Model, value: float | None) -> Coded:
-    """NNCodec's bitstream at a QP."""
-    return nnc.encode(model.tensors, round(value or 0))
-
-
-def decode_nncodec(coded: Coded, model: Model, value: float | None) -> Decoded:
-    """Tensors of NNCodec's bitstream."""
-    decoded = nnc.decode(coded.parts["data"])
-    absent = [name for name in model.tensors if name not in decoded.tensors]
-    if absent:
-        raise CodecError(f"NNCodec gave no {absent[0]}")
-    tensors = {
-        name: decoded.tensors[name].reshape(before.shape).astype(before.dtype)
-        for name, before in model.tensors.items()
-    }
-    return replace(decoded, tensors=tensors)
+def _nncodec(python: str, opt_qp: bool, model: Model, qp: float) -> Coded:
+    with tempfile.TemporaryDirectory(prefix="weightvid-") as name:
+        folder = Path(name)
+        # Members of the file are numbers: names may hold what a path may not.
+        arrays: dict[str, Any] = {str(n): a for n, a in enumerate(model.tensors.values())}
+        np.savez(folder / "model.npz", **arrays)
+        (folder / "names.json").write_text(json.dumps(list(model.tensors)), encoding="utf-8")
+        done = subprocess.run(
+            [python, "-I", str(_CHILD), str(folder), str(round(qp)), str(int(opt_qp))],
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        if done.returncode:
+            words = done.stderr.strip().splitlines()
+            raise CodecError(f"NNCodec failed: {words[-1] if words else done.returncode}")
+        encode_s, decode_s = map(float, done.stdout.split()[-2:])
+        with np.load(folder / "restored.npz", allow_pickle=False) as restored:
+            tensors = {
+                name: restored[str(n)].reshape(before.shape).astype(before.dtype)
+                for n, (name, before) in enumerate(model.tensors.items())
+            }
+        return Coded((folder / "stream.nnc").stat().st_size, tensors, encode_s, decode_s)

@@ -1,236 +1,201 @@
-"""Any codec of the registry on a whole model: everything that restores it, itemised."""
+"""weightvid's own archives, and other codecs on their frames.
+
+A codec's file is the archive with its packets replaced: all else that a reader needs is counted as
+it is there. Lossless codecs get the frames of default archives; lossy ones those of integers at a
+small step, which they quantize further.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import zlib
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from weightvid import tile
-from weightvid.codec.pictures import Luma, Stream
-from weightvid.codec.program import Program
-from weightvid.compare import frames, prepare
-from weightvid.compare.coded import Array, Coded, Decoded, Parts, Tensors
-from weightvid.compare.frames import Reel
-from weightvid.compare.model import Model
-from weightvid.compare.prepare import Prepared
-from weightvid.compare.settings import Setting
-from weightvid.compare.streams import Streams, Tool
-from weightvid.container.exact import parse_exact
-from weightvid.dtypes import from_float32, stored_dtype, to_float32
+from weightvid.archives import walk_frames
+from weightvid.compare.codecs import CODECS, FrameCodec, Passage, backend, through
+from weightvid.compare.model import Array, Coded, Method, Model, Tensors
 from weightvid.errors import CodecError
-from weightvid.quantize import dequantize
-from weightvid.quantize.params import params_from_dict
-from weightvid.spec import TensorSpec
+from weightvid.levels.rate import entropy_bits
+from weightvid.loader import Assembler, Bytes, Header, Sidecar, open_archive, to_float32
+from weightvid.pack import PackOptions, PackReport, pack_checkpoint
 
-Samples = npt.NDArray[Any]
-_LENGTH: Final = 4
+#: of the frames that lossy codecs get: integers reach about 7 sigmas of an average tensor.
+_LOSSY_FACTOR: Final = 0.055
 
 
-@dataclass(frozen=True, slots=True)
-class VideoCoder:
-    """Codes a model by a codec of the registry.
+def archive_method(name: str, options: PackOptions, factors: Sequence[float] = ()) -> Method:
+    """Archives of some step factors; of none: one point, at the recipe's own."""
+    calibration = options.calibration
+    settings = {
+        "recipe": options.recipe, "fidelity": options.fidelity, "codec": options.video.codec,
+        "preset": options.video.preset, "jobs": options.jobs,
+        "calibration": None if calibration is None else str(calibration),
+    }  # fmt: skip
 
-    Its file has these parts: ``header`` (names, types, shapes, quantizers, sizes of the packets),
-    ``extradata``, ``packets``, ``outliers`` and ``exact`` (tensors that are not shown).
+    def code(model: Model, factor: float) -> Coded:
+        return pack_and_load(model, replace(options, step_factor=factor or None))
+
+    if not factors:
+        return Method(name, "weightvid", code, settings=settings)
+    return Method(name, "weightvid", code, "step factor", tuple(factors), settings=settings)
+
+
+def pack_and_load(model: Model, options: PackOptions) -> Coded:
+    """Pack a model as ``weightvid pack`` does, and load it as programs do."""
+    with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
+        path = Path(folder) / "model.mp4"
+        began = perf_counter()
+        made = pack_to(path, model, options)
+        packed = perf_counter()
+        with open_archive(path, check_tensors=True) as archive:
+            tensors = {name: array for name, array in archive.items() if name in model.tensors}
+        details = {"frames": made.frames, "packet_bytes": made.packet_bytes}
+        return Coded(made.file_bytes, tensors, packed - began, perf_counter() - packed, details)
+
+
+def pack_to(path: Path, model: Model, options: PackOptions) -> PackReport:
+    """Pack a model without the files next to it, which no other method stores."""
+    return pack_checkpoint(model.reader, path, replace(options, side_files=False, verify=False))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pictures:
+    """Frames of an archive, and what else is in it.
 
     Attributes
     ----------
-    model : Model
-    setting : Setting
-        Of the kind ``lossless`` or ``lossy``.
-    program : Program or None
-        The ffmpeg program, if the codec needs it.
+    header : Header
+    sidecars : tuple of Sidecar
+    lumas : tuple of ndarray of uint8, shape (height, width)
+    kept : dict of str to ndarray
+        Tensors that are not in the frames.
+    other_bytes : int
+        Of the file without its packets and parameter sets.
     """
 
-    model: Model
-    setting: Setting
-    program: Program | None = None
+    header: Header
+    sidecars: tuple[Sidecar, ...]
+    lumas: tuple[Bytes, ...]
+    kept: Tensors
+    other_bytes: int
 
-    @property
-    def scales(self) -> bool:
-        """More jobs code more pieces of the reel."""
-        return not self.setting.inter
+    def restore(self, lumas: Sequence[Bytes]) -> Tensors:
+        """Tensors of the model, from these frames instead."""
+        found, assembler = dict(self.kept), Assembler(self.header)
+        for sidecar, luma in zip(self.sidecars, lumas, strict=True):
+            for number, stored in assembler.add(sidecar, luma):
+                name, dtype, _ = self.header.tensors[number]
+                found[name] = to_float32(stored, dtype) if dtype == "BF16" else stored
+        return found
 
-    def encode(self, jobs: int) -> Coded:
-        """Quantize, lay out, code.
+    def entropy_bytes(self) -> int:
+        """Of all levels by an ideal coder that knows how often each occurs in its part."""
+        found: list[Array] = []
+        assembler = Assembler(self.header, sink=lambda _, levels: found.append(levels))
+        for sidecar, luma in zip(self.sidecars, self.lumas, strict=True):
+            all(assembler.add(sidecar, luma))  # a sink takes the levels, and no tensor is given
+        return round(sum(levels.size * entropy_bits(levels) for levels in found) / 8)
 
-        Raises
-        ------
-        WeightvidError
-        """
-        setting, coding = self.setting, self.setting.coding
-        if setting.kind == "lossless":
-            made = prepare.levels(self.model, setting, jobs)
-        else:
-            made = prepare.samples(self.model, setting, jobs)
-        reels = _reels(made.specs, made.numbers, setting.frames)
-        pictures = frames.lay(made.planes, reels, coding.pixel_format)
-        coded = Tool(coding, self.program).encode(pictures, jobs)
-        about = {
-            "frames": sum(reel.frames for reel in reels),
-            "width": max((reel.geometry.width for reel in reels), default=0),
-            "height": max((reel.geometry.height for reel in reels), default=0),
-            "pictures_sha256": _digest(pictures) if setting.kind == "lossless" else None,
+
+def frame_methods(
+    names: Sequence[str], presets: Sequence[str], factors: Sequence[float], folder: Path
+) -> Iterator[Method]:
+    """Codecs on the same frames, lossless and lossy, and an ideal entropy coder of the levels.
+
+    Parameters
+    ----------
+    names, presets : sequence of str
+        Of `weightvid.compare.codecs.CODECS`; a codec without any of the presets has its usual one.
+    factors : sequence of float
+        Step factors of the frames for lossless codecs.
+    folder : path
+        For archives that several points take their frames from.
+
+    Raises
+    ------
+    CodecError
+        Unknown name.
+    """
+    yield Method(
+        "ideal entropy coder", "plain", partial(_ideal, folder), "step factor", tuple(factors)
+    )
+    for name in names:
+        codec = CODECS.get(name)
+        if codec is None:
+            raise CodecError(f"unknown codec {name!r}; choose: {', '.join(CODECS)}")
+        missing = ""
+        if backend(codec) is None:
+            missing = f"neither PyAV nor an ffmpeg program has {codec.encoder}"
+        chosen = [preset for preset in presets if preset in codec.presets] or [codec.preset]
+        for preset in chosen:
+            curve = f"{name} {preset}".strip()
+            settings = {
+                "encoder": codec.encoder, "preset": preset, "pixel_format": codec.pixel_format,
+                "program": backend(codec),
+            }  # fmt: skip
+            if codec.lossless is not None:
+                code = partial(_lossless, folder, codec, preset)
+                yield Method(
+                    curve, "codec", code, "step factor", tuple(factors), missing,
+                    {**settings, **codec.options(preset, None)},
+                )  # fmt: skip
+            if codec.lossy is not None:
+                code = partial(_lossy, folder, codec, preset)
+                yield Method(f"{curve} lossy", "codec", code, "QP", codec.values, missing, settings)
+
+
+def pictures(folder: Path, model: Model, factor: float, fidelity: str) -> Pictures:
+    """Frames of the archive of a step factor, which is packed into a folder once.
+
+    Raises
+    ------
+    CodecError
+        The model is too small for frames.
+    """
+    path = folder / f"{fidelity}-{factor:g}.mp4"
+    if not path.exists():
+        pack_to(path, model, PackOptions(step_factor=factor, fidelity=fidelity))
+    with path.open("rb") as file:
+        archive = open_archive(file)
+        if archive.index is None or not archive.index.frames:
+            raise CodecError("the archive has no frames: the model is too small")
+        frames = archive.frames(range(len(archive.index.frames)))
+        sidecars, lumas = zip(*((s, np.array(luma)) for s, luma in frames), strict=True)
+        kept = {
+            spec.name: archive[spec.name]
+            for number, spec in enumerate(archive.header.tensors)
+            if number not in archive.index.spans
         }
-        parts = self._parts(made, coded)
-        return Coded(parts, codec_s=coded.seconds, peak_bytes=coded.peak_bytes, about=about)
-
-    def _parts(self, made: Prepared, coded: Streams) -> Parts:
-        every = [stream for reel in coded.streams for stream in reel]
-        record = {
-            "tensors": [[spec.name, spec.dtype, list(spec.shape)] for spec in made.specs],
-            "aliases": dict(self.model.aliases),
-            "shown": [
-                [number, len(outliers[0]), quantizer]
-                for number, outliers, quantizer in zip(
-                    made.numbers, made.outliers, made.quantizers, strict=True
-                )
-            ],
-            "reels": [
-                [[len(s.extradata), [len(packet) for packet in s.packets]] for s in reel]
-                for reel in coded.streams
-            ],
-        }
-        text = json.dumps(record, separators=(",", ":")).encode()
-        return {
-            "header": zlib.compress(text, 9),
-            "extradata": b"".join(stream.extradata for stream in every),
-            "packets": b"".join(packet for stream in every for packet in stream.packets),
-            "outliers": _deflate_outliers(made),
-            "exact": b"".join(len(box).to_bytes(_LENGTH, "big") + box for box in made.exact),
-        }
-
-    def decode(self, coded: Coded, jobs: int) -> Decoded:
-        """Restore the model from the parts alone.
-
-        Raises
-        ------
-        CodecError
-            The pictures are not those that were coded, though the codec is lossless.
-        """
-        coding, parts = self.setting.coding, coded.parts
-        record = json.loads(zlib.decompress(parts["header"]))
-        specs = tuple(TensorSpec(n, d, tuple(shape)) for n, d, shape in record["tensors"])
-        numbers = [number for number, _, _ in record["shown"]]
-        reels = _reels(specs, numbers, self.setting.frames)
-        sizes = [(reel.geometry.height, reel.geometry.width) for reel in reels]
-        streams = _streams(parts, record["reels"])
-        shown = Tool(coding, self.program).decode(streams, sizes, jobs)
-        promised = coded.about.get("pictures_sha256")
-        if promised is not None and promised != _digest(shown.pictures):
-            raise CodecError(f"{coding.codec.encoder} is not lossless: other pictures came back")
-        shapes = [tile.matrix_shape(specs[number].shape) for number in numbers]
-        planes = frames.lift(shown.pictures, shapes, reels, coding.pixel_format)
-        tensors = _exact(parts["exact"], specs)
-        outliers = _inflate_outliers(parts["outliers"], [n for _, n, _ in record["shown"]])
-        for plane, places, (number, _, quantizer) in zip(
-            planes, outliers, record["shown"], strict=True
-        ):
-            spec = specs[number]
-            restore = _levels if self.setting.kind == "lossless" else _samples
-            stored = from_float32(restore(plane, places, quantizer), spec.dtype)
-            tensors[spec.name] = _natural(stored.reshape(spec.shape), spec)
-        return Decoded(tensors, codec_s=shown.seconds, peak_bytes=shown.peak_bytes)
+        video = len(archive.track.record) + sum(f.packet_bytes for f in walk_frames(archive))
+        return Pictures(archive.header, sidecars, lumas, kept, path.stat().st_size - video)
 
 
-def _reels(specs: Sequence[TensorSpec], numbers: Sequence[int], how: str) -> list[Reel]:
-    shapes = [tile.matrix_shape(specs[number].shape) for number in numbers]
-    if how == "ribbon":
-        return frames.ribbon(shapes)
-    return frames.like(shapes, [specs[number].name for number in numbers])
+def _lossless(folder: Path, codec: FrameCodec, preset: str, model: Model, factor: float) -> Coded:
+    shown = pictures(folder, model, factor, "outputs")
+    passage = through(shown.lumas, codec, preset)
+    if not all(np.array_equal(a, b) for a, b in zip(shown.lumas, passage.lumas, strict=True)):
+        raise CodecError(f"{codec.encoder} is not lossless: other samples came back")
+    return _coded(shown, passage)
 
 
-def _digest(pictures: Sequence[Sequence[Luma]]) -> str:
-    digest = hashlib.sha256()
-    for reel in pictures:
-        for luma in reel:
-            digest.update(np.ascontiguousarray(luma).data)
-    return digest.hexdigest()
+def _lossy(folder: Path, codec: FrameCodec, preset: str, model: Model, qp: float) -> Coded:
+    shown = pictures(folder, model, _LOSSY_FACTOR, "integers")
+    return _coded(shown, through(shown.lumas, codec, preset, qp))
 
 
-def _streams(parts: Parts, reels: Any) -> list[list[Stream]]:
-    packets, extradata = 0, 0
-    found: list[list[Stream]] = []
-    for reel in reels:
-        streams = []
-        for extra, sizes in reel:
-            taken = []
-            for size in sizes:
-                taken.append(parts["packets"][packets : packets + size])
-                packets += size
-            head = parts["extradata"][extradata : extradata + extra]
-            streams.append(Stream(tuple(taken), head))
-            extradata += extra
-        found.append(streams)
-    return found
+def _coded(shown: Pictures, passage: Passage) -> Coded:
+    size, tensors = shown.other_bytes + passage.size, shown.restore(passage.lumas)
+    details = {"frames": len(passage.lumas), "packet_bytes": passage.size}
+    return Coded(size, tensors, passage.encode_s, passage.decode_s, details)
 
 
-def _deflate_outliers(made: Prepared) -> bytes:
-    """Distances between the places, then what stands there; nothing where there are none."""
-    if not any(len(index) for index, _ in made.outliers):
-        return b""
-    gaps = [np.diff(index, prepend=0).astype("<u4").tobytes() for index, _ in made.outliers]
-    values = [value.astype(_value_type(value)).tobytes() for _, value in made.outliers]
-    return zlib.compress(b"".join(gaps + values), 9)
-
-
-def _value_type(value: Samples) -> str:
-    return "<f4" if value.dtype.kind == "f" else "<i4"
-
-
-def _inflate_outliers(
-    data: bytes, counts: Sequence[int]
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]]:
-    """Places and raw values of each tensor."""
-    words = np.frombuffer(zlib.decompress(data) if data else b"", "<u4")
-    at, half = 0, sum(counts)
-    for count in counts:
-        gaps = words[at : at + count].astype(np.int64)
-        yield np.cumsum(gaps), words[half + at : half + at + count]
-        at += count
-
-
-def _levels(plane: Samples, places: Any, quantizer: Any) -> npt.NDArray[np.float32]:
-    """Weights of pack's levels."""
-    index, raw = places
-    wide = plane.astype(np.int32)
-    wide.reshape(-1)[index] = raw.view("<i4")
-    return dequantize(wide, params_from_dict(quantizer))
-
-
-def _samples(plane: Samples, places: Any, quantizer: Any) -> npt.NDArray[np.float32]:
-    """Weights of samples that a lossy codec gave back."""
-    index, raw = places
-    weights = plane.astype(np.float32) * np.float32(float.fromhex(quantizer["step"]))
-    weights.reshape(-1)[index] = raw.view("<f4")
-    return weights
-
-
-def _exact(data: bytes, specs: tuple[TensorSpec, ...]) -> Tensors:
-    """Tensors of the boxes."""
-    parts: dict[int, list[tuple[int, Array]]] = {}
-    at = 0
-    while at < len(data):
-        size = int.from_bytes(data[at : at + _LENGTH], "big")
-        for item in parse_exact(data[at + _LENGTH : at + _LENGTH + size], specs):
-            parts.setdefault(item.tensor, []).append((item.first, item.data))
-        at += _LENGTH + size
-    found: Tensors = {}
-    for number, pieces in parts.items():
-        spec = specs[number]
-        whole = np.concatenate([piece for _, piece in sorted(pieces, key=lambda p: p[0])])
-        stored = whole.view(stored_dtype(spec.dtype)).reshape(spec.shape)
-        found[spec.name] = _natural(stored, spec)
-    return found
-
-
-def _natural(stored: Array, spec: TensorSpec) -> Array:
-    """As the loader gives it: BF16 as float32."""
-    return to_float32(stored, "BF16") if spec.dtype == "BF16" else stored
+def _ideal(folder: Path, model: Model, factor: float) -> Coded:
+    shown = pictures(folder, model, factor, "outputs")
+    size = shown.other_bytes + shown.entropy_bytes()
+    return Coded(size, shown.restore(shown.lumas), 0.0, 0.0)

@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Bits per weight at equal fidelity, weightvid next to NNCodec and plain ways, in one run.
+
+    WEIGHTVID_EVAL=EVAL python tools/measure.py cifar10_resnet20 --only weightvid
+    WEIGHTVID_EVAL=EVAL python tools/measure.py --nncodec .venv-nncodec/bin/python
+
+EVAL holds NAME/eval.py with NAME/model.safetensors. Whole files count, 8 x bytes over all floats of
+the model, and everything is judged by one function on what each codec gives back: the KL divergence
+of the logits, or the cosine of the embeddings. The rate at a goal comes from a straight line
+through log loss over bits per weight, as one draw of a quantizer is noisy. Writes
+``measure_NAME.json`` and ``.md`` into the output folder; finished points are kept in ``--cache``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from weightvid.calibrate import Calibration, calibrate
+from weightvid.calibrate.judge import Judge
+from weightvid.checkpoint import open_checkpoint
+from weightvid.compare.curves import Crossing, Measure, crossing, measures
+from weightvid.compare.model import Method, Model, load_model
+from weightvid.compare.peers import peer_methods
+from weightvid.compare.plain import plain_methods
+from weightvid.compare.rows import OK, Row, RowStore, machine, versions, with_torch
+from weightvid.compare.video import archive_method
+from weightvid.pack import PackOptions
+
+MODELS: Final = ("cifar10_resnet20", "cifar10_resnet44", "mlperf_kws", "minilm_l6")
+#: pairs of sentences that MiniLM is judged on.
+PAIRS: Final = 300
+#: models above are measured at fewer points, and not layer by layer.
+LARGE: Final = 10_000_000
+GROUPS: Final = ("weightvid", "calibrated", "refined", "nncodec", "plain")
+#: quarter octaves.
+FACTORS: Final = tuple(round(0.18 * 2 ** (i / 4), 4) for i in range(-5, 12))
+DQ_QPS: Final = tuple(range(-38, -17))
+OPT_QPS: Final = tuple(range(-40, -19))
+
+
+#: samples that calibrate, and of a batch; of the keyword model the first of its test data.
+CALIBRATING: Final = 500
+BATCH: Final = 50
+
+
+class ByName(torch.nn.Module):  # type: ignore[misc]
+    """A function of named tensors and inputs, as a module with parameters of these names."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], function: Any) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            *path, last = name.split(".")
+            owner: torch.nn.Module = self
+            for part in path:
+                if not hasattr(owner, part):
+                    owner.add_module(part, torch.nn.Module())
+                owner = getattr(owner, part)
+            owner.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
+        self._function = function
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self._function(dict(self.named_parameters()), *inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model with its evaluation."""
+
+    name: str
+    folder: Path
+    script: Any
+    model: Model
+    judge: Judge
+
+    @property
+    def measure(self) -> Measure:
+        return measures()["cosine" if self.judge.embeds else "kl"]
+
+    @property
+    def goals(self) -> tuple[float, ...]:
+        return (0.98, 0.99) if self.judge.embeds else (0.02,)
+
+    def examples(self) -> tuple[torch.nn.Module, list[Any]]:
+        """A module, and inputs that nothing is judged on."""
+        tensors = {n: torch.from_numpy(a) for n, a in self.model.tensors.items()}
+        if not self.judge.embeds:
+            net = self.script.Net()
+            net.load_state_dict(tensors, strict=False)
+            data = self.folder / "_data" / "cifar10_train1000_lossless.npz"
+            images = self.script._data(
+                CALIBRATING, data if self.name.startswith("cifar") else None
+            )[0]
+            return net.eval(), list(images.split(BATCH))
+        text = (self.folder / "_data" / "calibration_sentences.txt").read_text(encoding="utf-8")
+        by_length: dict[int, list[list[int]]] = {}
+        for ids in self.script.tokens([line for line in text.split("\n") if line]):
+            by_length.setdefault(len(ids), []).append(ids)
+        batches = [torch.tensor(ids[:BATCH]) for _, ids in sorted(by_length.items())]
+        floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
+        inputs = [(batch, torch.ones_like(batch)) for batch in batches]
+        return ByName(floats, self.script.forward), inputs
+
+
+def load_subject(name: str, folder: Path, minilm: Path | None) -> Subject:
+    """Read a model and its evaluation."""
+    spec = importlib.util.spec_from_file_location(f"eval_{name}", folder / name / "eval.py")
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{folder / name} has no eval.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    path = folder / name / "model.safetensors"
+    if name == "minilm_l6":
+        path = minilm or path
+    if not path.is_file():
+        raise SystemExit(f"{name} has no weights: give --minilm MODEL.safetensors")
+    model = load_model(open_checkpoint(path))
+
+    def function(state: dict[str, Any]) -> Any:
+        if hasattr(script, "embeddings"):
+            vectors = script.embeddings(state, PAIRS)
+            return vectors, script.score(vectors, PAIRS)
+        logits, labels = script.logits(state)
+        first = 0 if name.startswith("cifar") else CALIBRATING
+        return logits[first:], labels[first:]
+
+    judge = Judge(with_torch(function), model.state(model.tensors))
+    return Subject(name, folder, script, model, judge)
+
+
+def methods(subject: Subject, options: argparse.Namespace) -> Iterator[Method]:
+    """All curves that were asked for."""
+    large = subject.model.weights > LARGE
+    stride, factors = (2, FACTORS[1:11]) if large else (1, FACTORS)
+    if "nncodec" in options.only:
+        yield from peer_methods(options.nncodec, DQ_QPS[::stride], OPT_QPS[::stride])
+    if "plain" in options.only:
+        yield from (m for m in plain_methods() if m.parameter)
+    if "weightvid" in options.only:
+        for fidelity in options.fidelity:
+            name = "weightvid" if fidelity == "outputs" else f"weightvid {fidelity}"
+            chosen = PackOptions(fidelity=fidelity, jobs=options.jobs)
+            yield archive_method(name, chosen, factors)
+    if "calibrated" in options.only:
+        known = Calibration(calibrate(*subject.examples()))
+        chosen = PackOptions(calibration=known, jobs=options.jobs)
+        yield archive_method("weightvid calibrated", chosen, factors)
+    if "refined" in options.only and not large:
+        known = Calibration.from_examples(*subject.examples())
+        chosen = PackOptions(calibration=known, jobs=options.jobs)
+        yield archive_method("weightvid layer by layer", chosen, factors[7:])
+
+
+def run(subject: Subject, options: argparse.Namespace) -> list[Row]:
+    """Measure every point."""
+    store, rows = RowStore(options.cache), []
+    for method in methods(subject, options):
+        for value in method.points():
+            row = store.measure(subject.model, method, value, subject.judge)
+            rows.append(row)
+            print(f"  {row.label:44} {summary(subject, row)}", flush=True)
+    return rows
+
+
+def summary(subject: Subject, row: Row) -> str:
+    """A point in a line."""
+    if row.status != OK:
+        return row.message
+    value = subject.measure.value(row)
+    return (
+        f"{row.bits_per_weight:7.3f} bpw  {subject.measure.name} {value:.5f}  {row.sqnr_db:.2f} dB"
+    )
+
+
+def crossings(subject: Subject, rows: Sequence[Row]) -> dict[str, list[Crossing]]:
+    """Rates of each curve at each goal."""
+    curves: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.status == OK:
+            curves.setdefault(row.curve, []).append(row)
+    return {
+        name: [
+            crossing(subject.measure.levels(points), subject.measure.level(goal))
+            for goal in subject.goals
+        ]
+        for name, points in curves.items()
+    }
+
+
+def table(subject: Subject, found: dict[str, list[Crossing]]) -> str:
+    """Rates at the goals as Markdown: by the line, and between the two nearest points."""
+    goals = [f"{subject.measure.name} {goal:g}" for goal in subject.goals]
+    lines = [f"| bits per weight at | {' | '.join(goals)} |", "|---" * (1 + len(goals)) + "|"]
+    for name, rates in found.items():
+        cells = [
+            "–" if rate.interpolated is None
+            else f"{rate.interpolated:.3f}" if rate.fitted is None
+            else f"{rate.fitted:.3f} ± {rate.fitted_se or 0:.3f} ({rate.interpolated:.3f})"
+            for rate in rates
+        ]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write(subject: Subject, rows: Sequence[Row], found: Any, options: argparse.Namespace) -> None:
+    """Write the results."""
+    shown = [Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if "/" not in a)]
+    record = {
+        "command": "python tools/" + " ".join(shown),
+        "model": subject.name,
+        "weights": subject.model.weights,
+        "original_metric": subject.judge.original.metric,
+        "goals": subject.goals,
+        "versions": versions(),
+        "machine": machine(),
+        "rates": {name: [vars_of(rate) for rate in rates] for name, rates in found.items()},
+        "rows": [row.record() for row in rows],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    base = options.out / f"measure_{subject.name}"
+    base.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = f"# {subject.name}\n\n`{record['command']}`\n\n{table(subject, found)}\n"
+    base.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def vars_of(rate: Crossing) -> dict[str, float | None]:
+    return {name: getattr(rate, name) for name in ("interpolated", "fitted", "fitted_se")}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    add = parser.add_argument
+    add("models", nargs="*", default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
+    add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="curves to measure")
+    add("--fidelity", nargs="+", default=["outputs"], help="of the data-free archives")
+    add("--minilm", type=Path, metavar="SAFETENSORS", help="weights of minilm_l6")
+    add("--nncodec", metavar="PYTHON", help="Python that has NNCodec 2.1.3")
+    add("--cache", type=Path, help="folder that keeps finished points")
+    add("--out", type=Path, default=Path(__file__).parent / "results", help="folder for results")
+    add("--jobs", type=int, default=1, help="workers of the packer")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every model."""
+    options = parse(argv)
+    folder = os.environ.get("WEIGHTVID_EVAL")
+    if not folder:
+        raise SystemExit("name the folder of evaluation models by WEIGHTVID_EVAL")
+    torch.set_num_threads(1)
+    for name in options.models:
+        subject = load_subject(name, Path(folder), options.minilm)
+        print(f"{name}: {subject.model.weights:,} weights, metric {subject.judge.original.metric}")
+        rows = run(subject, options)
+        found = crossings(subject, rows)
+        print(table(subject, found), flush=True)
+        write(subject, rows, found, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

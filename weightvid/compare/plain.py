@@ -1,0 +1,208 @@
+"""Plain ways to store a model, without video: integers or halves and a general compressor; GGUF.
+
+But for GGUF their bytes hold no names, shapes or index, which any real file needs and weightvid's
+own sizes do count.
+"""
+
+from __future__ import annotations
+
+import lzma
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from importlib.util import find_spec
+from math import sqrt
+from pathlib import Path
+from time import perf_counter
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from weightvid.compare.model import Array, Coded, Method, Model, Tensors
+from weightvid.errors import CodecError
+from weightvid.levels.exact import exact_elements
+
+#: zstd's strongest level that needs no ``--ultra``.
+_ZSTD_LEVEL: Final = 19
+#: mantissa bits that 1-D floats keep next to a global step, as in weightvid's own recipes.
+_MANTISSA_BITS: Final = 8
+#: weights that share a scale in GGUF.
+_GGUF_BLOCK: Final = 32
+#: octaves of the global step, in units of the root mean square of all weights.
+_GLOBAL_FACTORS: Final = tuple(round(0.35 * 2 ** (i / 2), 3) for i in range(-4, 4))
+
+
+def _zstd(data: bytes) -> bytes:
+    import zstandard
+
+    return bytes(zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(data))
+
+
+def _unzstd(data: bytes) -> bytes:
+    import zstandard
+
+    return bytes(zstandard.ZstdDecompressor().decompress(data))
+
+
+#: general compressors, and their inverses.
+_PACKERS: Final[Mapping[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]] = (
+    MappingProxyType(
+        {
+            "xz": (partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
+            "zstd": (_zstd, _unzstd),
+        }
+    )
+)
+
+
+class _Integers(NamedTuple):
+    """A tensor as integers times scales; scales are float32 and spread over the integers."""
+
+    levels: Array
+    scales: Array
+
+
+def plain_methods() -> Iterator[Method]:
+    """Every plain way: the smallest of each kind at several rates."""
+    depends = ("compare/plain",)
+    zstd = _lacks("zstandard", "pip install 'weightvid[compare]'")
+    for name in _PACKERS:
+        missing = zstd if name == "zstd" else ""
+        yield Method(
+            f"integers per channel + {name}", "plain", partial(_per_channel, name), "bits",
+            (8, 6, 5, 4), missing, depends=depends,
+        )  # fmt: skip
+    name = "one global step + xz"
+    yield Method(name, "plain", _global_step, "step factor", _GLOBAL_FACTORS, depends=depends)
+    yield Method("float16 + zstd", "plain", _half, missing=zstd, depends=depends)
+    missing = _lacks("gguf", "pip install 'weightvid[gguf]'")
+    for kind in ("Q8_0", "Q5_0", "Q4_0"):
+        code = partial(_gguf, kind)
+        yield Method(f"GGUF {kind}", "plain", code, missing=missing, depends=depends)
+
+
+def _lacks(module: str, install: str) -> str:
+    return "" if find_spec(module) else f"{module} is missing: {install}"
+
+
+def _per_channel(packer: str, model: Model, bits: float) -> Coded:
+    """Integers of so many bits, one scale per output channel by its largest magnitude."""
+    began = perf_counter()
+    top = 2 ** (round(bits) - 1) - 1
+
+    def quantized(tensor: Array) -> _Integers:
+        values = tensor.astype(np.float32)
+        within = tuple(range(1, values.ndim))
+        scales = np.abs(values).max(axis=within, initial=0, keepdims=True) / np.float32(top)
+        levels = np.rint(values / np.where(scales > 0, scales, np.float32(1)))
+        return _Integers(levels.clip(-top, top), scales.astype(np.float32))
+
+    integers = {name: quantized(tensor) for name, tensor in model.matrices().items()}
+    return _stored(model, integers, model.tensors, packer, began)
+
+
+def _global_step(model: Model, factor: float) -> Coded:
+    """One step for the whole network, in units of the root mean square of all weights."""
+    began = perf_counter()
+    matrices = model.matrices()
+    count = max(1, sum(tensor.size for tensor in matrices.values()))
+    power = sum(float(np.square(x, dtype=np.float64).sum()) for x in matrices.values())
+    step = np.float32(factor * sqrt(power / count) or 1.0)
+    integers = {
+        name: _Integers(np.rint(tensor.astype(np.float32) / step), np.reshape(step, 1))
+        for name, tensor in matrices.items()
+    }
+    kept = {
+        spec.name: exact_elements(model.tensors[spec.name], spec, _MANTISSA_BITS)
+        for spec in model.specs
+    }
+    return _stored(model, integers, kept, "xz", began)
+
+
+def _stored(
+    model: Model,
+    integers: Mapping[str, _Integers],
+    kept: Mapping[str, Array],
+    packer: str,
+    began: float,
+) -> Coded:
+    """All levels, then all scales, then the other tensors: like next to like."""
+    chunks = [_narrow(each.levels).tobytes() for each in integers.values()]
+    chunks += [each.scales.tobytes() for each in integers.values()]
+    chunks += [array.tobytes() for name, array in kept.items() if name not in integers]
+    pack, unpack = _PACKERS[packer]
+    data = pack(b"".join(chunks))
+    packed = perf_counter()
+    if unpack(data) != b"".join(chunks):
+        raise CodecError("the compressor gave other bytes back than it was given")
+    restored = {
+        name: np.multiply(*integers[name], dtype=np.float32).astype(tensor.dtype)
+        if name in integers
+        else kept[name].astype(tensor.dtype)
+        for name, tensor in model.tensors.items()
+    }
+    return Coded(len(data), restored, packed - began, perf_counter() - packed)
+
+
+def _narrow(levels: Array) -> Array:
+    """Integers in the narrowest type that holds them."""
+    most = float(np.abs(levels).max(initial=0))
+    return levels.astype(np.int8 if most < 128 else np.int16 if most < 1 << 15 else np.int32)
+
+
+def _half(model: Model, _: float) -> Coded:
+    """Every float tensor as float16 where that stays finite, then zstd."""
+    began = perf_counter()
+    halves = {name: _to_half(tensor) for name, tensor in model.tensors.items()}
+    return _stored(model, {}, halves, "zstd", began)
+
+
+def _to_half(tensor: Array) -> Array:
+    if tensor.dtype.kind != "f" or tensor.dtype.itemsize <= 2:
+        return tensor
+    with np.errstate(over="ignore"):
+        half = tensor.astype(np.float16)
+    return half if bool(np.isfinite(half).all()) else tensor
+
+
+def _gguf(kind: str, model: Model, _: float) -> Coded:
+    """A GGUF file: rows of a multiple of 32 weights in the kind, others in float16."""
+    import gguf
+
+    began = perf_counter()
+    wanted = gguf.GGMLQuantizationType[kind]
+    with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
+        path = Path(folder) / "model.gguf"
+        writer = gguf.GGUFWriter(path, "weightvid")
+        matrices = model.matrices()
+        # Numbers stand for the names, whose length GGUF limits.
+        for number, (name, tensor) in enumerate(model.tensors.items()):
+            if name not in matrices:
+                raw = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+                if raw.size:
+                    writer.add_tensor(str(number), raw.view(np.int8))
+                continue
+            rows = tensor.reshape(len(tensor), -1).astype(np.float32)
+            if rows.shape[1] % _GGUF_BLOCK:
+                writer.add_tensor(str(number), _to_half(rows))
+            else:
+                blocks = gguf.quants.quantize(rows, wanted)
+                writer.add_tensor(str(number), blocks, raw_dtype=wanted)
+        for write in ("header", "kv_data", "tensors"):
+            getattr(writer, f"write_{write}_to_file")()
+        writer.close()
+        written = perf_counter()
+        stored = {t.name: (np.array(t.data), t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+        restored: Tensors = {}
+        for number, (name, tensor) in enumerate(model.tensors.items()):
+            if not tensor.size:
+                restored[name] = tensor
+            elif name in matrices:
+                found = gguf.quants.dequantize(*stored[str(number)])
+                restored[name] = found.reshape(tensor.shape).astype(tensor.dtype)
+            else:
+                raw = stored[str(number)][0].reshape(-1).view(np.uint8)
+                restored[name] = raw.view(tensor.dtype).reshape(tensor.shape)
+        size = path.stat().st_size
+    return Coded(size, restored, written - began, perf_counter() - written)

@@ -1,0 +1,174 @@
+"""Measured points, kept in a folder so that a comparison can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+from weightvid.calibrate.judge import Function, Judge, Verdict
+from weightvid.compare.model import Method, Model
+from weightvid.errors import OutputError, WeightvidError
+from weightvid.version import code_sha256
+
+OK: Final = "ok"
+FAILED: Final = "failed"
+MISSING: Final = "missing"
+_FILE: Final = "rows.jsonl"
+_PACKAGES: Final = ("weightvid", "av", "numpy", "torch", "zstandard", "gguf", "bjontegaard")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One point of a comparison.
+
+    Attributes
+    ----------
+    label, curve, kind, parameter, value
+        Name of the point, and what its method says (see `Method`).
+    status, message : str
+        ``ok``; ``failed``: it failed or did not come back as it should; ``missing``: this machine
+        lacks what it needs; and why.
+    file_bytes : int
+        Everything that a reader needs.
+    bits_per_weight : float
+        8 x ``file_bytes`` over all floating-point elements of the model.
+    sqnr_db : float or None
+        Over all float tensors of two axes or more; None: all are exact.
+    metric, kl, cosine, agreement : float or None
+        See `weightvid.calibrate.judge.Verdict`.
+    """
+
+    label: str
+    curve: str
+    kind: str
+    parameter: str = ""
+    value: float = 0.0
+    status: str = OK
+    message: str = ""
+    file_bytes: int = 0
+    bits_per_weight: float = 0.0
+    sqnr_db: float | None = None
+    metric: float | None = None
+    kl: float | None = None
+    cosine: float | None = None
+    agreement: float | None = None
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def measure(model: Model, method: Method, value: float, judge: Judge | None = None) -> Row:
+    """Store and restore a model one way, and say what came of it; errors become rows, too."""
+    row: dict[str, Any] = {
+        "label": method.label(value), "curve": method.name, "kind": method.kind,
+        "parameter": method.parameter, "value": value, "settings": dict(method.settings),
+    }  # fmt: skip
+    if method.missing:
+        return Row(**row, status=MISSING, message=method.missing)
+    try:
+        coded = method.code(model, value)
+        quality = model.sqnr_db(coded.tensors)
+        verdict = Verdict() if judge is None else judge.judge(model.state(coded.tensors))
+    except (WeightvidError, OSError, MemoryError) as error:
+        return Row(**row, status=FAILED, message=str(error) or type(error).__name__)
+    return Row(
+        **row,
+        file_bytes=coded.file_bytes,
+        bits_per_weight=8 * coded.file_bytes / model.weights,
+        sqnr_db=quality,
+        encode_s=coded.encode_s,
+        decode_s=coded.decode_s,
+        details=dict(coded.details),
+        **asdict(verdict),
+    )
+
+
+def with_torch(function: Function) -> Function:
+    """A function that takes numpy arrays and hands torch tensors to another one."""
+
+    def judged(state: dict[str, Any]) -> Any:
+        import torch
+
+        return function({name: torch.from_numpy(array) for name, array in state.items()})
+
+    return judged
+
+
+class RowStore:
+    """Rows by what they depend on, in ``rows.jsonl`` of a folder, which is made; None: nowhere.
+
+    Raises
+    ------
+    OutputError
+        The folder cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self._path = None if folder is None else Path(folder) / _FILE
+        self._rows: dict[str, Row] = {}
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {folder}: {error}") from None
+        with suppress(FileNotFoundError):
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError, TypeError):  # the last line may be cut short
+                    key, found = json.loads(line)
+                    self._rows[key] = Row(**found)
+
+    def measure(self, model: Model, method: Method, value: float, judge: Judge | None) -> Row:
+        """A row that is there already, or one that is measured now."""
+        key = _key(model, method, value, judge)
+        row = self._rows.get(key) or measure(model, method, value, judge)
+        if key not in self._rows and row.status == OK:
+            self._rows[key] = row
+            if self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([key, row.record()]) + "\n")
+        return row
+
+
+def _key(model: Model, method: Method, value: float, judge: Judge | None) -> str:
+    """Key of everything that a row depends on: model, settings, evaluation, code, versions."""
+    parts = {
+        "model": model.sha256,
+        "judge": judge.fingerprint if judge else None,
+        "method": [method.name, method.kind, method.parameter, value, dict(method.settings)],
+        "code": code_sha256(method.depends, ("cli", "compare/report")),
+        "versions": versions(),
+        "row": [item.name for item in fields(Row)],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that has a part in the numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def machine() -> dict[str, str | int]:
+    """The machine, in words, without its name."""
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    return {"system": platform.system(), "processor": processor, "cores": os.cpu_count() or 1}
