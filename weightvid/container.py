@@ -218,7 +218,7 @@ def _spec_fields(spec: TensorSpec) -> bytes:
 
 def part_record(part: Part) -> bytes:
     """Record of a part."""
-    has, fields = 0, []
+    has, fields = 0, [bytes((part.shift,))] if part.bases else []
     if part.frequency_steps is not None:
         has |= loader.HAS_FREQUENCY_STEPS
         fields.append(part.frequency_steps.tobytes())

@@ -82,6 +82,8 @@ HAS_FREQUENCY_STEPS, HAS_ROW_STEPS, HAS_ENERGIES, HAS_ESCAPES = 1, 2, 4, 8
 BAND, ALIGN, ZERO_SAMPLE = 64, 4, 128
 MIN_SIDE, MAX_SIDE, MAX_SAMPLES = 192, 2176, 2_228_224
 MAX_ENERGY, MAX_PART, MAX_KERNEL, MAX_LEVEL = 63, 1 << 24, 1024, 1 << 22
+#: largest sum of a kernel matrix' column: times the largest number, 512, it is exact in float32.
+MAX_SHIFT, MAX_GAIN = 24, 32767
 #: largest box of ours, and largest inflated body, is the last.
 MAX_TENSORS, MAX_NAME_BYTES, MAX_ELEMENTS, MAX_BOX_BYTES = 1 << 20, 4096, 1 << 38, 64 << 20
 TENSOR_SHA_BYTES, NO_SQNR = 8, 0x7FFF
@@ -154,10 +156,10 @@ class Part:
 
     Number of the tensor; first ribbon column, in the frame whose sidecar lists the part; rows of
     the matrix, and its width (frequencies x channels); `UNIFORM` or `TRELLIS`; step, a float32;
-    basis of each kernel axis, as a place in ``Header.bases`` (none: no transform); quarter octaves
-    by which the step of a frequency, and of a row, is larger; energies of rows, channels and
-    frequencies (None: the levels lie row by row); ascending places in the matrix, row by row, of
-    escapes, and the numbers n there, float32.
+    basis of each kernel axis, as a place in ``Header.bases`` (none: no transform), and precision of
+    the kernel matrix in bits; quarter octaves by which the step of a frequency, and of a row, is
+    larger; energies of rows, channels and frequencies (None: the levels lie row by row); ascending
+    places in the matrix, row by row, of escapes, and the numbers n there, float32.
     """
 
     tensor: int
@@ -168,6 +170,7 @@ class Part:
     method: int
     step: float
     bases: tuple[int, ...] = ()
+    shift: int = 0
     frequency_steps: npt.NDArray[np.int8] | None = None
     row_steps: npt.NDArray[np.int8] | None = None
     energies: tuple[Bytes, Bytes, Bytes] | None = None
@@ -331,12 +334,15 @@ def parse_part(fields: Fields, header: Header) -> Part:
     step = float(fields.array("<f4", 1)[0])
     bases = tuple(fields.uint(len(header.bases) - 1) for _ in range(fields.uint(4)))
     kernel, spec = prod(len(header.bases[basis]) for basis in bases), header.tensors[tensor]
+    shift = fields.take(1)[0] if bases else 0
     if not 0 < rows * columns <= MAX_PART or not 0 < kernel <= MAX_KERNEL or columns % kernel:
         raise fields.bad(f"{rows} x {columns} levels with kernels of {kernel} are no part")
     if (first + rows) * columns > spec.size or spec.size % columns or spec.dtype not in PACKABLE:
         raise fields.bad(f"a part does not fit tensor {spec.name!r}")
     if method not in (UNIFORM, TRELLIS) or has > 15:
         raise fields.bad(f"method {method} or fields {has} need a newer reader", "version")
+    if shift > MAX_SHIFT or (has & HAS_FREQUENCY_STEPS and not bases):
+        raise fields.bad(f"{shift} bits of precision, or steps by frequency without frequencies")
     if not 2.0**-110 <= step <= 2.0**110:
         raise fields.bad(f"the step {step} is out of range")
     frequency = fields.array("i1", kernel) if has & HAS_FREQUENCY_STEPS else None
@@ -355,7 +361,7 @@ def parse_part(fields: Fields, header: Header) -> Part:
         escapes = places, fields.array("<f4", count)
     fields.end()
     place = tensor, column, first, rows, columns
-    return Part(*place, method, step, bases, frequency, row_steps, energies, escapes)
+    return Part(*place, method, step, bases, shift, frequency, row_steps, energies, escapes)
 
 
 def parse_sidecar(body: bytes, header: Header) -> Sidecar:
@@ -488,49 +494,56 @@ def quarter_octaves(exponents: npt.NDArray[np.int8]) -> Floats:
     return cast(Floats, np.ldexp(QUARTER_OCTAVES[wide & 3], wide >> 2).astype(np.float32))
 
 
-def transform_back(coefficients: Floats, bases: Sequence[Floats]) -> Floats:
-    """Kernels from their coefficients, shape (K1, K2, ..., R, C), for bases of shape (Ki, Ki).
+def kernel_matrix(part: Part, bases: Sequence[Floats]) -> Floats:
+    """Integers M, float32, shape (K, K): a level of frequency f adds row f to the K positions.
 
-    Along each kernel axis, the last one first, output i is the sum over frequencies u in ascending
-    order of ``basis[u, i] * coefficient[u]``; every product and every sum is rounded to float32.
+    In steps of ``2 ** -shift`` of the part's step. Sums of numbers times M are exact in float32, in
+    any order, so that every machine has the same weights.
     """
-    values, spare = coefficients, np.empty_like(coefficients)
-    for axis in range(len(bases) - 1, -1, -1):
-        basis = bases[axis].reshape(*bases[axis].shape, *[1] * (values.ndim - axis - 1))
-        parts = [values[(*[slice(None)] * axis, slice(u, u + 1))] for u in range(len(basis))]
-        total = parts[0] * basis[0]
-        for part, weights in zip(parts[1:], basis[1:], strict=True):
-            total += np.multiply(part, weights, out=spare)
-        values = total
-    return values
+    matrix = np.ones((1, 1), np.float32)
+    with np.errstate(all="ignore"):
+        for basis in bases:
+            matrix = matrix[:, None, :, None] * basis[:, None, :]
+            matrix = matrix.reshape(len(matrix) * len(basis), -1)
+        if part.frequency_steps is not None:
+            matrix *= quarter_octaves(part.frequency_steps)[:, None]
+        matrix = np.rint(np.ldexp(matrix, part.shift))
+        if not np.abs(matrix).sum(axis=0).max() <= MAX_GAIN:
+            raise FormatError(f"a kernel matrix has a column above {MAX_GAIN}", "limit")
+    return matrix
 
 
-def dequantize(levels: Array, part: Part, bases: Sequence[Floats], first: int = 0) -> Floats:
+def dequantize(
+    levels: Array, part: Part, bases: Sequence[Floats], first: int = 0, out: Floats | None = None
+) -> Floats:
     """Weights, float32, of R rows of a part from ``first`` on; levels: int8, shape (R, columns).
 
-    ``value = float32(n) * column unit``, then ``* row factor`` where rows have steps of their own,
-    then the transform; each product and sum is rounded to float32.
+    ``value = n * unit`` for a matrix. For kernels, n times the kernel matrix is summed over the
+    frequencies, exactly; escapes are added one by one; then comes the unit. Last, ``value * row
+    factor`` where rows have steps of their own. Each product and sum is rounded to float32.
     """
-    index, rows = trellis_index(levels) if part.method == TRELLIS else levels, len(levels)
-    units = np.full(1, part.step / 4 if part.method == TRELLIS else part.step, np.float32)
-    sizes = [len(basis) for basis in bases]
+    trellis, begin = part.method == TRELLIS, first * part.columns
+    index = (trellis_index(levels) if trellis else levels).astype(np.float32)
+    unit = np.float32(part.step / (4 if trellis else 1) / (1 << part.shift))
+    places, numbers = part.escapes or (np.empty(0, np.int64), np.empty(0, np.float32))
+    some = slice(*np.searchsorted(places, (begin, begin + levels.size)))
+    places, numbers = places[some] - begin, numbers[some]
+    index.reshape(-1)[places] = 0 if part.bases else numbers
     with np.errstate(all="ignore"):
-        if part.frequency_steps is not None:
-            units = units * quarter_octaves(part.frequency_steps)
-        if part.escapes is not None:
-            begin = first * part.columns
-            some = slice(*np.searchsorted(part.escapes[0], (begin, begin + levels.size)))
-            index = index.astype(np.float32)
-            index.reshape(-1)[part.escapes[0][some] - begin] = part.escapes[1][some]
-        # Frequency by frequency: (K, R, C).
-        cut = index.reshape(rows, prod(sizes), -1).swapaxes(0, 1)
-        values: Floats = np.multiply(cut, units[:, None, None], dtype=np.float32, order="C")
+        if part.bases:
+            matrix = kernel_matrix(part, bases)
+            cut = index.reshape(len(levels), len(matrix), -1)
+            kernels = None if out is None else out.reshape(len(levels), -1, len(matrix))
+            kernels = np.matmul(cut.swapaxes(1, 2), matrix, out=kernels)  # (R, C, K)
+            row, frequency, channel = np.unravel_index(places, cut.shape)
+            for f in sorted(set(frequency.tolist())):
+                at = frequency == f
+                kernels[row[at], channel[at]] += numbers[at, None] * matrix[f]
+            index = kernels.reshape(levels.shape)
+        values: Floats = np.multiply(index, unit, out=index if out is None else out)
         if part.row_steps is not None:
-            values *= quarter_octaves(part.row_steps[first : first + rows])[:, None]
-        if not bases:
-            return cast(Floats, values[0])
-        kernels = transform_back(values.reshape(*sizes, rows, -1), bases).reshape(values.shape)
-    return np.ascontiguousarray(kernels.transpose(1, 2, 0)).reshape(rows, -1)
+            values *= quarter_octaves(part.row_steps[first : first + len(levels)])[:, None]
+    return values
 
 
 def to_float32(array: Array, name: str) -> Floats:
@@ -771,8 +784,10 @@ class Assembler:
     def add_exact(self, payload: bytes) -> Iterator[tuple[int, Array]]:
         """Take a box of exact tensors; give every tensor that ends in it, with its number."""
         for number, first, elements in parse_exact(payload, self._header):
-            if self._only in (None, number) and self._put(number, first, elements):
-                yield number, self._take(number)
+            if self._only in (None, number):
+                self._room(number, first, elements.size)[:] = elements
+                if first + elements.size == self._header.tensors[number].size:
+                    yield number, self._take(number)
 
     def _finish(self, part: Part, samples: Bytes) -> None:
         samples ^= ZERO_SAMPLE
@@ -780,15 +795,18 @@ class Assembler:
         if self._sink is not None:
             self._sink(part, matrix)
             return
-        spec = self._header.tensors[part.tensor]
+        spec, first = self._header.tensors[part.tensor], part.first_row * part.columns
         bases = [self._header.bases[basis] for basis in part.bases]
+        room = self._room(part.tensor, first, part.size).reshape(matrix.shape)
         step = max(1, (1 << 17) // part.columns)
         for row in range(0, part.rows, step):
-            values = dequantize(matrix[row : row + step], part, bases, row)
-            first = (part.first_row + row) * part.columns
-            self._put(part.tensor, first, from_float32(values, spec.dtype))
+            levels, target = matrix[row : row + step], room[row : row + step]
+            if spec.dtype == "F32":
+                dequantize(levels, part, bases, row, target)
+            else:
+                target[:] = from_float32(dequantize(levels, part, bases, row), spec.dtype)
 
-    def _put(self, number: int, first: int, elements: Array) -> bool:
+    def _room(self, number: int, first: int, count: int) -> Array:
         spec = self._header.tensors[number]
         if number not in self._arrays:
             try:
@@ -798,9 +816,8 @@ class Assembler:
         array, have = self._arrays[number]
         if first != have:
             raise _defect(spec, "has parts out of order")
-        array[first : first + elements.size] = elements.reshape(-1)
-        self._arrays[number] = array, first + elements.size
-        return first + elements.size == spec.size
+        self._arrays[number] = array, first + count
+        return array[first : first + count]
 
     def _take(self, number: int, digest: bytes | None = None) -> Array:
         spec = self._header.tensors[number]

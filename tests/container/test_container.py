@@ -66,13 +66,13 @@ def test_a_body_is_sealed() -> None:
 
 def test_a_part() -> None:
     part = Part(
-        tensor=1, column=8, first_row=3, rows=2, columns=4, method=1, step=0.5, bases=(0,),
+        tensor=1, column=8, first_row=3, rows=2, columns=4, method=1, step=0.5, bases=(0,), shift=9,
         frequency_steps=np.array([-1, 2], np.int8), row_steps=np.array([0, -4], np.int8),
         energies=tuple(np.array(each, np.uint8) for each in ([1, 2], [3, 0], [0, 5])),
         escapes=(np.array([2, 5]), np.array([200, -1.5], np.float32)),
     )  # fmt: skip
     assert container.part_record(part).hex() == (
-        "22" "22" "01" "02" "03" "02" "04" "01" "0f" "0000003f" "0100" "ff02" "00fc"
+        "22" "23" "01" "02" "03" "02" "04" "01" "0f" "0000003f" "0100" "09" "ff02" "00fc"
         "0102" "0300" "0005" "02" "02" "02" "00004843" "0000c0bf"
     )  # fmt: skip
 
@@ -136,6 +136,8 @@ def parts(draw: st.DrawFn) -> tuple[Part, Header]:
     rows, first, columns = draw(st.tuples(*[st.integers(1, 9)] * 3))
     columns *= kernel
     steps = [draw(st.none() | hnp.arrays(np.int8, n)) for n in (kernel, rows)]
+    if not sizes:
+        steps[0] = None
     below = st.integers(0, loader.MAX_ENERGY)
     energies = tuple(
         draw(hnp.arrays(np.uint8, n, elements=below)) for n in (rows, columns // kernel, kernel)
@@ -144,7 +146,8 @@ def parts(draw: st.DrawFn) -> tuple[Part, Header]:
     numbers = draw(hnp.arrays(np.float32, len(places)))
     part = Part(
         0, loader.ALIGN * draw(st.integers(0, 999)), first, rows, columns, draw(st.integers(0, 1)),
-        draw(st.floats(2.0**-110, 2.0**110, width=32)), tuple(range(len(sizes))), *steps,
+        draw(st.floats(2.0**-110, 2.0**110, width=32)), tuple(range(len(sizes))),
+        draw(st.integers(0, loader.MAX_SHIFT)) if sizes else 0, *steps,
         draw(st.sampled_from((None, energies))), (np.array(places), numbers) if places else None,
     )  # fmt: skip
     made = tuple(np.eye(size, dtype=np.float32) for size in sizes)

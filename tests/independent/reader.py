@@ -220,20 +220,6 @@ def q(t: int) -> np.float32:
     return np.float32(np.ldexp(np.array(bits, np.uint32).view(np.float32), t >> 2))
 
 
-def transform(values: Array, bases: list[Array]) -> Array:
-    """Turn rows of coefficients [K1][K2]...[C] into rows of weights [C][K1][K2]...."""
-    array = values.reshape(len(values), *map(len, bases), -1)
-    for axis in reversed(range(len(bases))):
-        basis, given = bases[axis], np.moveaxis(array, axis + 1, 0)
-        made = np.empty_like(given)
-        for i in range(len(basis)):
-            made[i] = basis[0, i] * given[0]
-            for u in range(1, len(basis)):
-                made[i] = made[i] + basis[u, i] * given[u]
-        array = np.moveaxis(made, 0, axis + 1)
-    return np.moveaxis(array, -1, 1).reshape(len(values), -1)
-
-
 class Part:
     """Consecutive rows of a tensor: the record of section 4, the formulas of section 5."""
 
@@ -249,6 +235,9 @@ class Part:
         places = [fields.uint(len(header.bases) - 1) for _ in range(fields.uint(4))]
         self.bases = [header.bases[place] for place in places]
         k = prod(len(basis) for basis in self.bases)
+        self.shift = fields.take(1)[0] if places else 0
+        require(self.shift <= 24, "record", f"shift {self.shift}")
+        require(bool(places) or not flags & 1, "record", "steps of frequencies without any")
         require(0 < k <= 1024 and columns % k == 0, "record", f"{columns} columns, {k} frequencies")
         self.frequency_steps = fields.numbers("b", k) if flags & 1 else [0] * k
         self.row_steps = fields.numbers("b", rows) if flags & 2 else None
@@ -277,19 +266,41 @@ class Part:
         """Give the rows x columns weights from the samples in coding order."""
         levels = np.empty(self.rows * self.columns, np.int64)
         levels[self.order()] = np.frombuffer(samples, np.uint8).astype(np.int64) - 128
-        step = self.step
+        step = np.float64(self.step)
         if self.method == 1:
             grid = levels.reshape(self.rows, self.columns).tolist()
             levels = np.array([trellis_numbers(row) for row in grid]).reshape(-1)
-            step = np.float32(step / np.float32(4))
-        numbers = levels.astype(np.float32)
-        for place, number in self.escapes.items():
-            numbers[place] = number
-        units = np.array([step * q(t) for t in self.frequency_steps], np.float32)
-        values = numbers.reshape(self.rows, -1) * np.repeat(units, self.columns // len(units))
+            step /= 4
+        unit = np.float32(step * 2.0**-self.shift)
+        values = levels.astype(np.float32).reshape(self.rows, -1)
+        if self.bases:
+            values = self.kernels(levels)
+        else:
+            values.reshape(-1)[list(self.escapes)] = list(self.escapes.values())
+        values = values * unit
         if self.row_steps is not None:
             values = values * np.array([q(t) for t in self.row_steps], np.float32)[:, None]
-        return transform(values, self.bases)
+        return values
+
+    def kernels(self, numbers: Array) -> Array:
+        """Give the sums of section 5.4 from the numbers, as rows of [C][K1][K2]...."""
+        matrix = np.array([[1]], np.float32)
+        for basis in self.bases:
+            products = [[a * b for a in row for b in line] for row in matrix for line in basis]
+            matrix = np.array(products, np.float32)
+        matrix = matrix * np.array([[q(t)] for t in self.frequency_steps], np.float32)
+        whole = np.rint(matrix.astype(np.float64) * 2.0**self.shift)
+        good = bool((np.abs(whole).sum(axis=0) <= 32767).all())
+        require(good, "limit", "a kernel matrix is too large")
+        normal = numbers.copy()
+        normal[list(self.escapes)] = 0
+        cut = normal.reshape(self.rows, len(whole), -1)
+        sums = np.einsum("rfc,fi->rci", cut, whole.astype(np.int64)).astype(np.float32)
+        for place, number in self.escapes.items():
+            row, column = divmod(place, self.columns)
+            f, c = divmod(column, cut.shape[2])
+            sums[row, c] += np.float32(number) * whole[f].astype(np.float32)
+        return sums.reshape(self.rows, -1)
 
 
 class Sidecar:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from weightvid import loader
 from weightvid.container import ArchiveWriter
 from weightvid.levels.frames import FrameSize, lay_out
-from weightvid.loader import End, Header, Part, Sidecar, TensorSpec, Track
+from weightvid.loader import End, Floats, FormatError, Header, Part, Sidecar, TensorSpec, Track
 from weightvid.video import Video, open_encoder
 
 Arrays = dict[str, Any]
@@ -122,6 +123,15 @@ def random_part(draw: np.random.Generator, number: int, columns: int, kind: str)
     return found
 
 
+def with_shift(part: Part, bases: Sequence[Floats]) -> Part:
+    """A part with as precise a kernel matrix as is allowed."""
+    for shift in range(loader.MAX_SHIFT, 0, -1) if part.bases else ():
+        with suppress(FormatError):
+            loader.kernel_matrix(replace(part, shift=shift), bases)
+            return replace(part, shift=shift)
+    return part
+
+
 def write_random(path: Path, seed: int) -> None:
     """Write an archive of parts that the packer would not choose: any field with any other."""
     draw = np.random.default_rng(seed)
@@ -135,14 +145,17 @@ def write_random(path: Path, seed: int) -> None:
             prod(len(bases[place]) for place in axes),
             ("F32", "F64", "BF16", "F16")[number % 4],
         )
-        columns, rows, stored = kernel * int(draw.integers(1, 9)), 0, []
+        columns, rows, stored = kernel * int(draw.integers(1, 17)), 0, []
         for _ in range(draw.integers(1, 4)):
             fields = random_part(draw, number, columns, kind)
             make = fields.pop("steps")
             sizes = fields["rows"], columns // kernel, kernel
             energies = tuple(draw.integers(0, draw.integers(1, 64), n, np.uint8) for n in sizes)
-            fields |= {"bases": axes, "first_row": rows, "frequency_steps": make(kernel)}
+            fields |= {"bases": axes, "first_row": rows}
+            if axes and (steps := make(kernel)) is not None:
+                fields["frequency_steps"] = steps // 16
             part = Part(**fields, energies=energies if draw.random() < 0.7 else None)  # type: ignore[arg-type]
+            part = with_shift(part, [bases[place] for place in axes])
             samples = draw.integers(0, 256, part.size, np.uint8)
             matrix = loader.from_sequence((samples ^ np.uint8(128)).view(np.int8), part)
             values = loader.dequantize(matrix, part, [bases[place] for place in axes])

@@ -14,7 +14,7 @@ from weightvid.levels.feedback import FeedbackConfig, Method, feedback
 from weightvid.levels.order import choose_energies, to_sequence
 from weightvid.levels.stats import outlier_mask
 from weightvid.levels.steps import Moments, TensorPlan
-from weightvid.levels.transform import bases_of, forward, forward_moment
+from weightvid.levels.transform import bases_of, forward, forward_moment, precision
 from weightvid.levels.trellis import trellis
 from weightvid.levels.uniform import uniform
 from weightvid.loader import (
@@ -121,6 +121,7 @@ def code_part(
         method=plan.method,
         step=plan.step,
         bases=tuple(range(len(plan.kernel))),
+        shift=precision(plan.kernel, plan.frequency_steps) if plan.kernel else 0,
         frequency_steps=plan.frequency_steps,
         row_steps=None if plan.row_steps is None else plan.row_steps[rows],
         energies=energies,

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.loader import MAX_KERNEL, Floats
+from weightvid.loader import MAX_GAIN, MAX_KERNEL, MAX_SHIFT, Floats, quarter_octaves
 
 #: longest axis that is taken for a kernel's: patches of vision transformers have 32.
 LONGEST_KERNEL: Final = 32
@@ -102,8 +102,24 @@ def whole_basis(kernel: Sequence[int]) -> npt.NDArray[np.float64]:
     return basis
 
 
+def precision(kernel: Sequence[int], frequency_steps: npt.NDArray[np.int8] | None) -> int:
+    """Bits of the kernel matrix of a part: the most with which its sums stay exact.
+
+    Examples
+    --------
+    >>> precision((3, 3), None), precision((16, 16), None)
+    (13, 11)
+    """
+    basis = np.abs(whole_basis(kernel))
+    if frequency_steps is not None:
+        basis *= quarter_octaves(frequency_steps)[:, None]
+    # A rounded entry may be larger by a half.
+    room = MAX_GAIN - len(basis) / 2 - 1
+    return min(MAX_SHIFT, max(0, int(np.log2(room / basis.sum(axis=0).max()))))
+
+
 def forward(matrix: Floats, kernel: Sequence[int]) -> Floats:
-    """Coefficients of kernels; undone by `weightvid.loader.transform_back`.
+    """Coefficients of kernels; undone by `weightvid.loader.dequantize`.
 
     Parameters
     ----------
