@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from weightvid import errors
 from weightvid import pack as pack_module
 from weightvid.checkpoint import from_mapping
-from weightvid.dtypes import PACKABLE, STORED, from_float32, to_float32
 from weightvid.levels import code
 from weightvid.levels.frames import FrameSize
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, PackReport, Target, pack_checkpoint
+from weightvid.spec import PACKABLE, STORED, from_float32, to_float32
 from weightvid.verify import verify_archive
 from weightvid.video import Video
 

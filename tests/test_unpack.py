@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightvid.checkpoint import open_checkpoint
-from weightvid.dtypes import stored_dtype, to_float32
 from weightvid.errors import (
     CheckpointError,
     CodecError,
@@ -23,7 +22,7 @@ from weightvid.errors import (
     TruncatedError,
 )
 from weightvid.loader import open_archive
-from weightvid.spec import TensorSpec
+from weightvid.spec import TensorSpec, stored_dtype, to_float32
 from weightvid.unpack import UnpackOptions, convert, unpack_archive
 
 

@@ -27,21 +27,20 @@ import numpy as np
 from weightvid.archives import stored_pieces
 from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
-from weightvid.container import ArchiveWriter
-from weightvid.dtypes import PACKABLE
+from weightvid.container import ArchiveWriter, exact_elements, likeness
 from weightvid.errors import CheckpointError, FormatError, QuantizationError
 from weightvid.levels.code import CodedPart, Quality, code_part, part_rows, quality_of
-from weightvid.levels.exact import exact_elements, likeness
 from weightvid.levels.frames import Frame, choose_frame_size, lay_out, ribbon_columns
-from weightvid.levels.stats import TensorStats, tensor_stats
 from weightvid.levels.steps import (
     MIN_WEIGHTS,
     Moments,
     TensorPlan,
+    TensorStats,
     is_codable,
     plan_tensor,
     recipe,
     sample_step,
+    tensor_stats,
     units,
 )
 from weightvid.levels.transform import dct, view_of
@@ -63,6 +62,7 @@ from weightvid.loader import (
     to_float32,
 )
 from weightvid.progress import Progress, Report, quiet
+from weightvid.spec import PACKABLE
 from weightvid.targets import Target, Trial, search
 from weightvid.version import __version__
 from weightvid.video import CODECS, Video, hevc_level, open_encoder, with_level

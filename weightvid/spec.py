@@ -1,4 +1,4 @@
-"""What checkpoints and archives both list: tensors, and the small files beside them."""
+"""What checkpoints and archives both list: element types, tensors, and small files beside them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,123 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from weightvid.loader import TensorSpec
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["SideFile", "TensorSpec", "is_safe_path"]
+from weightvid.errors import CheckpointError
+from weightvid.loader import DTYPES, PACKABLE, TensorSpec, from_float32, to_float32
+
+__all__ = [
+    "LARGEST",
+    "PACKABLE",
+    "RAW_BITS",
+    "STORED",
+    "SUB_BYTE",
+    "SideFile",
+    "TensorSpec",
+    "from_float32",
+    "is_safe_path",
+    "name_of",
+    "pack_bits",
+    "stored_dtype",
+    "to_float32",
+    "unpack_bits",
+]
+
+#: dtype name -> numpy dtype of the *stored* little-endian elements (raw bits where numpy lacks it).
+STORED: Final[dict[str, np.dtype[np.generic]]] = DTYPES
+
+#: largest finite value of each packable dtype, as far as float32 reaches.
+LARGEST: Final = {"F64": 3.4e38, "F32": 3.4e38, "F16": 65504.0, "BF16": 3.38e38}
+
+#: dtypes whose numpy array is raw bits, because numpy has no such type.
+RAW_BITS: Final = frozenset(
+    {
+        "BF16",
+        "F8_E4M3",
+        "F8_E5M2",
+        "F8_E8M0",
+        "F8_E4M3FNUZ",
+        "F8_E5M2FNUZ",
+        "F6_E2M3",
+        "F6_E3M2",
+        "F4",
+        "C32",
+    }
+)
+
+#: dtype name -> bits per element, where files hold elements smaller than a byte. The stored array
+#: has one element per byte (low bits); files pack them, the first element in the lowest bits.
+SUB_BYTE: Final[dict[str, int]] = {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+
+
+def stored_dtype(name: str) -> np.dtype[np.generic]:
+    """Numpy dtype of one stored element of dtype ``name``.
+
+    Raises
+    ------
+    CheckpointError
+        Unknown name.
+
+    Examples
+    --------
+    >>> stored_dtype("BF16")
+    dtype('uint16')
+    """
+    if name not in DTYPES:
+        raise CheckpointError(f"unknown element type {name!r}; known: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def name_of(dtype: np.dtype[np.generic]) -> str:
+    """Our name of a numpy dtype.
+
+    Examples
+    --------
+    >>> name_of(np.dtype("float32"))
+    'F32'
+    """
+    for name, stored in STORED.items():
+        if name not in RAW_BITS and stored == dtype:
+            return name
+    raise CheckpointError(f"arrays of dtype {dtype} cannot be stored")
+
+
+def pack_bits(array: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.uint8]:
+    """Bytes of a sub-byte tensor as files hold them (padded with zero bits to a whole byte).
+
+    Parameters
+    ----------
+    array : ndarray of uint8
+        Stored elements, one per byte.
+    name : str
+        A key of :data:`SUB_BYTE`.
+
+    Examples
+    --------
+    >>> pack_bits(np.array([1, 2], np.uint8), "F4")
+    array([33], dtype=uint8)
+    """
+    width = SUB_BYTE[name]
+    flat = array.reshape(-1).view(np.uint8)
+    if flat.size and int(flat.max()) >> width:
+        raise CheckpointError(f"an element of dtype {name} has more than {width} bits")
+    bits = np.unpackbits(flat[:, None], axis=1, count=width, bitorder="little")
+    return np.packbits(bits.reshape(-1), bitorder="little")
+
+
+def unpack_bits(packed: npt.NDArray[np.uint8], name: str, size: int) -> npt.NDArray[np.uint8]:
+    """Stored elements (one per byte) of a sub-byte tensor of ``size`` elements.
+
+    Examples
+    --------
+    >>> unpack_bits(np.array([33], np.uint8), "F4", 2)
+    array([1, 2], dtype=uint8)
+    """
+    width = SUB_BYTE[name]
+    bits = np.unpackbits(packed, count=size * width, bitorder="little")
+    return np.packbits(bits.reshape(size, width), axis=1, bitorder="little").reshape(size)
+
 
 #: most side files, most bytes of one and of all, longest path in UTF-8 bytes.
 SIDE_FILES: Final = 4096

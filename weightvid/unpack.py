@@ -19,11 +19,10 @@ import numpy as np
 
 from weightvid.archives import Defect, Location, Salvage, open_anywhere, read_tensors, stored_pieces
 from weightvid.checkpoint import Contents, create_checkpoint, is_url, kind_for_output
-from weightvid.dtypes import PACKABLE, from_float32, stored_dtype, to_float32
 from weightvid.errors import CheckpointError, FormatError, TensorNotFoundError
 from weightvid.loader import Archive, Array, Header, TensorSpec
 from weightvid.progress import Progress, Report, quiet
-from weightvid.spec import SideFile
+from weightvid.spec import PACKABLE, SideFile, from_float32, stored_dtype, to_float32
 
 #: floating-point types that ``UnpackOptions.dtype`` may name.
 OUTPUT_DTYPES: Final = ("F32", "F16", "BF16", "F64")

@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from weightvid.archives import Defect, Location, Salvage, open_anywhere
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
-from weightvid.dtypes import PACKABLE, to_float32
 from weightvid.errors import TensorNotFoundError
 from weightvid.loader import Archive, Array, TensorSpec
 from weightvid.progress import Report, quiet
+from weightvid.spec import PACKABLE, to_float32
 
 _BLOCK: Final = 1 << 20
 #: the archive gives an SQNR in hundredths of a decibel.

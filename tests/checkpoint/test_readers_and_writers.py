@@ -25,8 +25,8 @@ from weightvid.checkpoint import (
     from_mapping,
     open_checkpoint,
 )
-from weightvid.dtypes import pack_bits, unpack_bits
 from weightvid.errors import CheckpointError, OutputError, TensorNotFoundError
+from weightvid.spec import pack_bits, unpack_bits
 
 pytest.importorskip("torch")
 

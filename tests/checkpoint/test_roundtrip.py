@@ -19,8 +19,8 @@ from weightvid.checkpoint import (
     from_mapping,
     open_checkpoint,
 )
-from weightvid.dtypes import PACKABLE, RAW_BITS, STORED, SUB_BYTE, stored_dtype, to_float32
 from weightvid.errors import CheckpointError
+from weightvid.spec import PACKABLE, RAW_BITS, STORED, SUB_BYTE, stored_dtype, to_float32
 
 pytest.importorskip("torch")
 

@@ -17,8 +17,8 @@ from weightvid.checkpoint import (
     open_checkpoint,
 )
 from weightvid.checkpoint.safetensors import HELD
-from weightvid.dtypes import SUB_BYTE, stored_dtype
 from weightvid.errors import CheckpointError
+from weightvid.spec import SUB_BYTE, stored_dtype
 
 
 def raw_file(path: Path, header: object, data: bytes = b"") -> Path:

@@ -18,9 +18,8 @@ from weightvid.levels.feedback import (
     output_error,
     quantize_rows,
 )
-from weightvid.levels.rate import entropy_bits
-from weightvid.levels.trellis import trellis
-from weightvid.levels.uniform import uniform
+from weightvid.levels.rounding import uniform
+from weightvid.levels.trellis import entropy_bits, trellis
 from weightvid.loader import trellis_index
 
 METHODS: tuple[Method, ...] = ("uniform", "trellis")

@@ -12,17 +12,19 @@ from hypothesis.extra import numpy as hnp
 
 from weightvid.errors import QuantizationError
 from weightvid.levels import trellis as module
-from weightvid.levels.rate import RateModel, entropy_bits, sign_coded_bits
+from weightvid.levels.rounding import uniform
 from weightvid.levels.trellis import (
+    RateModel,
+    entropy_bits,
     fit_model,
     next_state,
     sample_of,
     second_quantizer,
+    sign_coded_bits,
     spread,
     trellis,
     trellis_many,
 )
-from weightvid.levels.uniform import uniform
 from weightvid.loader import MAX_LEVEL, trellis_index
 
 

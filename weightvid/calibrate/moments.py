@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from weightvid.calibrate.stats import TensorMoments
-from weightvid.dtypes import PACKABLE
 from weightvid.levels.code import CodedPart, code_part, part_rows
 from weightvid.levels.feedback import factorize
-from weightvid.levels.rate import entropy_bits
 from weightvid.levels.steps import Moments, TensorPlan, measured_units, steps_from_costs
 from weightvid.levels.transform import forward_moment, view_of
+from weightvid.levels.trellis import entropy_bits
 from weightvid.loader import Array, TensorSpec, from_float32, to_float32
+from weightvid.spec import PACKABLE
 
 if TYPE_CHECKING:
     from weightvid.pack import Survey

@@ -30,8 +30,7 @@ from weightvid.calibrate.sums import InputMeans
 from weightvid.checkpoint import CheckpointReader
 from weightvid.levels.code import block_diagonal, mean_shift
 from weightvid.levels.feedback import output_error
-from weightvid.levels.stats import tensor_stats
-from weightvid.levels.steps import TensorPlan, is_codable, plan_tensor
+from weightvid.levels.steps import TensorPlan, is_codable, plan_tensor, tensor_stats
 from weightvid.loader import TensorSpec
 from weightvid.pack import PackOptions, Survey, may_code, survey_checkpoint
 from weightvid.progress import Progress, Report

@@ -13,9 +13,8 @@ import numpy as np
 
 from weightvid.atomic import AtomicFile, output_error
 from weightvid.checkpoint.common import Array, raw_bytes, shorten
-from weightvid.dtypes import stored_dtype
 from weightvid.errors import CheckpointError, OutputError, TensorNotFoundError
-from weightvid.spec import SideFile, TensorSpec
+from weightvid.spec import SideFile, TensorSpec, stored_dtype
 
 
 @dataclass(frozen=True, slots=True)

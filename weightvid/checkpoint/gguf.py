@@ -16,9 +16,8 @@ import numpy as np
 from weightvid.checkpoint import common
 from weightvid.checkpoint.base import CheckpointReader, Contents, FileWriter
 from weightvid.checkpoint.common import Array, first_line
-from weightvid.dtypes import PACKABLE, stored_dtype, to_float32
 from weightvid.errors import CheckpointError
-from weightvid.spec import TensorSpec
+from weightvid.spec import PACKABLE, TensorSpec, stored_dtype, to_float32
 
 METADATA_ROLE: Final = "gguf-metadata"
 METADATA_PATH: Final = "metadata.gguf"

@@ -8,9 +8,8 @@ import numpy as np
 
 from weightvid.checkpoint.base import CheckpointReader, Contents
 from weightvid.checkpoint.common import Array
-from weightvid.dtypes import name_of, stored_dtype
 from weightvid.errors import CheckpointError
-from weightvid.spec import TensorSpec
+from weightvid.spec import TensorSpec, name_of, stored_dtype
 
 
 def from_mapping(

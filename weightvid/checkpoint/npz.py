@@ -16,9 +16,8 @@ import numpy as np
 
 from weightvid.checkpoint.base import CheckpointReader, Contents, FileWriter
 from weightvid.checkpoint.common import Array, encode_name, first_line, shorten, tied_note
-from weightvid.dtypes import RAW_BITS, name_of, stored_dtype, to_float32
 from weightvid.errors import CheckpointError
-from weightvid.spec import TensorSpec
+from weightvid.spec import RAW_BITS, TensorSpec, name_of, stored_dtype, to_float32
 
 _NPY: Final = ".npy"
 #: deflate cannot do better than 1032:1 (bz2 and lzma are not read: numpy does not write them);

@@ -18,9 +18,8 @@ from weightvid.atomic import atomic_output
 from weightvid.checkpoint.base import Contents, FileWriter
 from weightvid.checkpoint.common import Array, as_side_file, first_line, need, raw_bytes, shorten
 from weightvid.checkpoint.mapping import ArrayReader
-from weightvid.dtypes import stored_dtype
 from weightvid.errors import CheckpointError
-from weightvid.spec import TensorSpec, is_safe_path
+from weightvid.spec import TensorSpec, is_safe_path, stored_dtype
 
 GRAPH_ROLE: Final = "onnx-graph"
 GRAPH_PATH: Final = "graph.onnx"

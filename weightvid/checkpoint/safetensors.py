@@ -18,9 +18,8 @@ from safetensors import safe_open
 
 from weightvid.checkpoint.base import CheckpointReader, Contents, FileWriter
 from weightvid.checkpoint.common import Array, first_line, tied_note
-from weightvid.dtypes import STORED, SUB_BYTE, pack_bits, stored_dtype, unpack_bits
 from weightvid.errors import CheckpointError
-from weightvid.spec import TensorSpec
+from weightvid.spec import STORED, SUB_BYTE, TensorSpec, pack_bits, stored_dtype, unpack_bits
 
 #: dtype names the format has (library version 0.8).
 HELD: Final = frozenset(STORED) - {"C128", "C32"}

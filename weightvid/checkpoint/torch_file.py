@@ -21,9 +21,8 @@ import numpy as np
 from weightvid.checkpoint.base import Contents, FileWriter
 from weightvid.checkpoint.common import Array, first_line, need, raw_bytes, shorten
 from weightvid.checkpoint.mapping import ArrayReader
-from weightvid.dtypes import SUB_BYTE, pack_bits, stored_dtype, unpack_bits
 from weightvid.errors import CheckpointError, OutputError
-from weightvid.spec import TensorSpec
+from weightvid.spec import SUB_BYTE, TensorSpec, pack_bits, stored_dtype, unpack_bits
 
 if TYPE_CHECKING:
     import torch

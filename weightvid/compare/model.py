@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.checkpoint import CheckpointReader
-from weightvid.dtypes import PACKABLE, to_float32
 from weightvid.errors import CheckpointError, CodecError
 from weightvid.loader import TensorSpec
+from weightvid.spec import PACKABLE, to_float32
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]

@@ -21,7 +21,7 @@ from weightvid.archives import walk_frames
 from weightvid.compare.codecs import CODECS, FrameCodec, Passage, backend, through
 from weightvid.compare.model import Array, Coded, Method, Model, Tensors
 from weightvid.errors import CodecError
-from weightvid.levels.rate import entropy_bits
+from weightvid.levels.trellis import entropy_bits
 from weightvid.loader import Assembler, Bytes, Header, Sidecar, open_archive, to_float32
 from weightvid.pack import PackOptions, PackReport, pack_checkpoint
 

@@ -9,14 +9,12 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.levels.balanced import balanced
 from weightvid.levels.feedback import FeedbackConfig, Method, feedback
-from weightvid.levels.order import choose_energies, to_sequence
-from weightvid.levels.stats import outlier_mask
-from weightvid.levels.steps import Moments, TensorPlan
+from weightvid.levels.frames import choose_energies, to_sequence
+from weightvid.levels.rounding import balanced, uniform
+from weightvid.levels.steps import Moments, TensorPlan, outlier_mask
 from weightvid.levels.transform import bases_of, forward, forward_moment, precision
 from weightvid.levels.trellis import trellis
-from weightvid.levels.uniform import uniform
 from weightvid.loader import (
     TRELLIS,
     ZERO_SAMPLE,

@@ -26,9 +26,8 @@ import numpy.typing as npt
 
 from weightvid.errors import QuantizationError
 from weightvid.levels.feedback_trellis import search
-from weightvid.levels.rate import TABLE_MAX, RateModel
-from weightvid.levels.trellis import MEAN_POINT, CostTables, check_lam, spread
-from weightvid.levels.uniform import check_range
+from weightvid.levels.rounding import check_range
+from weightvid.levels.trellis import MEAN_POINT, TABLE_MAX, CostTables, RateModel, check_lam, spread
 from weightvid.loader import MAX_LEVEL, Floats
 
 Method = Literal["uniform", "trellis"]

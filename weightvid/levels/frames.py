@@ -1,4 +1,8 @@
-"""The ribbon: sequences of samples to frames.
+"""From matrices of levels to frames: the order of a part, and the ribbon.
+
+A matrix is laid out by energies, so that the spread of its levels falls along the sequence. An
+adaptive entropy coder then always knows about what to expect. The inverse, and the definition of
+the order, is `weightvid.loader.from_sequence`.
 
 All levels of an archive lie on one endless **ribbon**, 64 samples high. Element s of a part's
 sequence lies in ribbon column ``s // 64``, row ``s % 64``, counted from the part's first column,
@@ -9,11 +13,124 @@ ribbon in bands of 64 rows, from top to bottom.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from math import log2
 from typing import Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from weightvid.loader import ALIGN, BAND, ZERO_SAMPLE, Bytes
+from weightvid.loader import (
+    ALIGN,
+    BAND,
+    MAX_ENERGY,
+    ZERO_SAMPLE,
+    Array,
+    Bytes,
+    rectangles,
+    sorted_places,
+)
+
+#: one class of energy is this factor in the mean magnitude of levels, as a power of two. Large
+#: matrices get finer classes: their energies cost little, and many rectangles take no time there.
+CLASS_OCTAVES, LARGE_CLASS_OCTAVES = 1.0, 0.35
+_LARGE: Final = 1 << 18
+#: rows and columns within so many classes of the mean are told apart.
+_REACH: Final = 16
+#: what energies take in the sidecar beside their own entropy.
+_ORDER_BITS: Final = 64.0
+
+
+class Energies(NamedTuple):
+    """Energies of rows, channels and frequencies, uint8; a column has the sum of its last two."""
+
+    rows: Bytes
+    channels: Bytes
+    frequencies: Bytes
+
+    @property
+    def columns(self) -> Bytes:
+        """Energies of the columns, frequency by frequency."""
+        return (self.frequencies[:, None] + self.channels).reshape(-1)
+
+
+def choose_energies(levels: Array, kernel: int = 1) -> Energies | None:
+    """Energies of a matrix; None where an order saves too little.
+
+    Parameters
+    ----------
+    levels : ndarray of int8, shape (R, K * C)
+    kernel : int
+        K: frequencies.
+    """
+    magnitudes = np.abs(levels.astype(np.int16))
+    mean = float(magnitudes.mean(dtype=np.float64))
+    if mean <= 0:
+        return None
+    columns = magnitudes.mean(axis=0, dtype=np.float64).reshape(kernel, -1)
+    by_frequency = columns.mean(axis=1)
+    relative = columns / np.maximum(by_frequency, mean * 1e-9)[:, None]
+    octaves = CLASS_OCTAVES if levels.size < _LARGE else LARGE_CLASS_OCTAVES
+    found = Energies(
+        _energies(magnitudes.mean(axis=1, dtype=np.float64), mean, octaves),
+        _energies(relative.mean(axis=0), 1.0, octaves),
+        _energies(by_frequency, mean, octaves),
+    )
+    saved = levels.size * _level_bits(mean) - _ordered_bits(magnitudes, found.rows, found.columns)
+    return found if saved > _ORDER_BITS + sum(map(_entropy, found)) else None
+
+
+def _ordered_bits(magnitudes: npt.NDArray[np.int16], rows: Bytes, columns: Bytes) -> float:
+    """Bits of the levels where each class has a code of its own."""
+    sums = np.zeros((int(rows.max()) + 1, magnitudes.shape[1]))
+    for energy in np.flatnonzero(np.bincount(rows)).tolist():
+        sums[energy] = magnitudes[rows == energy].sum(axis=0, dtype=np.float64)
+    row_counts, column_counts = np.bincount(rows), np.bincount(columns)
+    counts = np.zeros(len(row_counts) + len(column_counts))
+    totals = np.zeros_like(counts)
+    for energy, width in enumerate(column_counts.tolist()):
+        if width:
+            part = slice(energy, energy + len(row_counts))
+            counts[part] += width * row_counts
+            totals[part] += sums[:, columns == energy].sum(axis=1)
+    used = counts > 0
+    pairs = zip(counts[used].tolist(), totals[used].tolist(), strict=True)
+    return float(sum(count * _level_bits(total / count) for count, total in pairs))
+
+
+def _level_bits(mean: float) -> float:
+    """Entropy of a level whose magnitude is geometric with this mean, and whose sign is random."""
+    if mean <= 0:
+        return 0.0
+    return (1 + mean) * log2(1 + mean) - mean * log2(mean) + mean / (1 + mean)
+
+
+def _entropy(energies: Bytes) -> float:
+    """Bits of all energies."""
+    counts = np.bincount(energies)
+    counts = counts[counts > 0]
+    return -float((counts * np.log2(counts / energies.size)).sum())
+
+
+def _energies(means: npt.NDArray[np.float64], mean: float, octaves: float) -> Bytes:
+    classes = np.rint(np.log2(np.maximum(means, mean * 1e-9) / mean) / octaves)
+    energies = np.clip(classes, -_REACH, _REACH).astype(np.int16)
+    energies -= energies.min()
+    return np.minimum(energies, MAX_ENERGY).astype(np.uint8)
+
+
+def to_sequence(matrix: Array, energies: Energies | None) -> Array:
+    """Elements of a matrix in coding order, shape (R * C,)."""
+    if energies is None:
+        return np.ascontiguousarray(matrix).reshape(-1)
+    rows, columns = energies.rows, energies.columns
+    ordered = np.take(matrix[sorted_places(rows)], sorted_places(columns), axis=1)
+    sequence, at = np.empty(matrix.size, matrix.dtype), 0
+    for top, bottom, left, right in rectangles(rows, columns):
+        size = (bottom - top) * (right - left)
+        sequence[at : at + size].reshape(bottom - top, -1)[...] = ordered[top:bottom, left:right]
+        at += size
+    return sequence
+
 
 _T = TypeVar("_T")
 

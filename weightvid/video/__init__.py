@@ -1,7 +1,6 @@
 """Video encoders: frames of 8-bit luma to the samples of an MP4 track."""
 
-from weightvid.video.codecs import CODECS, Video, VideoCodec
-from weightvid.video.encoder import Encoder, open_encoder
+from weightvid.video.encoder import CODECS, Encoder, Video, VideoCodec, open_encoder
 from weightvid.video.level import Claim, HevcLevel, describe, hevc_level, with_level
 
 __all__ = [
