@@ -26,7 +26,7 @@ from typing import Any, Final
 import torch
 
 from weightvid.calibrate import Calibration, calibrate
-from weightvid.calibrate.judge import Judge
+from weightvid.calibrate.evaluation import Judge
 from weightvid.checkpoint import open_checkpoint
 from weightvid.compare.curves import Crossing, Measure, crossing, measures
 from weightvid.compare.model import Method, Model, load_model

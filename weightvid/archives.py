@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from weightvid.checkpoint import is_url, open_remote
+from weightvid import checkpoint
 from weightvid.errors import CodecError, FormatError, TruncatedError
 from weightvid.loader import (
     BAND,
@@ -53,7 +53,7 @@ def open_anywhere(
     if not isinstance(location, (str, os.PathLike)):
         yield open_archive(location, decoder=decoder, threads=0, check_tensors=True)
         return
-    with open_remote(location) if is_url(location) else Path(location).open("rb") as file:
+    with checkpoint.open_remote(location) if checkpoint.is_url(location) else Path(location).open("rb") as file:
         yield open_archive(file, decoder=decoder, threads=0, check_tensors=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from weightvid.archives import Location, open_anywhere
-from weightvid.checkpoint.common import need, raw_bytes
+from weightvid.checkpoint.base import need, raw_bytes
 from weightvid.checkpoint.onnx_file import DTYPES, GRAPH_ROLE
 from weightvid.errors import CheckpointError
 from weightvid.loader import Array

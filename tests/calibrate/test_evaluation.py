@@ -10,7 +10,7 @@ import pytest
 import small_models
 
 from weightvid.calibrate import Evaluation
-from weightvid.calibrate.judge import Judge, divergence
+from weightvid.calibrate.evaluation import Judge, divergence
 from weightvid.checkpoint import from_mapping
 from weightvid.errors import EvaluationError, QuantizationError, TargetError
 from weightvid.loader import open_archive

@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 from checkpoints import save
 
-from weightvid.checkpoint import KINDS, create_checkpoint, from_mapping, open_checkpoint
-from weightvid.checkpoint.kinds import kind_of_file
+from weightvid.checkpoint import (
+    KINDS,
+    create_checkpoint,
+    from_mapping,
+    kind_of_file,
+    open_checkpoint,
+)
 from weightvid.errors import CheckpointError
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small_models
 
-from weightvid.calibrate.judge import Judge
+from weightvid.calibrate.evaluation import Judge
 from weightvid.checkpoint import from_mapping
 from weightvid.compare import (
     CompareOptions,

@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from math import log
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from math import log10
+from typing import TYPE_CHECKING, Any, Final
 
-from weightvid.calibrate.moments import with_statistics
-from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats, load_stats
+import numpy as np
+
+from weightvid.calibrate.stats import (
+    CalibrationConfig,
+    CalibrationStats,
+    TensorMoments,
+    load_stats,
+)
 from weightvid.errors import QuantizationError
-from weightvid.loader import Array, open_archive
+from weightvid.levels.feedback import factorize
+from weightvid.levels.steps import Moments, measured_units, steps_from_costs
+from weightvid.levels.transform import forward_moment, view_of
+from weightvid.loader import TensorSpec, open_archive
 from weightvid.progress import Report, quiet
+from weightvid.spec import PACKABLE
 from weightvid.targets import SIZE_TOLERANCE
 
 if TYPE_CHECKING:
     import torch
 
-    from weightvid.levels.code import CodedPart
+    from weightvid.calibrate.layers import Examples
     from weightvid.pack import Encoder, Survey, Written
 
-#: harm goes with 4**-bits: what a bit for every weight is worth, in the logarithm of the harm.
-_PER_BIT: Final = 2 * log(2)
+#: what a bit for every weight is worth: harm goes with 4**-bits.
+DB_PER_BIT: Final = 20 * log10(2)
 #: a size that is missed is corrected twice at most.
 _MOST_TRIES: Final = 3
 _AIM: Final = 1 - 0.4 * SIZE_TOLERANCE
-
-
-class Examples(Protocol):
-    """A model and example inputs, at hand while its archive is made."""
-
-    def recalibrate(
-        self, survey: Survey, factor: float, progress: Report
-    ) -> tuple[dict[int, list[CodedPart]], str] | str:
-        """All tensors quantized layer by layer, and what was done; or why not."""
-
-    def loss(self, tensors: dict[str, Array]) -> tuple[float, str]:
-        """Squared change of the outputs on held-back inputs, and that and the KL in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +70,13 @@ class Calibration:
     ) -> Calibration:
         """Gather the statistics of a model now, and keep it to quantize layer by layer.
 
-        Parameters
-        ----------
-        module : torch.nn.Module
-            With the weights of the checkpoint that is packed. They change while it is, and are
-            restored.
-        inputs : iterable
-            As for `weightvid.calibrate.calibrate`. Of two batches or more some are held back.
-        config : CalibrationConfig, optional
-        progress : callable
-
-        Raises
-        ------
-        QuantizationError
-            As `weightvid.calibrate.calibrate`.
+        All is as for `weightvid.calibrate.calibrate`. The module must have the weights of the
+        checkpoint that is packed; they change while it is, and are restored. Of two batches or
+        more some are held back.
         """
-        from weightvid.calibrate.sequence import ModuleExamples
+        from weightvid.calibrate.layers import Examples
 
-        examples = ModuleExamples(module, list(inputs), config or CalibrationConfig())
+        examples = Examples(module, inputs, config or CalibrationConfig())
         return cls(examples.statistics(progress), examples)
 
     def __str__(self) -> str:
@@ -123,10 +112,8 @@ class Calibration:
     ) -> tuple[Written, int, tuple[str, ...]]:
         """Better an archive that has just been written from the statistics, if it can be.
 
-        Returns
-        -------
-        tuple of Written, int, tuple of str
-            What the encoder's file holds now; further encodings; what was done, and its gain.
+        Returned are what the encoder's file holds now; the number of further encodings; what was
+        done, and its gain.
         """
         if self.stats.refused:
             return made, 0, (f"calibration was not used: {self.stats.refused}",)
@@ -141,14 +128,12 @@ class Calibration:
             bound = target.value * (survey.weights / 8 if target.kind == "bpw" else 1.0)
         before, first = _loss(self.examples, encoder)
         factor, tries = made.factor, 0
-        while True:
+        while tries < _MOST_TRIES:
             found = self.examples.recalibrate(survey, factor, progress)
             if isinstance(found, str):
                 return made, 0, (*notes, f"not layer by layer: {found}")
             better, tries = encoder.encode(factor, found[0]), tries + 1
-            if bound is None or tries == _MOST_TRIES:
-                break
-            if bound * (1 - SIZE_TOLERANCE) <= better.file_bytes <= bound:
+            if bound is None or bound * (1 - SIZE_TOLERANCE) <= better.file_bytes <= bound:
                 break
             # A bit for every quantized weight halves the step.
             beyond = 8 * (better.file_bytes - _AIM * bound)
@@ -156,8 +141,8 @@ class Calibration:
         after, second = _loss(self.examples, encoder)
         old, new = (8 * each.file_bytes / max(1, survey.weights) for each in (made, better))
         facts = f"on held-back inputs {first} -> {second}, {old:.3f} -> {new:.3f} bits per weight"
-        gained = log(max(before, 1e-300) / max(after, 1e-300)) - _PER_BIT * (new - old)
-        if (bound is None or better.file_bytes <= bound) and gained > 0:
+        gain = 10 * log10(max(before, 1e-300) / max(after, 1e-300)) - DB_PER_BIT * (new - old)
+        if (bound is None or better.file_bytes <= bound) and gain > 0:
             return better, tries, (*notes, f"layer by layer: {found[1]}; {facts}")
         again = encoder.encode(made.factor)
         return again, tries + 1, (*notes, f"not layer by layer, which is no better: {facts}")
@@ -168,3 +153,61 @@ def _loss(examples: Examples, encoder: Encoder) -> tuple[float, str]:
     encoder.file.seek(0)
     items = open_archive(encoder.file).stored_items()
     return examples.loss({spec.name: array for spec, array in items})
+
+
+def with_statistics(
+    survey: Survey, tensors: Mapping[str, TensorMoments], sensitivity: Mapping[str, float]
+) -> Survey:
+    """A survey whose tensors are quantized with statistics where they are useful.
+
+    Both are by name in the state dict; an alias counts for what it stands for.
+    """
+    aliases = survey.reader.contents.aliases
+    known = {aliases.get(name, name): found for name, found in tensors.items()}
+    losses = {aliases.get(name, name): loss for name, loss in sensitivity.items()}
+    numbers = {spec.name: number for number, spec in enumerate(survey.specs)}
+    chosen = {n: known[survey.specs[n].name] for n in survey.stats if survey.specs[n].name in known}
+    takers = {number: _taker(survey, found, numbers) for number, found in chosen.items()}
+    uses = Counter(takers.values())
+    moments: dict[int, Moments] = {}
+    for number, found in chosen.items():
+        taker = takers[number] if uses[takers[number]] == 1 else None
+        made = packing_moments(found, survey.specs[number], taker)
+        moments |= {} if made is None else {number: made}
+    units = measured_units(list(survey.units.values()), list(survey.stats.values()), losses)
+    return replace(survey, moments=moments, units=dict(zip(survey.stats, units, strict=True)))
+
+
+def _taker(survey: Survey, known: TensorMoments, numbers: Mapping[str, int]) -> int | None:
+    """Number of the exact tensor that may take the shifts of a layer's mean outputs."""
+    name = known.bias or ""
+    number = numbers.get(survey.reader.contents.aliases.get(name, name))
+    if number is None or number in survey.stats or survey.specs[number].dtype not in PACKABLE:
+        return None
+    kept = any(fnmatchcase(survey.specs[number].name, p) for p in survey.options.keep)
+    return None if kept else number
+
+
+def packing_moments(known: TensorMoments, spec: TensorSpec, bias: int | None) -> Moments | None:
+    """Statistics of a tensor as packing takes them; None where they are of no use.
+
+    Where a bias makes up for shifts of the mean outputs, errors are fed back by the covariance of
+    the inputs, as their mean no longer counts.
+    """
+    view, (groups, columns) = view_of(spec.shape), known.mean.shape
+    if known.axis == 0:
+        fits = view.rows == groups * columns
+        bias = bias if groups == 1 else None
+    else:
+        fits = view.columns == columns and not view.rows % groups
+    if not (fits and known.useful):
+        return None
+    moment, mean = known.moment, known.mean
+    if bias is not None:
+        moment = moment - mean[:, :, None] * mean[:, None, :]
+    made = Moments(moment, known.damping, known.axis, mean, bias, known.bias_sign)
+    if not view.kernel or known.axis == 0:
+        return made
+    parts = forward_moment(moment, view.kernel)
+    costs = np.stack([factorize(part, known.damping, by_energy=False).cost for part in parts])
+    return replace(made, frequency_steps=steps_from_costs(costs, view.kernel))

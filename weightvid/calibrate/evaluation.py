@@ -1,7 +1,8 @@
-"""`Evaluation`: the step factor is searched for a bound of the user's own measure."""
+"""A user's own measure judges archives, and the step factor is searched for its bound."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -15,7 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from weightvid.calibrate.judge import Function, Judge, Verdict, one_line
+import numpy as np
+import numpy.typing as npt
+
 from weightvid.errors import EvaluationError, QuantizationError, TargetError
 from weightvid.loader import Array, TensorSpec, open_archive, to_float32
 from weightvid.progress import Progress, Report, quiet
@@ -23,6 +26,12 @@ from weightvid.progress import Progress, Report, quiet
 if TYPE_CHECKING:
     from weightvid.pack import Survey, Written
 
+Vectors = npt.NDArray[np.floating[Any]]
+#: takes a dict of names to tensors.
+Function = Callable[[dict[str, Any]], Any]
+#: outputs whose vectors are so nearly of length 1 are embeddings.
+_UNIT_SLACK: Final = 1e-2
+_BLOCK: Final = 1 << 20
 _MODULE: Final = "weightvid_evaluation_script"
 _TORCH: Final = re.compile(r"^\s*(?:import|from)\b.*(?<![\w.])torch\b", re.MULTILINE)
 _MOST_ENCODINGS: Final = 12
@@ -34,6 +43,104 @@ _NEAR: Final = 1.06
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """A restored model next to the original.
+
+    ``metric`` is the number that the function returned, as it returned it; of logits with labels,
+    the share (0..1) of samples whose largest logit is at the label. ``kl`` is the mean
+    Kullback-Leibler divergence of the original's logits from these, in nats, and ``agreement`` the
+    share (0..1) of samples whose largest logit is where the original's is; ``cosine`` the mean
+    cosine to the original's of outputs that are unit vectors.
+    """
+
+    metric: float | None = None
+    kl: float | None = None
+    cosine: float | None = None
+    agreement: float | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """Divergence, or 1 - cosine; None of a number alone."""
+        return self.kl if self.cosine is None else 1 - self.cosine
+
+    def describe(self, original: Verdict) -> str:
+        """In words, next to the original's."""
+        facts = []
+        if original.metric is not None:
+            facts.append(f"metric {original.metric:.6g} -> {self.metric:.6g}")
+        if self.kl is not None:
+            facts.append(f"KL divergence {self.kl:.4g}, same answer {self.agreement:.1%}")
+        if self.cosine is not None:
+            facts.append(f"mean cosine {self.cosine:.5f}")
+        return ", ".join(facts)
+
+
+class Judge:
+    """A function, and what it returned for the original.
+
+    The function takes a dict of names to tensors, and may change it. It returns a number; or logits
+    or unit vectors, shape (..., classes); or a pair of such outputs and of labels or a number. If
+    it fails, or returns something else, an EvaluationError says so.
+    """
+
+    def __init__(self, function: Function, original: dict[str, Any]) -> None:
+        self._function = function
+        self._outputs, self._metric = self._run(original)
+        self.embeds = self._outputs is not None and is_unit(self._outputs)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the function returned, which changes with its data and its helpers."""
+        outputs = b"" if self._outputs is None else self._outputs.tobytes()
+        return hashlib.sha256(repr(self._metric).encode() + outputs).hexdigest()
+
+    @property
+    def original(self) -> Verdict:
+        """The original next to itself."""
+        if self._outputs is None:
+            return Verdict(self._metric)
+        return Verdict(self._metric, *((None, 1.0) if self.embeds else (0.0, None, 1.0)))
+
+    def judge(self, tensors: dict[str, Any]) -> Verdict:
+        """Run the function on a restored model; its outputs must have the original's shape."""
+        before, (after, metric) = self._outputs, self._run(tensors)
+        shapes = [None if each is None else each.shape for each in (before, after)]
+        if shapes[0] != shapes[1]:
+            raise EvaluationError(
+                f"the evaluation returned outputs of shape {shapes[1]}, and {shapes[0]} for the "
+                "original: it must judge the same samples each time"
+            )
+        if before is None or after is None:
+            return Verdict(metric)
+        if self.embeds:
+            return Verdict(metric, cosine=float(np.einsum("ij,ij->", before, after)) / len(before))
+        agreement = float((before.argmax(1) == after.argmax(1)).mean())
+        return Verdict(metric, divergence(before, after), None, agreement)
+
+    def _run(self, state: dict[str, Any]) -> tuple[Vectors | None, float | None]:
+        try:
+            found = self._function(state)
+        except (Exception, SystemExit) as error:
+            raise EvaluationError(f"the evaluation failed: {one_line(error)}") from error
+        pair = isinstance(found, (tuple, list)) and len(found) == 2
+        outputs, second = (_array(each) for each in (found if pair else (found, 0.0)))
+        if not pair and outputs.size == 1:
+            return None, float(outputs.reshape(-1)[0])
+        if outputs.ndim >= 2 and outputs.size and outputs.shape[-1] > 1:
+            outputs, second = outputs.reshape(-1, outputs.shape[-1]), second.reshape(-1)
+            if not pair:
+                return outputs, None
+            if second.size == 1:
+                return outputs, float(second[0])
+            if second.size == len(outputs):
+                return outputs, float((outputs.argmax(1) == second).mean())
+        raise EvaluationError(
+            f"the evaluation returned {_described(found)}; it must return a number, outputs of "
+            "shape (samples, classes), or a pair of outputs and of labels or a number"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """How a model is judged, and how much it may lose.
 
@@ -42,8 +149,7 @@ class Evaluation:
     function : str or callable
         ``module:function``, ``script.py:function``, or the function itself. It gets a dict of
         name to tensor (torch tensors if its module imports torch, else numpy arrays) and returns
-        a number, or logits of shape (..., classes), or unit vectors, or a pair of outputs and of
-        labels or a number.
+        what `Judge` takes.
     max_drop : float or None
         Bound of the loss of the number, or of the share of right labels, relative to the
         original's: 0.005 is half a percent.
@@ -78,21 +184,8 @@ class Evaluation:
     ) -> tuple[Written, int, tuple[str, ...]]:
         """Find the largest step factor whose archive keeps the bound.
 
-        Parameters
-        ----------
-        survey : Survey
-        encode : callable
-            Writes the archive of a step factor.
-        file : binary file object
-            Holds the last archive.
-        progress : callable
-            Told about the stage ``evaluate``, in encodings.
-
-        Returns
-        -------
-        tuple of Written, int, tuple of str
-            The last encoding, which keeps the bound; the number of encodings; what the function
-            says of it.
+        ``encode`` writes the archive of a step factor into ``file``. Returned are the last
+        encoding, which keeps the bound; the number of encodings; what the function says of it.
 
         Raises
         ------
@@ -102,22 +195,29 @@ class Evaluation:
             The bound is out of reach; the nearest that was found is named.
         """
         function, torch = load_function(self.function)
-        aliases, reader = survey.reader.contents.aliases, survey.reader
+        contents, read = survey.reader.contents, survey.reader.read
 
         def state(items: Iterable[tuple[TensorSpec, Array]]) -> dict[str, Any]:
             found = {spec.name: _natural(stored, spec, torch) for spec, stored in items}
-            return found | {alias: found[name] for alias, name in aliases.items()}
+            return found | {alias: found[name] for alias, name in contents.aliases.items()}
 
-        judge = Judge(function, state((s, reader.read(s.name)) for s in reader.contents.tensors))
+        judge = Judge(function, state((spec, read(spec.name)) for spec in contents.tensors))
         original = judge.original
-        self._check(original)
+        if self._lost(original, original) is None:
+            raise EvaluationError(
+                "the evaluation returns outputs alone, which have no metric that could drop; "
+                "return (logits, labels) or a number, or bound the divergence by max_kl"
+                if self.max_kl is None
+                else "the evaluation returns a number alone; max_kl needs logits or unit vectors, "
+                "and max_drop bounds a number"
+            )
         low, high, factor = 0.0, inf, survey.options.first_factor
         tried: dict[float, tuple[Written, Verdict, float]] = {}
         while True:
             made = encode(factor)
             file.seek(0)
             verdict = judge.judge(state(open_archive(file).stored_items()))
-            lost = self._lost(original, verdict)
+            lost = self._lost(original, verdict) or 0.0
             tried[factor] = made, verdict, lost
             progress(Progress("evaluate", len(tried), _MOST_ENCODINGS, unit="encodings"))
             low, high = (factor, high) if lost <= self._bound else (low, factor)
@@ -142,23 +242,11 @@ class Evaluation:
         said = f"evaluation: {verdict.describe(original)}"
         return made, len(tried) + (factor != low), (said,)
 
-    def _check(self, original: Verdict) -> None:
-        if self.max_drop is not None and original.metric is None:
-            raise EvaluationError(
-                "the evaluation returns outputs alone, which have no metric that could drop; "
-                "return (logits, labels) or a number, or bound the divergence by max_kl"
-            )
-        if self.max_kl is not None and original.loss is None:
-            raise EvaluationError(
-                "the evaluation returns a number alone; max_kl needs logits or unit vectors, and "
-                "max_drop bounds a number"
-            )
-
-    def _lost(self, original: Verdict, verdict: Verdict) -> float:
-        """What is bounded."""
-        if self.max_drop is None:
-            return verdict.loss or 0.0
-        before, after = original.metric or 0.0, verdict.metric or 0.0
+    def _lost(self, original: Verdict, verdict: Verdict) -> float | None:
+        """What is bounded; None where the function doesn't tell."""
+        before, after = original.metric, verdict.metric
+        if self.max_drop is None or before is None or after is None:
+            return verdict.loss if self.max_drop is None else None
         drop = after - before if self.lower_is_better else before - after
         return drop / abs(before) if before else drop
 
@@ -179,14 +267,10 @@ class Evaluation:
 
 
 def load_function(wanted: str | Function) -> tuple[Function, bool]:
-    """The function that a text names, and whether it wants torch tensors.
+    """The function that ``module:function`` or ``script.py:function`` names, or that is given.
 
-    What it prints goes to stderr, as stdout is data. A script is read anew each time.
-
-    Parameters
-    ----------
-    wanted : str or callable
-        ``module:function`` or ``script.py:function``, or the function itself.
+    And whether it wants torch tensors. What it prints goes to stderr, as stdout is data. A script
+    is read anew each time.
 
     Raises
     ------
@@ -195,27 +279,27 @@ def load_function(wanted: str | Function) -> tuple[Function, bool]:
     """
     call: Any = wanted
     source: Any = wanted
-    brought = False
+    before = "torch" in sys.modules
     if isinstance(wanted, str):
         place, colon, name = wanted.rpartition(":")
         if not (colon and place and name.isidentifier()):
             raise EvaluationError(
                 f"{wanted!r} is not of the form module:function or script.py:function"
             )
-        before = "torch" in sys.modules
         try:
             source = _script(place) if place.endswith(".py") else importlib.import_module(place)
         except (Exception, SystemExit) as error:
             raise EvaluationError(f"{place} cannot be imported: {one_line(error)}") from error
-        call, brought = getattr(source, name, None), not before and "torch" in sys.modules
+        call = getattr(source, name, None)
         if not callable(call):
             raise EvaluationError(f"{place} defines no function {name!r}")
+    torch = _imports_torch(source) or ("torch" in sys.modules and not before)
 
     def quieted(*arguments: Any) -> Any:
         with redirect_stdout(sys.stderr):
             return call(*arguments)
 
-    return quieted, brought or _imports_torch(source)
+    return quieted, torch
 
 
 def _imports_torch(source: Any) -> bool:
@@ -251,3 +335,54 @@ def _natural(stored: Array, spec: TensorSpec, torch: bool) -> Any:
 
         return from_stored(stored.copy(), spec.dtype)
     return to_float32(stored, spec.dtype) if spec.dtype == "BF16" else stored.copy()
+
+
+def one_line(error: BaseException) -> str:
+    """Type and text of an error, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _described(found: Any) -> str:
+    if isinstance(found, (tuple, list)):
+        return f"a {type(found).__name__} of {', '.join(_described(each) for each in found[:4])}"
+    shape = getattr(found, "shape", None)
+    return f"a {type(found).__name__}{'' if shape is None else f' of shape {list(shape)}'}"
+
+
+def _array(value: Any) -> Vectors:
+    if value is None:  # which numpy takes for NaN
+        return np.empty((0, 0, 0))
+    for method in ("detach", "cpu", "double"):  # of torch tensors of any device and type
+        value = getattr(value, method)() if hasattr(value, method) else value
+    try:
+        found: Vectors = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        return np.empty((0, 0, 0))
+    if not np.isfinite(found).all():
+        raise EvaluationError("the evaluation returned NaN or infinity")
+    return found
+
+
+def is_unit(vectors: Vectors) -> bool:
+    """Whether all vectors, shape (n, C), are of length 1, nearly: embeddings."""
+    return bool(np.all(np.abs(np.linalg.norm(vectors, axis=1) - 1) < _UNIT_SLACK))
+
+
+def divergence(before: Vectors, after: Vectors) -> float:
+    """Mean Kullback-Leibler divergence of softmax distributions in nats, of logits (n, classes).
+
+    Examples
+    --------
+    >>> divergence(np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]]))
+    0.1438410...
+    """
+    total, step = 0.0, max(1, _BLOCK // before.shape[1])
+    for first in range(0, len(before), step):
+        p, q = (_log_softmax(each[first : first + step]) for each in (before, after))
+        total += float((np.exp(p) * (p - q)).sum())
+    return max(0.0, total / len(before))
+
+
+def _log_softmax(logits: Vectors) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Final
 
+import numpy as np
 import torch
 
-from weightvid.calibrate.state import State, call, first_output, ready, samples_of
+from weightvid.calibrate.state import State, first_output, running, samples_of
 from weightvid.calibrate.stats import (
     CalibrationConfig,
     CalibrationStats,
     TensorMoments,
     model_hash,
 )
-from weightvid.calibrate.sums import Collector
 from weightvid.calibrate.trial import choose_damping, sensitivities, whole_gain_db
-from weightvid.calibrate.watch import Seen, Watch
-from weightvid.checkpoint.common import shorten
+from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch
+from weightvid.checkpoint.base import shorten
 from weightvid.errors import QuantizationError
+from weightvid.loader import Floats
 from weightvid.progress import Progress, Report, quiet
 
 #: batches that show which tensors are used, and how.
 _LOOK_BATCHES: Final = 2
+#: divergence of what BatchNorm layers see from what they remember, above which inputs are foreign.
+_FOREIGN_NATS: Final = 0.1
+#: a batch, and whether it is held back.
+Batches = Sequence[tuple[Any, bool]]
 
 
 def calibrate(
@@ -44,8 +50,7 @@ def calibrate(
         device. Batches of one sample or many; the first axis counts samples.
     config : CalibrationConfig, optional
     progress : callable
-        Told about the stages ``calibrate`` (batches), ``check``, ``sensitivity`` and ``whole``
-        (tensors).
+        Told about the stages ``calibrate``, ``check``, ``sensitivity`` and ``whole``.
 
     Returns
     -------
@@ -57,25 +62,25 @@ def calibrate(
     QuantizationError
         No inputs, no layer seen, or activations with NaN or infinity (the layer is named).
     """
-    chosen, batches = config or CalibrationConfig(), list(inputs)
+    chosen = config or CalibrationConfig()
+    batches = held_back(inputs, chosen.held_back)
     if not batches:
         raise QuantizationError("no example inputs: calibration needs at least one batch")
-    held = held_back(len(batches), chosen.held_back)
-    with ready(module), State(module) as state:
-        found = _Gathering(state, chosen, progress)
-        found.run(list(zip(batches, held, strict=True)))
+    samples = sum(samples_of(batch) for batch, _ in batches)
+    with running(module) as state:
+        found = _gather(state, batches, chosen, progress)
         moments, notes, refused = found.moments, found.notes, found.foreign
         unused = [name for name, known in moments.items() if not known.useful]
         if unused and not refused:
             notes.append(f"no better than without, on held-back inputs: {shorten(unused)}")
         measured: dict[str, float] = {}
         if chosen.sensitivity_samples and found.confirmed and not refused:
-            total = sum(map(samples_of, batches))
-            some = batches[:: max(1, total // chosen.sensitivity_samples)]
+            every = max(1, samples // chosen.sensitivity_samples)
+            some = [batch for batch, _ in batches[::every]]
             measured = sensitivities(state, moments, some, progress)
-        checks = [batch for batch, back in zip(batches, held, strict=True) if back]
+        checks = [batch for batch, back in batches if back]
         if not refused and checks and len(unused) < len(moments):
-            gain = whole_gain_db(state, found.trial, measured, checks, progress)
+            gain = whole_gain_db(state, found.fitted, measured, checks, progress)
             if gain is not None and gain <= 0.0:
                 refused = (
                     "on held-back inputs the model as a whole is no better with calibration than "
@@ -87,7 +92,7 @@ def calibrate(
             notes.append(f"{refused}; the statistics will not be used")
         return CalibrationStats(
             model_hash(state.reader, moments),
-            sum(map(samples_of, batches)),
+            samples,
             moments,
             tuple(notes),
             measured,
@@ -96,99 +101,157 @@ def calibrate(
         )
 
 
-def held_back(count: int, part: float) -> list[bool]:
-    """Which batches are held back: evenly spaced, the last of each span; none where all would be.
+def held_back(inputs: Iterable[Any], part: float) -> Batches:
+    """Batches, each with whether it is held back: evenly spaced; none where all would be.
 
     Examples
     --------
-    >>> held_back(5, 0.5), held_back(1, 0.5)
-    ([False, True, False, True, False], [False])
+    >>> held_back("abcd", 0.5), held_back("a", 0.5)
+    ([('a', False), ('b', True), ('c', False), ('d', True)], [('a', False)])
     """
-    if part <= 0.0 or count < 2:
-        return [False] * count
-    span = min(count, max(2, round(1 / part)))
-    return [number % span == span - 1 for number in range(count)]
+    batches = list(inputs)
+    span = min(len(batches), max(2, round(1 / part))) if part > 0.0 else 0
+    return [(b, span > 1 and place % span == span - 1) for place, b in enumerate(batches)]
 
 
-class _Gathering:
+@dataclass(slots=True)
+class _Gathered:
     """What all passes over the inputs give.
 
-    ``moments`` are from all inputs, ``trial`` from those that are not held back. ``confirmed``:
+    ``moments`` are from all inputs, ``fitted`` from those that are not held back. ``confirmed``:
     the model knows the inputs, or whoever calls does. ``foreign``: in what the inputs are unlike
     those of training; empty: in nothing.
     """
 
-    def __init__(self, state: State, config: CalibrationConfig, progress: Report) -> None:
-        self._state, self._config, self._progress = state, config, progress
-        self.moments: dict[str, TensorMoments] = {}
-        self.trial: dict[str, TensorMoments] = {}
-        self.notes: list[str] = []
-        self.confirmed, self.foreign = config.trust_inputs, ""
+    confirmed: bool
+    foreign: str = ""
+    moments: dict[str, TensorMoments] = field(default_factory=dict)
+    fitted: dict[str, TensorMoments] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-    def run(self, batches: Sequence[tuple[Any, bool]]) -> None:
-        """Run the model as often as memory asks for; of batches, whether they are held back."""
-        order = look(self._state, [batch for batch, _ in batches])
-        if not order.shapes:
-            raise QuantizationError(
-                "no layer was seen at work: the module's forward uses none of its own weights "
-                "(compiled and scripted modules cannot be watched)"
-            )
-        # Twice, as some inputs are held back.
-        sizes = {name: 16 * g * c * (c + 1) for name, (g, c, _) in order.shapes.items()}
-        passes = _plan(sizes, self._config, self.notes)
-        for number, names in enumerate(passes):
-            collector, norms = Collector(), NormCheck()
-            gradients = bool(names & order.tables)
-            directions = torch.Generator().manual_seed(0)
-            watch = Watch(self._state.tensors, collector.add, gradients, norms.see, names)
-            with watch, torch.set_grad_enabled(gradients):
-                for place, (batch, back) in enumerate(batches):
-                    collector.held_back = back
-                    result = call(self._state.module, batch)
-                    if gradients:
-                        _send_back(result, directions)
-                    done, total = number * len(batches) + place + 1, len(passes) * len(batches)
-                    self._progress(Progress("calibrate", done, total, unit="batches"))
-            self._compare(norms.divergence)
-            for place, name in enumerate(sorted(names)):
-                self._finish(collector, watch, name)
-                self._progress(Progress("check", place + 1, len(names), unit="tensors"))
 
-    def _compare(self, apart: float | None) -> None:
-        """Take note of what BatchNorm layers say of the inputs."""
-        self.confirmed = self.confirmed or apart is not None
-        if apart is not None and apart > self._config.domain_limit:
-            self.foreign = (
-                "the example inputs are unlike those the model was trained on: its BatchNorm "
-                f"layers see other means and variances than they remember ({apart:.2f} nats "
-                f"apart; up to {self._config.domain_limit:g} is usual)"
-            )
+def _gather(
+    state: State, batches: Batches, config: CalibrationConfig, progress: Report
+) -> _Gathered:
+    """Run the model as often as memory asks for."""
+    order, found = look(state, batches), _Gathered(config.trust_inputs)
+    if not order.shapes:
+        raise QuantizationError(
+            "no layer was seen at work: the module's forward uses none of its own weights "
+            "(compiled and scripted modules cannot be watched)"
+        )
+    # Twice, as some inputs are held back.
+    sizes = {name: 16 * g * c * (c + 1) for name, (g, c, _) in order.shapes.items()}
+    large = [name for name, size in sizes.items() if size > config.memory_bytes]
+    if large:
+        found.notes.append(f"beyond the memory limit of one pass: {shorten(large)}")
+    passes = stages(sizes, config.memory_bytes)
+    if not passes:
+        raise QuantizationError(
+            f"every layer is beyond the memory limit of {config.memory_bytes} bytes; raise it"
+        )
+    total = len(passes) * len(batches)
+    for number, names in enumerate(passes):
+        current = _Pass(state, names, not order.tables.isdisjoint(names))
+        current.run(batches, progress, number * len(batches), total)
+        apart = current.divergence
+        if apart is not None:
+            found.confirmed = True
+            if apart > _FOREIGN_NATS:
+                found.foreign = (
+                    "the example inputs are unlike those the model was trained on: its BatchNorm "
+                    f"layers see other means and variances than they remember ({apart:.2f} nats "
+                    f"apart; up to {_FOREIGN_NATS:g} is usual)"
+                )
+        for place, name in enumerate(sorted(names)):
+            known = current.statistics(name, config.dampings)
+            if known is not None:
+                found.fitted[name], found.moments[name] = known
+            progress(Progress("check", place + 1, len(names), unit="tensors"))
+    return found
 
-    def _finish(self, collector: Collector, watch: Watch, name: str) -> None:
-        """Statistics of a tensor from its sums."""
-        fitted, held = collector.fitted.pop(name, None), collector.held.pop(name, None)
-        if fitted is None:
-            fitted, held = held, None
-        if fitted is None:
+
+class _Pass:
+    """One run over all inputs: sums of some tensors' inputs, and what BatchNorm layers see.
+
+    A model with BatchNorm remembers: the running mean and variance of each channel are those of
+    its training data. What the example inputs make of the same channels is compared with them,
+    each as a normal distribution. On CIFAR and keyword models real inputs, even 16 of them, differ
+    by 0.01 nats (median over channels, then over layers), blurred ones by 0.2, noise by 0.2 to 0.9.
+    """
+
+    def __init__(self, state: State, names: Collection[str], gradients: bool) -> None:
+        self._state, self._gradients, self._back = state, gradients, False
+        self._watch = Watch(state.tensors, self._add, gradients, self._see_norm, names)
+        self._sums: dict[tuple[str, bool], Sums] = defaultdict(Sums)
+        self._direct: set[str] = set()
+        #: by the memory of the running mean: it and the variance; sums of inputs, squares, ones.
+        self._norms: dict[int, list[Any]] = {}
+
+    def run(self, batches: Batches, progress: Report, before: int, total: int) -> None:
+        """Run the model on all batches; of all passes so many are done before, of so many."""
+        directions = torch.Generator().manual_seed(0)
+        with self._watch, torch.set_grad_enabled(self._gradients):
+            for place, (batch, self._back) in enumerate(batches):
+                output = first_output(self._state.run(batch))
+                if output is not None and output.requires_grad:
+                    direction = torch.randn(output.shape, generator=directions)
+                    (output * direction.to(output)).sum().backward()
+                progress(Progress("calibrate", before + place + 1, total, unit="batches"))
+
+    def _add(self, seen: Seen) -> None:
+        # Gradients of a table that is an output layer too (tied weights) are no part of its
+        # statistics, as its rows matter wherever they are looked up.
+        if seen.axis < 0 or (seen.gradient and seen.name in self._direct):
             return
-        bias, sign = watch.bias_of(name) or (None, 1)
-        moment, mean = fitted.rounded()
-        dampings = self._config.dampings
-        known = TensorMoments(moment, mean, fitted.axis, dampings[0], None, bias, sign)
-        if held is not None:
-            damping, gain = choose_damping(self._state.reader, name, known, held.means(), dampings)
-            known = replace(known, damping=damping, gain_db=gain)
-            moment, mean = fitted.plus(held).rounded()
-        self.trial[name] = known
-        self.moments[name] = replace(known, moment=moment, mean=mean)
+        if not seen.gradient:
+            self._direct.add(seen.name)
+        self._sums[seen.name, self._back].add(seen)
+
+    def _see_norm(self, inputs: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        known = torch.stack([mean, variance]).detach().cpu().double()
+        rows = inputs.detach().movedim(1, -1).reshape(-1, inputs.shape[1]).float()
+        sums = torch.stack([rows.sum(0), rows.square().sum(0)]).cpu().double()
+        layer = self._norms.setdefault(mean.data_ptr(), [known, torch.zeros_like(known), 0])
+        layer[1] += sums
+        layer[2] += len(rows)
+
+    @property
+    def divergence(self) -> float | None:
+        """Kullback-Leibler divergence in nats, medians as above; None without such layers."""
+        found = []
+        for known, sums, count in self._norms.values():
+            mean, square = sums / max(count, 1)
+            variance = known[1] + 1e-5
+            ratio = ((square - mean**2).clamp(min=0.0) + 1e-5) / variance
+            apart = (mean - known[0]) ** 2 / variance
+            found.append(float((0.5 * (ratio + apart - 1.0 - ratio.log())).median()))
+        return median(found) if found else None
+
+    def statistics(
+        self, name: str, dampings: Sequence[float]
+    ) -> tuple[TensorMoments, TensorMoments] | None:
+        """Statistics of a tensor over what is not held back, and over everything."""
+        sums, held = self._sums.pop((name, False), None), self._sums.pop((name, True), None)
+        if sums is None:
+            sums, held = held, None
+        if sums is None or sums.form is None:
+            return None
+        bias, sign = self._watch.bias_of(name) or (None, 1)
+        fitted = sums.means()
+        known = TensorMoments(*_rounded(fitted), sums.form[0], dampings[0], None, bias, sign)
+        if held is None:
+            return known, known
+        means = fitted, held.means()
+        damping, gain = choose_damping(self._state.reader, name, known, means, dampings)
+        known = replace(known, damping=damping, gain_db=gain)
+        sums.add_all(held)
+        moment, mean = _rounded(sums.means())
+        return known, replace(known, moment=moment, mean=mean)
 
 
-def _send_back(result: Any, directions: torch.Generator) -> None:
-    """Gradients of the output along a random direction, where there is anything to derive."""
-    output = first_output(result)
-    if output is not None and output.requires_grad:
-        direction = torch.randn(output.shape, generator=directions)
-        (output * direction.to(output)).sum().backward()
+def _rounded(means: InputMeans) -> tuple[Floats, Floats]:
+    return means.moment.astype(np.float32), means.mean.astype(np.float32)
 
 
 @dataclass(slots=True)
@@ -209,7 +272,7 @@ class Order:
         return next((name for name in self.calls[last + 1 :] if name not in before), None)
 
 
-def look(state: State, batches: Sequence[Any]) -> Order:
+def look(state: State, batches: Batches) -> Order:
     """Run a few batches and note what is used."""
     order = Order()
 
@@ -223,65 +286,30 @@ def look(state: State, batches: Sequence[Any]) -> Order:
             order.shapes[seen.name] = seen.groups, seen.inputs.shape[-1], max(size)
 
     with Watch(state.tensors, note):
-        for batch in batches[:_LOOK_BATCHES]:
+        for batch, _ in batches[:_LOOK_BATCHES]:
             order.calls.clear()
-            call(state.module, batch)
+            state.run(batch)
     return order
 
 
-def _plan(
-    sizes: Mapping[str, int], config: CalibrationConfig, notes: list[str]
-) -> list[frozenset[str]]:
-    """Tensors of each pass."""
-    passes: list[list[str]] = []
-    room = 0
-    large = [name for name, size in sizes.items() if size > config.memory_bytes]
-    for name in sizes:
-        if name in large:
-            continue
-        room -= sizes[name]
-        if not passes or room < 0:
-            passes.append([])
-            room = config.memory_bytes - sizes[name]
-        passes[-1].append(name)
-    if large:
-        notes.append(f"beyond the memory limit of one pass: {shorten(large)}")
-    if not passes:
-        raise QuantizationError(
-            f"every layer is beyond the memory limit of {config.memory_bytes} bytes; raise it"
-        )
-    return [frozenset(names) for names in passes]
+def stages(sizes: Mapping[str, int], memory_bytes: int, most: int = 1) -> list[tuple[str, ...]]:
+    """Layers that are taken together, stage after stage, by the bytes that each takes.
 
+    One that is larger alone has no stage. There are ``most``, or as many as memory asks for.
 
-class NormCheck:
-    """Whether the example inputs are of the kind that the model was trained on.
-
-    A model with BatchNorm remembers: the running mean and variance of each channel are those of
-    its training data. What the example inputs make of the same channels is compared with them,
-    each as a normal distribution. On CIFAR and keyword models real inputs, even 16 of them, differ
-    by 0.01 nats (median over channels, then over layers), blurred ones by 0.2, noise by 0.2 to 0.9.
+    Examples
+    --------
+    >>> stages(dict.fromkeys("qkvo", 10), 20, 3), stages({"q": 10, "k": 30}, 20, 9)
+    ([('q', 'k'), ('v', 'o')], [('q',)])
     """
-
-    def __init__(self) -> None:
-        #: by the memory of the running mean: it and the variance; sums of inputs and squares.
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor, list[int]]] = {}
-
-    def see(self, inputs: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        """Look at the inputs of a layer, and at what it remembers."""
-        known = torch.stack([mean, variance]).detach().cpu().double()
-        layer = self._layers.setdefault(mean.data_ptr(), (known, torch.zeros_like(known), [0]))
-        rows = inputs.detach().movedim(1, -1).reshape(-1, inputs.shape[1]).float()
-        layer[1].add_(torch.stack([rows.sum(0), rows.square().sum(0)]).cpu().double())
-        layer[2][0] += len(rows)
-
-    @property
-    def divergence(self) -> float | None:
-        """Kullback-Leibler divergence in nats, medians as above; None without such layers."""
-        found = []
-        for known, sums, (count,) in self._layers.values():
-            mean, square = sums / max(count, 1)
-            variance = known[1] + 1e-5
-            ratio = ((square - mean**2).clamp(min=0.0) + 1e-5) / variance
-            apart = (mean - known[0]) ** 2 / variance
-            found.append(float((0.5 * (ratio + apart - 1.0 - ratio.log())).median()))
-        return median(found) if found else None
+    fitting = [name for name, size in sizes.items() if size <= memory_bytes]
+    least = -(-len(fitting) // most)
+    found: list[list[str]] = []
+    for name in fitting:
+        last = found[-1] if found else []
+        room = sum(sizes[other] for other in last) + sizes[name] <= memory_bytes
+        if found and room and len(last) < least:
+            last.append(name)
+        else:
+            found.append([name])
+    return [tuple(stage) for stage in found]

@@ -1,8 +1,7 @@
 """Calibration statistics: what the layers of a model see at their inputs, and their file.
 
-The file is a safetensors file. Of each tensor ``NAME`` it holds ``NAME#moment`` (float32, shape
-(groups, C, C)) and ``NAME#mean`` (float32, (groups, C)); the rest is JSON in the metadata under
-`KEY`. Statistics belong to one model: the file carries a hash of the tensors that it speaks of.
+That is a safetensors file with ``NAME#moment`` and ``NAME#mean`` of each tensor ``NAME``; the rest
+is JSON in its metadata. It carries a hash of the tensors that it speaks of.
 """
 
 from __future__ import annotations
@@ -12,19 +11,20 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from weightvid.checkpoint import CheckpointReader, Contents, create_checkpoint, open_checkpoint
-from weightvid.checkpoint.common import raw_bytes, shorten
+from weightvid.checkpoint.base import raw_bytes, shorten
 from weightvid.errors import CheckpointError, QuantizationError, TensorNotFoundError
 from weightvid.loader import Floats, TensorSpec
 
 KEY: Final = "weightvid.calibration"
 VERSION: Final = 1
-_BLOCK_BYTES: Final = 1 << 24
+#: what the file says of each tensor, and of all.
+_RECORDED: Final = ("axis", "damping", "gain_db", "bias", "bias_sign")
+_WHOLE: Final = ("model_sha256", "samples", "notes", "refused", "confirmed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,6 @@ class CalibrationConfig:
         Part of the inputs that the statistics are checked on, 0 to 0.5; 0: no check.
     dampings : tuple of float
         Tried on held-back inputs; the first one when there is no check.
-    domain_limit : float
-        Divergence in nats of what BatchNorm layers see from what they remember of training,
-        above which the inputs are taken for foreign and the statistics are not used.
     sensitivity_samples : int
         About so many samples, evenly spaced, tell how much the outputs care for each tensor's
         error; 0: the steps are those of an archive without statistics.
@@ -55,7 +52,6 @@ class CalibrationConfig:
     memory_bytes: int = 1 << 30
     held_back: float = 0.2
     dampings: tuple[float, ...] = (0.01, 0.1, 1.0)
-    domain_limit: float = 0.1
     sensitivity_samples: int = 128
     trust_inputs: bool = False
 
@@ -72,25 +68,14 @@ class CalibrationConfig:
 class TensorMoments:
     """What one weight tensor sees.
 
-    Attributes
-    ----------
-    moment : ndarray of float32, shape (groups, C, C)
-        Mean of ``x x'`` over the inputs x of the layer. With ``axis`` 1 the tensor, as a matrix of
-        first axis by the rest, is ``groups`` equal shares of rows, each applied to its own x of
-        C columns. With ``axis`` 0 the inputs lie along its rows, ``groups`` times C of them.
-    mean : ndarray of float32, shape (groups, C)
-        Mean of x.
-    axis : int
-        1 (linear layers, convolutions, attention) or 0 (transposed convolutions, ``x @ W``).
-    damping : float
-        What worked best on samples held back, as a part of the mean diagonal; 0: the tensor is
-        better off without its moment.
-    gain_db : float or None
-        Output error on samples held back, without the moment against with it; None: not measured.
-    bias : str or None
-        Name of the tensor that is added to the layer's output, if there is one.
-    bias_sign : int
-        -1: it is subtracted, as the running mean of a BatchNorm is.
+    ``moment`` (groups, C, C) and ``mean`` (groups, C) are means of ``x x'`` and x over the inputs x
+    of the layer. With ``axis`` 1 (linear layers, convolutions, attention) the tensor, as a matrix
+    of first axis by the rest, is ``groups`` equal shares of rows, each applied to its own x of C
+    columns; with ``axis`` 0 (transposed convolutions, ``x @ W``) inputs lie along its rows.
+    ``damping``, a part of the mean diagonal, worked best on samples held back; 0: the tensor is
+    better off without its moment. ``gain_db`` is what the output error gains there; None: not
+    measured. ``bias`` names what is added to the layer's output or, where ``bias_sign`` is -1,
+    subtracted from it, as the running mean of a BatchNorm is.
     """
 
     moment: Floats
@@ -122,13 +107,12 @@ class CalibrationStats:
     notes : tuple of str
         What could not be measured.
     sensitivity : mapping of str to float
-        Squared change of the outputs, per sample and squared step of the quantizer, when this
-        tensor alone is quantized. May name tensors that have no other statistics.
+        Squared change of the outputs, per sample and squared step, when this tensor alone is
+        quantized. May name tensors that have no other statistics.
     refused : str
         Why none of it is to be used; empty: it is.
     confirmed : bool
-        The inputs are of the kind that the model is used on: its BatchNorm layers know them, or
-        whoever calibrated said so.
+        The model's BatchNorm layers know the inputs, or whoever calibrated said so.
     """
 
     model_sha256: str
@@ -180,10 +164,6 @@ class CalibrationStats:
                 writer.write(name, np.ascontiguousarray(array))
 
 
-_RECORDED: Final = ("axis", "damping", "gain_db", "bias", "bias_sign")
-_WHOLE: Final = ("model_sha256", "samples", "notes", "refused", "confirmed")
-
-
 def load_stats(path: str | os.PathLike[str]) -> CalibrationStats:
     """Read a calibration file.
 
@@ -192,43 +172,36 @@ def load_stats(path: str | os.PathLike[str]) -> CalibrationStats:
     CheckpointError
         No calibration file, a damaged one, or one of a later version.
     """
+    shown = os.fspath(path)
     with open_checkpoint(path) as reader:
         text = reader.contents.metadata.get(KEY)
         if text is None:
             raise CheckpointError(
-                f"{os.fspath(path)} holds no calibration statistics, as "
-                "weightvid calibrate writes them"
+                f"{shown} holds no calibration statistics, as weightvid calibrate writes them"
             )
         try:
             record = json.loads(text)
             if record["version"] != VERSION:
                 raise CheckpointError(
-                    f"{os.fspath(path)} holds statistics of version {record['version']}, and this "
-                    f"weightvid reads version {VERSION}"
+                    f"{shown} holds statistics of version {record['version']}, and this weightvid "
+                    f"reads version {VERSION}"
                 )
             sensitivity = {str(k): float(v) for k, v in record["sensitivity"].items()}
             if not all(0.0 < value < np.inf for value in sensitivity.values()):
                 raise ValueError("a sensitivity is no positive number")
-            return CalibrationStats(
-                str(record["model_sha256"]),
-                int(record["samples"]),
-                {n: _read_tensor(reader, n, entry) for n, entry in record["tensors"].items()},
-                tuple(map(str, record["notes"])),
-                sensitivity,
-                str(record["refused"]),
-                bool(record["confirmed"]),
-            )
+            tensors = {n: _read_tensor(reader, n, entry) for n, entry in record["tensors"].items()}
+            known = {key: record[key] for key in _WHOLE} | {"notes": tuple(record["notes"])}
+            return CalibrationStats(tensors=tensors, sensitivity=sensitivity, **known)
+        except CheckpointError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, TensorNotFoundError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(
-                f"{os.fspath(path)} is damaged: its statistics make no sense ({error})"
+                f"{shown} is damaged: its statistics make no sense ({error})"
             ) from None
 
 
 def _read_tensor(reader: CheckpointReader, name: str, entry: Mapping[str, Any]) -> TensorMoments:
-    moment: Any = reader.read(f"{name}#moment")
-    mean: Any = reader.read(f"{name}#mean")
+    moment, mean = (cast(Floats, reader.read(f"{name}#{part}")) for part in ("moment", "mean"))
     found = TensorMoments(moment, mean, **{key: entry[key] for key in _RECORDED})
     good = found.axis in (0, 1) and found.bias_sign in (1, -1) and 0.0 <= found.damping < np.inf
     good = good and moment.dtype == mean.dtype == np.float32 and mean.ndim == 2
@@ -248,7 +221,5 @@ def model_hash(reader: CheckpointReader, names: Iterable[str]) -> str:
         spec = reader.spec(name)
         head = json.dumps([name, spec.dtype, list(spec.shape)]).encode()
         digest.update(len(head).to_bytes(4, "little") + head)
-        data: npt.NDArray[np.uint8] = raw_bytes(np.ascontiguousarray(reader.read(name)))
-        for start in range(0, data.size, _BLOCK_BYTES):
-            digest.update(data[start : start + _BLOCK_BYTES].data)
+        digest.update(raw_bytes(reader.read(name)).data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Whether statistics are of use: dampings, measured losses, and the model as a whole.
+"""Tensors quantized in memory, and what that does to outputs.
 
 A tensor's statistics are tried on held-back inputs. How much the outputs care for the error of a
 tensor is tried one tensor at a time: it is quantized as packing would do it at a middling step, and
@@ -10,28 +10,22 @@ no such check can see is inputs of a wrong kind: those held back are of that kin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import log10
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
-from weightvid.calibrate.moments import (
-    DB_PER_BIT,
-    Coded,
-    packing_moments,
-    sample_rows,
-    values_of,
-    with_statistics,
-)
-from weightvid.calibrate.state import State, change_of, outputs, samples_of
+from weightvid.calibrate.calibration import DB_PER_BIT, packing_moments, with_statistics
+from weightvid.calibrate.state import Outputs, State, change_of, samples_of
 from weightvid.calibrate.stats import TensorMoments
-from weightvid.calibrate.sums import InputMeans
+from weightvid.calibrate.watch import InputMeans
 from weightvid.checkpoint import CheckpointReader
-from weightvid.levels.code import block_diagonal, mean_shift
-from weightvid.levels.feedback import output_error
-from weightvid.levels.steps import TensorPlan, is_codable, plan_tensor, tensor_stats
-from weightvid.loader import TensorSpec
+from weightvid.levels.code import CodedPart, code_part, part_rows
+from weightvid.levels.steps import Moments, TensorPlan, is_codable, plan_tensor, tensor_stats
+from weightvid.levels.trellis import entropy_bits
+from weightvid.loader import Array, Floats, TensorSpec, from_float32, to_float32
 from weightvid.pack import PackOptions, Survey, may_code, survey_checkpoint
 from weightvid.progress import Progress, Report
 from weightvid.workers import Workers
@@ -39,51 +33,134 @@ from weightvid.workers import Workers
 #: step factor of trials, a middling one; and step of those of single tensors, in sigmas.
 TRIAL_FACTOR: Final = 0.25
 _TRIAL_SIGMAS: Final = 0.5
+#: outputs that the trial of a single tensor is made with.
+_SAMPLE_ROWS: Final = 64
 #: what the moment must gain on held-back samples to be used.
 _LEAST_GAIN_DB: Final = 0.1
+
+
+class Coded:
+    """A whole tensor that is quantized in memory.
+
+    ``stored`` are the elements that a loader will give, in the tensor's own type and shape, and
+    ``values`` the same as numbers.
+    """
+
+    def __init__(
+        self, plan: TensorPlan, number: int, elements: Array, moments: Moments | None
+    ) -> None:
+        rows = elements.reshape(plan.view.rows, plan.view.columns)
+        self.parts: list[CodedPart] = [
+            code_part(rows[first : first + count], plan, number, first, moments)
+            for first, count in part_rows(plan)
+        ]
+        stored = np.concatenate([part.stored for part in self.parts])
+        self._spec, self._number = plan.spec, number
+        self.stored: Array = stored.reshape(plan.spec.shape)
+        self.values = values_of(self.stored, plan.spec)
+
+    @property
+    def bits(self) -> float:
+        """Entropy of the levels, per weight."""
+        return entropy_bits(np.concatenate([part.samples for part in self.parts]))
+
+    def put(self, state: State, survey: Survey) -> None:
+        """Give it to the quantized model, with the bias that makes up for its shift."""
+        state.put(self._spec.name, self.stored)
+        shifts = [part.shift for part in self.parts if part.shift is not None]
+        moments = survey.moments.get(self._number)
+        if moments is not None and moments.bias is not None and np.isfinite(shifts).all():
+            spec = survey.specs[moments.bias]
+            values = values_of(survey.reader.read(spec.name), spec)
+            values = values + moments.bias_sign * sum(shifts)
+            state.put(spec.name, from_float32(values, spec.dtype))
+
+
+def values_of(stored: Array, spec: TensorSpec) -> Floats:
+    """Stored elements as float32, in their shape."""
+    return to_float32(stored.reshape(-1), spec.dtype).reshape(stored.shape)
+
+
+def sample_rows(rows: int, groups: int, axis: int) -> slice:
+    """Rows of a tensor that a trial is made with: some outputs of a layer of one group."""
+    return slice(None, None, max(1, rows // _SAMPLE_ROWS) if groups == axis == 1 else 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Check:
+    """What errors of a tensor's weights do to what its layer puts out.
+
+    Its weights in their shape; the axis along which inputs lie; means over inputs that levels are
+    fitted to, and over those held back.
+    """
+
+    weights: Floats
+    axis: int
+    fitted: InputMeans
+    held: InputMeans
+
+    def _shares(self, weights: Floats) -> list[npt.NDArray[np.float64]]:
+        """Matrices of outputs by inputs, one for each group."""
+        matrix = weights.reshape(len(weights), -1).astype(np.float64)
+        parts = np.split(matrix, len(self.held.mean))
+        return parts if self.axis else [part.T for part in parts]
+
+    def shift(self, values: Floats, held: bool = False) -> npt.NDArray[np.float64]:
+        """By how much the mean outputs of other weights lie below, shape (outputs,)."""
+        means = self.held if held else self.fitted
+        pairs = zip(self._shares(self.weights), self._shares(values), strict=True)
+        return np.concatenate(
+            [w @ means.original_mean[g] - v @ means.mean[g] for g, (w, v) in enumerate(pairs)]
+        )
+
+    def cost_db(self, coded: Coded, corrected: bool) -> float:
+        """Squared error of the outputs held back in decibels, a bit for every weight counted as 6.
+
+        ``corrected``: a bias takes the shift of the means that is known from the inputs fitted to.
+        """
+        lost, held = 0.0, self.held
+        pairs = zip(self._shares(self.weights), self._shares(coded.values), strict=True)
+        for g, (w, v) in enumerate(pairs):
+            lost += float(np.vdot(w @ held.original[g], w) + np.vdot(v @ held.moment[g], v))
+            lost -= 2 * float(np.vdot(w @ held.cross[g], v))
+        if corrected:
+            # What the bias makes up for, s, leaves |d - s|^2 of a shift d: |d|^2 is there already.
+            made_up, missing = self.shift(coded.values), self.shift(coded.values, held=True)
+            lost += float(np.vdot(made_up, made_up - 2 * missing))
+        return 10 * log10(max(lost, 1e-300)) + DB_PER_BIT * coded.bits
 
 
 def choose_damping(
     reader: CheckpointReader,
     name: str,
     known: TensorMoments,
-    held: InputMeans,
+    means: tuple[InputMeans, InputMeans],
     dampings: Sequence[float],
 ) -> tuple[float, float]:
     """Best damping on held-back inputs (0: none helps), and its gain in decibels.
 
-    The rival is what packing does without statistics; rates count as well.
+    ``means`` are over the inputs fitted to, and over those held back. The rival is what packing
+    does without statistics; rates count as well.
     """
-    spec, groups = reader.spec(name), len(known.mean)
+    spec = reader.spec(name)
     if not may_code(spec):
         return dampings[0], 0.0
     array = reader.read(name)
-    array = array[sample_rows(len(array), groups, known.axis)]
+    array = array[sample_rows(len(array), len(known.mean), known.axis)]
     spec = TensorSpec(name, spec.dtype, array.shape)
     stats = tensor_stats(spec, [array])
     if not is_codable(spec, stats) or packing_moments(known, spec, None) is None:
         return dampings[0], 0.0
-    weights = values_of(array, spec)
+    check = Check(values_of(array, spec), known.axis, *means)
 
     def cost_db(damping: float) -> float:
-        """Error of the outputs in decibels, a bit for every weight counted as six."""
         bias = None if known.bias is None else 0
         moments = packing_moments(replace(known, damping=damping), spec, bias)
         plan = plan_tensor(stats, _TRIAL_SIGMAS * stats.typical_scale, moments=moments)
         if plan is None:
             return 0.0
-        coded = Coded(plan, 0, array, moments)
-        error = (weights - coded.values).reshape(plan.view.rows, -1)
-        if known.axis == 0:
-            lost = output_error(error.T, block_diagonal(held.moment))
-        else:
-            lost = output_error(error, held.moment)
-        if moments is not None and moments.bias is not None:
-            # What the bias makes up for, s, leaves |d - s|^2 of a shift d: |d|^2 is there already.
-            made_up = mean_shift(error, moments, plan).astype(np.float64)
-            here = mean_shift(error, replace(moments, mean=held.mean), plan).astype(np.float64)
-            lost += float(np.vdot(made_up, made_up - 2 * here))
-        return 10 * log10(max(lost, 1e-300)) + DB_PER_BIT * coded.bits
+        corrected = moments is not None and moments.bias is not None
+        return check.cost_db(Coded(plan, 0, array, moments), corrected)
 
     costs = {damping: cost_db(damping) for damping in dampings}
     best = min(dampings, key=lambda damping: costs[damping])
@@ -99,16 +176,13 @@ def sensitivities(
     By name; tensors whose errors don't reach the outputs are left out.
     """
     survey = with_statistics(_survey(state), moments, {})
-    samples, plans = sum(map(samples_of, batches)), survey.plans(TRIAL_FACTOR)
-    expected = outputs(state.module, batches)
+    expected, plans = state.outputs(batches), survey.plans(TRIAL_FACTOR)
     found: dict[str, float] = {}
     for place, (number, plan) in enumerate(plans.items()):
-        _quantize(state, survey, number, plan)
-        state.quantized()
-        change = change_of(expected, outputs(state.module, batches))
+        change, _ = _trial(state, survey, {number: plan}, batches, expected)
         if np.isfinite(change) and change > 0.0:
+            samples = sum(map(samples_of, batches))
             found[plan.spec.name] = change / max(1, samples) / plan.step**2
-        state.forget()
         progress(Progress("sensitivity", place + 1, len(plans), unit="tensors"))
     return found
 
@@ -125,18 +199,13 @@ def whole_gain_db(
     A bit for every weight counts as six; above 0: better with. None where nothing changes. The
     batches are such as the statistics were not gathered on.
     """
-    expected, plain = outputs(state.module, batches), _survey(state)
-    changes, rates, done = [], [], 0
+    expected, plain = state.outputs(batches), _survey(state)
+    changes, rates = [], []
     for survey in (plain, with_statistics(plain, moments, sensitivity)):
-        plans, bits = survey.plans(TRIAL_FACTOR), 0.0
-        for number, plan in plans.items():
-            bits += plan.spec.size * _quantize(state, survey, number, plan).bits
-            done += 1
-            progress(Progress("whole", done, 2 * len(plans), unit="tensors"))
-        state.quantized()
-        changes.append(change_of(expected, outputs(state.module, batches)))
-        rates.append(bits / max(1, sum(plan.spec.size for plan in plans.values())))
-        state.forget()
+        change, rate = _trial(state, survey, survey.plans(TRIAL_FACTOR), batches, expected)
+        changes.append(change)
+        rates.append(rate)
+        progress(Progress("whole", len(changes), 2, unit="trials"))
     if not (min(changes) > 0.0 and np.isfinite(changes).all()):
         return None
     return round(10 * log10(changes[0] / changes[1]) + DB_PER_BIT * (rates[0] - rates[1]), 2)
@@ -146,12 +215,21 @@ def _survey(state: State) -> Survey:
     return survey_checkpoint(state.reader, PackOptions(), Workers(None, 1))
 
 
-def _quantize(state: State, survey: Survey, number: int, plan: TensorPlan) -> Coded:
-    """Give the quantized model a tensor, and the bias that makes up for its shift."""
-    moments = survey.moments.get(number)
-    coded = Coded(plan, number, state.reader.read(plan.spec.name), moments)
-    bias = coded.corrected_bias(survey, moments)
-    state.put(plan.spec.name, coded.stored)
-    if bias is not None:
-        state.put(*bias)
-    return coded
+def _trial(
+    state: State,
+    survey: Survey,
+    plans: Mapping[int, TensorPlan],
+    batches: Sequence[Any],
+    expected: Outputs,
+) -> tuple[float, float]:
+    """Squared change of the outputs where some tensors are quantized, and their bits per weight."""
+    bits = 0.0
+    for number, plan in plans.items():
+        elements, moments = state.reader.read(plan.spec.name), survey.moments.get(number)
+        coded = Coded(plan, number, elements, moments)
+        coded.put(state, survey)
+        bits += plan.spec.size * coded.bits
+    with state.quantized():
+        change = change_of(expected, state.outputs(batches))
+    state.forget()
+    return change, bits / max(1, sum(plan.spec.size for plan in plans.values()))

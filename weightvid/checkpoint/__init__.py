@@ -1,20 +1,29 @@
 """Checkpoints in and out: one reader and one writer per file kind.
 
-A kind is a row of the table in :mod:`weightvid.checkpoint.kinds` and a module with the classes
-``Reader`` and ``Writer``, imported when a file of that kind is opened: only torch files need torch.
+To add a kind: write its module (``Reader`` and ``Writer``), add a row to `KINDS`, and say in
+`_recognise` how it begins. The module is imported when a file of that kind is opened: only torch
+files need torch, and only addresses what lies in :mod:`weightvid.checkpoint.remote`.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
-from weightvid.checkpoint.base import CheckpointReader, CheckpointWriter, Contents
-from weightvid.checkpoint.kinds import KINDS, Kind, kind_for_output, open_local
-from weightvid.checkpoint.mapping import from_mapping
-from weightvid.checkpoint.remote import check_upload, file_name, is_url, open_remote, upload
+from weightvid.checkpoint.base import ArrayReader, CheckpointReader, CheckpointWriter, Contents
+from weightvid.errors import CheckpointError
+from weightvid.loader import Array
 from weightvid.progress import Report, quiet
 from weightvid.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from weightvid.checkpoint.remote import check_upload, file_name, open_remote, upload
 
 __all__ = [
     "KINDS",
@@ -34,6 +43,66 @@ __all__ = [
     "upload",
 ]
 
+_HEAD_BYTES: Final = 512
+_ZIP_STARTS: Final = (b"PK\x03\x04", b"PK\x05\x06")
+#: longest header the safetensors library accepts.
+_SAFETENSORS_HEADER_LIMIT: Final = 100_000_000
+#: two letters at least: one is a drive of Windows.
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of checkpoint."""
+
+    #: what ``create_checkpoint(kind=...)`` takes, and what messages call it.
+    name: str
+    label: str
+    #: lower case, with the dot.
+    suffixes: tuple[str, ...]
+    #: of this package; imported when a file of this kind is opened.
+    module: str
+    #: roles of the side files that a checkpoint of this kind takes back.
+    roles: tuple[str, ...] = ()
+    #: handed to ``Writer``, where one module writes several kinds; those are never read.
+    variant: str = ""
+
+    def open(self, path: Path) -> CheckpointReader:
+        """Open a file of this kind."""
+        module = import_module(f"weightvid.checkpoint.{self.module}")
+        return cast(CheckpointReader, module.Reader(path))
+
+    def create(self, path: Path, contents: Contents, *, force: bool) -> CheckpointWriter:
+        """Start writing a file of this kind."""
+        module = import_module(f"weightvid.checkpoint.{self.module}")
+        variant = {"variant": self.variant} if self.variant else {}
+        return cast(CheckpointWriter, module.Writer(path, contents, force=force, **variant))
+
+
+KINDS: Final[tuple[Kind, ...]] = (
+    Kind("safetensors", "safetensors", (".safetensors",), "safetensors"),
+    Kind("torch", "PyTorch", (".pt", ".pth", ".th", ".bin"), "torch_file"),
+    Kind("npz", "NumPy npz", (".npz",), "npz"),
+    Kind("gguf", "GGUF", (".gguf",), "gguf", ("gguf-metadata",)),
+    Kind("onnx", "ONNX", (".onnx",), "onnx_file", ("onnx-graph",)),
+    Kind("folder", "Hugging Face folder", (), "folder", ("file",)),
+    Kind("gguf-f32", "GGUF", (), "gguf", ("gguf-metadata",), "F32"),
+    Kind("gguf-q8_0", "GGUF", (), "gguf", ("gguf-metadata",), "Q8_0"),
+)
+
+#: offset, first bytes there in lower case, what the file is and what to do about it.
+_FOREIGN: Final[tuple[tuple[int, bytes, str], ...]] = (
+    (0, b"\x89hdf\r\n\x1a\n", "an HDF5 (Keras) file; this kind is not supported (yet)"),
+    (4, b"tfl3", "a TensorFlow Lite file; this kind is not supported"),
+    (0, b"\x93numpy", "a single NumPy array without a name; save it with numpy.savez"),
+    (4, b"ftyp", "an MP4 file; weightvid archives are read by weightvid.loader and `unpack`"),
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
+    (0, b"\x1f\x8b", "a gzip file; decompress it first"),
+    (257, b"ustar", "a tar archive; extract it first"),
+    (0, b"<!doctype", "a web page; the download went wrong"),
+    (0, b"<html", "a web page; the download went wrong"),
+)
+
 
 def open_checkpoint(path: str | os.PathLike[str], progress: Report = quiet) -> CheckpointReader:
     """Open a checkpoint; its content decides the kind. No weight is read yet where that can be.
@@ -52,10 +121,12 @@ def open_checkpoint(path: str | os.PathLike[str], progress: Report = quiet) -> C
         No checkpoint of a known kind, or a damaged one; or it cannot be read from its address.
     """
     if is_url(path):
-        from weightvid.checkpoint.download import open_downloaded
+        from weightvid.checkpoint.remote import open_downloaded
 
         return open_downloaded(path, progress)
-    return open_local(Path(path))
+    reader = kind_of_file(Path(path)).open(Path(path))
+    reader.location = os.path.abspath(path)  # noqa: PTH100 - links stay as they are named
+    return reader
 
 
 def create_checkpoint(
@@ -74,7 +145,7 @@ def create_checkpoint(
     contents : Contents
         Every tensor and alias that will be written.
     kind : str or None
-        A name in :data:`KINDS`; None goes by the suffix; without one it is a folder.
+        A name in `KINDS`; None goes by the suffix; without one it is a folder.
 
     Raises
     ------
@@ -82,3 +153,167 @@ def create_checkpoint(
         Contents that the kind cannot hold; a destination that exists or cannot be written.
     """
     return kind_for_output(Path(path), kind).create(Path(path), contents, force=force)
+
+
+def from_mapping(
+    arrays: Mapping[str, Array],
+    *,
+    dtypes: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> CheckpointReader:
+    """Read from a mapping of name to numpy array; tied weights stay tied, nothing is copied.
+
+    Parameters
+    ----------
+    arrays : mapping of str to ndarray
+        Any shape and strides. Types numpy lacks come as raw bits, named in ``dtypes``.
+    dtypes, metadata : mapping of str to str, optional
+        Dtype names where they are not the arrays' own (``{"w": "BF16"}``); free text pairs.
+
+    Raises
+    ------
+    CheckpointError
+        No string for a name, no array of plain elements, a dtype that does not fit the array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> with from_mapping({"w": np.zeros((2, 3), np.float32)}) as reader:
+    ...     reader.contents.tensors
+    (TensorSpec(name='w', dtype='F32', shape=(2, 3)),)
+    """
+    return ArrayReader(arrays, dtypes, metadata)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what deals with addresses when it is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module 'weightvid.checkpoint' has no attribute {name!r}")
+    return getattr(import_module("weightvid.checkpoint.remote"), name)
+
+
+def is_url(source: object) -> TypeGuard[str]:
+    """Whether a source is an address rather than a path.
+
+    Examples
+    --------
+    >>> is_url("https://example.org/m.mp4"), is_url("C://m.mp4"), is_url("models/m.mp4")
+    (True, False, False)
+    """
+    return isinstance(source, str) and _URL.match(source) is not None
+
+
+def kind_of_file(path: Path) -> Kind:
+    """Kind of an existing file, by content.
+
+    Raises
+    ------
+    CheckpointError
+        Missing, unreadable, or not a checkpoint that we understand: the message says what it is.
+    """
+    if path.is_dir():
+        return kind_for_output(path, "folder")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"cannot read {path}: it is no regular file, but a pipe or a device")
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"cannot read {os.fspath(path)!r}: {reason}") from None
+    members = _zip_members(path) if head.startswith(_ZIP_STARTS) else None
+    name = _recognise(path.suffix.lower(), head, members)
+    if name is None:
+        raise CheckpointError(f"cannot read {path}: {_explain(path, head, members)}")
+    return kind_for_output(path, name)
+
+
+def kind_for_output(path: Path, name: str | None = None) -> Kind:
+    """Kind to write, by name or else by suffix; without a suffix, a folder.
+
+    Raises
+    ------
+    CheckpointError
+        Neither says one we know.
+    """
+    suffix = path.suffix.lower()
+    if name is None and (path.is_dir() or not suffix):
+        name = "folder"
+    for kind in KINDS:
+        if (kind.name == name) if name is not None else (suffix in kind.suffixes):
+            return kind
+    if name is not None:
+        names = ", ".join(kind.name for kind in KINDS)
+        raise CheckpointError(f"unknown checkpoint kind {name!r}; known are {names}")
+    raise CheckpointError(
+        f"cannot tell from the name {path.name!r} what kind of checkpoint to write; "
+        f"use one of {_understood()}, where a folder has no suffix"
+    )
+
+
+def _understood() -> str:
+    """The kinds and their suffixes, for messages."""
+    return ", ".join(
+        f"{kind.label} ({' '.join(kind.suffixes)})" if kind.suffixes else kind.label
+        for kind in KINDS
+        if not kind.variant
+    )
+
+
+def _recognise(suffix: str, head: bytes, members: tuple[str, ...] | None) -> str | None:
+    """Name of a kind, from a file's first bytes and what lies in it as a zip archive."""
+    if members is not None:
+        if any(name.rpartition("/")[2] == "data.pkl" for name in members):
+            return None if _is_torchscript(members) else "torch"
+        empty = not members and suffix == ".npz"
+        return "npz" if empty or any(name.endswith(".npy") for name in members) else None
+    # 8 bytes of header length, then the header: a JSON object.
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and (length <= _SAFETENSORS_HEADER_LIMIT or suffix == ".safetensors"):
+        return "safetensors"
+    # Before torch 1.6: bare pickles of protocol 2 to 5.
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "torch"
+    if head[:4] == b"GGUF":
+        return "gguf"
+    # A protobuf message that starts with ``ir_version``, and is named so or names its producer.
+    if head[:1] == b"\x08" and (suffix == ".onnx" or head[2:3] == b"\x12"):
+        return "onnx"
+    return None
+
+
+def _is_torchscript(members: tuple[str, ...] | None) -> bool:
+    return any(name.endswith("/constants.pkl") for name in members or ())
+
+
+def _zip_members(path: Path) -> tuple[str, ...] | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return tuple(archive.namelist())
+    except Exception:
+        # zipfile lets struct.error, UnicodeDecodeError, NotImplementedError, ... out of damaged
+        # directories; all of them mean that there is no directory to go by.
+        return None
+
+
+def _explain(path: Path, head: bytes, members: tuple[str, ...] | None) -> str:
+    """Why the file is none of our kinds."""
+    named = next((kind for kind in KINDS if path.suffix.lower() in kind.suffixes), None)
+    known = f"weightvid reads {_understood()}"
+    if not head:
+        return f"the file is empty ({known})"
+    if _is_torchscript(members):
+        return (
+            "it is a TorchScript program; this kind is not supported: load it with torch.jit.load "
+            "and save its state_dict() with torch.save"
+        )
+    for offset, magic, what in _FOREIGN:
+        if head[offset : offset + len(magic)].lower() == magic:
+            return f"it is {what}"
+    if members is not None:
+        return f"it is a zip archive with neither PyTorch's data.pkl nor .npy arrays ({known})"
+    if head.startswith(_ZIP_STARTS):
+        return "it is a zip archive (npz or PyTorch) that is cut short or damaged"
+    if named is not None:
+        return f"it is named like a {named.label} file, but damaged, cut short or misnamed; {known}"
+    return f"it is no checkpoint of a known kind; {known}"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Self
 
 import numpy as np
 
 from weightvid.atomic import AtomicFile, output_error
-from weightvid.checkpoint.common import Array, raw_bytes, shorten
 from weightvid.errors import CheckpointError, OutputError, TensorNotFoundError
-from weightvid.spec import SideFile, TensorSpec, stored_dtype
+from weightvid.loader import Array, Bytes
+from weightvid.spec import SIDE_FILE_BYTES, SideFile, TensorSpec, name_of, stored_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +86,8 @@ class CheckpointReader(ABC):
         """Elements ``first .. first + count`` of one tensor, in row-major order: shape (count,).
 
         Kinds that can read a part of a tensor do; others read the tensor, and keep it until a
-        range of another one is asked for.
-
-        Raises
-        ------
-        TensorNotFoundError, CheckpointError
-            As :meth:`read`; also for a range that leaves the tensor.
+        range of another one is asked for. Errors are those of `read`; also a range that leaves the
+        tensor.
         """
         spec = self._wanted(name)
         if not 0 <= first <= first + count <= spec.size:
@@ -133,6 +132,60 @@ class CheckpointReader(ABC):
         self.close()
 
 
+class ArrayReader(CheckpointReader):
+    """A reader over arrays by name, in memory or mapped; nothing is copied before it is read.
+
+    Names whose arrays show the same memory the same way (address, dtype, shape, strides) become
+    aliases of the first of them, so tied weights stay tied. ``read`` gives read-only views of
+    contiguous arrays, copies of others.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Array],
+        dtypes: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+        skipped: Iterable[str] = (),
+        files: tuple[SideFile, ...] = (),
+    ) -> None:
+        specs: list[TensorSpec] = []
+        aliases: dict[str, str] = {}
+        first_of: dict[tuple[object, ...], str] = {}
+        self._arrays: dict[str, Array] = {}
+        for name, value in arrays.items():
+            if not isinstance(name, str):
+                raise CheckpointError(f"tensor names must be strings, not {name!r}")
+            if not isinstance(value, (np.ndarray, np.generic)):
+                raise CheckpointError(f"{name!r} is no numpy array but {type(value).__name__}")
+            array = np.asarray(value)
+            try:
+                dtype = (dtypes or {}).get(name) or name_of(array.dtype)
+                if array.dtype != stored_dtype(dtype):
+                    raise CheckpointError(f"an array of {array.dtype} is not {dtype}")
+            except CheckpointError as error:
+                raise CheckpointError(f"{name!r}: {error}") from None
+            look = (array.__array_interface__["data"][0], dtype, array.shape, array.strides)
+            if array.size and look in first_of:
+                aliases[name] = first_of[look]
+                continue
+            first_of[look] = name
+            self._arrays[name] = array
+            specs.append(TensorSpec(name, dtype, array.shape))
+        known = Contents(tuple(specs), aliases, dict(metadata or {}), tuple(skipped), files)
+        super().__init__(known)
+
+    def _read(self, spec: TensorSpec) -> Array:
+        array = self._arrays[spec.name]
+        shown = array.view() if array.flags.c_contiguous else array.copy(order="C")
+        shown.flags.writeable = False
+        return shown
+
+    def close(self) -> None:
+        """Let the arrays go."""
+        super().close()
+        self._arrays = {}
+
+
 class CheckpointWriter(ABC):
     """A checkpoint that is being written, one tensor at a time, in any order.
 
@@ -152,7 +205,6 @@ class CheckpointWriter(ABC):
         self._names_of = {spec.name: [spec.name] for spec in contents.tensors}
         for alias, name in contents.aliases.items():
             self._names_of[name].append(alias)
-        self._collected: Array | None = None
 
     def write(self, name: str, array: Array) -> None:
         """Add one tensor of ``contents.tensors``: stored elements, in its own dtype and shape.
@@ -168,42 +220,15 @@ class CheckpointWriter(ABC):
                 f"tensor {name!r} was announced as {spec.dtype} {list(spec.shape)}, "
                 f"but an array of {array.dtype} {list(array.shape)} came"
             )
-        self._write(spec, array if array.flags.c_contiguous else array.copy(order="C"))
-        del self._todo[name]
+        self.write_parts(name, [array])
 
+    @abstractmethod
     def write_parts(self, name: str, parts: Iterable[Array]) -> None:
         """Add one tensor whose elements come in consecutive parts, in row-major order.
 
         Parts have any shapes. Kinds that can write a part hold one at a time; others collect them.
-
-        Raises
-        ------
-        TensorNotFoundError, CheckpointError, OutputError
-            As :meth:`write`; also for too few or too many elements.
+        Errors are those of `write`; also too few or too many elements.
         """
-        spec = self._wanted(name)
-        dtype, done = stored_dtype(spec.dtype), 0
-        for part in parts:
-            flat = np.ascontiguousarray(part).reshape(-1)
-            if done + flat.size > spec.size or flat.dtype != dtype:
-                raise CheckpointError(f"tensor {name!r} comes as something else than announced")
-            if flat.size:
-                self._write_part(spec, done, flat)
-            done += flat.size
-        if done != spec.size:
-            raise CheckpointError(f"tensor {name!r} has {spec.size} elements, {done} came")
-        if not spec.size:
-            self._write(spec, np.empty(spec.shape, dtype))
-        del self._todo[name]
-
-    def _write_part(self, spec: TensorSpec, first: int, part: Array) -> None:
-        """Take a part of a tensor; parts come in order."""
-        if first == 0 or self._collected is None:
-            self._collected = np.empty(spec.size, part.dtype)
-        self._collected[first : first + part.size] = part
-        if first + part.size == spec.size:
-            array, self._collected = self._collected, None
-            self._write(spec, array.reshape(spec.shape))
 
     def _wanted(self, name: str) -> TensorSpec:
         spec = self._todo.get(name)
@@ -220,33 +245,28 @@ class CheckpointWriter(ABC):
     def commit(self) -> None:
         """Write what is left, flush to disk, and rename into place.
 
-        Raises
-        ------
-        CheckpointError, OutputError
-            A tensor is missing; disk full or the like. Either way nothing is left behind.
+        Where a tensor is missing, or the disk is full, an error says so and nothing is left.
         """
-        try:
+        with self._removed_on_error():
             if self._todo:
                 raise CheckpointError(f"tensors never written: {shorten(self._todo)}")
             self._finish()
             self._publish()
+
+    @contextmanager
+    def _removed_on_error(self) -> Iterator[None]:
+        """Leave nothing behind, and say of an error of the system which output it is about."""
+        try:
+            yield
         except BaseException as error:
             self.abort()
-            raise self._named(error) from None
-
-    def _named(self, error: BaseException) -> BaseException:
-        """The error itself, or what it means for the output."""
-        if isinstance(error, OSError) and not isinstance(error, OutputError):
-            return output_error(self._path, error)
-        return error
+            if isinstance(error, OSError) and not isinstance(error, OutputError):
+                raise output_error(self._path, error) from None
+            raise
 
     @abstractmethod
     def abort(self) -> None:
         """Remove what has been written; does nothing after :meth:`commit`."""
-
-    @abstractmethod
-    def _write(self, spec: TensorSpec, array: Array) -> None:
-        """Write one checked, C-contiguous tensor (and its aliases, if they need bytes)."""
 
     def _finish(self) -> None:
         """Write what comes after the last tensor."""
@@ -274,17 +294,48 @@ class FileWriter(CheckpointWriter):
     ) -> None:
         super().__init__(path, contents)
         self._force, self._variant = force, variant
+        self._collected: Array | None = None
         header = self._plan()
         self._output = AtomicFile(path, force=force)
-        try:
+        with self._removed_on_error():
             self._output.file.write(header)
-        except BaseException:
-            self.abort()
-            raise
 
     def _plan(self) -> bytes:
         """How the file begins; refuses what the kind cannot hold, and sets ``notes``."""
         return b""
+
+    def write_parts(self, name: str, parts: Iterable[Array]) -> None:
+        """Add one tensor whose elements come in consecutive parts."""
+        spec = self._wanted(name)
+        dtype, done = stored_dtype(spec.dtype), 0
+        for part in parts:
+            flat = np.ascontiguousarray(part).reshape(-1)
+            if done + flat.size > spec.size or flat.dtype != dtype:
+                raise CheckpointError(f"tensor {name!r} comes as something else than announced")
+            if flat.size:
+                self._write_part(spec, done, flat)
+            done += flat.size
+        if done != spec.size:
+            raise CheckpointError(f"tensor {name!r} has {spec.size} elements, {done} came")
+        if not spec.size:
+            self._write(spec, np.empty(spec.shape, dtype))
+        del self._todo[name]
+
+    def _write_part(self, spec: TensorSpec, first: int, part: Array) -> None:
+        """Take a part of a tensor; parts come in order."""
+        if part.size == spec.size:
+            self._write(spec, part.reshape(spec.shape))
+            return
+        if first == 0 or self._collected is None:
+            self._collected = np.empty(spec.size, part.dtype)
+        self._collected[first : first + part.size] = part
+        if first + part.size == spec.size:
+            array, self._collected = self._collected, None
+            self._write(spec, array.reshape(spec.shape))
+
+    @abstractmethod
+    def _write(self, spec: TensorSpec, array: Array) -> None:
+        """Write one checked, C-contiguous tensor (and its aliases, if they need bytes)."""
 
     def _write_at(self, offset: int, data: Array) -> None:
         self._output.file.seek(offset)
@@ -320,3 +371,57 @@ def _check(contents: Contents) -> None:
     for key, value in contents.metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise CheckpointError(f"metadata must be text pairs, not {key!r}: {value!r}")
+
+
+def raw_bytes(array: Array) -> Bytes:
+    """Bytes of a C-contiguous array as a flat view (numpy lends no buffer of dates or empties)."""
+    return array.reshape(-1).view(np.uint8) if array.size else np.empty(0, np.uint8)
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import a module of an optional package, or say how to get it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise CheckpointError(
+            f"the {extra} package is needed for this ({error}): pip install 'weightvid[{extra}]'"
+        ) from None
+
+
+def as_side_file(path: str, data: bytes, role: str) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+    """What a kind needs besides the tensors, or a note for ``skipped`` where it is too large."""
+    if len(data) > SIDE_FILE_BYTES:
+        return (), (f"{path} (larger than {SIDE_FILE_BYTES >> 20} MiB)",)
+    return (SideFile(path, data, role),), ()
+
+
+def encode_name(name: str) -> bytes:
+    """UTF-8 of a tensor's name, or an error where it is not valid Unicode."""
+    try:
+        return name.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"the tensor name {name!r} is not valid Unicode") from None
+
+
+def shorten(items: Iterable[object], limit: int = 8) -> str:
+    """The first few items, comma-separated, and how many there are.
+
+    Examples
+    --------
+    >>> shorten("abcd", limit=2)
+    'a, b, ... (4 in all)'
+    """
+    listed = [str(item) for item in items]
+    more = f", ... ({len(listed)} in all)" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def tied_note(aliases: Collection[str]) -> tuple[str, ...]:
+    """Note of the writers whose format cannot share storage."""
+    said = f"tied tensors are written as full copies: {shorten(aliases)}"
+    return (said,) if aliases else ()

@@ -19,11 +19,16 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from weightvid.atomic import refuse_address
-from weightvid.checkpoint import safetensors
-from weightvid.checkpoint.base import CheckpointReader, CheckpointWriter, Contents
-from weightvid.checkpoint.common import Array, first_line, shorten
-from weightvid.checkpoint.kinds import kind_of_file
+from weightvid.checkpoint import kind_of_file, safetensors
+from weightvid.checkpoint.base import (
+    CheckpointReader,
+    CheckpointWriter,
+    Contents,
+    first_line,
+    shorten,
+)
 from weightvid.errors import CheckpointError, OutputError
+from weightvid.loader import Array
 from weightvid.spec import (
     SIDE_FILE_BYTES,
     SIDE_FILES,
@@ -167,15 +172,12 @@ class Writer(CheckpointWriter):
         # Diffusers looks for weights of another name.
         diffusers = b'"_diffusers_version"' in self._files.get("config.json", b"")
         self._stem = "diffusion_pytorch_model" if diffusers else "model"
-        try:
+        with self._removed_on_error():
             self._folder.mkdir()
             for shard, inside in self._plan_shards().items():
                 self._writers[shard] = safetensors.Writer(self._folder / shard, inside)
                 self._weight_map |= {name: shard for name, _ in inside.rows()}
                 self.notes += self._writers[shard].notes
-        except BaseException as error:
-            self.abort()
-            raise self._named(error) from None
 
     def _plan_shards(self) -> dict[str, Contents]:
         """Cut contents into files of at most ``SHARD_BYTES`` of tensors (or of a single one)."""
@@ -196,9 +198,6 @@ class Writer(CheckpointWriter):
             tied = {alias: spec.name for spec in specs for alias in self._names_of[spec.name][1:]}
             shards[f"{self._stem}{part}.safetensors"] = Contents(tuple(specs), tied, metadata)
         return shards
-
-    def _write(self, spec: TensorSpec, array: Array) -> None:
-        self._writers[self._weight_map[spec.name]].write(spec.name, array)
 
     def write_parts(self, name: str, parts: Iterable[Array]) -> None:
         """Add one tensor whose elements come in consecutive parts."""

@@ -13,10 +13,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from weightvid.checkpoint import common
-from weightvid.checkpoint.base import CheckpointReader, Contents, FileWriter
-from weightvid.checkpoint.common import Array, first_line
+from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError
+from weightvid.loader import Array
 from weightvid.spec import PACKABLE, TensorSpec, stored_dtype, to_float32
 
 METADATA_ROLE: Final = "gguf-metadata"
@@ -31,7 +30,7 @@ _MAX_DIMS, _MAX_NAME_BYTES, _BLOCK = 4, 63, 32
 _MATRICES: Final = {"F32": (0, np.inf), "F16": (1, 65504.0), "Q8_0": (7, 127 * 65504.0)}
 
 
-class Reader(CheckpointReader):
+class Reader(base.CheckpointReader):
     """A GGUF file, memory-mapped; one part of several is refused."""
 
     def __init__(self, path: Path) -> None:
@@ -48,8 +47,8 @@ class Reader(CheckpointReader):
             kind = tensor.tensor_type.name
             shape = tuple(int(n) for n in reversed(tensor.shape))
             specs.append(TensorSpec(name, kind if kind in _PLAIN else "F32", shape))
-        files, skipped = common.as_side_file(METADATA_PATH, _head(source), METADATA_ROLE)
-        super().__init__(Contents(tuple(specs), skipped=skipped, files=files))
+        files, skipped = base.as_side_file(METADATA_PATH, _head(source), METADATA_ROLE)
+        super().__init__(base.Contents(tuple(specs), skipped=skipped, files=files))
 
     def _read(self, spec: TensorSpec) -> Array:
         tensor = self._tensors[spec.name]
@@ -63,7 +62,7 @@ class Reader(CheckpointReader):
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(
                 f"the gguf package cannot dequantize {tensor.tensor_type.name} of tensor "
-                f"{spec.name!r}: {first_line(error)}"
+                f"{spec.name!r}: {base.first_line(error)}"
             ) from None
         return made.reshape(spec.shape)
 
@@ -73,7 +72,7 @@ class Reader(CheckpointReader):
         super().close()
 
 
-class Writer(FileWriter):
+class Writer(base.FileWriter):
     """A GGUF file: the header first, then each tensor at its offset, in any order.
 
     ``variant`` is the type of the matrices: ``F16`` (by default), ``F32`` or ``Q8_0``.
@@ -81,7 +80,7 @@ class Writer(FileWriter):
 
     def _plan(self) -> bytes:
         matrices = self._variant or "F16"
-        self.notes = common.tied_note(self.contents.aliases)
+        self.notes = base.tied_note(self.contents.aliases)
         data = self._side_file(METADATA_ROLE)
         if data is None:
             self.notes += (
@@ -132,7 +131,7 @@ class Writer(FileWriter):
 
 
 def _library() -> Any:
-    return common.need("gguf.quants", "gguf") and common.need("gguf", "gguf")
+    return base.need("gguf.quants", "gguf") and base.need("gguf", "gguf")
 
 
 def _parse(path: Path) -> Any:
@@ -156,7 +155,7 @@ def _parse(path: Path) -> Any:
                 raise ValueError("GGUF versions 2 and 3 are read, little-endian")
         return Bounded(path)
     except (ValueError, KeyError, IndexError, OverflowError, OSError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {first_line(error)}") from None
+        raise CheckpointError(f"cannot read {path}: {base.first_line(error)}") from None
 
 
 def _head(source: Any) -> bytes:
@@ -186,7 +185,7 @@ def _maker(source: Any | None) -> Any:
 
 def _type(name: str, spec: TensorSpec, matrices: str) -> Any:
     """Ggml type of a tensor."""
-    if len(common.encode_name(name)) > _MAX_NAME_BYTES or len(spec.shape) > _MAX_DIMS:
+    if len(base.encode_name(name)) > _MAX_NAME_BYTES or len(spec.shape) > _MAX_DIMS:
         raise CheckpointError(
             f"GGUF holds names of {_MAX_NAME_BYTES} bytes and {_MAX_DIMS} dimensions at most; "
             f"{name[:80]!r} {list(spec.shape)} is beyond that"

@@ -14,9 +14,9 @@ from typing import IO, Any, Final
 
 import numpy as np
 
-from weightvid.checkpoint.base import CheckpointReader, Contents, FileWriter
-from weightvid.checkpoint.common import Array, encode_name, first_line, shorten, tied_note
+from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError
+from weightvid.loader import Array
 from weightvid.spec import RAW_BITS, TensorSpec, name_of, stored_dtype, to_float32
 
 _NPY: Final = ".npy"
@@ -28,7 +28,7 @@ _NAME_LIMIT_BYTES: Final = 65535
 _FORMAT: Final = np.lib.format
 
 
-class Reader(CheckpointReader):
+class Reader(base.CheckpointReader):
     """An .npz file; arrays of objects or records are reported in ``contents.skipped``."""
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +48,7 @@ class Reader(CheckpointReader):
                     self._members[found.name] = info
                 else:
                     skipped.append(f"{info.filename.removesuffix(_NPY)} ({found})")
-            super().__init__(Contents(tuple(specs), skipped=tuple(skipped)))
+            super().__init__(base.Contents(tuple(specs), skipped=tuple(skipped)))
         except BaseException:
             self._archive.close()
             raise
@@ -66,7 +66,7 @@ class Reader(CheckpointReader):
                 shape, dtype = _read_header(member)
                 data_bytes = info.file_size - member.tell()
         except Exception as error:
-            raise CheckpointError(f"{what} is damaged: {first_line(error)}") from None
+            raise CheckpointError(f"{what} is damaged: {base.first_line(error)}") from None
         if dtype.hasobject:
             return "array of Python objects or records"
         try:
@@ -90,7 +90,7 @@ class Reader(CheckpointReader):
                     raise EOFError("more bytes than its header says")
         except Exception as error:
             what = f"array {spec.name!r} in {self._path}"
-            raise CheckpointError(f"{what} is damaged: {first_line(error)}") from None
+            raise CheckpointError(f"{what} is damaged: {base.first_line(error)}") from None
         return array.astype(stored_dtype(spec.dtype), "C", copy=False)
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class Reader(CheckpointReader):
         super().close()
 
 
-class Writer(FileWriter):
+class Writer(base.FileWriter):
     """An .npz file: one stored (uncompressed) zip member per tensor, with fixed time stamps."""
 
     _zip: zipfile.ZipFile | None = None
@@ -108,7 +108,7 @@ class Writer(FileWriter):
         for name, _ in self.contents.rows():
             # zipfile would cut the first and rewrite the second.
             odd = "\0" in name or (os.sep != "/" and os.sep in name)
-            if odd or len(encode_name(name)) > _NAME_LIMIT_BYTES:
+            if odd or len(base.encode_name(name)) > _NAME_LIMIT_BYTES:
                 raise CheckpointError(f"an npz file cannot hold the tensor name {name[:80]!r}")
         dtypes = {spec.dtype for spec in self.contents.tensors}
         for dtype in sorted(RAW_BITS & dtypes):
@@ -116,10 +116,10 @@ class Writer(FileWriter):
             if dtype == "BF16":
                 said = "npz has no bfloat16; written as float32, which holds it exactly"
             named = (spec.name for spec in self.contents.tensors if spec.dtype == dtype)
-            self.notes += (f"{said}: {shorten(named)}",)
+            self.notes += (f"{said}: {base.shorten(named)}",)
         if self.contents.metadata:
-            self.notes += (f"npz has no metadata; dropped: {shorten(self.contents.metadata)}",)
-        self.notes += tied_note(self.contents.aliases)
+            self.notes += (f"npz has no metadata; dropped: {base.shorten(self.contents.metadata)}",)
+        self.notes += base.tied_note(self.contents.aliases)
         return b""
 
     def _write(self, spec: TensorSpec, array: Array) -> None:

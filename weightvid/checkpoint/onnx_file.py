@@ -15,10 +15,9 @@ from typing import Any, Final
 import numpy as np
 
 from weightvid.atomic import atomic_output
-from weightvid.checkpoint.base import Contents, FileWriter
-from weightvid.checkpoint.common import Array, as_side_file, first_line, need, raw_bytes, shorten
-from weightvid.checkpoint.mapping import ArrayReader
+from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError
+from weightvid.loader import Array
 from weightvid.spec import TensorSpec, is_safe_path, stored_dtype
 
 GRAPH_ROLE: Final = "onnx-graph"
@@ -40,7 +39,7 @@ INLINE_BYTES: Final = 1 << 30
 _ALIGNMENT: Final = 4096
 
 
-class Reader(ArrayReader):
+class Reader(base.ArrayReader):
     """An ONNX model; its external data is memory-mapped.
 
     Initializers of types that weightvid lacks (strings, 4-bit integers, ...) stay in the graph.
@@ -51,18 +50,20 @@ class Reader(ArrayReader):
         model = _load(path, str(path))
         if model.ir_version >= _FREE_INITIALIZERS:
             _constants_to_initializers(model.graph)
-        specs: list[TensorSpec] = []
         arrays: dict[str, Array] = {}
+        dtypes: dict[str, str] = {}
         for tensor in model.graph.initializer:
             if tensor.data_type not in _NAMES or not tensor.name:
                 continue
             spec = TensorSpec(tensor.name, _NAMES[tensor.data_type], tuple(tensor.dims))
-            specs.append(spec)
+            if spec.name in dtypes:
+                raise CheckpointError(f"two tensors are named {spec.name!r} in {path}")
+            dtypes[spec.name] = spec.dtype
             try:
                 arrays[spec.name] = _elements(path, spec, tensor)
             except (ValueError, TypeError, OverflowError, MemoryError, OSError) as error:
                 raise CheckpointError(
-                    f"tensor {spec.name!r} of {path} cannot be read: {first_line(error)}"
+                    f"tensor {spec.name!r} of {path} cannot be read: {base.first_line(error)}"
                 ) from None
             tensor.Clear()
             tensor.name, tensor.data_type = spec.name, DTYPES[spec.dtype]
@@ -74,11 +75,11 @@ class Reader(ArrayReader):
                 "of a type that weightvid lacks; save it with all its data inside"
             )
         graph = model.SerializeToString(deterministic=True)
-        files, skipped = as_side_file(GRAPH_PATH, graph, GRAPH_ROLE)
-        super().__init__(Contents(tuple(specs), skipped=skipped, files=files), arrays)
+        files, skipped = base.as_side_file(GRAPH_PATH, graph, GRAPH_ROLE)
+        super().__init__(arrays, dtypes, skipped=skipped, files=files)
 
 
-class Writer(FileWriter):
+class Writer(base.FileWriter):
     """An ONNX model; the contents must hold its graph and every weight of it.
 
     The weights of a large model go to ``NAME.data``.
@@ -102,7 +103,7 @@ class Writer(FileWriter):
         return b""
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
-        self._slots[spec.name].raw_data = raw_bytes(array).tobytes()
+        self._slots[spec.name].raw_data = base.raw_bytes(array).tobytes()
 
     def _finish(self) -> None:
         if self._data_name:
@@ -129,7 +130,7 @@ class Writer(FileWriter):
 
 
 def _library() -> Any:
-    return need("onnx", "onnx")
+    return base.need("onnx", "onnx")
 
 
 def _load(source: Path | BytesIO, what: str) -> Any:
@@ -139,7 +140,7 @@ def _load(source: Path | BytesIO, what: str) -> Any:
         model = library.load_model(source, "protobuf", load_external_data=False)
     except Exception as error:
         # The exceptions of protobuf have no common base that is public.
-        raise CheckpointError(f"{what} is no valid ONNX model: {first_line(error)}") from None
+        raise CheckpointError(f"{what} is no valid ONNX model: {base.first_line(error)}") from None
     if not model.HasField("graph"):
         raise CheckpointError(f"{what} is no valid ONNX model: it has no graph")
     return model
@@ -188,7 +189,7 @@ def _is_weight(node: Any) -> bool:
     return prod(tensor.dims) >= _LEAST_CONSTANT and tensor.data_type in _FLOATS
 
 
-def _slots(model: Any, contents: Contents) -> dict[str, Any]:
+def _slots(model: Any, contents: base.Contents) -> dict[str, Any]:
     """Initializers that wait for the tensors."""
     slots = {tensor.name: tensor for tensor in model.graph.initializer}
     names = {spec.name: None for spec in contents.tensors}
@@ -203,9 +204,8 @@ def _slots(model: Any, contents: Contents) -> dict[str, Any]:
             )
     absent = [name for name in slots if name not in names and _is_bare(slots[name])]
     if absent or contents.aliases:
-        raise CheckpointError(
-            f"an ONNX model needs all its weights; missing: {shorten(absent or contents.aliases)}"
-        )
+        missing = base.shorten(absent or contents.aliases)
+        raise CheckpointError(f"an ONNX model needs all its weights; missing: {missing}")
     return {name: slots[name] for name in names}
 
 

@@ -1,6 +1,7 @@
 """Files at addresses, through fsspec: web servers, object stores, the Hugging Face hub.
 
-fsspec and what it needs are imported when an address is used, never before.
+Archives are read and written where they are. Checkpoints are downloaded first: those of the hub to
+huggingface_hub's cache, where they stay; others to a temporary folder (of ``TMPDIR``).
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ import io
 import os
 import re
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeGuard, cast
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 from urllib.parse import unquote
 
-from weightvid.errors import OutputError, RemoteError
+from weightvid.checkpoint import open_checkpoint
+from weightvid.checkpoint.base import CheckpointReader, shorten
+from weightvid.checkpoint.folder import INDEX, WEIGHTS, find_weights
+from weightvid.errors import CheckpointError, OutputError, RemoteError
+from weightvid.progress import Progress, Report
+from weightvid.spec import SIDE_FILE_BYTES, is_safe_path
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 WEB: Final = ("http", "https")
-#: two letters at least: one is a drive of Windows.
-_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.")
 _BLOCK_BYTES: Final = 1 << 22
 #: seconds that a server may take to answer, and to send the next byte.
 _CONNECT_S, _SILENCE_S = 30.0, 60.0
@@ -38,17 +45,16 @@ _NO_ACCESS: Final = re.compile("Credential|Authentication|Permission|Gated|Token
 _ABSENT: Final = re.compile("(File|Repository|Entry)NotFound|NotADirectory|NoSuchBucket")
 #: what may be secret in a text with addresses: user and password, and the query.
 _SECRETS: Final = re.compile(r"(?<=://)[^/\s@]*@|\?[^\s'\")]*")
-
-
-def is_url(source: object) -> TypeGuard[str]:
-    """Whether a source is an address rather than a path.
-
-    Examples
-    --------
-    >>> is_url("https://example.org/m.mp4"), is_url("C://m.mp4"), is_url("models/m.mp4")
-    (True, False, False)
-    """
-    return isinstance(source, str) and _URL.match(source) is not None
+_HUB: Final = re.compile(
+    r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?"
+    r"(?:/(?P<path>.*))?"
+)
+#: sub-folders of sentence-transformers, which may hold small weights of their own.
+_MODULE: Final = re.compile(r"\d+_[^/]+/[^/]+$")
+_UNREACHABLE: Final = re.compile("ConnectionError|ConnectError|TransportError|Timeout|Offline")
+#: what brings a file, named relative to some root, to a path; and says how many bytes came.
+_Fetch = Callable[[str, Callable[..., None]], Path]
 
 
 def scheme(url: str) -> str:
@@ -83,7 +89,7 @@ def open_remote(url: str) -> BinaryIO:
         Nothing there, no access, no connection; reading may raise it, too.
     """
     files, path = find_driver(url)
-    try:
+    with explained(url):
         file = files.open(path, "rb", block_size=_BLOCK_BYTES)
         try:
             # Not every server that tells a size has ranges.
@@ -95,8 +101,6 @@ def open_remote(url: str) -> BinaryIO:
             file = tempfile.TemporaryFile(prefix="weightvid-")  # noqa: SIM115 - it is returned
             files.get_file(path, file)
             file.seek(0)
-    except Exception as error:
-        raise explain(url, error) from None
     return cast(BinaryIO, io.BufferedReader(_RemoteFile(file, url), _BLOCK_BYTES))
 
 
@@ -119,10 +123,8 @@ class _RemoteFile(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
-        try:
+        with explained(self._url):
             data = self._file.read(len(view))
-        except Exception as error:
-            raise explain(self._url, error) from None
         view[: len(data)] = data
         return len(data)
 
@@ -145,10 +147,8 @@ def check_upload(url: str, *, force: bool) -> None:
     if not file_name(url) or url.endswith("/"):
         raise OutputError(f"cannot write {where}: name a file in it")
     files, path = find_driver(url)
-    try:
+    with explained(url, "write"):
         exists = files.exists(path)
-    except Exception as error:
-        raise explain(url, error, "write") from None
     if exists and not force:
         raise OutputError(f"{where} exists already; use --force (force=True) to replace it")
 
@@ -156,16 +156,133 @@ def check_upload(url: str, *, force: bool) -> None:
 def upload(path: str | os.PathLike[str], url: str) -> None:
     """Put a file where an address says (or RemoteError); a store shows it when it is complete."""
     files, target = find_driver(url)
-    try:
+    with explained(url, "write"):
         files.put_file(os.fspath(path), target)
+
+
+def open_downloaded(url: str, progress: Report) -> CheckpointReader:
+    """Download a file, a folder of an object store or a model of the hub, and open it.
+
+    Raises
+    ------
+    RemoteError, CheckpointError
+        It cannot be reached or read, or is no checkpoint.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="weightvid-", ignore_cleanup_errors=True)
+    path = Path(folder.name)
+    try:
+        path = _bring(url, path, progress)
+        reader = open_checkpoint(path)
+    except BaseException as error:
+        folder.cleanup()
+        if isinstance(error, CheckpointError):
+            # The temporary name means nothing to anybody.
+            raise CheckpointError(str(error).replace(os.fspath(path), shown(url))) from None
+        raise explain(url, error) if isinstance(error, Exception) else error from None
+    reader.temporary = folder
+    return reader
+
+
+def _bring(url: str, folder: Path, progress: Report) -> Path:
+    """Download what an address means; where it lies now."""
+    sizes, path, fetch = _hub(url) if scheme(url) == "hf" else _store(url, folder)
+    if fetch is None:
+        return Path(path)
+    names = _wanted(url, path, sizes)
+    done, total = 0, sum(sizes[name] for name in names)
+
+    def tell(_: int | None, value: int, **__: object) -> None:
+        progress(Progress("download", done + value, max(total, done + value), unit="bytes"))
+
+    for name in names:
+        tell(None, 0)
+        local = fetch(name, tell)
+        done += local.stat().st_size
+    # All lie below one folder.
+    return local.parents[name.count("/")] / path
+
+
+def _hub(url: str) -> tuple[Mapping[str, int], str, _Fetch | None]:
+    """Files of a model with their sizes, the path that is meant; without a way: all is cached."""
+    match = _HUB.fullmatch(url.partition("://")[2].rstrip("/"))
+    if match is None:
+        raise RemoteError(f"{url} names no model: write hf://org/model[@revision][/file]")
+    repo, revision, path = match["repo"], match["revision"], match["path"] or ""
+    hub: Any = import_module("huggingface_hub")
+    try:
+        info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
     except Exception as error:
-        raise explain(url, error, "write") from None
+        if _UNREACHABLE.search(" ".join(cls.__name__ for cls in type(error).__mro__)):
+            with suppress(Exception):
+                root = hub.snapshot_download(repo, revision=revision, local_files_only=True)
+                return {}, str(Path(root, path)), None
+        raise
+
+    def fetch(name: str, _: Callable[..., None]) -> Path:
+        # By the name of the revision, so that the cache learns what it stands for.
+        return Path(hub.hf_hub_download(repo, name, revision=revision))
+
+    return {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}, path, fetch
+
+
+def _store(url: str, folder: Path) -> tuple[Mapping[str, int], str, _Fetch]:
+    """The same of a folder in an object store, or of a file; of a web server, of one file."""
+    files, place = find_driver(url)
+    callback = import_module("fsspec.callbacks").Callback
+    name, root = "", place.rstrip("/")
+    if scheme(url) in WEB or not files.isdir(place):
+        name, root = file_name(url), place.rpartition("/")[0]
+        if not name or url.endswith("/") or not is_safe_path(name):
+            raise RemoteError(f"{shown(url)} names no file, and its folder cannot be listed")
+    sizes = {name: 0} if name else {}
+    if not name or (name.endswith(".onnx") and scheme(url) not in WEB):
+        listed = files.ls(root) if name else files.find(root, detail=True).values()
+        for about in listed:
+            sizes[about["name"].removeprefix(f"{root}/")] = int(about.get("size") or 0)
+
+    def fetch(wanted: str, tell: Callable[..., None]) -> Path:
+        local = folder / wanted
+        local.parent.mkdir(parents=True, exist_ok=True)
+        source = place if wanted == name else f"{root}/{wanted}"
+        files.get_file(source, os.fspath(local), callback=callback(hooks={"progress": tell}))
+        return local
+
+    return sizes, name, fetch
+
+
+def _wanted(url: str, path: str, sizes: Mapping[str, int]) -> list[str]:
+    """Files of a listing that a path in it means: one, those of a folder, or of all."""
+    if path in sizes:
+        data = (".data", ".onnx_data") if path.endswith(".onnx") else ()
+        folder = PurePosixPath(path).parent
+        return [path, *(n for n in sizes if n.endswith(data) and PurePosixPath(n).parent == folder)]
+    prefix = f"{path}/" if path else ""
+    inside = {n.removeprefix(prefix): s for n, s in sizes.items() if n.startswith(prefix)}
+    if not inside:
+        raise RemoteError(f"there is no {url}; the model has {shorten(sizes)}")
+    weights = find_weights([name for name in inside if "/" not in name])
+    if not weights:
+        raise CheckpointError(
+            f"{shown(url)} holds no weights that weightvid looks for; name one of {shorten(inside)}"
+        )
+    if weights[0].endswith(INDEX):
+        start, _, end = weights[0].removesuffix(INDEX).rpartition(".")
+        weights += [n for n in inside if n.startswith(start) and n.endswith(end) and "/" not in n]
+    small = [
+        name
+        for name, size in inside.items()
+        if size <= SIDE_FILE_BYTES
+        and (PurePosixPath(name).suffix.lower() not in WEIGHTS or _MODULE.match(name))
+        and is_safe_path(name)
+        and not any(part.startswith(".") for part in name.split("/"))
+    ]
+    return [prefix + name for name in sorted({*weights, *small})]
 
 
 def find_driver(url: str) -> tuple[Any, str]:
     """File system of fsspec for an address, and the path in it."""
     options: dict[str, Any] = {}
-    try:
+    with explained(url):
         fsspec: Any = import_module("fsspec")
         if scheme(url) in WEB:
             # aiohttp's own limit is five minutes for a whole file.
@@ -177,9 +294,16 @@ def find_driver(url: str) -> tuple[Any, str]:
             # What is quoted already stays as it is: signatures are of the very characters.
             options["encoded"] = url.isascii() and " " not in url
         files, path = fsspec.url_to_fs(url, **options)
+        return files, str(path)
+
+
+@contextmanager
+def explained(url: str, verb: str = "read") -> Iterator[None]:
+    """Make the errors of any driver ours."""
+    try:
+        yield
     except Exception as error:
-        raise explain(url, error) from None
-    return files, str(path)
+        raise explain(url, error, verb) from None
 
 
 def explain(url: str, error: BaseException, verb: str = "read") -> RemoteError:

@@ -16,9 +16,9 @@ from typing import Any, Final
 import numpy as np
 from safetensors import safe_open
 
-from weightvid.checkpoint.base import CheckpointReader, Contents, FileWriter
-from weightvid.checkpoint.common import Array, first_line, tied_note
+from weightvid.checkpoint.base import CheckpointReader, Contents, FileWriter, first_line, tied_note
 from weightvid.errors import CheckpointError
+from weightvid.loader import Array
 from weightvid.spec import STORED, SUB_BYTE, TensorSpec, pack_bits, stored_dtype, unpack_bits
 
 #: dtype names the format has (library version 0.8).

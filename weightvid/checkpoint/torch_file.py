@@ -11,6 +11,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -18,10 +19,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from weightvid.checkpoint.base import Contents, FileWriter
-from weightvid.checkpoint.common import Array, first_line, need, raw_bytes, shorten
-from weightvid.checkpoint.mapping import ArrayReader
+from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError, OutputError
+from weightvid.loader import Array
 from weightvid.spec import SUB_BYTE, TensorSpec, pack_bits, stored_dtype, unpack_bits
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _EXPANSION_FLOOR_BYTES: Final = 1 << 26
 
 def import_torch() -> Any:
     """Import torch, or say in a CheckpointError how to get it."""
-    return need("torch", "torch")
+    return base.need("torch", "torch")
 
 
 def to_stored(tensor: torch.Tensor) -> tuple[str, Array]:
@@ -76,12 +76,27 @@ def to_stored(tensor: torch.Tensor) -> tuple[str, Array]:
     except (RuntimeError, TypeError, MemoryError) as error:
         # Tensor subclasses (distributed, fake, wrapped) may lack any of the steps.
         kind = type(tensor).__name__
-        raise CheckpointError(f"cannot read a {kind}'s elements: {first_line(error)}") from None
+        raise CheckpointError(
+            f"cannot read a {kind}'s elements: {base.first_line(error)}"
+        ) from None
     shape = tuple(int(n) for n in tensor.shape)
     if name in SUB_BYTE:
         shape = (*shape[:-1], shape[-1] * 8 // SUB_BYTE[name])
         flat = unpack_bits(flat.view(np.uint8), name, prod(shape))
     return name, flat.view(stored_dtype(name)).reshape(shape)
+
+
+def stored_arrays(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Array], dict[str, str]]:
+    """Stored elements and dtype names; what shows the same memory the same way is one array."""
+    known: dict[Any, tuple[str, Array]] = {}
+    arrays, dtypes = {}, {}
+    for name, tensor in tensors.items():
+        seen = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        look = (*seen, tensor.is_conj(), tensor.is_neg()) if tensor.numel() else name
+        if look not in known:
+            known[look] = to_stored(tensor)
+        dtypes[name], arrays[name] = known[look]
+    return arrays, dtypes
 
 
 def from_stored(array: Array, name: str) -> torch.Tensor:
@@ -105,7 +120,7 @@ def from_stored(array: Array, name: str) -> torch.Tensor:
         array = pack_bits(array.copy(order="C"), name)
     if not array.flags.writeable or not array.flags.c_contiguous:
         array = array.copy(order="C")
-    data: torch.Tensor = import_torch().from_numpy(raw_bytes(array))
+    data: torch.Tensor = import_torch().from_numpy(base.raw_bytes(array))
     return _row(data).view(dtype).reshape(shape)
 
 
@@ -123,7 +138,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-class Reader(ArrayReader):
+class Reader(base.ArrayReader):
     """A PyTorch checkpoint, loaded with ``weights_only=True``, memory-mapped where possible.
 
     Tensors that are sparse, quantized, nested, on the meta device or of a type weightvid lacks
@@ -145,32 +160,21 @@ class Reader(ArrayReader):
         except RecursionError:
             raise CheckpointError(f"cannot read {path}: its dicts are nested too deep") from None
         limit = _EXPANSION * path.stat().st_size + _EXPANSION_FLOOR_BYTES
-        arrays: dict[str, Array] = {}
-        specs: list[TensorSpec] = []
-        aliases: dict[str, str] = {}
-        first_of: dict[tuple[object, ...], str] = {}
+        tensors = {}
         for name, tensor in found.tensors.items():
             problem = _unsupported(tensor)
             if problem is None and prod(tensor.shape) * tensor.element_size() > limit:
                 problem = f"tensor of shape {list(tensor.shape)}, expanded from a few elements"
-            if problem is not None:
+            if problem is None:
+                tensors[name] = tensor
+            else:
                 found.skipped.append(f"{name} ({problem})")
-                continue
-            # Equal for two tensors that show the same memory the same way.
-            seen = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
-            look = (*seen, tensor.is_conj(), tensor.is_neg())
-            if tensor.numel() and look in first_of:
-                aliases[name] = first_of[look]
-                continue
-            first_of[look] = name
-            dtype, arrays[name] = to_stored(tensor)
-            specs.append(TensorSpec(name, dtype, arrays[name].shape))
-        if not specs and (found.skipped or not isinstance(root, dict)):
-            raise CheckpointError(f"{path} holds no named tensors: {shorten(found.skipped)}")
-        super().__init__(Contents(tuple(specs), aliases, skipped=tuple(found.skipped)), arrays)
+        if not tensors and (found.skipped or not isinstance(root, dict)):
+            raise CheckpointError(f"{path} holds no named tensors: {base.shorten(found.skipped)}")
+        super().__init__(*stored_arrays(tensors), skipped=found.skipped)
 
 
-class Writer(FileWriter):
+class Writer(base.FileWriter):
     """A state dict; it is held in memory until ``commit``, for tensors to share storage."""
 
     def _plan(self) -> bytes:
@@ -182,7 +186,7 @@ class Writer(FileWriter):
             except CheckpointError as error:
                 raise CheckpointError(f"tensor {spec.name!r}: {error}") from None
         if dropped := self.contents.metadata:
-            self.notes = (f"a state_dict has no metadata; dropped: {shorten(dropped)}",)
+            self.notes = (f"a state_dict has no metadata; dropped: {base.shorten(dropped)}",)
         self._state: dict[str, Any] = {}
         return b""
 
@@ -203,7 +207,7 @@ class Writer(FileWriter):
             cause = error.__cause__ or error.__context__
             if isinstance(cause, OutputError):
                 raise cause from None
-            raise OutputError(f"cannot write the PyTorch file: {first_line(error)}") from None
+            raise OutputError(f"cannot write the PyTorch file: {base.first_line(error)}") from None
 
     def abort(self) -> None:
         """Remove the temporary file and let the tensors go."""
@@ -252,7 +256,7 @@ def _refusal(error: BaseException) -> str:
             "torch.save instead"
         )
     inner = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-    return f"damaged, or no state_dict: {inner[1] if inner else first_line(error)}"
+    return f"damaged, or no state_dict: {inner[1] if inner else base.first_line(error)}"
 
 
 class StateDict:

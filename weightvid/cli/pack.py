@@ -205,18 +205,19 @@ def _evaluation(
 
 def _pack(model: str, destination: str, options: PackOptions) -> PackReport:
     """Pack into a file, or into one that is then uploaded."""
-    from weightvid.checkpoint import check_upload, is_url, open_checkpoint, upload
+    from weightvid import checkpoint
     from weightvid.pack import pack_checkpoint
 
-    if is_url(destination):
-        check_upload(destination, force=options.force)
-    with output.progress_bars() as report, open_checkpoint(model, report) as reader:
+    remote = checkpoint.is_url(destination)
+    if remote:
+        checkpoint.check_upload(destination, force=options.force)
+    with output.progress_bars() as report, checkpoint.open_checkpoint(model, report) as reader:
         _check_keeps(reader, options)
-        if not is_url(destination):
+        if not remote:
             return pack_checkpoint(reader, destination, options, report)
         with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
             made = pack_checkpoint(reader, Path(folder) / "archive.mp4", options, report)
-            upload(Path(folder) / "archive.mp4", destination)
+            checkpoint.upload(Path(folder) / "archive.mp4", destination)
             return made
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from weightvid.calibrate.judge import Function, Judge, Verdict
+from weightvid.calibrate.evaluation import Function, Judge, Verdict
 from weightvid.compare.model import Method, Model
 from weightvid.errors import OutputError, WeightvidError
 from weightvid.version import code_sha256
@@ -43,7 +43,7 @@ class Row:
     sqnr_db : float or None
         Over all float tensors of two axes or more; None: all are exact.
     metric, kl, cosine, agreement : float or None
-        See `weightvid.calibrate.judge.Verdict`.
+        See `weightvid.calibrate.evaluation.Verdict`.
     """
 
     label: str

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from weightvid.calibrate.judge import Function, Judge, Verdict
+from weightvid.calibrate.evaluation import Function, Judge, Verdict
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.compare.codecs import CODECS
 from weightvid.compare.curves import Goal, Measure, bd_rate, crossing, measures
@@ -58,7 +58,7 @@ class CompareOptions:
     only : tuple of str
         Labels of points or names of curves; empty: all.
     evaluation : callable or None
-        See `weightvid.calibrate.judge.Judge`.
+        See `weightvid.calibrate.evaluation.Judge`.
     numpy_evaluation : bool
         The function wants numpy arrays rather than torch tensors.
     lower_is_better : bool

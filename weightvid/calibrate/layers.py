@@ -1,0 +1,284 @@
+"""Quantizing a model layer by layer, each for the inputs that the quantized layers before it make.
+
+Both models run on the same batches: the original one shows what a layer is to put out, and the one
+whose first layers are quantized already what the layer really gets. Layers of a stage are watched
+in one pass. A pass ends as soon as nothing more can come.
+
+A layer was to put out ``W x``, but is given x' in place of x. The weights V that come nearest,
+``E |W x - V x'|^2`` least, are ``W C (H')^-1`` with ``C = E[x x'^T]`` and ``H' = E[x' x'^T]``; with
+damping they stay near W in directions that x' hardly visits. Where a bias takes the means, C and
+H' are covariances. V is what is quantized then, with error feedback through H'. What is best is
+tried on samples held back.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+
+from weightvid.calibrate.evaluation import divergence, is_unit
+from weightvid.calibrate.run import Batches, Order, calibrate, held_back, look, stages
+from weightvid.calibrate.state import State, change_of, running, samples_of
+from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats
+from weightvid.calibrate.trial import Check, Coded, sample_rows, values_of
+from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch
+from weightvid.levels.code import CodedPart, quality_of
+from weightvid.levels.steps import Moments, TensorPlan, plan_tensor
+from weightvid.loader import Array, Floats, from_float32
+from weightvid.pack import Survey
+from weightvid.progress import Progress, Report
+
+#: stages at most, if memory allows: each runs both models once.
+_MOST_STAGES: Final = 64
+#: dampings of the fit, as parts of the mean diagonal; None: the weights stay as they are.
+FITS: Final = (None, 1.0, 0.1, 0.01)
+
+Recalibrated = tuple[dict[int, list[CodedPart]], str]
+
+
+class Examples:
+    """A torch module and example inputs, at hand while its archive is made."""
+
+    def __init__(
+        self, module: torch.nn.Module, inputs: Iterable[Any], config: CalibrationConfig
+    ) -> None:
+        self._module, self._config, self._confirmed = module, config, False
+        self._batches = held_back(inputs, config.held_back)
+        self._checks = [batch for batch, back in self._batches if back]
+        self._expected: list[torch.Tensor | None] = []
+
+    def statistics(self, progress: Report) -> CalibrationStats:
+        """Statistics of the model as it is."""
+        batches = [batch for batch, _ in self._batches]
+        found = calibrate(self._module, batches, self._config, progress)
+        self._confirmed = found.confirmed
+        return found
+
+    def recalibrate(self, survey: Survey, factor: float, progress: Report) -> Recalibrated | str:
+        """All tensors quantized layer by layer, and what was done; or why not."""
+        if not self._checks:
+            return "a single batch leaves nothing to check on"
+        if not self._confirmed:
+            return (
+                "without BatchNorm nothing confirms that the inputs are of the kind that the model "
+                "is used on (if you know, say that they can be trusted)"
+            )
+        with running(self._module) as state:
+            sequence = _Sequence(state, survey, factor)
+            return sequence.run(self._batches, self._config.memory_bytes, progress)
+
+    def loss(self, tensors: dict[str, Array]) -> tuple[float, str]:
+        """Squared change of the outputs on held-back inputs, and that and the KL in words."""
+        with running(self._module) as state:
+            self._expected = self._expected or state.outputs(self._checks)
+            for name, stored in tensors.items():
+                state.put(name, stored)
+            with state.quantized():
+                found = state.outputs(self._checks)
+        change = change_of(self._expected, found) / max(1, sum(map(samples_of, self._checks)))
+        said = f"mean squared change {change:.3g}"
+        pairs = zip(self._expected, found, strict=True)
+        known = [(b.numpy(), a.numpy()) for b, a in pairs if b is not None and a is not None]
+        if known and all(b.ndim == 2 and b.shape[1] > 1 and not is_unit(b) for b, _ in known):
+            total = sum(divergence(b, a) * len(b) for b, a in known)
+            said = f"KL divergence {total / sum(len(b) for b, _ in known):.3g}, {said}"
+        return change, said
+
+
+class Way(NamedTuple):
+    """How a tensor is quantized.
+
+    ``sequential``: for the inputs that the quantized layers make, the weights fitted anew with a
+    damping ``fit``, unless that is None; ``plain``: for those of the original model; ``none``:
+    without statistics.
+    """
+
+    kind: str
+    fit: float | None = None
+
+
+WAYS: Final = (Way("plain"), Way("none"), *(Way("sequential", fit) for fit in FITS))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """A tensor, and all that the ways to quantize it need.
+
+    Its stored elements in its shape; plans with statistics, and without; moments of the original
+    model; means over the inputs to fit to, and over those to check on.
+    """
+
+    elements: Array
+    plan: TensorPlan
+    rival: TensorPlan
+    moments: Moments
+    fitted: InputMeans
+    held: InputMeans
+
+    @property
+    def check(self) -> Check:
+        """What errors of its weights do."""
+        return Check(values_of(self.elements, self.plan.spec), 1, self.fitted, self.held)
+
+    def code(self, way: Way, number: int = 0) -> Coded:
+        """Quantize it in some way."""
+        if way.kind == "none":
+            return Coded(self.rival, number, self.elements, None)
+        moments, elements = self.moments, self.elements
+        if way.kind == "sequential":
+            known = self.fitted if moments.bias is None else self.fitted.centred()
+            moments = replace(moments, moment=known.moment, mean=known.mean)
+            if way.fit is not None:
+                fitted = refit(self.check.weights, known, way.fit)
+                elements = from_float32(fitted, self.plan.spec.dtype)
+        return Coded(self.plan, number, elements, replace(moments, bias=None))
+
+    def choose(self) -> Way:
+        """The way with the least error on samples held back, tried on some of the outputs."""
+        rows = sample_rows(len(self.elements), len(self.fitted.mean), 1)
+        elements = self.elements[rows]
+        plan, rival = (
+            replace(
+                plan,
+                spec=plan.spec._replace(shape=elements.shape),
+                view=replace(plan.view, rows=len(elements)),
+                row_scales=plan.row_scales[rows],
+                row_steps=None if plan.row_steps is None else plan.row_steps[rows],
+            )
+            for plan in (self.plan, self.rival)
+        )
+        some = replace(self, elements=elements, plan=plan, rival=rival)
+        check, corrected = some.check, self.moments.bias is not None
+        return min(WAYS, key=lambda way: check.cost_db(some.code(way), corrected))
+
+
+def refit(weights: Floats, means: InputMeans, damping: float) -> Floats:
+    """Weights that put out the same for the new inputs, as nearly as can be, shape (R, C).
+
+    ``damping`` is a part of the mean diagonal of H', above 0.
+    """
+    found = []
+    shares = np.split(weights.reshape(len(weights), -1).astype(np.float64), len(means.moment))
+    for part, moment, cross in zip(shares, means.moment, means.cross, strict=True):
+        white = np.eye(len(moment))
+        damped = moment + max(damping * float(np.diagonal(moment).mean()), 1e-30) * white
+        found.append(part + part @ np.linalg.solve(damped, (cross - moment).T).T)
+    return np.concatenate(found).astype(np.float32)
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """Ends a run of which nothing more is wanted."""
+
+
+class _Sequence:
+    """Quantizes the module of a state at a step factor, layer by layer."""
+
+    def __init__(self, state: State, survey: Survey, factor: float) -> None:
+        self._state, self._survey = state, survey
+        self._plans = survey.plans(factor)
+        self._numbers = {survey.specs[number].name: number for number in self._plans}
+        for alias, name in survey.reader.contents.aliases.items():
+            if name in self._numbers:
+                self._numbers.setdefault(alias, self._numbers[name])
+        self._coded: dict[int, list[CodedPart]] = {}
+
+    def run(self, batches: Batches, memory_bytes: int, progress: Report) -> Recalibrated | str:
+        """Quantize everything."""
+        order = look(self._state, batches)
+        moments, numbers = self._survey.moments, self._numbers
+        # Three sums of squares, of those that fit and of those that are held back; both runs.
+        sizes = {
+            name: 48 * groups * columns * (columns + 1) + 8 * elements
+            for name, (groups, columns, elements) in order.shapes.items()
+            if name not in order.tables
+            and numbers.get(name) in moments
+            and moments[numbers[name]].axis
+        }
+        plan = stages(sizes, memory_bytes, _MOST_STAGES)
+        if not plan:
+            return "no layer could be followed at work"
+        staged = {numbers[name] for stage in plan for name in stage}
+        ways = [self._quantize(number, None) for number in self._plans if number not in staged]
+        for done, stage in enumerate(plan):
+            pairs = self._gather(stage, order, batches)
+            ways += [self._quantize(numbers[name], pairs.get(name)) for name in stage]
+            progress(Progress("recalibrate", done + 1, len(plan), unit="stages"))
+        sequential = sum(way.kind == "sequential" for way in ways)
+        refitted = sum(way.fit is not None for way in ways)
+        return self._coded, f"{sequential} of {len(self._plans)} tensors, {refitted} fitted anew"
+
+    def _gather(
+        self, stage: Sequence[str], order: Order, batches: Batches
+    ) -> dict[str, tuple[InputMeans, InputMeans]]:
+        """What both models give the layers of a stage: to fit to, and to check on.
+
+        What is quantized is fitted to the former alone, as the archive as a whole is judged on the
+        latter. Layers whose two runs don't match are left out: what they see depends on the values
+        themselves.
+        """
+        sums: dict[tuple[str, bool], Sums] = defaultdict(Sums)
+        lost, end = set(), order.first_after(stage)
+        for batch, back in batches:
+            original = self._watched(batch, stage, end)
+            with self._state.quantized():
+                quantized = self._watched(batch, stage, end)
+            for name in stage:
+                before, after = original.get(name, []), quantized.get(name, [])
+                forms = [[(s.axis, s.share, s.inputs.shape) for s in x] for x in (before, after)]
+                if forms[0] != forms[1]:
+                    lost.add(name)
+                for one, two in zip(before, after, strict=False) if name not in lost else ():
+                    sums[name, back].add(two, one)
+        return {
+            name: (sums[name, False].means(), sums[name, True].means())
+            for name in stage
+            if name not in lost and {(name, False), (name, True)} <= sums.keys()
+        }
+
+    def _watched(self, batch: Any, stage: Sequence[str], end: str | None) -> dict[str, list[Seen]]:
+        kept: dict[str, list[Seen]] = defaultdict(list)
+        wanted = {*stage} if end is None else {*stage, end}
+
+        def note(seen: Seen) -> None:
+            if seen.name == end:
+                raise _Enough
+            if seen.axis >= 0:
+                kept[seen.name].append(replace(seen, inputs=seen.inputs.clone()))
+
+        with suppress(_Enough), Watch(self._state.tensors, note, wanted=wanted):
+            self._state.run(batch)
+        return kept
+
+    def _quantize(self, number: int, pairs: tuple[InputMeans, InputMeans] | None) -> Way:
+        """Quantize a tensor as is best on held-back inputs, and let the model run with it."""
+        survey, plan, moments = self._survey, self._plans[number], self._survey.moments.get(number)
+        elements = survey.reader.read(plan.spec.name)
+        if pairs is None or moments is None:
+            way, coded = Way("plain"), Coded(plan, number, elements, moments)
+        else:
+            rival = plan_tensor(survey.stats[number], plan.step, survey.options.fidelity)
+            layer = Layer(elements, plan, rival or plan, moments, *pairs)
+            way = layer.choose()
+            coded = layer.code(way, number)
+            if moments.bias is not None:
+                shift = layer.check.shift(coded.values).astype(np.float32)
+                coded.parts[0] = replace(coded.parts[0], shift=shift)
+            if way.fit is not None:
+                coded.parts = [self._judged(part, elements) for part in coded.parts]
+        self._coded[number] = coded.parts
+        coded.put(self._state, survey)
+        return way
+
+    def _judged(self, coded: CodedPart, elements: Array) -> CodedPart:
+        """The quality of a part next to the original weights, not to those fitted anew."""
+        part, plan = coded.part, self._plans[coded.part.tensor]
+        rows = elements.reshape(-1, part.columns)[part.first_row : part.first_row + part.rows]
+        weights = values_of(rows, plan.spec)
+        quality = quality_of(weights, coded.stored, plan.spec.dtype, part.first_row)
+        return replace(coded, quality=quality)
