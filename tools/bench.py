@@ -2,6 +2,7 @@
 """Speed and memory: each command measures in processes of its own, and writes tools/results.
 
     python tools/bench.py load MODEL.safetensors ...     loading against the bare decode
+    python tools/bench.py encode MODEL.safetensors ...   packing against NNCodec's encoder
     python tools/bench.py workers --gigabytes 0.5        two local processes against one
     python tools/bench.py large --gigabytes 8            packing and unpacking above memory
 
@@ -31,7 +32,15 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.checkpoint import Contents, create_checkpoint
+from weightvid.checkpoint import (
+    CheckpointReader,
+    Contents,
+    create_checkpoint,
+    from_mapping,
+    open_checkpoint,
+)
+from weightvid.compare.model import load_model
+from weightvid.compare.peers import peer_methods
 from weightvid.loader import Decoder, TensorSpec, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.unpack import unpack_archive
@@ -117,8 +126,8 @@ def run_child(task: str, arguments: list[str]) -> Row:
     """Do one task and say what it took."""
     began, cpu = perf_counter(), process_time()
     if task == "pack":
-        source, target, workers, jobs = arguments
-        options = PackOptions(workers=workers, jobs=int(jobs), force=True)
+        source, target, workers, jobs, *unchecked = arguments
+        options = PackOptions(workers=workers, jobs=int(jobs), force=True, verify=not unchecked)
         made = pack_checkpoint(source, target, options)
         found: Row = {"weights": made.weights, "file_bytes": made.file_bytes}
     elif task == "unpack":
@@ -174,6 +183,50 @@ def bench_load(models: list[str], rounds: int, folder: Path) -> list[Row]:
     return rows
 
 
+def peer_seconds(reader: CheckpointReader) -> tuple[float, float]:
+    """CPU seconds of a process that codes and restores a model by NNCodec; share of coding."""
+    model = load_model(reader)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    coded = next(peer_methods()).code(model, -26.0)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return spent, coded.encode_s / (coded.encode_s + coded.decode_s)
+
+
+def bench_encode(models: list[str], rounds: int, folder: Path) -> list[Row]:
+    """Packing by one thread, with the check of the file and without, and NNCodec, by turns.
+
+    CPU seconds. NNCodec (the Python that has it is in WEIGHTVID_NNCODEC) codes and restores with
+    dependent quantization at a step of 2 ** -6.5; what its process takes for a model of 256 weights
+    is subtracted, and so is the share of its decoder.
+    """
+    rows = []
+    for path in models:
+        archive = folder / "weightvid-bench-encode.mp4"
+        times: dict[str, list[float]] = {"pack": [], "pack_unchecked": [], "nncodec": []}
+        weights = 0
+        for _ in range(rounds):
+            for name, more in (("pack", ()), ("pack_unchecked", ("unchecked",))):
+                made = child("pack", path, str(archive), "threads", "1", *more)
+                times[name].append(made["cpu_seconds"])
+                weights = made["weights"]
+            with from_mapping({"w": np.ones((16, 16), np.float32)}) as reader:
+                start, _ = peer_seconds(reader)
+            with open_checkpoint(path) as reader:
+                spent, share = peer_seconds(reader)
+            times["nncodec"].append((spent - start) * share)
+        archive.unlink()
+        medians = {f"{name}_seconds": statistics.median(each) for name, each in times.items()}
+        ratios = {
+            f"{name}_ratio": statistics.median(
+                a / b for a, b in zip(times["nncodec"], times[name], strict=True)
+            )
+            for name in ("pack", "pack_unchecked")
+        }
+        rows.append({"model": Path(path).parent.name, "weights": weights, **medians, **ratios})
+    return rows
+
+
 def bench_workers(gigabytes: float, rounds: int, folder: Path) -> list[Row]:
     """Two worker processes against one, on the same model, by turns."""
     source, rows = make_model(folder, gigabytes), []
@@ -216,7 +269,7 @@ def main() -> None:
         print(json.dumps(run_child(sys.argv[2], sys.argv[3:])))
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=["load", "workers", "large"])
+    parser.add_argument("command", choices=["load", "encode", "workers", "large"])
     parser.add_argument("models", nargs="*", help="safetensors files to load")
     parser.add_argument("--gigabytes", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=5)
@@ -226,6 +279,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "load":
         rows = bench_load(options.models, options.rounds, options.folder)
+    elif options.command == "encode":
+        rows = bench_encode(options.models, options.rounds, options.folder)
     elif options.command == "workers":
         rows = bench_workers(options.gigabytes, options.rounds, options.folder)
     else:

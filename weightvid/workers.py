@@ -78,12 +78,10 @@ class Workers:
         None: everything is done at once, in this thread.
     count : int
         Workers.
-    remote : bool
-        They are not threads of this process.
     """
 
-    def __init__(self, executor: Executor | None, count: int, *, remote: bool = False) -> None:
-        self._executor, self.count, self.remote = executor, count, remote
+    def __init__(self, executor: Executor | None, count: int) -> None:
+        self._executor, self.count = executor, count
 
     def map(self, task: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
         """Results of a task for each item, in the order of the items; items are taken as needed.
@@ -114,9 +112,9 @@ class Workers:
                 future.cancel()
 
     def piece(self, reader: CheckpointReader, name: str, first: int, count: int) -> Piece:
-        """Elements of a tensor for a task: read here, or by the worker where that is cheap."""
+        """Elements of a tensor for a task: read by the worker where that is cheap, or else here."""
         location = reader.location
-        if self.remote and reader.shareable and location is not None:
+        if reader.shareable and location is not None:
             status = os.stat(location)  # noqa: PTH116 - a path as it was given
             return Piece(name, first, count, None, (location, status.st_size, status.st_mtime_ns))
         return Piece(name, first, count, reader.read_range(name, first, count))
@@ -141,28 +139,27 @@ def open_workers(workers: str | Executor | None = None, jobs: int = 0) -> Iterat
     """
     count = jobs or os.cpu_count() or 1
     if isinstance(workers, Executor):
-        yield Workers(workers, count, remote=not isinstance(workers, ThreadPoolExecutor))
+        yield Workers(workers, count)
     elif workers in (None, "threads"):
-        if count == 1:
-            yield Workers(None, 1)
-            return
-        threads = ThreadPoolExecutor(count, "weightvid")
+        threads = None if count == 1 else ThreadPoolExecutor(count, "weightvid")
         try:
             yield Workers(threads, count)
         finally:
-            threads.shutdown(cancel_futures=True)
+            if threads is not None:
+                threads.shutdown(cancel_futures=True)
+            _reader.cache_clear()
     elif workers == "processes":
         pool = ProcessPoolExecutor(count, get_context("spawn"), _quiet_child)
         try:
-            yield Workers(pool, count, remote=True)
+            yield Workers(pool, count)
         finally:
             pool.shutdown(cancel_futures=True)
     elif workers == "dask" or str(workers).startswith(("tcp://", "tls://")):
         with _dask(str(workers), count) as client:
-            yield Workers(client.get_executor(), max(1, len(client.ncores())), remote=True)
+            yield Workers(client.get_executor(), max(1, len(client.ncores())))
     elif str(workers).startswith("ray"):
         with _ray(str(workers), count) as executor:
-            yield Workers(executor, count, remote=True)
+            yield Workers(executor, count)
     else:
         raise ClusterError(
             f"unknown workers {workers!r}; choose threads, processes, dask, tcp://HOST:PORT, ray "
