@@ -159,7 +159,7 @@ def test_another_file_of_the_same_name_is_told(tmp_path: Path) -> None:
         with create_checkpoint(path, source.contents, force=True) as writer:
             writer.write("w", source.read("w"))
         with open_checkpoint(path) as reader:
-            piece = Workers(None, 1).piece(reader, "w", 0, 9)
+            piece = Workers(None, 1, remote=True).piece(reader, "w", 0, 9)
             assert piece.array is None
             assert (piece.read() == number).all()
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import ClusterError
@@ -43,6 +43,8 @@ class Piece:
         The elements; None: they are read from ``location``.
     location : tuple or None
         Path of the checkpoint, and its size and time of change, by which another file is told.
+    reader : CheckpointReader or None
+        What a thread of this process reads from.
     """
 
     name: str
@@ -50,12 +52,15 @@ class Piece:
     count: int
     array: Array | None
     location: tuple[str, int, int] | None = None
+    reader: CheckpointReader | None = None
 
     def read(self) -> Array:
         """Stored elements, shape (count,)."""
-        if self.array is not None or self.location is None:
-            return self.array if self.array is not None else _no_elements(self.name)
-        reader = _reader(self.location, get_ident())
+        if self.array is not None:
+            return self.array
+        if self.reader is None and self.location is None:
+            return _no_elements(self.name)
+        reader = self.reader or _reader(cast(Any, self.location), get_ident())
         return reader.read_range(self.name, self.first, self.count)
 
 
@@ -78,10 +83,12 @@ class Workers:
         None: everything is done at once, in this thread.
     count : int
         Workers.
+    remote : bool
+        They are not threads of this process.
     """
 
-    def __init__(self, executor: Executor | None, count: int) -> None:
-        self._executor, self.count = executor, count
+    def __init__(self, executor: Executor | None, count: int, *, remote: bool = False) -> None:
+        self._executor, self.count, self.remote = executor, count, remote
 
     def map(self, task: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
         """Results of a task for each item, in the order of the items; items are taken as needed.
@@ -114,6 +121,8 @@ class Workers:
     def piece(self, reader: CheckpointReader, name: str, first: int, count: int) -> Piece:
         """Elements of a tensor for a task: read by the worker where that is cheap, or else here."""
         location = reader.location
+        if reader.shareable and not self.remote:
+            return Piece(name, first, count, None, reader=reader)
         if reader.shareable and location is not None:
             status = os.stat(location)  # noqa: PTH116 - a path as it was given
             return Piece(name, first, count, None, (location, status.st_size, status.st_mtime_ns))
@@ -139,27 +148,28 @@ def open_workers(workers: str | Executor | None = None, jobs: int = 0) -> Iterat
     """
     count = jobs or os.cpu_count() or 1
     if isinstance(workers, Executor):
-        yield Workers(workers, count)
+        yield Workers(workers, count, remote=not isinstance(workers, ThreadPoolExecutor))
     elif workers in (None, "threads"):
-        threads = None if count == 1 else ThreadPoolExecutor(count, "weightvid")
+        if count == 1:
+            yield Workers(None, 1)
+            return
+        threads = ThreadPoolExecutor(count, "weightvid")
         try:
             yield Workers(threads, count)
         finally:
-            if threads is not None:
-                threads.shutdown(cancel_futures=True)
-            _reader.cache_clear()
+            threads.shutdown(cancel_futures=True)
     elif workers == "processes":
         pool = ProcessPoolExecutor(count, get_context("spawn"), _quiet_child)
         try:
-            yield Workers(pool, count)
+            yield Workers(pool, count, remote=True)
         finally:
             pool.shutdown(cancel_futures=True)
     elif workers == "dask" or str(workers).startswith(("tcp://", "tls://")):
         with _dask(str(workers), count) as client:
-            yield Workers(client.get_executor(), max(1, len(client.ncores())))
+            yield Workers(client.get_executor(), max(1, len(client.ncores())), remote=True)
     elif str(workers).startswith("ray"):
         with _ray(str(workers), count) as executor:
-            yield Workers(executor, count)
+            yield Workers(executor, count, remote=True)
     else:
         raise ClusterError(
             f"unknown workers {workers!r}; choose threads, processes, dask, tcp://HOST:PORT, ray "

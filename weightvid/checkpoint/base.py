@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from types import ModuleType
 from typing import Self
 
@@ -43,7 +44,7 @@ class Contents:
 
 
 class CheckpointReader(ABC):
-    """A source of tensors that are read one at a time, by one thread."""
+    """A source of tensors that are read one at a time; threads wait for each other."""
 
     contents: Contents
     #: path of the opened file or folder, for another process to open; None: it is in memory alone.
@@ -59,6 +60,7 @@ class CheckpointReader(ABC):
         self._specs = {spec.name: spec for spec in contents.tensors}
         self._closed = False
         self._last: tuple[str, Array] | None = None
+        self._lock = Lock()
 
     def spec(self, name: str) -> TensorSpec:
         """Spec of a tensor (or TensorNotFoundError); an alias answers with what it stands for."""
@@ -80,7 +82,8 @@ class CheckpointReader(ABC):
         TensorNotFoundError, CheckpointError
             No such tensor; or the file is damaged there, or the reader is closed.
         """
-        return self._read(self._wanted(name))
+        with self._lock:
+            return self._read(self._wanted(name))
 
     def read_range(self, name: str, first: int, count: int) -> Array:
         """Elements ``first .. first + count`` of one tensor, in row-major order: shape (count,).
@@ -94,7 +97,8 @@ class CheckpointReader(ABC):
             raise CheckpointError(
                 f"tensor {name!r} has {spec.size} elements, not {first} .. {first + count}"
             )
-        return self._read_range(spec, first, count)
+        with self._lock:
+            return self._read_range(spec, first, count)
 
     def _wanted(self, name: str) -> TensorSpec:
         if self._closed:
