@@ -53,7 +53,11 @@ def open_anywhere(
     if not isinstance(location, (str, os.PathLike)):
         yield open_archive(location, decoder=decoder, threads=0, check_tensors=True)
         return
-    with checkpoint.open_remote(location) if checkpoint.is_url(location) else Path(location).open("rb") as file:
+    with (
+        checkpoint.open_remote(location)
+        if checkpoint.is_url(location)
+        else Path(location).open("rb") as file
+    ):
         yield open_archive(file, decoder=decoder, threads=0, check_tensors=True)
 
 

@@ -17,7 +17,9 @@ from weightvid.cli import output
 from weightvid.version import __version__
 
 #: in the order of the help.
-VERBS: Final = ("pack", "unpack", "inspect", "verify", "preview", "calibrate", "compare", "demo")
+VERBS: Final = (
+    "pack", "unpack", "inspect", "verify", "preview", "calibrate", "compare", "device", "demo",
+)  # fmt: skip
 #: what a shell reports for programs that Ctrl-C and kill ended.
 INTERRUPTED, TERMINATED = 130, 143
 

@@ -1,0 +1,39 @@
+"""``weightvid device``: the C loader's sources."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import typer
+
+from weightvid.cli import output
+from weightvid.cli.output import FORCE, JSON, option
+
+
+def device(
+    folder: Path = option(
+        ..., "Where the sources go; made where it is not there.", "--output", "-o", metavar="FOLDER"
+    ),
+    force: bool = FORCE,
+    json: bool = JSON,
+) -> None:
+    """Write the C loader: sources, an example, adapters for decoders, and the browser's module.
+
+    [bold]weightvid device -o loader[/bold]
+    [bold]cd loader && cc -O2 -ffp-contract=off weightvid.c hevc.c example.c -o example[/bold]
+    """
+    from weightvid.atomic import atomic_output
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for source in sorted(files("weightvid").joinpath("device").iterdir(), key=lambda one: one.name):
+        if source.is_file():
+            with atomic_output(folder / source.name, force=force) as file:
+                file.write(source.read_bytes())
+            written.append(str(folder / source.name))
+    if json:
+        output.emit_json({"files": written})
+        return
+    for path in written:
+        typer.echo(output.printable(path))
