@@ -1,0 +1,276 @@
+/**
+ * Reads weightvid archives in the browser (or in Node): an ES module beside weightvid.wasm.
+ *
+ *     import { open } from "./weightvid.js";
+ *     const archive = await open("model.mp4");
+ *     for await (const { name, dtype, shape, data } of archive) ...   // as the file arrives
+ *     const { data } = await archive.tensor("layer1.weight");         // by HTTP ranges
+ *
+ * F64, F32, F16 and BF16 come as Float32Array; integers in their own arrays; all other types as the
+ * bytes of their elements. HEVC is decoded by weightvid.wasm, AV1 and H.264 by WebCodecs where the
+ * browser has them; the SHA-256 of each picture is compared, whoever decodes it.
+ */
+
+const DTYPES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
+  "F6_E2M3", "F6_E3M2", "F4", "C64", "C128", "C32", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"];
+const ARRAYS = { I64: BigInt64Array, I32: Int32Array, I16: Int16Array, I8: Int8Array, U64: BigUint64Array,
+  U32: Uint32Array, U16: Uint16Array, C64: Float32Array, C128: Float64Array };
+const STORED = 255, F32 = 1, READ = 3, CODEC = 11;
+const RANGE = 1 << 18; // bytes fetched at a time, at least
+
+let compiled;
+
+/** Compiles weightvid.wasm, once; `source` is its address or bytes (default: beside this module). */
+export async function prepare(source = new URL("weightvid.wasm", import.meta.url)) {
+  const bytes = source instanceof ArrayBuffer || ArrayBuffer.isView(source)
+    ? source : await (await fetched(source)).arrayBuffer();
+  compiled = WebAssembly.compile(bytes);
+  return compiled;
+}
+
+async function fetched(url, options) {
+  const response = await fetch(url, options);
+  if (!response.ok) throw new Error(`${url}: the server answered ${response.status}`);
+  return response;
+}
+
+/** An archive; made by `open`. Its names and metadata are known once its header has arrived. */
+export class Archive {
+  #wasm; #session; #source; #external; #queue = Promise.resolve();
+
+  constructor(wasm, source) {
+    this.#wasm = wasm;
+    this.#source = source;
+    this.size = source.size;
+  }
+
+  static async open(wasm, source) {
+    const archive = new Archive(wasm, source);
+    await archive.#start(0);
+    return archive;
+  }
+
+  /** Names of all tensors, aliases included. */
+  get names() { return this.#tensors().map((tensor) => tensor.name); }
+
+  /** Text metadata of the model. */
+  get metadata() {
+    const found = {};
+    for (let place = 0, pair; (pair = this.#wasm.metadata(this.#session, place)); place++) {
+      const [key, value] = new Uint32Array(this.#wasm.memory.buffer, pair, 2);
+      found[this.#text(key)] = this.#text(value);
+    }
+    return found;
+  }
+
+  /** Name, element type and shape of a tensor. */
+  info(name) {
+    const found = this.#tensors().find((tensor) => tensor.name === name);
+    if (!found) throw new Error(`the archive has no tensor ${JSON.stringify(name)}`);
+    return found;
+  }
+
+  /** One tensor: {name, dtype, shape, data}; only its part of the file is fetched. */
+  tensor(name) {
+    const made = this.#queue.then(() => this.#load(this.info(name)));
+    this.#queue = made.catch(() => {});
+    return made;
+  }
+
+  /** All tensors in the order of the file; those of a stream as they arrive. */
+  async* [Symbol.asyncIterator]() {
+    if (this.#external || !this.#source.stream) {
+      for (const { name } of this.#tensors()) yield await this.tensor(name);
+      return;
+    }
+    const wasm = this.#wasm, session = wasm.open(0, 0, F32), names = this.#tensors();
+    try {
+      for await (const bytes of this.#source.stream()) {
+        for (let at = 0; at < bytes.length; at += RANGE) {
+          const some = bytes.subarray(at, at + RANGE), room = this.#copy(some);
+          const status = wasm.push(session, room, some.length);
+          wasm.release(room);
+          yield* this.#arrived(session, names);
+          this.#check(status);
+        }
+      }
+      this.#check(wasm.finish(session));
+    } finally {
+      wasm.close(session);
+    }
+  }
+
+  /** Gives the memory back; the archive cannot be used afterwards. */
+  close() {
+    this.#wasm.close(this.#session);
+    this.#session = 0;
+  }
+
+  async #start(external) {
+    const wasm = this.#wasm;
+    this.#external = external;
+    this.#session = wasm.open(this.size, external, F32);
+    const status = await this.#answered(() => wasm.start(this.#session, external));
+    if (status === CODEC && !external) { // not HEVC
+      wasm.close(this.#session);
+      return this.#start(1);
+    }
+    this.#check(status);
+    wasm.forget(this.#session);
+  }
+
+  /** Calls until nothing that it wants is missing. */
+  async #answered(call) {
+    for (;;) {
+      const status = call();
+      if (status !== READ && status !== CODEC) return status;
+      const [wanted, bytes, , packet] = new Uint32Array(this.#wasm.memory.buffer, this.#wasm.fields(this.#session), 8);
+      if (!wanted) return status;
+      if (wanted === 1) {
+        const at = this.#wasm.wanted_at(this.#session);
+        const found = await this.#source.range(at, Math.min(Math.max(bytes, RANGE), this.size - at));
+        if (found.length < bytes) throw new Error("the file is shorter than it was");
+        this.#wasm.give(this.#session, 1, at, this.#copy(found), found.length);
+      } else {
+        const luma = await this.#decode(new Uint8Array(this.#wasm.memory.buffer, packet, bytes).slice());
+        this.#wasm.give(this.#session, 2, 0, this.#copy(luma), luma.length);
+      }
+    }
+  }
+
+  async #load(info) {
+    const wasm = this.#wasm, type = DTYPES.indexOf(info.dtype) < 4 ? F32 : STORED;
+    const bytes = wasm.bytes(info.address, type), room = wasm.alloc(bytes);
+    if (!room) throw new Error("out of memory");
+    try {
+      this.#check(await this.#answered(() => wasm.load(this.#session, info.address, type, room, bytes)));
+      return this.#made(info, room, bytes);
+    } finally {
+      wasm.release(room);
+      wasm.forget(this.#session);
+    }
+  }
+
+  /** Luma of a packet by WebCodecs. */
+  async #decode(packet) {
+    const fields = new Uint32Array(this.#wasm.memory.buffer, this.#wasm.fields(this.#session), 8);
+    const [, , , , config, configBytes, width, height] = fields;
+    const description = new Uint8Array(this.#wasm.memory.buffer, config, configBytes).slice();
+    const entry = this.#text(this.#wasm.entry(this.#session), 4), hex = (byte) => byte.toString(16).padStart(2, "0");
+    const codec = entry === "avc1" ? `avc1.${[...description.subarray(1, 4)].map(hex).join("")}` : "av01.0.08M.08";
+    if (typeof VideoDecoder === "undefined") throw new Error(`this browser has no WebCodecs, which ${entry} needs`);
+    const settings = { codec, codedWidth: width, codedHeight: height, ...(entry === "avc1" ? { description } : {}) };
+    if (!(await VideoDecoder.isConfigSupported(settings)).supported)
+      throw new Error(`this browser does not decode ${codec} of ${width} x ${height}`);
+    let picture, failure;
+    const decoder = new VideoDecoder({ output: (frame) => { picture = frame; }, error: (error) => { failure = error; } });
+    decoder.configure(settings);
+    // The key frame of an AV1 track needs its sequence header, which stands in the configuration.
+    const data = entry === "av01" ? new Uint8Array([...description.subarray(4), ...packet]) : packet;
+    decoder.decode(new EncodedVideoChunk({ type: "key", timestamp: 0, data }));
+    await decoder.flush().catch((error) => { failure ??= error; });
+    if (decoder.state !== "closed") decoder.close();
+    if (!picture) throw new Error(`the browser's decoder failed: ${failure?.message ?? "no picture"}`);
+    const all = new Uint8Array(picture.allocationSize()), [plane] = await picture.copyTo(all);
+    picture.close();
+    const luma = new Uint8Array(width * height);
+    for (let row = 0; row < height; row++)
+      luma.set(all.subarray(plane.offset + row * plane.stride, plane.offset + row * plane.stride + width), row * width);
+    return luma;
+  }
+
+  * #arrived(session, infos) {
+    for (let place; (place = this.#wasm.next(session));) {
+      const [tensor, room, bytes] = new Uint32Array(this.#wasm.memory.buffer, place, 3);
+      const number = new Uint32Array(this.#wasm.memory.buffer, tensor, 10)[8];
+      for (const info of infos.filter((one) => one.number === number)) yield this.#made(info, room, bytes);
+      this.#wasm.release(room);
+      this.#wasm.release(place);
+    }
+  }
+
+  #made({ name, dtype, shape }, room, bytes) {
+    const Kind = DTYPES.indexOf(dtype) < 4 ? Float32Array : ARRAYS[dtype] ?? Uint8Array;
+    return { name, dtype, shape, data: new Kind(this.#wasm.memory.buffer.slice(room, room + bytes)) };
+  }
+
+  #tensors() {
+    const found = [];
+    for (let place = 0; place < this.#wasm.count(this.#session); place++) {
+      const address = this.#wasm.tensor(this.#session, place);
+      const [name, nameBytes, dtype, axes, shape, , , , number] = new Uint32Array(this.#wasm.memory.buffer, address, 9);
+      const sizes = [...new BigUint64Array(this.#wasm.memory.buffer, shape, axes)].map(Number);
+      found.push({ name: this.#text(name, nameBytes), dtype: DTYPES[dtype], shape: sizes, number, address });
+    }
+    return found;
+  }
+
+  #text(address, bytes) {
+    const memory = new Uint8Array(this.#wasm.memory.buffer);
+    return new TextDecoder().decode(memory.subarray(address, bytes === undefined ? memory.indexOf(0, address) : address + bytes));
+  }
+
+  #copy(bytes) {
+    const room = this.#wasm.alloc(bytes.length || 1);
+    if (!room) throw new Error("out of memory");
+    new Uint8Array(this.#wasm.memory.buffer).set(bytes, room);
+    return room;
+  }
+
+  #check(status) {
+    if (status) throw new Error(this.#text(this.#wasm.status_text(status)));
+  }
+}
+
+/** A file that is in memory. */
+function fromBytes(bytes) {
+  return { size: bytes.length, range: async (at, count) => bytes.subarray(at, at + count), stream: async function* () { yield bytes; } };
+}
+
+/** A file at an address: by ranges where the server has them, otherwise fetched whole. */
+async function fromAddress(url, onProgress) {
+  const first = await fetched(url, { headers: { Range: "bytes=0-0" } });
+  if (first.status !== 206) return fromBytes(new Uint8Array(await read(first, onProgress)));
+  const size = Number(first.headers.get("Content-Range")?.split("/")[1]);
+  await first.arrayBuffer();
+  if (!Number.isSafeInteger(size)) return fromBytes(new Uint8Array(await read(await fetched(url), onProgress)));
+  return {
+    size,
+    async range(at, count) {
+      const response = await fetched(url, { headers: { Range: `bytes=${at}-${at + count - 1}` } });
+      if (response.status !== 206) throw new Error(`${url}: the server no longer answers ranges`);
+      return new Uint8Array(await response.arrayBuffer());
+    },
+    async* stream() {
+      let have = 0;
+      for (const reader = (await fetched(url)).body.getReader(); ;) {
+        const { done, value } = await reader.read();
+        if (done) return;
+        have += value.length;
+        onProgress?.(have, size);
+        yield value;
+      }
+    },
+  };
+}
+
+async function read(response, onProgress) {
+  const bytes = await response.arrayBuffer();
+  onProgress?.(bytes.byteLength, bytes.byteLength);
+  return bytes;
+}
+
+/**
+ * Opens an archive.
+ *
+ * @param {string|URL|ArrayBuffer|Uint8Array|Response} source
+ * @param {{onProgress?: (bytes: number, of: number) => void}} options called while a stream arrives
+ * @returns {Promise<Archive>}
+ */
+export async function open(source, { onProgress } = {}) {
+  const instance = await WebAssembly.instantiate(await (compiled ?? prepare()), {});
+  const bytes = source instanceof ArrayBuffer ? new Uint8Array(source)
+    : source instanceof Response ? new Uint8Array(await read(source, onProgress))
+      : ArrayBuffer.isView(source) ? new Uint8Array(source.buffer, source.byteOffset, source.byteLength) : null;
+  return Archive.open(instance.exports, bytes ? fromBytes(bytes) : await fromAddress(source, onProgress));
+}
