@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,6 +144,44 @@ def test_processes(tmp_path: Path) -> None:
     """
     run(code, tmp_path)
     assert listing(tmp_path) == ["out"]
+
+
+def test_what_a_kill_leaves_is_removed_by_the_next_run(tmp_path: Path) -> None:
+    """But never what a running program writes."""
+    code = """
+    import os, sys
+    from pathlib import Path
+    from weightvid.atomic import AtomicFile
+    from weightvid.checkpoint import Contents, create_checkpoint
+    running = sys.argv[1] == "run"
+    output, folder = AtomicFile("out"), create_checkpoint(Path("folder"), Contents(()))
+    print(output.temporary.name, folder._folder.name, flush=True)
+    sys.stdin.read()
+    if running:
+        output.commit()
+        folder.commit()
+    """
+    program = [sys.executable, "-c", textwrap.dedent(code)]
+    pipes: dict[str, Any] = {
+        "cwd": tmp_path, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True,
+        "env": {**os.environ, "PYTHONPATH": str(Path(atomic.__file__).parents[1])},
+    }  # fmt: skip
+    with (
+        subprocess.Popen([*program, "run"], **pipes) as running,
+        subprocess.Popen([*program, "die"], **pipes) as dying,
+    ):
+        assert running.stdout is not None
+        assert dying.stdout is not None
+        live, dead = running.stdout.readline().split(), dying.stdout.readline().split()
+        dying.kill()
+        dying.wait()
+        assert listing(tmp_path) == sorted(live + dead)
+        with atomic_output(tmp_path / "other"):
+            assert set(dead).isdisjoint(listing(tmp_path))
+            assert set(live) <= set(listing(tmp_path))
+        running.communicate("")
+        assert running.returncode == 0
+    assert listing(tmp_path) == ["folder", "other", "out"]
 
 
 @pytest.mark.parametrize("size", [5_000, 300_000])

@@ -11,8 +11,16 @@ import pytest
 import small_models
 
 from weightvid.errors import CodecError, FormatError, OutputError, TensorNotFoundError
-from weightvid.loader import open_archive
-from weightvid.preview import Tile, colour_range, colours, draw, preview_archive
+from weightvid.loader import TensorSpec, open_archive
+from weightvid.preview import (
+    Tile,
+    colour_range,
+    colours,
+    draw,
+    draw_kernels,
+    preview_archive,
+    preview_kernels,
+)
 
 iio = pytest.importorskip("imageio.v3", reason="needs the extra: weightvid[preview]")
 
@@ -47,6 +55,44 @@ def test_frames_of_a_tensor(long_archive: Path, tmp_path: Path) -> None:
 def test_what_is_not_there(long_archive: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(TensorNotFoundError):
         preview_archive(long_archive, tmp_path, **options)
+
+
+def test_kernels_of_a_layer(archive: Path, tmp_path: Path) -> None:
+    paths = preview_kernels(archive, tmp_path, tensor="[ce]*.weight")
+    assert [Path(path).name for path in paths] == ["conv.weight.png", "embed.weight.png"]
+    with pytest.raises(TensorNotFoundError, match=r"conv\.bias"):
+        preview_kernels(archive, tmp_path, tensor="conv.bias")
+
+
+def test_kernels_lie_in_rows_of_outputs() -> None:
+    weights = np.zeros((2, 3, 3, 3), np.float32)
+    weights[1, 2, 0, 1], weights[0, 0, 2, 2] = 1, -1
+    spec = TensorSpec("w", "F32", weights.shape)
+    picture, table = draw_kernels(weights, "m.mp4", spec, scale=2), colours(127)
+    red, blue = table[255].tolist(), table[1].tolist()
+    # Kernel (output 1, input 2) begins at row 4, column 8; cells are 2 pixels wide.
+    assert picture[2 * 4, 2 * (8 + 1)].tolist() == red
+    assert picture[2 * 2, 2 * 2].tolist() == blue
+    assert picture[0, 2 * 3].tolist() == [255, 255, 255]  # between kernels
+    assert picture[0, 0].tolist() == table[128].tolist()
+
+
+def test_every_tile_has_its_name() -> None:
+    luma = np.full((192, 192), 128, np.uint8)
+    tiles = [Tile("layer.weight", 0, y, 192) for y in (0, 64, 128)]
+    picture = draw(luma, tiles, "title", scale=4)
+    for y in (0, 64, 128):
+        assert (picture[4 * y + 2 : 4 * y + 20, 3:100].sum(axis=2) < 300).any()
+
+
+def test_names_from_files_may_be_anything(tmp_path: Path) -> None:
+    odd = {"a\nb" * 1300: small_models.weights(1, 64, 80), "x/../\x00\u202e": np.ones((9, 9))}
+    odd["x_.._/\u202e"] = np.ones((9, 9))
+    path = small_models.pack(odd, tmp_path / "odd.mp4")
+    assert len(preview_archive(path, tmp_path / "p")) == 1
+    pictures = preview_kernels(path, tmp_path / "k")
+    assert len({*pictures}) == 3
+    assert all(Path(picture).parent == tmp_path / "k" for picture in pictures)
 
 
 def test_archive_without_frames(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import small_models
 
 from weightvid.errors import FormatError
+from weightvid.inspect import summarize_archive
 from weightvid.loader import open_archive
+from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.verify import verify_archive
 
 
@@ -67,6 +70,52 @@ def test_worse_than_the_archive_says(archive: Path, tmp_path: Path) -> None:
     assert not report.ok
     assert report.comparison is not None
     assert [text.split(":")[0] for text in report.comparison.below] == ["conv.weight"]
+
+
+def test_another_model_of_the_same_shapes_fails(archive: Path, tmp_path: Path) -> None:
+    """Random weights, or nothing but another bias: neither is what was packed."""
+    other = {
+        name: small_models.weights(99, *array.shape) if array.dtype == np.float32 else array
+        for name, array in small_models.small().items()
+    }
+    report = verify_archive(archive, save(other, tmp_path / "r.npz"))
+    assert not report.ok and report.comparison is not None
+    named = {text.split(":")[0] for text in report.comparison.below}
+    assert {"conv.weight", "embed.weight", "conv.bias"} <= named
+    biased = small_models.small()
+    biased["conv.bias"] = biased["conv.bias"] + np.float32(0.1)
+    biased["count"] = biased["count"] + 1
+    report = verify_archive(archive, save(biased, tmp_path / "b.npz"))
+    assert report.comparison is not None
+    assert [text.split(":")[0] for text in report.comparison.below] == ["conv.bias", "count"]
+
+
+def test_pack_verify_and_inspect_have_one_sqnr(tmp_path: Path) -> None:
+    """With an outlier, which all of them leave out."""
+    weights = small_models.weights(5, 64, 64)
+    weights[3, 4] = 100
+    source = save({"w": weights, "v": small_models.weights(6, 40, 40)}, tmp_path / "m.npz")
+    made = pack_checkpoint(source, tmp_path / "m.mp4", PackOptions(step_factor=0.18))
+    found = verify_archive(tmp_path / "m.mp4", source).comparison
+    assert made.sqnr_db is not None and found is not None and found.sqnr_db is not None
+    assert found.sqnr_db == pytest.approx(made.sqnr_db, abs=1e-6)
+    rows = {row.name: row.sqnr_db for row in found.tensors}
+    assert rows == pytest.approx({tensor.name: tensor.sqnr_db for tensor in made.tensors})
+    listed = {t.name: t.sqnr_db for t in summarize_archive(tmp_path / "m.mp4").tensors}
+    assert listed == pytest.approx(rows, abs=0.01)
+    assert 20 < made.sqnr_db < 30
+
+
+@pytest.mark.parametrize(("most", "ok"), [(1.0, True), (1e-9, False)])
+def test_divergence_of_the_outputs(archive: Path, tmp_path: Path, most: float, ok: bool) -> None:
+    def logits(state: dict[str, Any]) -> Any:
+        return np.asarray(state["embed.weight"])[:, :10] * 10
+
+    against = save(small_models.small(), tmp_path / "m.npz")
+    report = verify_archive(archive, against, evaluation=logits, max_kl=most)
+    assert report.ok == ok
+    assert report.comparison is not None and report.comparison.divergence is not None
+    assert 1e-9 < report.comparison.divergence < 1
 
 
 @pytest.mark.parametrize(("least", "ok"), [(10.0, True), (90.0, False)])

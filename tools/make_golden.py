@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from weightvid.checkpoint import from_mapping
+from weightvid.layers import Layering, pack_layers
 from weightvid.pack import PackOptions, pack_checkpoint
+from weightvid.update import apply_updates
 from weightvid.video import Video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +65,34 @@ def types(path: Path) -> None:
         pack_checkpoint(checkpoint, path, PackOptions(recipe="small", jobs=1, force=True))
 
 
+def progressive(path: Path) -> None:
+    """Three layers; a model of many types."""
+    arrays = sources.kernels() | {"count": np.array([7]), "half": sources.normal(40, 50, kind="f2")}
+    with from_mapping(arrays) as checkpoint:
+        options = PackOptions(recipe="small", jobs=1, force=True)
+        pack_layers(checkpoint, path, Layering(3), options)
+
+
+def update(path: Path) -> None:
+    """What changes the archive of three layers: tensors of all kinds of change."""
+    arrays = sources.kernels()
+    changed = {name: array * array.dtype.type(1.05) for name, array in arrays.items()}
+    same = dict(list(arrays.items())[:1])
+    gone = list(arrays)[-2]
+    arrays = changed | same | {"count": np.array([9]), "half": sources.normal(41, 50, kind="f2")}
+    arrays |= {"new": sources.normal(42, 40, 30), "new.bias": sources.normal(43, 40)}
+    del arrays[gone]
+    with from_mapping(arrays) as checkpoint:
+        options = PackOptions(recipe="small", jobs=1, force=True)
+        layering = Layering(base=(GOLDEN / "progressive.mp4",))
+        pack_layers(checkpoint, path, layering, options)
+
+
+def merged(path: Path) -> None:
+    """Both of them in one archive."""
+    apply_updates(GOLDEN / "progressive.mp4", [GOLDEN / "update.mp4"], path, force=True)
+
+
 MAKERS: dict[str, Callable[[Path], Any]] = {
     "example": example,
     "layers": layers,
@@ -74,14 +104,25 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
         sources.kernels(), path, fidelity="weights", video=Video("svt-av1")
     ),
     "lossy": lambda path: pack(sources.kernels(), path, video=Video(qp=24)),
+    "progressive": progressive,
+    "update": update,
+    "merged": merged,
 }
+
+
+#: what an archive is an update to.
+BASES = {"update": "progressive"}
 
 
 def hashes(path: Path) -> dict[str, Any]:
     """SHA-256 of the tensors' bytes and of the frames' luma."""
     archive = reader.Archive(io.BytesIO(path.read_bytes()))
+    base = BASES.get(path.stem)
+    if base:
+        archive.use_base(reader.Archive(io.BytesIO((GOLDEN / f"{base}.mp4").read_bytes())))
     tensors = {name: hashlib.sha256(data).hexdigest() for name, data in archive.stream()}
-    return {"tensors": tensors, "frames": archive.lumas}
+    found = {"tensors": tensors, "frames": archive.lumas}
+    return found | ({"base": base} if base else {})
 
 
 def main() -> None:

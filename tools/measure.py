@@ -6,9 +6,10 @@
 
 EVAL holds NAME/eval.py with NAME/model.safetensors. Whole files count, 8 x bytes over all floats of
 the model, and everything is judged by one function on what each codec gives back: the KL divergence
-of the logits, or the cosine of the embeddings. The rate at a goal comes from a straight line
-through log loss over bits per weight, as one draw of a quantizer is noisy. Writes
-``measure_NAME.json`` and ``.md`` into the output folder; finished points are kept in ``--cache``.
+of the logits, the cosine of the embeddings, or the perplexity over the original's. The rate at a
+goal comes from a straight line through log loss over bits per weight, as one draw of a quantizer is
+noisy. Writes ``measure_NAME.json`` and ``.md`` into the output folder; finished points are kept in
+``--cache``.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,17 +38,19 @@ from weightvid.compare.rows import OK, Row, RowStore, machine, versions, with_to
 from weightvid.compare.video import archive_method
 from weightvid.pack import PackOptions
 
-MODELS: Final = ("cifar10_resnet20", "cifar10_resnet44", "mlperf_kws", "minilm_l6")
+MODELS: Final = ("cifar10_resnet20", "cifar10_resnet44", "mlperf_kws", "minilm_l6", "lm_books")
 #: pairs of sentences that MiniLM is judged on.
 PAIRS: Final = 300
-#: models above are measured at fewer points, and not layer by layer.
+#: models above are measured at fewer points, and those above the second not layer by layer.
+MIDDLE: Final = 1_000_000
 LARGE: Final = 10_000_000
 GROUPS: Final = ("weightvid", "calibrated", "refined", "nncodec", "plain")
 #: quarter octaves.
 FACTORS: Final = tuple(round(0.18 * 2 ** (i / 4), 4) for i in range(-5, 12))
 DQ_QPS: Final = tuple(range(-38, -17))
 OPT_QPS: Final = tuple(range(-40, -19))
-
+#: of plain integers.
+BITS: Final = (8.0, 7.0, 6.0, 5.0, 4.0, 3.0)
 
 #: samples that calibrate, and of a batch; of the keyword model the first of its test data.
 CALIBRATING: Final = 500
@@ -83,15 +87,29 @@ class Subject:
     judge: Judge
 
     @property
+    def speaks(self) -> bool:
+        """Whether it is a language model."""
+        return hasattr(self.script, "windows")
+
+    @property
     def measure(self) -> Measure:
-        return measures()["cosine" if self.judge.embeds else "kl"]
+        return (
+            perplexity(self.judge.original.metric or 1.0)
+            if self.speaks
+            else measures()["cosine" if self.judge.embeds else "kl"]
+        )
 
     @property
     def goals(self) -> tuple[float, ...]:
+        if self.speaks:
+            return (1.01, 1.03)
         return (0.98, 0.99) if self.judge.embeds else (0.02,)
 
     def examples(self) -> tuple[torch.nn.Module, list[Any]]:
         """A module, and inputs that nothing is judged on."""
+        if self.speaks:
+            net, batches = self.script.examples()
+            return net, list(batches)
         tensors = {n: torch.from_numpy(a) for n, a in self.model.tensors.items()}
         if not self.judge.embeds:
             net = self.script.Net()
@@ -109,6 +127,18 @@ class Subject:
         floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
         inputs = [(batch, torch.ones_like(batch)) for batch in batches]
         return ByName(floats, self.script.forward), inputs
+
+
+def perplexity(original: float) -> Measure:
+    """Perplexity over the original's; the log of its excess falls about straight with the rate."""
+
+    def level(ratio: float) -> float:
+        return math.log(math.log(ratio)) if ratio > 1 else -math.inf
+
+    def value(row: Row) -> float | None:
+        return None if row.metric is None else row.metric / original
+
+    return Measure("perplexity ratio", "perplexity over the original's", value, level)
 
 
 def load_subject(name: str, folder: Path, minilm: Path | None) -> Subject:
@@ -129,6 +159,9 @@ def load_subject(name: str, folder: Path, minilm: Path | None) -> Subject:
         if hasattr(script, "embeddings"):
             vectors = script.embeddings(state, PAIRS)
             return vectors, script.score(vectors, PAIRS)
+        if hasattr(script, "windows"):
+            logits, labels = script.logits(state, script.windows()[:, 1:].numel())
+            return logits, math.exp(torch.nn.functional.cross_entropy(logits, labels).item())
         logits, labels = script.logits(state)
         first = 0 if name.startswith("cifar") else CALIBRATING
         return logits[first:], labels[first:]
@@ -140,11 +173,16 @@ def load_subject(name: str, folder: Path, minilm: Path | None) -> Subject:
 def methods(subject: Subject, options: argparse.Namespace) -> Iterator[Method]:
     """All curves that were asked for."""
     large = subject.model.weights > LARGE
-    stride, factors = (2, FACTORS[1:11]) if large else (1, FACTORS)
+    stride, factors = (2, FACTORS[1:11]) if subject.model.weights > MIDDLE else (1, FACTORS)
+    factors = FACTORS[3:14] if subject.speaks else factors
     if "nncodec" in options.only:
         yield from peer_methods(options.nncodec, DQ_QPS[::stride], OPT_QPS[::stride])
     if "plain" in options.only:
-        yield from (m for m in plain_methods() if m.parameter)
+        for method in plain_methods():
+            if method.parameter:
+                yield replace(method, values=BITS) if method.parameter == "bits" else method
+            elif subject.speaks:
+                yield method
     if "weightvid" in options.only:
         for fidelity in options.fidelity:
             name = "weightvid" if fidelity == "outputs" else f"weightvid {fidelity}"

@@ -50,6 +50,8 @@ BOXES = {
         ("uuuu", "record {} (frames), {} bytes: {} frame, sidecar, moof and mdat of {} bytes"),
         ("uuuuuu", "record {} (spans), {} bytes: {} tensor: {}, first frame {}, frames {}"),
         ("uuuuuu", "record {} (exact boxes), {} bytes: {} box: {} bytes, {} tensor: {}"),
+        ("uu", "record {} (root), {} bytes"),
+        ("s", "SHA-256 of the data of record 2, and of the first 8 bytes of each tensor's SHA-256"),
         ("l", "bytes of the index box, {}"),
     ),
 }  # fmt: skip

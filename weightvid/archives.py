@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
 from weightvid import checkpoint
+from weightvid.container import root_of
 from weightvid.errors import CodecError, FormatError, TruncatedError
 from weightvid.loader import (
     BAND,
     FRAME_UUID,
+    INDEX_UUID,
+    MAX_LAYERS,
     TENSOR_SHA_BYTES,
     Archive,
     Array,
@@ -31,6 +36,7 @@ from weightvid.loader import (
     open_body,
     parse_exact,
     parse_sidecar,
+    tensor_sha256,
 )
 from weightvid.progress import Progress, Report, quiet
 
@@ -40,25 +46,85 @@ Location = str | os.PathLike[str] | BinaryIO
 
 @contextmanager
 def open_anywhere(
-    location: Location, decoder: str | PacketDecoder = "software"
+    location: Location | Archive,
+    decoder: str | PacketDecoder = "software",
+    base: Sequence[Location] = (),
+    layers: int = MAX_LAYERS,
 ) -> Iterator[Archive]:
     """Archive at a path, an address, or in a file: decoded on all cores, every hash checked.
 
-    A file that was given open stays open.
+    A file or an archive that was given open stays open. ``base``: what the archive is an update to,
+    of a chain the oldest first; ``layers``: how many are read.
 
     Raises
     ------
     FormatError, OSError, RemoteError
     """
-    if not isinstance(location, (str, os.PathLike)):
-        yield open_archive(location, decoder=decoder, threads=0, check_tensors=True)
+    if isinstance(location, Archive):
+        yield location
         return
-    with (
-        checkpoint.open_remote(location)
-        if checkpoint.is_url(location)
-        else Path(location).open("rb") as file
-    ):
-        yield open_archive(file, decoder=decoder, threads=0, check_tensors=True)
+    with ExitStack() as stack:
+        if not isinstance(location, (str, os.PathLike)):
+            file = location
+        elif checkpoint.is_url(location):
+            file = stack.enter_context(checkpoint.open_remote(str(location)))
+        else:
+            file = stack.enter_context(Path(location).open("rb"))
+        archive = open_archive(file, decoder=decoder, threads=0, check_tensors=True, layers=layers)
+        if base:
+            archive.use_base(stack.enter_context(open_chain(base)))
+        yield archive
+
+
+@contextmanager
+def seekable(location: Location) -> Iterator[Location]:
+    """An archive that can be read in any order: what comes by a pipe, in a temporary copy."""
+    with ExitStack() as stack:
+        named = isinstance(location, (str, os.PathLike))
+        if named and not checkpoint.is_url(location) and Path(cast(str, location)).is_fifo():
+            location = stack.enter_context(Path(cast(str, location)).open("rb"))
+        if not isinstance(location, (str, os.PathLike)) and not location.seekable():
+            copy = stack.enter_context(tempfile.TemporaryFile(prefix="weightvid-"))
+            shutil.copyfileobj(location, copy)
+            location = cast(BinaryIO, copy)
+        yield location
+
+
+@contextmanager
+def open_chain(bases: Sequence[Location]) -> Iterator[Archive]:
+    """An archive and the updates to it, the oldest first: the last one, as if it stood alone.
+
+    Raises
+    ------
+    FormatError, OSError, RemoteError
+    """
+    with ExitStack() as stack:
+        last: Archive | None = None
+        for location in bases:
+            archive = stack.enter_context(open_anywhere(location))
+            if last is not None:
+                archive.use_base(last)
+            last = archive
+        if last is None:
+            raise FormatError("a chain of archives has at least one", "base")
+        yield last
+
+
+def checked_tensors(archive: Archive) -> Iterator[tuple[TensorSpec, Array]]:
+    """All tensors, whose hashes give the root of the archive.
+
+    Raises
+    ------
+    FormatError
+        ``tensor-digest``, at the end: they don't.
+    """
+    numbers = {spec.name: number for number, spec in enumerate(archive.header.tensors)}
+    heads = dict[int, bytes]()
+    for spec, array in archive.stored_items():
+        heads[numbers[spec.name]] = tensor_sha256(array)[:TENSOR_SHA_BYTES]
+        yield spec, array
+    if archive.root != root_of(archive.header.tensors, heads):
+        raise FormatError("the tensors are not those of the archive's root", "tensor-digest")
 
 
 class Defect(NamedTuple):
@@ -128,9 +194,11 @@ def read_tensors(archive: Archive, names: Collection[str]) -> Iterator[tuple[Ten
     wanted = {number: s for number, s in enumerate(archive.header.tensors) if s.name in names}
     if archive.index is not None:
         spans = archive.index.spans
-        frames = sum(len(spans.get(number, ())) for number in wanted)
+        frames = sum(len(span) for number in wanted for span in spans.get(number, ()))
         if frames < len(archive.index.frames):
-            for number in sorted(wanted, key=lambda number: spans.get(number, range(0)).start):
+            for number in sorted(
+                wanted, key=lambda number: [s.start for s in spans.get(number, ())]
+            ):
                 yield wanted[number], archive.stored(wanted[number].name)
             return
     left, everything = {s.name for s in wanted.values()}, len(archive.header.tensors)
@@ -149,18 +217,26 @@ def read_tensors(archive: Archive, names: Collection[str]) -> Iterator[tuple[Ten
 
 
 def stored_pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
-    """Consecutive stored elements of all tensors in file order, a part at a time, hashes checked.
+    """Consecutive stored elements of all tensors in file order, all hashes checked.
 
     Yields
     ------
     TensorSpec, int, ndarray
-        Tensor, number of the first element, elements; no whole tensor is ever in memory.
+        Tensor, number of the first element, elements; of an archive of one layer a part at a time,
+        so that no whole tensor is ever in memory.
 
     Raises
     ------
     FormatError
         The archive is damaged or cut short; ``tensor-digest`` at the last piece of a tensor.
     """
+    if archive.header.layers is None:
+        yield from _pieces(archive)
+    else:  # sums need whole tensors
+        yield from ((spec, 0, array.reshape(-1)) for spec, array in archive.stored_items())
+
+
+def _pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
     header, ready = archive.header, list[tuple[int, int, Array]]()
 
     def take(part: Part, matrix: Array) -> None:
@@ -203,9 +279,9 @@ def stored_pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
         raise FormatError(f"tensor {name!r} is not in the archive", "order", tensor=name)
 
 
-def walk_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+def walk_boxes(file: BinaryIO, at: int = 0) -> Iterator[tuple[bytes, int, int]]:
     """Type (16 bytes of ours), offset and bytes of each whole box of a file that can seek."""
-    at, end = 0, file.seek(0, os.SEEK_END)
+    end = file.seek(0, os.SEEK_END)
     while at + 8 <= end:
         file.seek(at)
         head = file.read(24)
@@ -214,6 +290,35 @@ def walk_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
             return
         yield head[8:24] if kind == b"uuid" else kind, at, size
         at += size
+
+
+class Tail(NamedTuple):
+    """The end of a whole archive: offset of the index, the boxes behind it, offset of mfra."""
+
+    start: int
+    boxes: tuple[tuple[bytes, int, int], ...]
+    mfra: int
+
+
+def find_tail(file: BinaryIO) -> Tail:
+    """Index and what is behind it, in a file that can seek.
+
+    Raises
+    ------
+    TruncatedError
+        The archive has no index.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 16))
+    end = file.read(16)
+    mfra = size - int.from_bytes(end[12:], "big")
+    if end[4:8] == b"mfro" and mfra >= 4:
+        file.seek(mfra - 4)
+        index = mfra - int.from_bytes(file.read(4), "little")
+        boxes = tuple(walk_boxes(file, index)) if index >= 0 else ()
+        if boxes and boxes[0][0] == INDEX_UUID and boxes[-1][:2] == (b"mfra", mfra):
+            return Tail(index, boxes[1:-1], mfra)
+    raise TruncatedError("the archive has no index: it is cut short or damaged", size)
 
 
 class FrameBoxes(NamedTuple):
@@ -251,4 +356,4 @@ def place_parts(
         pieces = [(tensor, 0, left) for tensor, left in going_on]
         pieces += [(part.tensor, part.column, -(-part.size // BAND)) for part in sidecar.parts]
         going_on = [(tensor, at + n - capacity) for tensor, at, n in pieces if at + n > capacity]
-        yield [(tensor, at, min(n, capacity - at)) for tensor, at, n in pieces]
+        yield [(tensor, at, max(0, min(n, capacity - at))) for tensor, at, n in pieces]

@@ -7,7 +7,9 @@ import io
 import os
 import re
 import secrets
+import shutil
 import stat
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +25,8 @@ _NO_LINKS: Final = frozenset(
     if hasattr(errno, name)
 )
 _BUFFER_BYTES: Final = 1 << 16
+#: hidden names of what is not complete; nobody else may use such.
+_TEMPORARY: Final = re.compile(r"\.weightvid-[0-9a-f]{16}\.tmp")
 _ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+[^/]")
 
 
@@ -54,15 +58,20 @@ class AtomicFile:
         self._shown = os.fspath(path)
         self._force = force
         self._target = _resolve(self._shown, force)
-        # The name is random, so it never needs to be long enough to hold the target's own name.
-        self._temporary = self._target.parent / f".weightvid-{secrets.token_hex(8)}.tmp"
-        # Registered before the file exists: whatever happens from here on, it gets removed.
-        self._cleanup = weakref.finalize(self, _remove, self._temporary, os.getpid())
-        try:
-            raw = _OutputFile(self._temporary, self._shown)
-        except OSError as error:
-            self._cleanup()
-            raise output_error(self._shown, error) from None
+        remove_remains(self._target.parent)
+        while True:
+            # Random, so it never needs to be long enough to hold the target's own name.
+            self._temporary = temporary_path(self._target.parent)
+            # Registered before the file exists: whatever happens from here on, it gets removed.
+            self._cleanup = weakref.finalize(self, _remove, self._temporary, os.getpid())
+            try:
+                raw = _OutputFile(self._temporary, self._shown)
+            except OSError as error:
+                self._cleanup()
+                raise output_error(self._shown, error) from None
+            if hold(raw.fileno(), self._temporary):
+                break
+            raw.close()
         self.file = io.BufferedRandom(raw, _BUFFER_BYTES)
 
     @property
@@ -170,6 +179,48 @@ class _OutputFile(io.FileIO):
             return super().write(data)
         except OSError as error:
             raise output_error(self._shown, error) from None
+
+
+def temporary_path(folder: Path) -> Path:
+    """A new hidden name in a folder."""
+    return folder / f".weightvid-{secrets.token_hex(8)}.tmp"
+
+
+def hold(descriptor: int, path: Path) -> bool:
+    """Mark a temporary file or folder as in use, as long as it is open in some process.
+
+    False: another run took it for a remain of a killed one, and removes it. Where locks are not to
+    be had, nothing is marked, and nothing is removed either.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return path.exists()
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove temporary files and folders of runs that were killed."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    with suppress(OSError), os.scandir(folder) as entries:
+        for name in [entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name)]:
+            with suppress(OSError):
+                path = folder / name
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                finally:
+                    os.close(descriptor)
 
 
 def refuse_address(shown: str) -> None:

@@ -8,8 +8,12 @@ Sources: ISO/IEC 14496-12 (boxes); FORMAT.md (ours).
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -26,6 +30,7 @@ _MATRIX: Final = b"".join(
     n.to_bytes(4, "big") for n in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
 )
 _SYNC_SAMPLE: Final = 0x02000000
+_BLOCK: Final = 1 << 15
 #: elements of exact tensors that one box holds, in bytes.
 EXACT_BOX_BYTES: Final = 16 << 20
 
@@ -47,6 +52,15 @@ def box(kind: bytes, *parts: bytes) -> bytes:
     """
     head = kind if len(kind) == 4 else b"uuid" + kind
     return b"".join((_int(4 + len(head) + sum(map(len, parts)), 4), head, *parts))
+
+
+def tail_box(kind: bytes, payload: bytes, before: int = 0) -> bytes:
+    """A box between index and mfra: it ends with the distance of its end from the index' start.
+
+    ``before`` is the size of the index box and of what follows it, up to this box.
+    """
+    distance = before + 24 + len(payload) + 4
+    return box(kind, payload, distance.to_bytes(4, "little"))
 
 
 def full_box(kind: bytes, version: int, flags: int, *parts: bytes) -> bytes:
@@ -179,6 +193,16 @@ def close_body(*records: bytes) -> bytes:
             form, data = loader.DEFLATED, packed
         if size > 1 << 16:
             break
+    return _seal(form, size, data)
+
+
+def stored_body(*records: bytes) -> bytes:
+    """Payload of a box whose records are not worth deflating."""
+    data = b"".join(records)
+    return _seal(loader.STORED, len(data), data)
+
+
+def _seal(form: int, size: int, data: bytes) -> bytes:
     sealed = bytes((form,)) + size.to_bytes(4, "little") + data
     return zlib.crc32(sealed).to_bytes(4, "little") + sealed
 
@@ -195,14 +219,47 @@ def header_records(header: Header, files: Sequence[tuple[SideFile, int]]) -> lis
         for file, size in files
     ]
     bases = [uint(len(basis)) + basis.astype("<f4").tobytes() for basis in header.bases]
+    layers = []
+    if header.layers is not None:
+        total, base, masks = header.layers
+        layers = [record(loader.LAYERS, uint(total), uint(len(base)), base, *map(uint, masks))]
     return [
-        record(loader.TENSORS, uint(len(header.tensors)), *map(_spec_fields, header.tensors)),
+        record(loader.TENSORS, tensor_fields(header.tensors)),
         record_list(loader.ALIASES, aliases),
         record_list(loader.METADATA, metadata),
         record_list(loader.FILES, listed),
         record_list(loader.BASES, bases),
+        *layers,
         record_list(loader.ABOUT, about),
     ]
+
+
+def tensor_fields(tensors: Sequence[TensorSpec]) -> bytes:
+    """Names, types and shapes: the data of the record of tensors."""
+    return uint(len(tensors)) + b"".join(map(_spec_fields, tensors))
+
+
+def root_of(tensors: Sequence[TensorSpec], heads: Mapping[int, bytes]) -> bytes:
+    """Root of an archive: SHA-256 of names, types, shapes, and heads of the tensors' SHA-256.
+
+    So archives of the same tensors have the same root, however they came to be.
+    """
+    every = b"".join(heads[number] for number in range(len(tensors)))
+    return hashlib.sha256(tensor_fields(tensors) + every).digest()
+
+
+def difference(below: Array, array: Array) -> Array:
+    """Zigzag numbers that `weightvid.loader.add_bits` adds to elements to get others.
+
+    Examples
+    --------
+    >>> difference(np.array([5, 7], np.int16), np.array([4, 9], np.int16)).tolist()
+    [1, 4]
+    """
+    signed = np.dtype(f"<i{below.itemsize}")
+    change = array.view(signed) - below.view(signed)
+    found: Array = (change << 1) ^ (change >> (8 * below.itemsize - 1))
+    return found.view(below.dtype)
 
 
 def _spec_fields(spec: TensorSpec) -> bytes:
@@ -275,6 +332,80 @@ def exact_records(
     return [record(loader.ITEMS, uint(len(items)), *fields), data, *planes]
 
 
+def float_records(
+    items: Sequence[tuple[int, int, Array]], specs: Sequence[TensorSpec]
+) -> list[bytes]:
+    """Records of a box of bit-exact floats of one type; see `weightvid.loader.parse_floats`.
+
+    A row has a scale, in quarter octaves, and a number of zeros that all its mantissas end with.
+    Rows alike lie side by side, so that a Huffman code fits the exponents of many: the rest of a
+    float is next to random.
+    """
+    dtype = specs[items[0][0]].dtype
+    mantissa, size = loader.MANTISSAS[dtype], stored_dtype(dtype).itemsize
+    wide, width = np.dtype(f"u{size}").type, 8 * size
+    bits = np.concatenate([np.ascontiguousarray(part).reshape(-1).view(wide) for *_, part in items])
+    shapes = [specs[number].shape[1:] or (part.size,) for number, _, part in items]
+    lengths = [max(1, prod(shape)) for shape in shapes]
+    scales, zeros, at = [np.empty(0, np.uint16)], [np.empty(0, np.uint8)], 0
+    runs = loader.float_rows([part.size for *_, part in items], lengths)
+    tops = (bits & wide((1 << width - 1) - 1)) >> wide(mantissa - 2)
+    for rows, length in runs:
+        here = slice(at, at + rows * length)
+        top, at = tops[here].reshape(rows, length), here.stop
+        total = top.sum(axis=1, dtype=np.int64)
+        scales.append((total // np.maximum(np.count_nonzero(top, axis=1), 1)).astype(np.uint16))
+        some = np.bitwise_or.reduce(bits[here].reshape(rows, length), axis=1).astype(np.int64)
+        some |= 1 << mantissa
+        lowest = np.log2((some & -some).astype(np.float64)).astype(np.uint8)
+        zeros.append(np.where(lowest < 4, 0, lowest).astype(np.uint8))
+    scale, zero = np.concatenate(scales), np.concatenate(zeros)
+    keys = zero.astype(np.int32) * 4 + (scale & 3)
+    order = np.argsort(keys, kind="stable")
+    each = loader.float_lengths(runs)[order]
+    found = np.empty_like(bits)
+    for run, shape, numbers, place in loader.float_places(runs, keys):
+        found[place].reshape(-1, shape[1])[:] = bits[run].reshape(shape)[numbers]
+    offsets = np.repeat(((scale[order] >> 2 << 2).astype(np.int32) - 128).astype(wide), each)
+    shifts = range(0, mantissa - 7, 8)
+    top8, middle, *lows = np.empty((2 + len(shifts), found.size), np.uint8)
+    for first in range(0, found.size, _BLOCK):  # what a cache holds
+        here = slice(first, first + _BLOCK)
+        block = found[here]
+        top = ((block & wide((1 << width - 1) - 1)) >> wide(mantissa - 2)) - offsets[here]
+        top &= wide((1 << width + 1 - mantissa) - 1)
+        top8[here] = top.astype(np.uint8)
+        top >>= wide(8)
+        top <<= wide(6)
+        top |= block >> wide(width - 1) << wide(5)
+        top |= block >> wide(mantissa - 7) & wide(31)
+        middle[here] = top.astype(np.uint8)
+        for low, shift in zip(lows, shifts, strict=True):
+            mask = wide((1 << min(8, mantissa - 7 - shift)) - 1)
+            low[here] = (block >> wide(shift) & mask).astype(np.uint8)
+    steps, planes = np.diff(scale.astype(np.uint8), prepend=np.uint8(0)), list[bytes]()
+    planes.append(_plane(np.stack((steps, (scale >> 8).astype(np.uint8), zero)), zlib.Z_FILTERED))
+    planes += [_plane(plane, zlib.Z_HUFFMAN_ONLY) for plane in (top8, middle)]
+    for low, shift in zip(lows, shifts, strict=True):
+        some = low[: int(each[zero[order] < shift + 8].sum())]
+        whole = shift + 8 <= mantissa - 7 and not ((zero > shift) & (zero < shift + 8)).any()
+        planes.append(_plane(some, None if whole else zlib.Z_HUFFMAN_ONLY))
+    fields = [uint(number) + uint(first) + uint(part.size) for number, first, part in items]
+    data = record(loader.FLOATS, *map(uint, lengths), *planes)
+    return [record(loader.ITEMS, uint(len(items)), *fields), data]
+
+
+def _plane(values: Array, strategy: int | None) -> bytes:
+    """A plane, deflated if that is smaller; None: it is not."""
+    data = values.tobytes()
+    if strategy is not None:
+        packer = zlib.compressobj(1, zlib.DEFLATED, -15, 9, strategy)
+        packed = packer.compress(data) + packer.flush()
+        if len(packed) < len(data):
+            return uint(len(packed)) + packed
+    return uint(0) + data
+
+
 # --- the writer -----------------------------------------------------------------------------------
 
 
@@ -293,6 +424,9 @@ class ArchiveWriter:
     ----------
     packet_bytes, largest_packet, first_packet : int
         Of the frames written so far.
+    heads : dict of int to bytes
+        First bytes of the SHA-256 of each tensor. Whoever adds to a base says what exact tensors
+        become, and those that stay as they are.
     """
 
     def __init__(
@@ -303,7 +437,9 @@ class ArchiveWriter:
         self._frames: list[int] = []
         self._moofs: list[int] = []
         self._firsts: dict[int, int] = {}
-        self._spans: dict[int, range] = {}
+        self._spans: list[tuple[int, range]] = []
+        self._stages: list[tuple[int, int]] = []
+        self.heads: dict[int, bytes] = {}
         self._boxes: list[tuple[int, tuple[int, ...]]] = []
         self.packet_bytes = self.largest_packet = self.first_packet = 0
         made = [box(loader.FILE_UUID, close_body(entry.data)) for entry in files]
@@ -327,19 +463,61 @@ class ArchiveWriter:
         for part in sidecar.parts:
             self._firsts.setdefault(part.tensor, sidecar.frame)
         for end in sidecar.ends:
-            first = self._firsts[end.tensor]
-            self._spans[end.tensor] = range(first, sidecar.frame + 1)
+            first = self._firsts.pop(end.tensor)
+            self._spans.append((end.tensor, range(first, sidecar.frame + 1)))
+            self.heads[end.tensor] = end.sha256
         if not sidecar.frame:
             self.first_packet = len(packet)
         self.packet_bytes += len(packet)
         self.largest_packet = max(self.largest_packet, len(packet))
 
-    def add_exact(self, tensors: Iterable[tuple[int, Array]]) -> None:
-        """Write exact tensors, each as its stored elements, into as many boxes as they need."""
+    def add_exact(self, tensors: Iterable[tuple[int, Array]], lossless: bool = False) -> None:
+        """Write exact tensors, each as its stored elements, into as many boxes as they need.
+
+        Parameters
+        ----------
+        tensors : iterable of (int, ndarray)
+            Numbers and elements.
+        lossless : bool
+            Code F32, F16 and BF16 ones as `float_records` does.
+        """
+
+        def make(items: Sequence[tuple[int, int, Array]]) -> bytes:
+            specs = self._header.tensors
+            if lossless and specs[items[0][0]].dtype in loader.MANTISSAS:
+                return box(loader.EXACT_UUID, stored_body(*float_records(items, specs)))
+            return box(loader.EXACT_UUID, close_body(*exact_records(items, specs)))
+
+        waiting = deque[tuple[tuple[int, ...], Future[bytes]]]()
+
+        def write() -> None:
+            numbers, made = waiting.popleft()
+            self._boxes.append((self._write(made.result()), numbers))
+
+        with ThreadPoolExecutor(2) as pool:  # deflating needs no Python lock
+            for items in self._batches(tensors, lossless):
+                numbers = tuple(dict.fromkeys(number for number, _, _ in items))
+                waiting.append((numbers, pool.submit(make, items)))
+                if len(waiting) > 2:
+                    write()
+            while waiting:
+                write()
+
+    def _batches(
+        self, tensors: Iterable[tuple[int, Array]], lossless: bool
+    ) -> Iterator[list[tuple[int, int, Array]]]:
+        """Items of a box each; of bit-exact floats, those of a box have one type."""
         items: list[tuple[int, int, Array]] = []
-        room = EXACT_BOX_BYTES
+        room, kind = EXACT_BOX_BYTES, ""
         for number, array in tensors:
             flat, first = np.ascontiguousarray(array).reshape(-1), 0
+            self.heads[number] = loader.tensor_sha256(flat)[: loader.TENSOR_SHA_BYTES]
+            dtype = self._header.tensors[number].dtype
+            now = dtype if lossless and dtype in loader.MANTISSAS else ""
+            if items and now != kind:
+                yield items
+                items, room = [], EXACT_BOX_BYTES
+            kind = now
             while first < flat.size or not flat.size:
                 count = max(1, min(flat.size - first, room // max(1, flat.itemsize)))
                 piece = flat[first : first + count]
@@ -347,36 +525,43 @@ class ArchiveWriter:
                 room -= piece.nbytes
                 first += count
                 if room < 16:
-                    self._add_box(items)
+                    yield items
                     items, room = [], EXACT_BOX_BYTES
                 if not flat.size:
                     break
         if items:
-            self._add_box(items)
+            yield items
 
-    def _add_box(self, items: Sequence[tuple[int, int, Array]]) -> None:
-        data = close_body(*exact_records(items, self._header.tensors))
-        size = self._write(box(loader.EXACT_UUID, data))
-        self._boxes.append((size, tuple(dict.fromkeys(number for number, _, _ in items))))
+    def end_layer(self) -> None:
+        """What follows belongs to the next layer."""
+        frames, boxes = (sum(counts) for counts in zip((0, 0), *self._stages, strict=True))
+        self._stages.append((len(self._frames) - frames, len(self._boxes) - boxes))
 
     def finish(self) -> int:
         """Write the index; returns the size of the file."""
         spans, before = [], 0
-        ordered: Mapping[int, range] = dict(sorted(self._spans.items(), key=lambda s: s[1].start))
-        for number, frames in ordered.items():
+        for number, frames in sorted(self._spans, key=lambda entry: entry[1].start):
             spans.append(uint(number) + uint(frames.start - before) + uint(len(frames)))
             before = frames.start
         boxes = [
             uint(size) + uint(len(numbers)) + b"".join(map(uint, numbers))
             for size, numbers in self._boxes
         ]
+        stages = []
+        if self._header.layers is not None and self._header.layers.total > 1:
+            self.end_layer()
+            stages = [uint(frames) + uint(count) for frames, count in self._stages]
+        roots = []
+        if len(self.heads) == len(self._header.tensors):
+            roots = [record(loader.ROOT, root_of(self._header.tensors, self.heads))]
         body = close_body(
             record_list(loader.FRAMES, list(map(uint, self._frames))),
             record_list(loader.SPANS, spans),
             record_list(loader.BOXES, boxes),
+            record_list(loader.STAGES, stages),
+            *roots,
         )
-        size = 24 + len(body) + 4
-        self._write(box(loader.INDEX_UUID, body, size.to_bytes(4, "little")), mfra(self._moofs))
+        self._write(tail_box(loader.INDEX_UUID, body), mfra(self._moofs))
         return self._at
 
     def replace_record(self, record: bytes) -> None:

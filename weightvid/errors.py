@@ -23,6 +23,8 @@ __all__ = [
     "OutputError",
     "QuantizationError",
     "RemoteError",
+    "RepairError",
+    "SignatureError",
     "TargetError",
     "TensorNotFoundError",
     "TruncatedError",
@@ -56,3 +58,11 @@ class RemoteError(WeightvidError, OSError):
 
 class OutputError(WeightvidError, OSError):
     """An output file cannot be written (exists, disk full, no permission)."""
+
+
+class RepairError(WeightvidError, ValueError):
+    """Damage that the parity of an archive cannot restore."""
+
+
+class SignatureError(WeightvidError, ValueError):
+    """An archive is not what was signed, or is not signed by the key that is asked for."""

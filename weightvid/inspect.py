@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import e, log2, pi
@@ -13,11 +14,11 @@ from weightvid.archives import (
     Location,
     open_anywhere,
     place_parts,
+    seekable,
     walk_boxes,
     walk_frames,
 )
 from weightvid.checkpoint import is_url
-from weightvid.errors import FormatError
 from weightvid.loader import Archive, End, Part, StoredFile
 from weightvid.video import CODECS, describe
 
@@ -36,13 +37,13 @@ _USUAL_RATE, _LEAST_RATE = 4.0, 0.01
 class TensorSummary(NamedTuple):
     """One name of an archive.
 
-    ``coding`` is ``video``, ``boxed`` (beside the pictures), or ``missing`` (the file is cut
-    short). Nothing else is said of a name that shares the storage of another (``alias_of``), and
-    only of video: ``method`` (``uniform`` or ``trellis``), ``step`` of the first part, sizes of the
-    transformed ``kernel`` axes, listed levels (``escapes``; outliers are among them), first and
-    last of the ``frames``, and a share of the packets in ``bits_per_weight``. Where tensors share a
-    packet, it is shared out by estimate: a Gaussian tensor of this SQNR takes ``log2(1 + SQNR * pi
-    * e / 6) / 2``.
+    ``coding`` is ``video``, ``boxed`` (beside the pictures), ``unchanged`` (in the base alone), or
+    ``missing`` (the file is cut short). Nothing else is said of a name that shares the storage of
+    another (``alias_of``), and only of video: ``method`` (``uniform`` or ``trellis``), ``step`` of
+    the first part, sizes of the transformed ``kernel`` axes, listed levels (``escapes``; outliers
+    are among them), first and last of the ``frames``, and a share of the packets in
+    ``bits_per_weight``. Where tensors share a packet, it is shared out by estimate: a Gaussian
+    tensor of this SQNR takes ``log2(1 + SQNR * pi * e / 6) / 2``.
     """
 
     name: str
@@ -78,6 +79,21 @@ class VideoSummary(NamedTuple):
     largest_packet: int
 
 
+class LayerSummary(NamedTuple):
+    """Layers of a file: bytes up to the end of each, root of the tensors, and what is updated.
+
+    Of an update: root of its base, and how many tensors are added to the base's, replace them or
+    are new, and stay as they are. Roots are empty where there is none.
+    """
+
+    ends: tuple[int, ...]
+    root: str
+    base: str
+    added: int
+    fresh: int
+    unchanged: int
+
+
 @dataclass(frozen=True, slots=True)
 class ArchiveSummary:
     """An archive at a glance.
@@ -101,6 +117,7 @@ class ArchiveSummary:
         What the packer says of itself, and the source checkpoint's own.
     files : tuple of StoredFile
         Small other files of the model.
+    layers : LayerSummary
     """
 
     file_bytes: int
@@ -114,6 +131,7 @@ class ArchiveSummary:
     about: Mapping[str, str]
     metadata: Mapping[str, str]
     files: tuple[StoredFile, ...]
+    layers: LayerSummary
 
     @property
     def bits_per_weight(self) -> float:
@@ -132,7 +150,7 @@ def summarize_archive(location: Location, *, details: bool | None = None) -> Arc
     Parameters
     ----------
     location : path, address or binary file object
-        It must be able to seek.
+        A pipe is first copied to a temporary file.
     details : bool, optional
         Read the sidecar of each frame. None: of a file, but not of an address, where that may
         take as long as a download; an archive without index is always read in detail.
@@ -141,10 +159,9 @@ def summarize_archive(location: Location, *, details: bool | None = None) -> Arc
     ------
     FormatError, OSError, RemoteError
     """
-    with open_anywhere(location) as archive:
-        size, index, track = archive.source.size, archive.index, archive.track
-        if size is None:
-            raise FormatError("a pipe cannot be inspected: save it first", code="not-seekable")
+    with seekable(location) as there, open_anywhere(there) as archive:
+        index, track = archive.index, archive.track
+        size = archive.source.file.seek(0, os.SEEK_END)
         detailed = index is None or (not is_url(location) if details is None else details)
         frames = list(walk_frames(archive)) if detailed else []
         packets = [frame.packet_bytes for frame in frames] or [0]
@@ -174,7 +191,28 @@ def summarize_archive(location: Location, *, details: bool | None = None) -> Arc
             about=archive.header.about,
             metadata=archive.header.metadata,
             files=archive.header.files,
+            layers=_layers(archive, size),
         )  # fmt: skip
+
+
+def _layers(archive: Archive, size: int) -> LayerSummary:
+    header, index = archive.header, archive.index
+    masks = [header.mask(number) for number in range(len(header.tensors))]
+    base = header.layers.base.hex() if header.layers else ""
+    counts = (
+        sum(mask & 1 and mask > 1 for mask in masks),
+        sum(not mask & 1 for mask in masks),
+        masks.count(1),
+    )
+    if index is None:
+        return LayerSummary((), "", base, *counts)
+    ends, frames, boxes = [], 0, 0
+    for frame_count, box_count in index.stages:
+        frames, boxes = frames + frame_count, boxes + box_count
+        following = [at for at, _ in index.frames[frames : frames + 1]]
+        following += [at for at, _ in index.boxes[boxes : boxes + 1]]
+        ends.append(min(following, default=size))
+    return LayerSummary(tuple(ends), index.root.hex(), base, *counts)
 
 
 def _tensors(archive: Archive, frames: Sequence[FrameBoxes]) -> Iterator[TensorSummary]:
@@ -185,11 +223,14 @@ def _tensors(archive: Archive, frames: Sequence[FrameBoxes]) -> Iterator[TensorS
     shares, spans = _shares(archive, frames, ends)
     exact = _boxed(archive)
     if archive.index is not None:
-        spans = {number: (span[0], span[-1]) for number, span in archive.index.spans.items()}
+        spans = {
+            number: (found[0].start, found[-1].stop - 1)
+            for number, found in archive.index.spans.items()
+        }
     made = []
     for number, spec in enumerate(archive.header.tensors):
         own, end = parts.get(number), ends.get(number)
-        if own is not None and end is not None:
+        if own is not None and end is not None and number in shares and number in spans:
             summary = TensorSummary(
                 *spec, spec.size, "video", None,
                 "trellis" if own[0].method == loader.TRELLIS else "uniform", own[0].step,
@@ -200,7 +241,8 @@ def _tensors(archive: Archive, frames: Sequence[FrameBoxes]) -> Iterator[TensorS
         elif number in spans and not frames:
             summary = TensorSummary(*spec, spec.size, "video", frames=spans[number])
         else:
-            summary = TensorSummary(*spec, spec.size, "boxed" if number in exact else "missing")
+            coding = "unchanged" if archive.header.mask(number) == 1 else "missing"
+            summary = TensorSummary(*spec, spec.size, "boxed" if number in exact else coding)
         made.append(summary)
     yield from made
     for alias, number in archive.header.aliases.items():

@@ -13,12 +13,12 @@ import io
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby
 from math import prod
-from typing import Any, BinaryIO, Final, NamedTuple, cast
+from typing import Any, BinaryIO, Final, NamedTuple, Union, cast
 
 import av
 import numpy as np
@@ -29,6 +29,7 @@ Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 PacketDecoder = Callable[[bytes], Array]
+Base = Union[str, os.PathLike[str], BinaryIO, bytes, "Archive"]
 Sink = Callable[["Part", Array], object]  # takes a part and its matrix of levels, int8
 Packets = Iterator[tuple["Sidecar", bytes]]
 Decode = Callable[[int, bytes | None], list[tuple[int, Array]]]
@@ -73,8 +74,9 @@ BRAND, HEADER_UUID, FILE_UUID = b"wvid", b"weightvid-header", b"weightvid-file\0
 FRAME_UUID, EXACT_UUID = b"weightvid-frame\0", b"weightvid-exact\0"
 INDEX_UUID = b"weightvid-index\0"
 #: record types: an odd one may be skipped by a reader that does not know it.
-TENSORS, ALIASES, METADATA, FILES, BASES, ABOUT = 2, 4, 6, 8, 10, 13
-FRAME, PART, END, ITEMS, DATA, FRAMES, SPANS, BOXES = 32, 34, 36, 48, 50, 64, 66, 68
+TENSORS, ALIASES, METADATA, FILES, BASES, LAYERS, ABOUT = 2, 4, 6, 8, 10, 12, 13
+FRAME, PART, END, ITEMS, DATA, FLOATS = 32, 34, 36, 48, 50, 54
+FRAMES, SPANS, BOXES, STAGES, ROOT = 64, 66, 68, 70, 73
 STORED, DEFLATED, UNIFORM, TRELLIS = 0, 1, 0, 1
 #: fields that a part has, in this order.
 HAS_FREQUENCY_STEPS, HAS_ROW_STEPS, HAS_ENERGIES, HAS_ESCAPES = 1, 2, 4, 8
@@ -86,7 +88,8 @@ MAX_ENERGY, MAX_PART, MAX_KERNEL, MAX_LEVEL = 63, 1 << 24, 1024, 1 << 22
 MAX_SHIFT, MAX_GAIN = 24, 32767
 #: largest box of ours, and largest inflated body, is the last.
 MAX_TENSORS, MAX_NAME_BYTES, MAX_ELEMENTS, MAX_BOX_BYTES = 1 << 20, 4096, 1 << 38, 64 << 20
-TENSOR_SHA_BYTES, NO_SQNR = 8, 0x7FFF
+MAX_AXES = 32
+TENSOR_SHA_BYTES, NO_SQNR, MAX_LAYERS = 8, 0x7FFF, 16
 #: 2 ** (i / 4) as float32.
 QUARTER_OCTAVES = np.array([1.0, 1.1892071, 1.4142135, 1.6817929], np.float32)
 #: name -> numpy type (of raw bits where numpy has none) of the element types; codes are places.
@@ -98,6 +101,8 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
         "I16=<i2 I8=i1 U64=<u8 U32=<u4 U16=<u2 U8=u1 BOOL=?"
     ).split()
 }
+#: types of bit-exact floats -> stored bits of the mantissa.
+MANTISSAS: Final = {"F32": 23, "F16": 10, "BF16": 7}
 PACKABLE = frozenset({"F64", "F32", "F16", "BF16"})
 #: sample entry -> (box of the configuration record, FFmpeg's decoder in software, in hardware).
 TRACKS: Final = {
@@ -135,6 +140,18 @@ StoredFile = NamedTuple(
 )
 
 
+class Layers(NamedTuple):
+    """Layers of a file, whose sum a tensor is, and root of the archive that they are added to.
+
+    ``base`` is empty where there is none. ``masks``, of each tensor: bit 0: it begins as the tensor
+    of that name in the base; bit 1 + l: it has a part in layer l.
+    """
+
+    total: int
+    base: bytes
+    masks: tuple[int, ...]
+
+
 class Header(NamedTuple):
     """What an archive holds: tensors in the order of the source, and what belongs to them."""
 
@@ -144,6 +161,11 @@ class Header(NamedTuple):
     files: tuple[StoredFile, ...]
     bases: tuple[Floats, ...]
     about: Mapping[str, str]
+    layers: Layers | None = None
+
+    def mask(self, number: int) -> int:
+        """Where a tensor is: bit 0: in the base; bit 1 + l: in layer l of the file."""
+        return 2 if self.layers is None else self.layers.masks[number]
 
 
 #: The video track: size of a frame, type of the sample entry, configuration record.
@@ -192,21 +214,43 @@ Sidecar = NamedTuple(
 
 
 class Index(NamedTuple):
-    """Where things lie: frames (offset, bytes), frames of tensors, boxes of exact tensors."""
+    """Where things lie: frames (offset, bytes), frames of tensors, boxes of exact tensors.
+
+    A tensor has a range of frames for each of its layers. Stages: frames and boxes of each layer of
+    the file. The root is the SHA-256 of all tensors.
+    """
 
     frames: Sequence[tuple[int, int]]
-    spans: Mapping[int, range]
+    spans: Mapping[int, tuple[range, ...]]
     boxes: Sequence[tuple[int, tuple[int, ...]]]
+    stages: Sequence[tuple[int, int]]
+    root: bytes
 
 
 class TensorInfo(NamedTuple):
-    """What the archive says of one tensor; ``parts`` is empty and ``end`` None if it is exact."""
+    """What the archive says of one tensor; ``parts`` is empty and ``end`` None if it is exact.
+
+    Parts are those of all its layers, the end and the kernel those of the last one.
+    """
 
     spec: TensorSpec
     parts: tuple[Part, ...]
     end: End | None
-    frames: range
+    frames: Sequence[int]
     kernel: tuple[int, ...]
+
+
+class Arrival(NamedTuple):
+    """A tensor as far as it has arrived: its first ``layer`` layers, of which ``left`` are to come.
+
+    ``complete`` layers of the archive have arrived for all tensors.
+    """
+
+    spec: TensorSpec
+    array: Array
+    layer: int
+    left: int
+    complete: int
 
 
 class Levels(NamedTuple):
@@ -283,6 +327,15 @@ def read_records(body: bytes, what: str, known: Sequence[int]) -> list[list[Fiel
     return list(found.values())
 
 
+def _inflated(data: bytes, size: int, what: str) -> bytes:
+    inflater = zlib.decompressobj(-15)
+    with suppress(zlib.error):
+        data = inflater.decompress(data, size + 1)
+    if not inflater.eof or inflater.unused_data or len(data) != size:
+        raise FormatError(f"{what} is not one deflate stream of {size} bytes", "deflate")
+    return data
+
+
 def open_body(payload: bytes, what: str) -> bytes:
     """Records in a box of ours, behind their CRC-32, form and size."""
     if zlib.crc32(payload[4:]) != int.from_bytes(payload[:4], "little") or len(payload) < 9:
@@ -291,11 +344,7 @@ def open_body(payload: bytes, what: str) -> bytes:
     if size > MAX_BOX_BYTES or form not in (STORED, DEFLATED):
         raise FormatError(f"{what} has {size} bytes in form {form}, which is not allowed", "limit")
     if form == DEFLATED:
-        inflater = zlib.decompressobj(-15)
-        with suppress(zlib.error):
-            data = inflater.decompress(data, size + 1)
-        if not inflater.eof or inflater.unused_data or len(data) != size:
-            raise FormatError(f"{what} is not one deflate stream of {size} bytes", "deflate")
+        data = _inflated(data, size, what)
     if len(data) != size:
         raise FormatError(f"{what} has another size than it says", "record")
     return data
@@ -303,12 +352,13 @@ def open_body(payload: bytes, what: str) -> bytes:
 
 def parse_header(body: bytes, offset: int) -> Header:
     """Model header; ``offset`` is where the first box after it starts."""
-    kinds = TENSORS, ALIASES, METADATA, FILES, BASES, ABOUT
-    listed, named, metadata, stored, matrices, about = read_records(body, "the header", kinds)
+    kinds = TENSORS, ALIASES, METADATA, FILES, BASES, ABOUT, LAYERS
+    found = read_records(body, "the header", kinds)
+    listed, named, metadata, stored, matrices, about, layered = found
     tensors, types, fields = [], list(DTYPES), listed[0]
     for _ in fields.items():
         name, code = fields.text(MAX_NAME_BYTES), fields.uint(len(types) - 1)
-        shape = tuple(fields.uint(MAX_ELEMENTS) for _ in range(fields.uint(32)))
+        shape = tuple(fields.uint(MAX_ELEMENTS) for _ in range(fields.uint(MAX_AXES)))
         if prod(size for size in shape if size) > MAX_ELEMENTS:  # numpy minds it of empty ones too
             raise fields.bad(f"tensor {name!r} is too large", "limit")
         tensors.append(TensorSpec(name, types[code], shape))
@@ -323,7 +373,18 @@ def parse_header(body: bytes, offset: int) -> Header:
     sizes = ((f, f.uint(MAX_KERNEL)) for f in matrices for _ in f.items(256))
     bases = tuple(fields.array("<f4", n * n).reshape(n, n) for fields, n in sizes)
     texts = [{f.text(): f.text() for f in pairs for _ in f.items()} for pairs in (metadata, about)]
-    return Header(tuple(tensors), dict(aliases), texts[0], files, bases, texts[1])
+    layers = parse_layers(layered[0], len(tensors)) if layered else None
+    return Header(tuple(tensors), dict(aliases), texts[0], files, bases, texts[1], layers)
+
+
+def parse_layers(fields: Fields, tensors: int) -> Layers:
+    """Layers of a header of so many tensors."""
+    count, base = fields.uint(MAX_LAYERS), fields.take(fields.uint(32))
+    masks = tuple(fields.uint((2 << count) - 1) for _ in range(tensors))
+    fields.end()
+    if not count or len(base) not in (0, 32) or any(not m or m & 1 > len(base) for m in masks):
+        raise fields.bad(f"{count} layers and a base of {len(base)} bytes do not give all tensors")
+    return Layers(count, base, masks)
 
 
 def parse_part(fields: Fields, header: Header) -> Part:
@@ -381,7 +442,8 @@ def parse_sidecar(body: bytes, header: Header) -> Sidecar:
 def parse_exact(payload: bytes, header: Header) -> Iterator[tuple[int, int, Array]]:
     """Elements of exact tensors in a box: number of the tensor, first element, elements."""
     what = "a box of exact tensors"
-    lists, contents = read_records(open_body(payload, what), what, (ITEMS, DATA))
+    kinds = ITEMS, DATA, FLOATS
+    lists, contents, floats = read_records(open_body(payload, what), what, kinds)
     fields, items = lists[0], []
     for _ in fields.items():
         tensor = fields.uint(len(header.tensors) - 1)
@@ -389,6 +451,12 @@ def parse_exact(payload: bytes, header: Header) -> Iterator[tuple[int, int, Arra
         if first + count > header.tensors[tensor].size:
             raise fields.bad("an item leaves its tensor")
         items.append((tensor, first, count, DTYPES[header.tensors[tensor].dtype]))
+    if floats:
+        names = {header.tensors[item[0]].dtype for item in items}
+        if len(names) != 1 or not names <= MANTISSAS.keys() or contents:
+            raise fields.bad(f"floats of {sorted(names)} cannot share a record")
+        yield from parse_floats(floats[0], names.pop(), [item[:3] for item in items])
+        return
     for size, group in groupby(items, lambda item: item[3].itemsize):
         same = list(group)
         planes = (contents or lists)[0].array("u1", size * sum(item[2] for item in same))
@@ -400,20 +468,121 @@ def parse_exact(payload: bytes, header: Header) -> Iterator[tuple[int, int, Arra
         data.end()
 
 
+def float_rows(counts: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows of items of bit-exact floats: how many, of how many elements; the rest is a short row.
+
+    >>> float_rows([10, 2], [4, 4])
+    [(2, 4), (1, 2), (1, 2)]
+    """
+    runs = []
+    for count, length in zip(counts, lengths, strict=True):
+        runs += [(count // length, length), (1, count % length)]
+    return [(rows, length) for rows, length in runs if rows and length]
+
+
+def float_lengths(runs: Sequence[tuple[int, int]]) -> Array:
+    """Elements of each row."""
+    each = np.array(runs, np.int64).reshape(-1, 2)
+    return np.repeat(each[:, 1], each[:, 0])
+
+
+def float_places(
+    runs: Sequence[tuple[int, int]], keys: Array
+) -> Iterator[tuple[slice, tuple[int, int], Array, slice]]:
+    """Where rows of one key lie: their run, its shape, their numbers in it, their sorted place.
+
+    In the sorted sequence rows come by key, those of one key in their order.
+    """
+    lengths, order = float_lengths(runs), np.argsort(keys, kind="stable")
+    ends, starts = np.cumsum(lengths[order]), np.empty(len(keys), np.int64)
+    starts[order], first, at = ends - lengths[order], 0, 0
+    for rows, length in runs:
+        here, run = keys[first : first + rows], slice(at, at + rows * length)
+        for key in np.unique(here):
+            found = np.flatnonzero(here == key)
+            begin = int(starts[first + found[0]])
+            yield run, (rows, length), found, slice(begin, begin + len(found) * length)
+        first, at = first + rows, run.stop
+
+
+def parse_floats(
+    fields: Fields, dtype: str, items: Sequence[tuple[int, int, int]]
+) -> Iterator[tuple[int, int, Array]]:
+    """Bit-exact floats: numbers of tensors, first elements, elements."""
+    counts, mantissa, kind = [item[2] for item in items], MANTISSAS[dtype], DTYPES[dtype]
+    width, total, wide = 8 * kind.itemsize, sum(counts), np.dtype(f"u{kind.itemsize}").type
+    if total * kind.itemsize > MAX_BOX_BYTES:
+        raise fields.bad(f"a box claims {total} floats", "limit")
+    lengths = [fields.uint(MAX_BOX_BYTES) or 1 for _ in items]
+    runs = float_rows(counts, lengths)
+    rows = sum(count for count, _ in runs)
+
+    def plane(size: int) -> Bytes:
+        coded = fields.uint()
+        data = fields.take(coded or size)
+        return np.frombuffer(_inflated(data, size, "a plane of floats") if coded else data, "u1")
+
+    low, high, zeros = plane(3 * rows).reshape(3, rows)
+    if rows and zeros.max() > mantissa:
+        raise fields.bad("a row of floats has more zero bits than a mantissa")
+    scale = np.cumsum(low, dtype=np.uint8) | high.astype(np.uint16) << 8
+    keys = zeros.astype(np.int32) * 4 + (scale & 3)
+    order = np.argsort(keys, kind="stable")
+    each = float_lengths(runs)[order]
+    tops, middles = plane(total), plane(total)
+    offsets = np.repeat(((scale[order] >> 2 << 2).astype(np.int32) - 128).astype(wide), each)
+    lows, found = [], np.empty(total, wide)
+    for shift in range(0, mantissa - 7, 8):
+        low = plane(int(each[zeros[order] < shift + 8].sum()))  # the others end with zeros
+        lows.append((wide(shift), low))
+    fields.end()
+    for begin in range(0, total, 1 << 15):  # what a cache holds
+        here = slice(begin, begin + (1 << 15))
+        middle, block = middles[here].astype(wide), tops[here].astype(wide)
+        block |= middle >> wide(6) << wide(8)
+        block += offsets[here]
+        block &= wide((1 << width + 1 - mantissa) - 1)
+        block <<= wide(mantissa - 2)
+        block |= (middle >> wide(5) & wide(1)) << wide(width - 1)
+        block |= (middle & wide(31)) << wide(mantissa - 7)
+        for place, low in lows:
+            block[: max(0, len(low) - begin)] |= low[here].astype(wide) << place
+        found[here] = block
+    flat = np.empty(total, wide)
+    for run, shape, numbers, place in float_places(runs, keys):
+        flat[run].reshape(shape)[numbers] = found[place].reshape(-1, shape[1])
+    for (tensor, first, count), end in zip(items, accumulate(counts), strict=True):
+        yield tensor, first, flat[end - count : end].view(kind)
+
+
 def parse_index(body: bytes, header: Header, offset: int) -> Index:
     """Index; ``offset`` is where the first sidecar starts."""
-    listed, spanned, boxed = read_records(body, "the index", (FRAMES, SPANS, BOXES))
+    kinds = FRAMES, SPANS, BOXES, STAGES, ROOT
+    listed, spanned, boxed, staged, rooted = read_records(body, "the index", kinds)
     sizes = [f.uint(3 * MAX_BOX_BYTES) for f in listed for _ in f.items(1 << 24)]
-    *starts, offset = accumulate(sizes, initial=offset)
-    spans, boxes, first, last = {}, [], 0, len(header.tensors) - 1
-    for fields in (f for f in spanned for _ in f.items()):
+    spans, first, last = dict[int, tuple[range, ...]](), 0, len(header.tensors) - 1
+    for fields in (f for f in spanned for _ in f.items(MAX_LAYERS * MAX_TENSORS)):
         tensor, first = fields.uint(last), first + fields.uint(len(sizes))
-        spans[tensor] = range(first, first + fields.uint(len(sizes) - first))
+        span = range(first, first + fields.uint(len(sizes) - first))
+        spans[tensor] = (*spans.get(tensor, ())[:MAX_LAYERS], span)
+    boxes = []
     for fields in (f for f in boxed for _ in f.items()):
         size, count = fields.uint(2 * MAX_BOX_BYTES), fields.uint(MAX_TENSORS)
-        boxes.append((offset, tuple(fields.uint(last) for _ in range(count))))
-        offset += size
-    return Index(list(zip(starts, sizes, strict=True)), spans, boxes)
+        boxes.append((size, tuple(fields.uint(last) for _ in range(count))))
+    stages = [(f.uint(), f.uint()) for f in staged for _ in f.items(MAX_LAYERS)]
+    stages = stages or [(len(sizes), len(boxes))]
+    frames, places = list[tuple[int, int]](), list[tuple[int, tuple[int, ...]]]()
+    for frame_count, box_count in stages:
+        for size in sizes[len(frames) : len(frames) + frame_count]:
+            frames.append((offset, size))
+            offset += size
+        for size, numbers in boxes[len(places) : len(places) + box_count]:
+            places.append((offset, numbers))
+            offset += size
+    if len(frames) < len(sizes) or len(places) < len(boxes):
+        raise FormatError("the index has frames or boxes of no layer", "record")
+    roots = [fields.take(32) for fields in rooted]
+    return Index(frames, spans, places, stages, roots[0] if roots else b"")
 
 
 def rectangles(row_energies: Bytes, column_energies: Bytes) -> list[tuple[int, int, int, int]]:
@@ -569,6 +738,17 @@ def from_float32(values: Floats, name: str) -> Array:
     return (rounded >> np.uint32(16)).astype(np.uint16)
 
 
+def add_bits(below: Array, numbers: Array) -> Array:
+    """Elements whose bits, as unsigned integers, differ from those below by zigzag numbers.
+
+    >>> add_bits(np.array([1.0], np.float32), np.array([3], np.uint32).view(np.float32)) < 1
+    array([ True])
+    """
+    kind = f"<u{below.itemsize}"
+    found = numbers.view(kind)
+    return cast(Array, (below.view(kind) + ((found >> 1) ^ -(found & 1))).view(below.dtype))
+
+
 def tensor_sha256(array: Array) -> bytes:
     """SHA-256 of a tensor's stored little-endian elements."""
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -579,7 +759,7 @@ class Source:
     """Bytes of the archive, from a seekable file or from a pipe."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.at = file, 0
+        self.file, self.at, self._owner = file, 0, os.getpid()
         self.seekable = hasattr(file, "seekable") and file.seekable()
         self.size = file.seek(0, io.SEEK_END) if self.seekable else None
         if self.seekable:
@@ -601,6 +781,10 @@ class Source:
         if at is not None:
             if not self.seekable:
                 raise FormatError("a pipe can be read once, by `items`", "not-seekable")
+            if self._owner != os.getpid():  # a fork shares the place in the file with its parent
+                name, self._owner = getattr(self.file, "name", None), os.getpid()
+                if isinstance(name, (str, os.PathLike)):
+                    self.file = open(name, "rb")  # noqa: PTH123, SIM115
             self.at = self.file.seek(at)
         start, first = self.at, self.file.read(1)
         if not first:
@@ -742,15 +926,31 @@ def _opened(track: Track, wanted: str | PacketDecoder, threads: int) -> Decode:
 class Assembler:
     """Collects levels of parts from frames, and gives tensors (only one's) when they are complete.
 
-    Where a sink takes the levels, no tensor is given.
+    They are given after each of their first ``layers`` layers; ``base`` gives the tensors that the
+    first layer is added to. Where a sink takes the levels, no tensor is given.
     """
 
     def __init__(
-        self, header: Header, only: int | None = None, check: bool = False, sink: Sink | None = None
+        self,
+        header: Header,
+        only: int | None = None,
+        check: bool = False,
+        sink: Sink | None = None,
+        layers: int = MAX_LAYERS,
+        base: Callable[[int], Array] | None = None,
     ) -> None:
         self._header, self._only, self._check, self._sink = header, only, check, sink
+        self._layers, self._base = layers, base
         self._open: list[tuple[Part, Bytes, int]] = []
-        self._arrays: dict[int, tuple[Array, int]] = {}
+        #: of tensors being built: elements, how many there are, whether a layer is added to them.
+        self._arrays: dict[int, tuple[Array, int, bool]] = {}
+        self._whole: dict[int, Array] = {}
+        self._layer: dict[int, int] = {}
+
+    def left(self, number: int) -> int:
+        """Layers of a tensor that are still to come."""
+        mask = self._header.mask(number) >> 1 & ((1 << self._layers) - 1)
+        return mask.bit_count() - self._layer.get(number, 0)
 
     def add(self, sidecar: Sidecar, luma: Array) -> Iterator[tuple[int, Array]]:
         """Take one frame; give every tensor that ends in it, with its number."""
@@ -779,13 +979,18 @@ class Assembler:
                 self._finish(part, room)
         for end in sidecar.ends:
             if self._only in (None, end.tensor) and self._sink is None:
-                yield end.tensor, self._take(end.tensor, end.sha256 if self._check else None)
+                yield end.tensor, self._take(end.tensor, end.sha256)
 
     def add_exact(self, payload: bytes) -> Iterator[tuple[int, Array]]:
         """Take a box of exact tensors; give every tensor that ends in it, with its number."""
-        for number, first, elements in parse_exact(payload, self._header):
+        return self.add_elements(parse_exact(payload, self._header))
+
+    def add_elements(self, found: Iterable[tuple[int, int, Array]]) -> Iterator[tuple[int, Array]]:
+        """Take parts of exact tensors: number of the tensor, first element, elements."""
+        for number, first, elements in found:
             if self._only in (None, number):
-                self._room(number, first, elements.size)[:] = elements
+                room, added = self._room(number, first, elements.size)
+                room[:] = add_bits(room, elements) if added else elements
                 if first + elements.size == self._header.tensors[number].size:
                     yield number, self._take(number)
 
@@ -797,35 +1002,57 @@ class Assembler:
             return
         spec, first = self._header.tensors[part.tensor], part.first_row * part.columns
         bases = [self._header.bases[basis] for basis in part.bases]
-        room = self._room(part.tensor, first, part.size).reshape(matrix.shape)
+        flat, added = self._room(part.tensor, first, part.size)
+        room = flat.reshape(matrix.shape)
         step = max(1, (1 << 17) // part.columns)
         for row in range(0, part.rows, step):
             levels, target = matrix[row : row + step], room[row : row + step]
-            if spec.dtype == "F32":
+            if spec.dtype == "F32" and not added:
                 dequantize(levels, part, bases, row, target)
-            else:
-                target[:] = from_float32(dequantize(levels, part, bases, row), spec.dtype)
+                continue
+            values = dequantize(levels, part, bases, row)
+            if added:
+                with np.errstate(all="ignore"):
+                    values += to_float32(target, spec.dtype)
+            target[:] = from_float32(values, spec.dtype)
 
-    def _room(self, number: int, first: int, count: int) -> Array:
+    def _room(self, number: int, first: int, count: int) -> tuple[Array, bool]:
         spec = self._header.tensors[number]
         if number not in self._arrays:
-            try:
-                self._arrays[number] = np.empty(spec.size, DTYPES[spec.dtype]), 0
-            except (MemoryError, ValueError):
-                raise _defect(spec, "needs more memory than there is", "limit") from None
-        array, have = self._arrays[number]
+            if self.left(number) < 1:
+                raise _defect(spec, "comes more often than the header says")
+            self._arrays[number] = self._begin(number, spec)
+        array, have, added = self._arrays[number]
         if first != have:
             raise _defect(spec, "has parts out of order")
-        self._arrays[number] = array, first + count
-        return array[first : first + count]
+        self._arrays[number] = array, first + count, added
+        return array[first : first + count], added
+
+    def _begin(self, number: int, spec: TensorSpec) -> tuple[Array, int, bool]:
+        """Room for a layer: a copy of what it is added to, as it may stay incomplete."""
+        if number in self._whole:
+            return self._whole[number].copy(), 0, True
+        if self._base is not None and self._header.mask(number) & 1:
+            return self._base(number).reshape(-1).copy(), 0, True
+        try:
+            return np.empty(spec.size, DTYPES[spec.dtype]), 0, False
+        except (MemoryError, ValueError):
+            raise _defect(spec, "needs more memory than there is", "limit") from None
 
     def _take(self, number: int, digest: bytes | None = None) -> Array:
         spec = self._header.tensors[number]
-        array, have = self._arrays.pop(number, (np.empty(0), -1))
+        array, have, added = self._arrays.pop(number, (np.empty(0), -1, False))
         if have != spec.size:
             raise _defect(spec, "ends too early")
-        if digest is not None and tensor_sha256(array)[:TENSOR_SHA_BYTES] != digest:
+        # Sums are always checked: what they are added to came from elsewhere.
+        checked = digest if self._check or added else None
+        if checked is not None and tensor_sha256(array)[:TENSOR_SHA_BYTES] != checked:
             raise _defect(spec, "is not what was packed", "tensor-digest")
+        self._layer[number] = self._layer.get(number, 0) + 1
+        if self.left(number):
+            self._whole[number] = array
+        else:
+            self._whole.pop(number, None)
         return array.reshape(spec.shape)
 
 
@@ -841,12 +1068,25 @@ class Archive(Mapping[str, Array]):
     track : Track
     index : Index or None
         None: the file is cut short, or a pipe.
+    layers : int
+        How many layers of the file are read: all, or as many as were asked for.
+    base : Archive or None
+        What this archive is an update to; see `use_base`.
     """
 
     def __init__(
-        self, file: BinaryIO, decoder: str | PacketDecoder, threads: int, check_tensors: bool
+        self,
+        file: BinaryIO,
+        decoder: str | PacketDecoder,
+        threads: int,
+        check_tensors: bool,
+        layers: int = MAX_LAYERS,
     ) -> None:
-        self.source = Source(file)
+        self.source, self._opened = Source(file), list[Archive]()
+        self.base: Archive | None = None
+        self._last: list[tuple[Sidecar, Array]] = []
+        self._box: tuple[int, dict[int, list[tuple[int, int, Array]]], FormatError | None]
+        self._box = -1, {}, None
         self._decoder, self._threads, self._check = decoder, threads, check_tensors
         first, brands = self.source.box()
         if first != b"ftyp" or BRAND not in brands:
@@ -858,6 +1098,8 @@ class Archive(Mapping[str, Array]):
             raise FormatError("ftyp is not followed by moov and the header", "order")
         self.header = parse_header(open_body(payload, "the header"), self.source.at)
         self.track = parse_moov(movie)
+        self._layer_count = self.header.layers.total if self.header.layers else 1
+        self.layers = min(layers, self._layer_count)
         self._numbers = {spec.name: number for number, spec in enumerate(self.header.tensors)}
         self._numbers.update(self.header.aliases)
         if self.header.files and self.source.seekable:
@@ -872,8 +1114,38 @@ class Archive(Mapping[str, Array]):
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and bases that were opened with it."""
+        for archive in self._opened:
+            archive.close()
         self.source.file.close()
+
+    def use_base(self, *bases: Base) -> None:
+        """Read what this update adds to from the archive (or the chain of them) that it names.
+
+        Raises
+        ------
+        FormatError
+            ``base``: it is another archive, or this one is no update.
+        """
+        *before, last = bases
+        if not isinstance(last, Archive):
+            last = open_archive(last, base=before or None, check_tensors=self._check)
+            self._opened.append(last)
+        wanted = self.header.layers.base if self.header.layers else b""
+        if not wanted:
+            raise FormatError("this archive is no update, and needs no base", "base")
+        root, layers = last.root, last.header.layers
+        if root != wanted:
+            why = f"this update is to the archive of root {wanted.hex()}, not to that of root"
+            raise FormatError(f"{why} {root.hex() or 'unknown'}", "base")
+        if layers and (last.layers < layers.total or (layers.base and last.base is None)):
+            raise FormatError("the base is not open with all its layers and its own base", "base")
+        self.base = last
+
+    @property
+    def root(self) -> bytes:
+        """SHA-256 of all tensors, as the index says; an update names that of its base."""
+        return self._indexed().root
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -935,14 +1207,49 @@ class Archive(Mapping[str, Array]):
         number, spec = self._number(name), self.spec(name)
         if self.index is None:
             return next(array for found, array in self.stored_items() if found == spec)
-        assembler = Assembler(self.header, number, self._check)
-        for frame in self.frames(self.index.spans.get(number, range(0))):
-            for _, array in assembler.add(*frame):
-                return array
-        for at in (at for at, numbers in self.index.boxes if number in numbers):
-            for _, array in assembler.add_exact(self._payload(at, EXACT_UUID, f"box of {name!r}")):
-                return array
+        tensors = self._assembler(number)
+        if not tensors.left(number) and self.header.mask(number) & 1:
+            return self._of_base(number)
+        spans, boxes = self.index.spans.get(number, ()), self.index.boxes
+        places = [(self.index.frames[span.start][0], span) for span in spans if span]
+        for at, place in sorted(
+            [*places, *((at, range(0)) for at, numbers in boxes if number in numbers)],
+            key=lambda entry: entry[0],
+        ):
+            exact = () if place else self._exact(at).get(number, ())
+            frames = (found for frame in self.frames(place) for found in tensors.add(*frame))
+            for _, array in frames if place else tensors.add_elements(exact):
+                if not tensors.left(number):
+                    return array
         raise _defect(spec, "is not where the index says", "index")
+
+    def _exact(self, at: int) -> dict[int, list[tuple[int, int, Array]]]:
+        """Parts of the exact tensors in a box by number; kept until another box is read."""
+        if self._box[0] != at:
+            found: dict[int, list[tuple[int, int, Array]]] = {}
+            wrong = None
+            try:
+                payload = self._payload(at, EXACT_UUID, f"the box at byte {at}")
+                for part in parse_exact(payload, self.header):
+                    found.setdefault(part[0], []).append(part)
+            except FormatError as error:
+                wrong = error
+            self._box = at, found, wrong
+        if self._box[2] is not None:
+            raise self._box[2].with_traceback(None)
+        return self._box[1]
+
+    def _assembler(self, only: int | None = None) -> Assembler:
+        return Assembler(self.header, only, self._check, layers=self.layers, base=self._of_base)
+
+    def _of_base(self, number: int) -> Array:
+        """A tensor as the base has it."""
+        spec = self.header.tensors[number]
+        if self.base is None:
+            raise _defect(spec, "is an update: give the base of this archive", "base")
+        if spec.name not in self.base or self.base.spec(spec.name)[1:] != spec[1:]:
+            raise _defect(spec, "is not in the base as it should be", "base")
+        return self.base.stored(spec.name)
 
     def levels(self, name: str) -> Levels:
         """Integers and step of a uniform, untransformed tensor; an error says why it has none."""
@@ -965,6 +1272,8 @@ class Archive(Mapping[str, Array]):
             return TensorNotFoundError(f"{why}; pack with --integer to get them")
 
         assembler = Assembler(self.header, self._number(name), sink=take)
+        if self.header.mask(self._number(name)) != 2:
+            raise refused("it is a sum of layers")
         for frame in self.frames(self.info(name).frames):
             all(assembler.add(*frame))
         if not values:
@@ -976,16 +1285,25 @@ class Archive(Mapping[str, Array]):
     def info(self, name: str) -> TensorInfo:
         """What the archive says of a tensor; decodes nothing."""
         number = self._number(name)
-        frames = self._indexed().spans.get(number, range(0))
+        spans = self._indexed().spans.get(number, ())
+        frames = spans[0] if len(spans) == 1 else tuple(chain(*spans))
         sidecars = [self.packet(frame)[0] for frame in frames]
         parts = tuple(part for side in sidecars for part in side.parts if part.tensor == number)
         ends = [end for side in sidecars for end in side.ends if end.tensor == number]
-        kernel = tuple(len(self.header.bases[basis]) for basis in (parts[0].bases if parts else ()))
-        return TensorInfo(self.spec(name), parts, ends[0] if ends else None, frames, kernel)
+        last = parts[-1].bases if parts else ()
+        kernel = tuple(len(self.header.bases[basis]) for basis in last)
+        return TensorInfo(self.spec(name), parts, ends[-1] if ends else None, frames, kernel)
 
-    def frames(self, numbers: range) -> Iterator[tuple[Sidecar, Array]]:
+    def frames(self, numbers: Sequence[int]) -> Iterator[tuple[Sidecar, Array]]:
         """Sidecar and luma, uint8 of shape (height, width), of consecutive frames."""
-        return _decoded(map(self.packet, numbers), self.track, self._decoder, self._threads)
+        if numbers and self._last and self._last[0][0].frame == numbers[0]:
+            yield self._last[0]  # tensors that are read one by one share frames
+            numbers = numbers[1:]
+        if numbers:
+            packets = map(self.packet, numbers)
+            for frame in _decoded(packets, self.track, self._decoder, self._threads):
+                self._last = [frame]
+                yield frame
 
     def packet(self, number: int) -> tuple[Sidecar, bytes]:
         """Sidecar and coded picture of one frame."""
@@ -1006,54 +1324,95 @@ class Archive(Mapping[str, Array]):
     def stored_items(self) -> Iterator[tuple[TensorSpec, Array]]:
         """Distinct tensors in file order as their frames arrive, in their own element types.
 
+        At the end of a file that is cut short come those of which only lower layers have arrived;
+        then a `TruncatedError` names what did not arrive at all.
+        """
+        best = dict[TensorSpec, Array]()
+        try:
+            for arrival in self.arrivals():
+                best[arrival.spec] = arrival.array
+                if not arrival.left:
+                    yield arrival.spec, best.pop(arrival.spec)
+        except TruncatedError:
+            yield from best.items()
+            raise
+
+    def arrivals(self) -> Iterator[Arrival]:
+        """Every tensor each time that a layer of it has arrived, as the sum up to there.
+
         At the end of a file that is cut short, a `TruncatedError` names what did not arrive.
         """
-        left = dict(enumerate(self.header.tensors))
-        tensors = Assembler(self.header, check=self._check)
+        specs, tensors = self.header.tensors, self._assembler()
+        masks = [self.header.mask(n) >> 1 & ((1 << self.layers) - 1) for n in range(len(specs))]
+        ahead = [sum(mask >> layer & 1 for mask in masks) for layer in range(self.layers)]
+        left, every = dict(enumerate(specs)), self.layers == self._layer_count
+
+        def arrived(number: int, array: Array) -> Arrival:
+            mask, later = masks[number], tensors.left(number)
+            layer = mask.bit_count() - later
+            for _ in range(layer - 1):
+                mask &= mask - 1
+            if mask:
+                ahead[(mask & -mask).bit_length() - 1] -= 1
+            if not later:
+                del left[number]
+            complete = next(
+                (n for n, tensor_count in enumerate(ahead) if tensor_count), self.layers
+            )
+            return Arrival(specs[number], array, layer, later, complete)
+
+        for number in [number for number, mask in enumerate(masks) if not mask]:
+            if not self.header.mask(number) & 1:
+                raise _defect(specs[number], f"does not come in the first {self.layers} layers")
+            yield arrived(number, self._of_base(number))
         try:
-            for event in self.events():
-                given = (
-                    tensors.add_exact(event) if isinstance(event, bytes) else tensors.add(*event)
-                )
-                for number, array in given:
-                    if number not in left:
-                        raise _defect(self.header.tensors[number], "comes twice")
-                    yield left.pop(number), array
+            for event in self.events() if left or every else ():
+                exact = isinstance(event, bytes)
+                given = tensors.add_exact(event) if exact else tensors.add(*event)  # type: ignore[arg-type]
+                yield from (arrived(*found) for found in given)
+                if not left and not every:
+                    return
         except TruncatedError as error:
-            missing = [spec.name for spec in left.values()]
+            missing = [s.name for n, s in left.items() if tensors.left(n) == masks[n].bit_count()]
             shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-            why = f"the archive is cut short; missing: {shown or 'its index'}"
+            coarse = (
+                f"; {len(left) - len(missing)} tensors are coarse"
+                if len(left) > len(missing)
+                else ""
+            )
+            why = f"the archive is cut short; missing: {shown or 'its index'}{coarse}"
             raise TruncatedError(why, error.offset, missing) from None
         for spec in left.values():
             raise _defect(spec, "is not in the archive")
 
     def events(self) -> Iterator[tuple[Sidecar, Array] | bytes]:
-        """Sidecars and luma of all frames, then the payloads of boxes of exact tensors."""
-        source, at, ends = self.source, self._start, list[tuple[bytes, bytes] | TruncatedError]()
+        """Sidecars and luma of frames, and payloads of boxes of exact tensors, layer by layer."""
+        source, at, number = self.source, self._start, 0
+        ends = list[TruncatedError]()
 
         def following() -> tuple[bytes, bytes]:  # others may read from the file meanwhile
             return source.box(at if source.seekable or source.at != at else None)
 
+        box, at = following(), source.at
+
         def packets() -> Packets:
-            nonlocal at
-            number = 0
+            nonlocal at, number, box
             try:
-                while (box := following())[0] in (FRAME_UUID, FILE_UUID):
+                while box[0] in (FRAME_UUID, FILE_UUID):
                     frames = [self._frame(box[1], number)] if box[0] == FRAME_UUID else []
                     number, at = number + len(frames), source.at
                     yield from frames
-                at = source.at
-                ends.append(box)
+                    box, at = following(), source.at
             except TruncatedError as error:  # frames that the decoder still holds come first
                 ends.append(error)
 
-        yield from _decoded(packets(), self.track, self._decoder, self._threads)
-        box = ends[0]
-        if isinstance(box, TruncatedError):
-            raise box
-        while box[0] == EXACT_UUID:
-            yield box[1]
-            box, at = following(), source.at
+        for _ in range(self._layer_count):
+            yield from _decoded(packets(), self.track, self._decoder, self._threads)
+            if ends:
+                raise ends[0]
+            while box[0] == EXACT_UUID:
+                yield box[1]
+                box, at = following(), source.at
         if not box[0]:
             raise TruncatedError("the archive ends before its index", source.at)
         if box[0] != INDEX_UUID:
@@ -1077,6 +1436,8 @@ class Archive(Mapping[str, Array]):
 def open_archive(
     source: str | os.PathLike[str] | BinaryIO | bytes,
     *,
+    base: Base | Sequence[Base] | None = None,
+    layers: int = MAX_LAYERS,
     decoder: str | PacketDecoder = "software",
     threads: int = 1,
     check_tensors: bool = False,
@@ -1087,6 +1448,10 @@ def open_archive(
     ----------
     source : path, binary file object or bytes
         A pipe or the result of ``urlopen`` will do; such a source can be read once, by `items`.
+    base : path, file, bytes or Archive, or a sequence of them
+        What this archive is an update to; of a chain of updates the oldest first.
+    layers : int
+        Read the first so many layers of an archive of several.
     decoder : str or callable
         ``software``; ``auto``: a hardware device if there is one; one of FFmpeg's devices
         (``cuda``, ``videotoolbox``, ``vaapi``, ``d3d11va``); or a function from a packet (an
@@ -1101,12 +1466,16 @@ def open_archive(
     ------
     FormatError, TruncatedError, OSError
     """
-    if not isinstance(source, str | os.PathLike):
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        return Archive(file, decoder, threads, check_tensors)
-    opened = open(source, "rb")  # noqa: SIM115, PTH123 - closed by the archive
+    named = isinstance(source, str | os.PathLike)
+    opened = io.BytesIO(source) if isinstance(source, bytes) else cast(BinaryIO, source)
+    if isinstance(source, str | os.PathLike):
+        opened = open(source, "rb")  # noqa: SIM115, PTH123 - closed by the archive
     try:
-        return Archive(opened, decoder, threads, check_tensors)
+        archive = Archive(opened, decoder, threads, check_tensors, layers)
+        if base is not None:
+            archive.use_base(*(base if isinstance(base, list | tuple) else (base,)))
     except BaseException:
-        opened.close()
+        if named:
+            opened.close()
         raise
+    return archive

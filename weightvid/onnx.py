@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from weightvid.archives import Location, open_anywhere
 from weightvid.checkpoint.base import need, raw_bytes
-from weightvid.checkpoint.onnx_file import DTYPES, GRAPH_ROLE
+from weightvid.checkpoint.onnx_file import DTYPES, GRAPH_ROLE, places
 from weightvid.errors import CheckpointError
 from weightvid.loader import Array
 
@@ -50,12 +50,16 @@ def session(
             )
         model = library.ModelProto.FromString(archive.read_file(graphs[0]))
         arrays = {spec.name: array for spec, array in archive.stored_items()}
+        for alias, number in archive.header.aliases.items():
+            arrays[alias] = arrays[archive.header.tensors[number].name]
     values: dict[str, Any] = {}
-    for slot in model.graph.initializer:
-        array = arrays.get(slot.name)
+    in_graph = len(model.graph.initializer)
+    for number, (name, slot) in enumerate(places(model)):
+        array = arrays.get(name)
         if array is None or slot.raw_data:
             continue
-        if array.size < _LEAST_EXTERNAL:
+        # Those of branches and functions cannot be handed over.
+        if array.size < _LEAST_EXTERNAL or number >= in_graph:
             slot.raw_data = raw_bytes(array).tobytes()
             continue
         values[slot.name] = _value(runtime, array, slot.data_type)

@@ -27,24 +27,31 @@ import numpy as np
 from weightvid.archives import stored_pieces
 from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
+from weightvid.checkpoint.base import shorten
 from weightvid.container import ArchiveWriter, exact_elements, likeness
 from weightvid.errors import CheckpointError, FormatError, QuantizationError
-from weightvid.levels.code import CodedPart, Quality, code_part, part_rows, quality_of
+from weightvid.levels import exact
+from weightvid.levels.code import CodedPart, Quality, code_part, compare_rows, part_rows
 from weightvid.levels.frames import Frame, choose_frame_size, lay_out, ribbon_columns
 from weightvid.levels.steps import (
     MIN_WEIGHTS,
     Moments,
     TensorPlan,
     TensorStats,
+    forecast,
     is_codable,
     plan_tensor,
     recipe,
+    recipe_factor,
     sample_step,
+    speaks,
     tensor_stats,
     units,
 )
 from weightvid.levels.transform import dct, view_of
 from weightvid.loader import (
+    MAX_AXES,
+    MAX_NAME_BYTES,
     TENSOR_SHA_BYTES,
     Array,
     Assembler,
@@ -62,6 +69,7 @@ from weightvid.loader import (
     to_float32,
 )
 from weightvid.progress import Progress, Report, quiet
+from weightvid.repair import add_parity, check_share
 from weightvid.spec import PACKABLE
 from weightvid.targets import Target, Trial, search
 from weightvid.version import __version__
@@ -96,8 +104,16 @@ class PackOptions:
         Statistics of this very model, or the model with example inputs.
     evaluation : Evaluation or None
         Search the step factor for a bound of the user's own measure.
+    prune : float or None
+        Set weights to zero that are smaller than the mean magnitude of their tensor times this.
     keep : tuple of str
         Shell-style patterns of tensor names that are kept exactly.
+    first : tuple of str
+        Patterns of names that come first in the file, in this order.
+    lossless : bool
+        Keep all tensors exactly, and code floats bit for bit.
+    parity : float
+        Share of the file that is added to repair it by: 0.01 is 1 %; 0: none.
     side_files : bool
         Store the small other files of a folder: configuration, tokenizer.
     video : Video
@@ -118,18 +134,17 @@ class PackOptions:
     target: Target | None = None
     calibration: Calibration | None = None
     evaluation: Evaluation | None = None
+    prune: float | None = None
     keep: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+    lossless: bool = False
+    parity: float = 0.0
     side_files: bool = True
     video: Video = field(default_factory=Video)
     workers: str | Executor | None = None
     jobs: int = 0
     force: bool = False
     verify: bool = True
-
-    @property
-    def first_factor(self) -> float:
-        """The step factor asked for: the option, or else the recipe's."""
-        return self.step_factor or recipe(self.recipe).step_factor
 
     def check(self) -> None:
         """Refuse settings that contradict each other or themselves.
@@ -140,10 +155,18 @@ class PackOptions:
         """
         recipe(self.recipe)
         units((), self.fidelity)
+        if self.parity:
+            check_share(self.parity)
         if self.step_factor is not None and not 0 < self.step_factor < inf:
             raise QuantizationError(
                 f"the step factor must be a positive number, not {self.step_factor}"
             )
+        if self.prune is not None and not 0 < self.prune < inf:
+            raise QuantizationError(
+                f"the factor of pruning must be a positive number, not {self.prune}"
+            )
+        if self.prune is not None and (self.calibration is not None or self.video.qp is not None):
+            raise QuantizationError("pruning and a calibration or a QP exclude each other")
         searched = [
             name
             for name, value in (
@@ -272,6 +295,8 @@ def _pack(
 ) -> PackReport:
     began = perf_counter()
     options.check()
+    if options.lossless:
+        options = replace(options, keep=("*",))
     output = AtomicFile(destination, force=options.force)
     try:
         with open_workers(options.workers, options.jobs) as workers:
@@ -306,8 +331,37 @@ def _pack(
         step_factor=made.factor,
         encodings=encodings,
         seconds=perf_counter() - began,
-        notes=notes,
+        notes=(*survey.notes, *(notes or survey.warning(made.factor))),
     )
+
+
+def _refuse_unholdable(reader: CheckpointReader) -> None:
+    """Raise where the format has no room for a name or a shape, before any work is done."""
+    for name, spec in reader.contents.rows():
+        if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+            said = f"the name {name[:40]!r}... is longer than {MAX_NAME_BYTES} bytes; rename it"
+        elif len(spec.shape) > MAX_AXES:
+            said = f"{name!r} has {len(spec.shape)} axes, and an archive {MAX_AXES} at most"
+        else:
+            continue
+        raise CheckpointError(f"a tensor cannot be packed: {said}")
+
+
+def _refuse_remains(reader: CheckpointReader) -> None:
+    """Raise where the weights are left out: an archive of the rest would pass for the model."""
+    contents = reader.contents
+    packed = [entry for entry in contents.skipped if "_packed_params" in entry]
+    weights = sum(spec.size for spec in contents.tensors if spec.dtype in PACKABLE or spec.size > 1)
+    place = reader.location or "the checkpoint"
+    if packed:
+        raise CheckpointError(
+            f"{place} holds weights that cannot be packed: {shorten(packed, 4)}; pack the float "
+            "model, from before it was quantized dynamically"
+        )
+    if contents.skipped and not weights:
+        raise CheckpointError(
+            f"{place} holds no weights that can be packed; left out: {shorten(contents.skipped, 4)}"
+        )
 
 
 def _choose(
@@ -322,10 +376,10 @@ def _choose(
         return made, encodings, notes
     if options.target is not None:
         made, encodings = search(
-            survey.weights, options.first_factor, options.target, encoder.encode
+            survey.weights, survey.first_factor, options.target, encoder.encode
         )
     else:
-        made, encodings = encoder.encode(options.first_factor), 1
+        made, encodings = encoder.encode(survey.first_factor), 1
     if calibration is not None:
         made, more, notes = calibration.refine(survey, made, encoder, progress)
         encodings += more
@@ -349,6 +403,10 @@ class Survey:
         Step of each at k = 1, before any limit.
     moments : mapping of int to Moments
         What calibration knows of the inputs of a tensor.
+    apart : frozenset of str
+        Names of tensors that are kept bit for bit because they are no weights.
+    notes : tuple of str
+        What people should know of the model.
     """
 
     reader: CheckpointReader
@@ -356,6 +414,8 @@ class Survey:
     stats: Mapping[int, TensorStats]
     units: Mapping[int, float]
     moments: Mapping[int, Moments] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -367,6 +427,31 @@ class Survey:
         """Elements of all floating-point tensors."""
         return sum(spec.size for spec in self.specs if spec.dtype in PACKABLE)
 
+    @property
+    def first_factor(self) -> float:
+        """The step factor asked for: the option, or else what the recipe means for this model."""
+        options, stats = self.options, list(self.stats.values())
+        return options.step_factor or recipe_factor(
+            options.recipe, stats, [self.units[number] for number in self.stats], options.fidelity
+        )
+
+    def warning(self, factor: float) -> tuple[str, ...]:
+        """What to expect of the outputs, if it is worse than ``balanced`` would be."""
+        options, stats = self.options, list(self.stats.values())
+        units = [self.units[number] for number in self.stats]
+        noise = forecast(factor, stats, units, options.fidelity)
+        usual = recipe("balanced")
+        if noise <= 1.5 * (usual.language_noise if speaks(stats) else usual.noise):
+            return ()
+        return (
+            f"the outputs will be about {noise:.1f} times as far off as with int8 per channel: "
+            "check them, or choose the recipe balanced or an evaluation",
+        )
+
+    def keeps(self, name: str) -> bool:
+        """Whether a tensor that is not quantized is kept bit for bit."""
+        return name in self.apart or any(fnmatchcase(name, p) for p in self.options.keep)
+
     def plans(self, factor: float) -> dict[int, TensorPlan]:
         """Plan of each tensor that is quantized, at a step factor."""
         found = {}
@@ -374,6 +459,10 @@ class Survey:
             unit, fidelity = self.units[number], self.options.fidelity
             if self.options.video.qp is not None:
                 plan = plan_tensor(stats, sample_step(unit, stats), "integers")
+            elif self.options.prune is not None:
+                plan = plan_tensor(stats, factor * unit, "integers")
+                if plan is not None:
+                    plan = replace(plan, threshold=self.options.prune * stats.mean_magnitude)
             else:
                 moments = self.moments.get(number)
                 plan = plan_tensor(stats, factor * unit, fidelity, moments=moments)
@@ -397,18 +486,39 @@ def survey_checkpoint(
     CheckpointError
         The source is damaged, or the calibration statistics are of another model.
     """
+    _refuse_remains(reader)
+    _refuse_unholdable(reader)
     specs = reader.contents.tensors
-    wanted = {number: spec for number, spec in enumerate(specs) if may_code(spec, options.keep)}
+    scales, tables = exact.scales_of(specs), exact.tables_of(specs)
+    states = exact.optimizer_state(specs)
+    wanted = {
+        number: spec
+        for number, spec in enumerate(specs)
+        if may_code(spec, options.keep) and spec.name not in scales | tables
+    }
     total = sum(spec.size for spec in wanted.values())
     done, stats = 0, {}
     tasks = (_Looked(spec, _pieces(reader, spec, workers)) for spec in wanted.values())
     for number, found in zip(wanted, workers.map(_look_at, tasks), strict=True):
         done += found.spec.size
         progress(Progress("survey", done, total))
-        if is_codable(found.spec, found):
+        if exact.is_sinusoid(found):
+            tables.add(found.spec.name)
+        elif is_codable(found.spec, found):
             stats[number] = found
     steps = dict(zip(stats, units(list(stats.values()), options.fidelity), strict=True))
-    survey = Survey(reader, options, stats, steps)
+    notes = [
+        f"{what}: {shorten(sorted(names))}"
+        for what, names in (
+            ("kept bit for bit, as scales of packed integers", scales),
+            ("kept bit for bit, as constant tables", tables),
+            ("an optimizer's state, which no loader needs, is packed, too", states),
+        )
+        if names
+    ]
+    survey = Survey(
+        reader, options, stats, steps, apart=frozenset(scales | tables), notes=tuple(notes)
+    )
     if options.calibration is not None:
         survey = options.calibration.apply(survey, progress)
     return survey
@@ -453,15 +563,20 @@ class Written(Trial):
     tensors: tuple[TensorReport, ...] = ()
 
 
-class _PartTask(NamedTuple):
+class PartTask(NamedTuple):
+    """Rows of a tensor to be quantized, and what they are added to."""
+
     piece: Piece
     plan: TensorPlan
     number: int
     first_row: int
     moments: Moments | None
+    below: Array | None = None
 
 
-class _FrameTask(NamedTuple):
+class FrameTask(NamedTuple):
+    """A picture to be coded."""
+
     luma: Bytes
     video: Video
 
@@ -507,7 +622,8 @@ class Encoder:
         run = _Run(survey, plans, coded or {}, self._workers, self._progress)
         self.file.seek(0)
         self.file.truncate()
-        return run.write(self.file, factor)
+        made, parity = run.write(self.file, factor), survey.options.parity
+        return replace(made, file_bytes=add_parity(self.file, parity)) if parity else made
 
 
 class _Run:
@@ -527,8 +643,9 @@ class _Run:
         self._shifts: dict[int, Floats] = {}
         sizes = sorted({size for plan in plans.values() for size in plan.kernel})
         self._bases = {size: number for number, size in enumerate(sizes)}
+        self._plans = {number: plans[number] for number in sorted(plans, key=self._turn)}
         self._hashes: dict[int, Any] = {}
-        self._reports: dict[int, _Tally] = {}
+        self._reports: dict[int, Tally] = {}
         self._done = 0
         self._total = sum(plan.spec.size for plan in plans.values())
         self._video = survey.options.video.for_levels(self._total)
@@ -553,7 +670,7 @@ class _Run:
             contents.metadata,
             (),
             tuple(dct(kernel) for kernel in self._bases),
-            _about(options),
+            about_packing(options) | ({"calibrated": "yes"} if survey.moments else {}),
         )
         writer = ArchiveWriter(file, track, header, contents.files if options.side_files else ())
         frames = lay_out(self._code(rows), size)
@@ -565,7 +682,7 @@ class _Run:
                 sidecar = self._decoded(sidecar, decoded, packet.luma)
             writer.add_frame(sidecar, packet.data)
             count += 1
-        writer.add_exact(self._exact())
+        writer.add_exact(self._exact(), options.lossless)
         file_bytes = writer.finish()
         if count and track.entry == b"hvc1":
             level = hevc_level(*size, writer.largest_packet, writer.first_packet)
@@ -585,9 +702,9 @@ class _Run:
     ) -> Iterator[tuple[CodedPart, Bytes]]:
         """Coded parts in the order of the ribbon, with their samples."""
         tasks = (task for number in rows for task in self._tasks(number, rows[number]))
-        results = self._workers.map(_code_part, tasks)
+        results = self._workers.map(code_task, tasks)
         for number, parts in rows.items():
-            plan, tally = self._plans[number], _Tally(self._plans[number].spec.name)
+            plan, tally = self._plans[number], Tally(self._plans[number].spec.name)
             self._reports[number] = tally
             digest = self._hashes[number] = hashlib.sha256()
             for place in range(len(parts)):
@@ -606,7 +723,7 @@ class _Run:
             before = self._shifts.get(moments.bias, np.float32(0))
             self._shifts[moments.bias] = before + moments.bias_sign * shift
 
-    def _tasks(self, number: int, parts: Sequence[tuple[int, int]]) -> Iterator[_PartTask]:
+    def _tasks(self, number: int, parts: Sequence[tuple[int, int]]) -> Iterator[PartTask]:
         if number in self._coded:
             return
         plan, columns = self._plans[number], self._plans[number].view.columns
@@ -614,7 +731,7 @@ class _Run:
             piece = self._workers.piece(
                 self._survey.reader, plan.spec.name, first * columns, count * columns
             )
-            yield _PartTask(piece, plan, number, first, self._survey.moments.get(number))
+            yield PartTask(piece, plan, number, first, self._survey.moments.get(number))
 
     # --- samples to packets
 
@@ -623,12 +740,12 @@ class _Run:
     ) -> Iterator[tuple[Frame[CodedPart], _Packet]]:
         waiting: list[Frame[CodedPart]] = []
 
-        def tasks() -> Iterator[_FrameTask]:
+        def tasks() -> Iterator[FrameTask]:
             for frame in frames:
                 waiting.append(frame._replace(luma=np.empty((0, 0), np.uint8)))
-                yield _FrameTask(frame.luma, self._video)
+                yield FrameTask(frame.luma, self._video)
 
-        for packet in self._workers.map(_encode_frame, tasks()):
+        for packet in self._workers.map(encode_frame, tasks()):
             yield waiting.pop(0), packet
 
     def _sidecar(self, frame: Frame[CodedPart], packet: _Packet) -> Sidecar:
@@ -650,15 +767,21 @@ class _Run:
         """Sidecar of a lossy frame: hashes and qualities are those of what came back."""
         ends = []
         for number, array in assembler.add(sidecar, luma):
-            spec, tally = self._survey.specs[number], _Tally(self._survey.specs[number].name)
-            original = to_float32(self._survey.reader.read(spec.name).reshape(-1), spec.dtype)
-            shape = -1, self._plans[number].view.columns
+            spec, plan = self._survey.specs[number], self._plans[number]
+            tally = Tally(spec.name)
+            original, shape = self._survey.reader.read(spec.name), (-1, plan.view.columns)
             tally.add_quality(
-                quality_of(original.reshape(shape), array.reshape(shape), spec.dtype, 0)
+                compare_rows(original.reshape(shape), array.reshape(shape), spec.dtype)
             )
             self._reports[number] = tally
             ends.append(End(number, tensor_sha256(array)[:TENSOR_SHA_BYTES], tally.sqnr_db))
         return sidecar._replace(ends=tuple(ends))
+
+    def _turn(self, number: int) -> int:
+        """When a tensor comes: the place of the first pattern that it matches."""
+        name, patterns = self._survey.specs[number].name, self._survey.options.first
+        matches = (place for place, glob in enumerate(patterns) if fnmatchcase(name, glob))
+        return next(matches, len(patterns))
 
     # --- what is kept exactly
 
@@ -666,19 +789,18 @@ class _Run:
         options, reader = self._survey.options, self._survey.reader
         bits = recipe(options.recipe).mantissa_bits
         left = [n for n in range(len(self._survey.specs)) if n not in self._plans]
-        for number in sorted(left, key=lambda n: likeness(self._survey.specs[n])):
+        likely = sorted(left, key=lambda n: likeness(self._survey.specs[n]))
+        for number in sorted(likely, key=self._turn):
             spec = self._survey.specs[number]
             array = reader.read(spec.name)
             if number in self._shifts:
                 values = to_float32(array, spec.dtype) + self._shifts[number]
                 array = from_float32(values, spec.dtype)
-            if any(fnmatchcase(spec.name, pattern) for pattern in options.keep):
-                yield number, array
-            else:
-                yield number, exact_elements(array, spec, bits)
+            kept = self._survey.keeps(spec.name)
+            yield number, array if kept else exact_elements(array, spec, bits)
 
 
-class _Tally:
+class Tally:
     """Sums over the parts of one tensor."""
 
     def __init__(self, name: str) -> None:
@@ -688,34 +810,40 @@ class _Tally:
         self._escapes = self._outliers = 0
 
     def add(self, coded: CodedPart) -> None:
+        """Count a part."""
         self.add_quality(coded.quality)
         self._escapes += 0 if coded.part.escapes is None else len(coded.part.escapes[0])
         self._outliers += coded.outliers
 
     def add_quality(self, quality: Quality) -> None:
+        """Count how near a part is to its weights."""
         self.signal += quality.signal
         self.noise += quality.noise
         self._worst = min(self._worst, (quality.worst_db, quality.worst_row))
 
     @property
     def sqnr_db(self) -> float | None:
+        """Signal over noise; None without either."""
         return 10 * log10(self.signal / self.noise) if self.signal and self.noise else None
 
     def report(self) -> TensorReport:
+        """What the sums say."""
         sqnr = inf if self.sqnr_db is None else self.sqnr_db
         return TensorReport(
             self.name, sqnr, self._worst[1], self._worst[0], self._escapes, self._outliers
         )
 
 
-def _code_part(task: _PartTask) -> CodedPart:
-    return code_part(task.piece.read(), task.plan, task.number, task.first_row, task.moments)
+def code_task(task: PartTask) -> CodedPart:
+    """Quantize the rows of a task."""
+    piece, plan, number, first_row, moments, below = task
+    return code_part(piece.read(), plan, number, first_row, moments, below)
 
 
 _LOCAL = threading.local()
 
 
-def _encode_frame(task: _FrameTask) -> _Packet:
+def encode_frame(task: FrameTask) -> _Packet:
     """Packet of a frame and SHA-256 of what it decodes to; of a lossy one also what that is."""
     height, width = task.luma.shape
     key = (task.video, width, height)
@@ -732,7 +860,7 @@ def _encode_frame(task: _FrameTask) -> _Packet:
     return _Packet(data, hashlib.sha256(luma.data).digest(), luma)
 
 
-def _about(options: PackOptions) -> dict[str, str]:
+def about_packing(options: PackOptions) -> dict[str, str]:
     """What the header says to people about the making of the archive."""
     made = options.recipe if options.step_factor is None else f"step {options.step_factor:g}"
     if options.target is not None:

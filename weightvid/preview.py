@@ -1,4 +1,4 @@
-"""Frames as pictures: levels in colour, the borders of tensors and their names.
+"""Frames and kernels as pictures: levels or weights in colour, with names and captions.
 
 A frame shows levels in coding order: sample 128 is level 0, and the distance from it is the level.
 """
@@ -6,8 +6,11 @@ A frame shows levels in coding order: sample 128 is level 0, and the distance fr
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -16,7 +19,8 @@ import numpy as np
 from weightvid.archives import Location, open_anywhere, place_parts, walk_frames
 from weightvid.atomic import atomic_output
 from weightvid.errors import CodecError, FormatError, TensorNotFoundError
-from weightvid.loader import BAND, ZERO_SAMPLE, Archive, Array, Bytes
+from weightvid.levels.transform import view_of
+from weightvid.loader import BAND, ZERO_SAMPLE, Archive, Array, Bytes, TensorSpec, to_float32
 
 #: colours of the most negative, the zero and the most positive level.
 _NEGATIVE, _ZERO, _POSITIVE = (24, 78, 168), (247, 247, 244), (178, 24, 43)
@@ -25,7 +29,13 @@ _BLANK, _INK, _PAPER = (120, 124, 130), (20, 20, 24), (255, 255, 255)
 _GAMMA: Final = 0.6
 #: the scale ends at the level that this share of the samples does not exceed, or at the least.
 _QUANTILE, _LEAST_RANGE = 0.999, 3
-_TARGET_PX, _MAX_SCALE, _FONT_PX, _LEGEND_PX = 1400, 6, 12, 64
+_TARGET_PX, _MAX_SCALE, _FONT_PX, _LEGEND_PX = 1400, 6, 12, 80
+#: letters of a name that are drawn at most.
+_LABEL_LETTERS: Final = 160
+#: longest name of a picture that is named after a tensor.
+_NAME_BYTES: Final = 120
+#: kernels are drawn as large as this, and so many rows and columns of them at most.
+_KERNEL_SCALE, _MOST_KERNELS = 16, 128
 
 
 class Tile(NamedTuple):
@@ -67,28 +77,78 @@ def preview_archive(
     FormatError, TensorNotFoundError
         The archive is damaged or cut short, or has no such frame or tensor on a frame.
     """
+    with open_anywhere(location) as archive:
+        wanted = _choose_frames(archive, frames, tensor)
+        return _write(_draw_frames(archive, wanted, scale), folder, force)
+
+
+def preview_kernels(
+    location: Location,
+    folder: str | os.PathLike[str],
+    *,
+    tensor: str = "*",
+    scale: int = 0,
+    force: bool = False,
+) -> tuple[str, ...]:
+    """Draw each tensor that matches, restored: a row of kernels per output; gives the paths.
+
+    The pictures are named after the tensors; see `preview_archive` for the other parameters.
+
+    Raises
+    ------
+    CodecError
+        imageio (the extra ``preview``) is missing.
+    FormatError, TensorNotFoundError
+        The archive is damaged, or no tensor of two axes or more matches.
+    """
+    with open_anywhere(location) as archive:
+        return _write(_draw_tensors(archive, tensor, scale), folder, force)
+
+
+def _write(
+    pictures: Iterable[tuple[str, Bytes]], folder: str | os.PathLike[str], force: bool
+) -> tuple[str, ...]:
     try:
         import imageio.v3 as imageio
     except ImportError as error:
         raise CodecError(
             f"imageio is needed to draw pictures ({error}): pip install 'weightvid[preview]'"
         ) from None
-    target, made = Path(folder), []
-    with open_anywhere(location) as archive:
-        wanted = _choose_frames(archive, frames, tensor)
-        sidecars = (frame.sidecar for frame in walk_frames(archive))
-        placed = list(islice(place_parts(sidecars, archive), wanted[-1] + 1))
-        target.mkdir(parents=True, exist_ok=True)
-        for number in wanted:
-            ((_, luma),) = archive.frames(range(number, number + 1))
-            tiles = [tile for piece in placed[number] for tile in _tiles(archive, *piece)]
-            name = Path(getattr(archive.source.file, "name", "")).name
-            picture = draw(luma, tiles, f"{name}   frame {number}", scale)
-            path = target / f"frame-{number:04d}.png"
-            with atomic_output(path, force=force) as output:
-                output.write(imageio.imwrite("<bytes>", picture, extension=".png"))
-            made.append(str(path))
+    made = []
+    for stem, picture in pictures:
+        path = Path(folder) / f"{stem}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_output(path, force=force) as output:
+            output.write(imageio.imwrite("<bytes>", picture, extension=".png"))
+        made.append(str(path))
     return tuple(made)
+
+
+def _name(archive: Archive) -> str:
+    return _printable(Path(str(getattr(archive.source.file, "name", ""))).name)
+
+
+def _draw_frames(archive: Archive, wanted: list[int], scale: int) -> Iterator[tuple[str, Bytes]]:
+    sidecars = (frame.sidecar for frame in walk_frames(archive))
+    placed = list(islice(place_parts(sidecars, archive), wanted[-1] + 1))
+    for number in wanted:
+        ((_, luma),) = archive.frames(range(number, number + 1))
+        tiles = [tile for piece in placed[number] for tile in _tiles(archive, *piece)]
+        yield f"frame-{number:04d}", draw(luma, tiles, f"{_name(archive)}, frame {number}", scale)
+
+
+def _draw_tensors(archive: Archive, pattern: str, scale: int) -> Iterator[tuple[str, Bytes]]:
+    specs = [archive.spec(each) for each in archive if fnmatchcase(each, pattern)]
+    specs = [spec for spec in dict.fromkeys(specs) if spec.size and view_of(spec.shape).rows > 1]
+    if not specs:
+        raise TensorNotFoundError(f"no tensor of two axes or more matches {pattern!r}")
+    taken: list[str] = []
+    for spec in specs:
+        weights = to_float32(archive.stored(spec.name), spec.dtype)
+        picture = draw_kernels(weights, _name(archive), spec, scale)
+        stem = re.sub(r"[^\w.-]", "_", spec.name, flags=re.ASCII)[:_NAME_BYTES]
+        taken.append(stem)
+        yield f"{stem}-{len(taken)}" if taken.count(stem) > 1 else stem, picture
 
 
 def _choose_frames(archive: Archive, frames: range | None, tensor: str | None) -> list[int]:
@@ -108,7 +168,7 @@ def _choose_frames(archive: Archive, frames: range | None, tensor: str | None) -
     if not names:
         raise TensorNotFoundError(f"no tensor of the archive matches {tensor!r}")
     numbers = [n for n, spec in enumerate(archive.header.tensors) if spec.name in names]
-    found = sorted({frame for number in numbers for frame in spans.get(number, ())})
+    found = sorted({frame for n in numbers for span in spans.get(n, ()) for frame in span})
     if not found:
         raise TensorNotFoundError(
             f"no tensor that matches {tensor!r} lies in the pictures: exact ones don't"
@@ -148,10 +208,8 @@ def colour_range(luma: Array) -> int:
 def draw(luma: Array, tiles: list[Tile], title: str, scale: int = 0) -> Bytes:
     """Picture of one frame and what lies on it, uint8 of shape (height, width, 3).
 
-    The title is written below it, with the scale of colours; ``scale`` 0 is chosen by the size.
+    A caption is written below it, with the scale of colours; ``scale`` 0 is chosen by the size.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     height, width = luma.shape
     zoom = scale or max(1, min(_MAX_SCALE, round(_TARGET_PX / max(height, width))))
     largest = colour_range(luma)
@@ -160,35 +218,87 @@ def draw(luma: Array, tiles: list[Tile], title: str, scale: int = 0) -> Bytes:
     for tile in tiles:
         blank[tile.y : tile.y + BAND, tile.x : tile.x + tile.width] = False
     picture[blank] = _BLANK
-    picture = np.repeat(np.repeat(picture, zoom, axis=0), zoom, axis=1)
-    image = Image.new("RGB", (max(width * zoom, 640), height * zoom + _LEGEND_PX), _PAPER)
-    image.paste(Image.fromarray(picture), (0, 0))
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(_FONT_PX)
+    image, pen, font = _canvas(np.repeat(np.repeat(picture, zoom, axis=0), zoom, axis=1))
     for tile in tiles:
         corner = (tile.x + tile.width) * zoom - 1, (tile.y + BAND) * zoom - 1
         pen.rectangle((tile.x * zoom, tile.y * zoom, *corner), outline=_INK)
-    widest = {tile.name: tile for tile in sorted(tiles, key=lambda tile: tile.width)}
-    for tile in widest.values():
+    for tile in tiles:
         _label(image, tile, zoom, font)
-    top = height * zoom + 8
-    pen.text((12, top), f"{title}   level:", fill=_INK, font=font)
     step = -(-largest // 8)
-    for place, level in enumerate(range(-(largest // step) * step, largest + 1, step)):
-        x, colour = 12 + place * 36, tuple(table[level + ZERO_SAMPLE].tolist())
-        pen.rectangle((x, top + 18, x + 35, top + 31), fill=colour, outline=_INK)
-        pen.text((x + 2, top + 33), f"{level:+d}" if level else "0", fill=_INK, font=font)
+    levels = range(-(largest // step) * step, largest + 1, step)
+    swatches = [(table[n + ZERO_SAMPLE], f"{n:+d}" if n else "0") for n in levels]
+    caption = "each cell is a quantized weight, laid out column by column, large ones first"
+    _legend(pen, font, height * zoom, (title, caption, "level"), swatches)
     return np.asarray(image)
+
+
+def draw_kernels(weights: Array, title: str, spec: TensorSpec, scale: int = 0) -> Bytes:
+    """Picture of a tensor's kernels: a row for each output, a column for each input."""
+    view = view_of(spec.shape)
+    tall, wide = (1, 1, *view.kernel)[-2:] if len(view.kernel) < 3 else (
+        view.kernel[0], prod(view.kernel[1:])
+    )  # fmt: skip
+    whole = weights.reshape(view.rows, view.channels, tall, wide)
+    many = _MOST_KERNELS if view.kernel else 8 * _MOST_KERNELS
+    shown, gap = whole[:many, :many], int(bool(view.kernel))
+    rows, channels = shown.shape[:2]
+    limit = float(np.quantile(np.abs(shown), _QUANTILE)) or 1.0
+    samples = np.rint(shown / limit * 127).clip(-127, 127).astype(np.int16) + ZERO_SAMPLE
+    grid = np.pad(colours(127)[samples], ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)),
+                  constant_values=255)  # fmt: skip
+    grid = grid.transpose(0, 2, 1, 3, 4).reshape(rows * (tall + gap), channels * (wide + gap), 3)
+    zoom = scale or max(1, min(_KERNEL_SCALE, _TARGET_PX // max(grid.shape[:2])))
+    image, pen, font = _canvas(np.repeat(np.repeat(grid, zoom, axis=0), zoom, axis=1))
+    part = "" if shown.size == whole.size else f" (the first {rows} x {channels} of them)"
+    what = "kernels" if view.kernel else "weights"
+    caption = f"{view.rows} outputs (rows) x {view.channels} inputs of {what}{part}"
+    shares = [n / 4 for n in range(-4, 5)]
+    swatches = [(colours(127)[round(x * 127) + ZERO_SAMPLE], f"{x * limit:.2g}") for x in shares]
+    shape = " x ".join(map(str, spec.shape))
+    words = f"{title}, {_printable(spec.name)}, {shape}", caption, "weight"
+    _legend(pen, font, len(grid) * zoom, words, swatches)
+    return np.asarray(image)
+
+
+def _canvas(picture: Bytes) -> tuple[Any, Any, Any]:
+    """A picture with room below it, a pen and a font."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width, _ = picture.shape
+    image = Image.new("RGB", (max(width, 640), height + _LEGEND_PX), _PAPER)
+    image.paste(Image.fromarray(picture.astype(np.uint8)), (0, 0))
+    return image, ImageDraw.Draw(image), ImageFont.load_default(_FONT_PX)
+
+
+def _legend(
+    pen: Any, font: Any, top: int, words: tuple[str, str, str], swatches: list[tuple[Array, str]]
+) -> None:
+    """What the picture is, how to read it, and the scale of its colours."""
+    title, caption, unit = words
+    pen.text((12, top + 6), title, fill=_INK, font=font)
+    pen.text((12, top + 22), caption, fill=_INK, font=font)
+    pen.text((12, top + 44), f"{unit}:", fill=_INK, font=font)
+    for place, (colour, text) in enumerate(swatches):
+        x = 60 + place * 44
+        pen.rectangle((x, top + 42, x + 43, top + 58), fill=tuple(colour.tolist()), outline=_INK)
+        pen.text((x + 2, top + 61), text, fill=_INK, font=font)
+
+
+def _printable(name: str) -> str:
+    """The end of a name, which comes from a file, as one line."""
+    shown = "".join(c if c.isprintable() else "�" for c in name[-_LABEL_LETTERS:])
+    return shown if len(name) <= _LABEL_LETTERS else "…" + shown
 
 
 def _label(image: Any, tile: Tile, zoom: int, font: Any) -> None:
     """Write a name on its tile: across, else upright; as much of its end as fits."""
     from PIL import Image, ImageDraw
 
-    room, tall, line = tile.width * zoom - 10, BAND * zoom - 10, _FONT_PX + 4
-    if room < line:
+    room, tall, line = tile.width * zoom - 6, BAND * zoom - 10, _FONT_PX + 4
+    if room < line - 6:
         return
-    upright = font.getlength(tile.name) > room and tall > room
-    text = tile.name
+    text = _printable(tile.name)
+    upright = font.getlength(text) > room and tall > room
     while font.getlength(text) > (tall if upright else room):
         text = "…" + text.lstrip("…")[1:]
     box = Image.new("RGB", (int(font.getlength(text)) + 6, line), _PAPER)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.utils.prune import custom_from_mask
 
 from weightvid import numpy
 from weightvid.archives import Location, open_anywhere
 from weightvid.checkpoint.torch_file import from_stored, to_stored
-from weightvid.errors import CheckpointError, CodecError
+from weightvid.errors import CheckpointError, CodecError, QuantizationError
 from weightvid.loader import Array
 
 if TYPE_CHECKING:
     from weightvid.pack import PackOptions, PackReport
+
+#: layers that are pruned.
+_PRUNED = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+#: how torch.nn.utils.prune names the mask of a parameter, and its values.
+_MASK, _ORIGINAL = "_mask", "_orig"
 
 
 def load_file(location: Location, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
@@ -113,3 +119,122 @@ def _nvdec(codecs: Any, gpu: int) -> Callable[[bytes], Array]:
         return luma
 
     return decode
+
+
+def prune(module: torch.nn.Module, factor: float = 1.0, keep: Collection[str] = ()) -> float:
+    """Set the small weights of each linear and convolutional layer to zero, for good.
+
+    A layer's threshold is the mean magnitude of its weights that are not zero, times ``factor``.
+    What is zero stays zero in any training that follows; pruning again adds to it. When training
+    is over, `pruned_state` gives the weights under their usual names.
+
+    Parameters
+    ----------
+    module : Module
+    factor : float
+        >= 0.
+    keep : collection of str
+        Names of layers that are left alone.
+
+    Returns
+    -------
+    float
+        Share of zeros in the weights of all pruned layers, 0..1.
+
+    Raises
+    ------
+    QuantizationError
+        The factor is negative, or the module has no such layer.
+
+    Notes
+    -----
+    H. Lim and H. Kim, pruning by the mean of a layer's magnitudes with retraining, 2018.
+    """
+    if not factor >= 0:
+        raise QuantizationError(f"the factor of pruning must not be negative, as {factor} is")
+    zeros = total = 0
+    for name, layer in module.named_modules():
+        if not isinstance(layer, _PRUNED) or name in keep:
+            continue
+        size = layer.weight.detach().abs()
+        mask = size >= factor * size[size > 0].mean()
+        custom_from_mask(layer, "weight", mask & (size > 0))
+        zeros += int((layer.weight == 0).sum())
+        total += mask.numel()
+    if not total:
+        raise QuantizationError("the module has no linear or convolutional layer to prune")
+    return zeros / total
+
+
+def pruned_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """State of a pruned module as the module had it before: weights with their zeros, no masks."""
+    state: dict[str, torch.Tensor] = module.state_dict()
+    masks = [name for name in state if name.endswith(_MASK)]
+    for name in masks:
+        weight = name.removesuffix(_MASK)
+        state[weight] = state.pop(weight + _ORIGINAL) * state.pop(name)
+    return state
+
+
+class GlobalWeightBank(torch.nn.Module):
+    """One bank of kernels for the convolutions of a whole network.
+
+    The layers take their kernels from it one after another, from the start again at its end.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the parameter ``kernels``: two axes of kernels, then the kernel's height and width.
+
+    Notes
+    -----
+    E. Shin and S.-H. Bae, "Global Weight: Network Level Weight Sharing for Compression of Deep
+    Neural Networks", 2020. Where the paper slides over a block of channels, runs of kernels are
+    taken here, so that any bank serves any layer.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        self.kernels = torch.nn.Parameter(torch.empty(shape))
+        torch.nn.init.kaiming_normal_(self.kernels)
+        self._taken = 0
+
+    def take(self, count: int) -> torch.Tensor:
+        """Numbers of the next ``count`` kernels."""
+        found = (self._taken + torch.arange(count)) % self.kernels[:, :, 0, 0].numel()
+        self._taken += count
+        return found
+
+
+class GlobalWeightConv2d(torch.nn.Module):
+    """A convolution whose kernels lie in a bank; its own is a gain for each input channel.
+
+    Parameters
+    ----------
+    bank : GlobalWeightBank
+        Its kernels are a parameter of each layer, tied: archives store them once.
+    in_channels, out_channels, stride : int
+        The padding keeps the size at stride 1.
+    """
+
+    def __init__(
+        self, bank: GlobalWeightBank, in_channels: int, out_channels: int, stride: int = 1
+    ) -> None:
+        super().__init__()
+        self.kernels = bank.kernels
+        self.gains = torch.nn.Parameter(torch.ones(in_channels))
+        chosen = bank.take(out_channels * in_channels).reshape(out_channels, in_channels)
+        self.register_buffer("chosen", chosen, persistent=False)
+        self.stride, self.padding = stride, bank.kernels.shape[-1] // 2
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The layer's kernels, as an ordinary convolution has them."""
+        return self.kernels.flatten(0, 1)[self.chosen] * self.gains[:, None, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve."""
+        found: torch.Tensor = torch.nn.functional.conv2d(
+            x, self.weight, stride=self.stride, padding=self.padding
+        )
+        return found

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,14 +11,22 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
-from typing import BinaryIO, Final, cast
+from typing import Final
 
 import numpy as np
 
-from weightvid.archives import Defect, Location, Salvage, open_anywhere, read_tensors, stored_pieces
+from weightvid.archives import (
+    Defect,
+    Location,
+    Salvage,
+    open_anywhere,
+    read_tensors,
+    seekable,
+    stored_pieces,
+)
 from weightvid.checkpoint import Contents, create_checkpoint, is_url, kind_for_output
 from weightvid.errors import CheckpointError, FormatError, TensorNotFoundError
-from weightvid.loader import Archive, Array, Header, TensorSpec
+from weightvid.loader import MAX_LAYERS, Archive, Array, Header, TensorSpec
 from weightvid.progress import Progress, Report, quiet
 from weightvid.spec import PACKABLE, SideFile, from_float32, stored_dtype, to_float32
 
@@ -44,6 +50,10 @@ class UnpackOptions:
     force, partial, side_files : bool
         Replace an existing file; write what is whole of an archive that is cut short or damaged;
         restore the model's small other files, where the kind has a place for them.
+    base : tuple of path, address or file
+        What the archive is an update to; of a chain of updates the oldest first.
+    layers : int
+        Read the first so many layers only.
     """
 
     tensors: tuple[str, ...] = ()
@@ -52,6 +62,8 @@ class UnpackOptions:
     force: bool = False
     partial: bool = False
     side_files: bool = True
+    base: tuple[Location, ...] = ()
+    layers: int = MAX_LAYERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +130,9 @@ def unpack_archive(
             here = not is_url(archive) and target.exists()
             if here and os.path.realpath(archive) == os.path.realpath(target):
                 raise CheckpointError(f"{target} is the archive itself")
-        elif chosen.partial and not archive.seekable():
-            spool = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(archive, spool)
-            archive = cast(BinaryIO, spool)
-        opened = stack.enter_context(open_anywhere(archive))
+        elif chosen.partial:
+            archive = stack.enter_context(seekable(archive))
+        opened = stack.enter_context(open_anywhere(archive, base=chosen.base, layers=chosen.layers))
         report = _unpack(opened, target, chosen, progress)
     return replace(report, seconds=perf_counter() - began)
 
@@ -148,14 +158,14 @@ def _unpack(
     total, total_bytes = sum(s.size for s in specs), sum(s.stored_bytes for s in specs)
     done = done_bytes = 0
     with create_checkpoint(destination, contents, force=options.force, kind=options.kind) as writer:
-        by_pieces = len(names) == len(archive.header.tensors) and not converted and not missing
+        by_pieces = len(names) == len(archive.header.tensors) and not (converted or check.defect)
         pieces = stored_pieces(archive) if by_pieces else ()
         for spec, group in groupby(pieces, lambda piece: piece[0]):
             writer.write_parts(names[spec.name], (elements for _, _, elements in group))
             done, done_bytes = done + spec.size, done_bytes + spec.stored_bytes
             progress(Progress("decode", done, total, done_bytes, total_bytes))
         # What is missing is known: a second pass meets the same defects, and goes on behind them.
-        rest = Salvage(archive) if missing else read_tensors(archive, names)
+        rest = Salvage(archive) if check.defect else read_tensors(archive, names)
         for spec, array in () if by_pieces else rest:
             if spec.name not in names:
                 continue
@@ -172,8 +182,8 @@ def _unpack(
         converted=tuple(converted),
         notes=(*writer.notes, *file_notes),
         missing=missing,
-        defect=check.defect if missing else None,
-        side_files=tuple(file.path for file in files),
+        defect=check.defect,
+        side_files=tuple(file.path for file in writer.contents.files),
         seconds=0.0,
     )
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf, log10
 from time import perf_counter
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from weightvid.archives import Defect, Location, Salvage, open_anywhere
+from weightvid.calibrate.evaluation import Function, Judge, load_function, natural_tensor
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
-from weightvid.errors import TensorNotFoundError
+from weightvid.errors import EvaluationError, TensorNotFoundError
+from weightvid.levels.code import compare_rows
+from weightvid.levels.transform import view_of
 from weightvid.loader import Archive, Array, TensorSpec
 from weightvid.progress import Report, quiet
 from weightvid.spec import PACKABLE, to_float32
@@ -22,14 +25,17 @@ from weightvid.spec import PACKABLE, to_float32
 _BLOCK: Final = 1 << 20
 #: the archive gives an SQNR in hundredths of a decibel.
 _CLAIM_ROUNDING_DB: Final = 0.02
+#: a tensor beside the pictures keeps at least 8 bits of mantissa.
+_EXACT_DB: Final = 48.0
 
 
 class TensorComparison(NamedTuple):
     """One tensor of the archive, compared with the checkpoint's.
 
-    ``exact``: equal bit for bit. The SQNR, 10 log10(sum x^2 / sum (x - x')^2), is None for equal
-    tensors and for types without values that can be compared; ``claimed_db`` is what the archive
-    says of it. The largest error |x - x'| is None for such types, too.
+    ``exact``: equal bit for bit. The SQNR, 10 log10(sum x^2 / sum (x - x')^2) over all weights but
+    outliers (beyond 48 scales of their row), is None for equal tensors and for types without values
+    that can be compared; ``claimed_db`` is what the archive says of it. The largest error |x - x'|
+    is None for such types, too.
     """
 
     name: str
@@ -52,9 +58,11 @@ class Comparison:
     missing, extra, mismatched : tuple of str
         Names that only the checkpoint has, only the archive has, or of another dtype or shape.
     below : tuple of str
-        Tensors whose SQNR is below the archive's claim or the minimum asked for, each with both.
+        Tensors farther from the checkpoint's than the archive says, or than was asked for, and why.
     sqnr_db, max_abs_error : float or None, float
         Over all tensors in the pictures; None if there is no error at all. Largest of all tensors.
+    divergence, max_kl : float or None
+        Of the outputs, as the function judges them, and what it may be at most.
     """
 
     tensors: tuple[TensorComparison, ...]
@@ -64,11 +72,14 @@ class Comparison:
     below: tuple[str, ...]
     sqnr_db: float | None
     max_abs_error: float
+    divergence: float | None = None
+    max_kl: float | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether names, dtypes and shapes are the same, and each SQNR is as good as it should."""
-        return not (self.missing or self.extra or self.mismatched or self.below)
+        """Whether names, types and shapes are the same, and nothing is worse than it should be."""
+        far = None not in (self.divergence, self.max_kl) and self.divergence > self.max_kl  # type: ignore[operator]
+        return not (self.missing or self.extra or self.mismatched or self.below or far)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,30 +115,35 @@ class VerifyReport:
 
 
 def verify_archive(
-    archive: Location,
+    archive: Location | Archive,
     against: str | os.PathLike[str] | None = None,
     progress: Report = quiet,
     *,
     min_sqnr_db: float | None = None,
+    evaluation: str | Function | None = None,
+    max_kl: float | None = None,
 ) -> VerifyReport:
     """Decode an archive and check the hash of every frame, box and tensor.
 
     Parameters
     ----------
-    archive : path, address or binary file object
-        May be a pipe.
+    archive : path, address, binary file object or Archive
+        May be a pipe; an update is opened with its base before.
     against : path, address or None
         Checkpoint to compare with: each tensor's SQNR must reach what the archive says of it.
     progress : callable
         Receives the stage ``verify``.
     min_sqnr_db : float, optional
         What the SQNR of each tensor must reach, too.
+    evaluation, max_kl : str or callable, float, optional
+        Judges dicts of all tensors (see `weightvid.calibrate.evaluation.Judge`): the divergence of
+        the archive's outputs from the checkpoint's may be ``max_kl`` at most.
 
     Raises
     ------
     FormatError
         Only for a file whose head cannot be read; later defects are in the report.
-    CheckpointError, RemoteError
+    CheckpointError, RemoteError, EvaluationError
     """
     began = perf_counter()
     with open_anywhere(archive) as opened:
@@ -136,7 +152,8 @@ def verify_archive(
             intact = [spec for spec, _ in salvage]
         else:
             with open_checkpoint(against) as reader:
-                intact, comparison = _compare(salvage, reader, min_sqnr_db)
+                judged = None if evaluation is None else _Judged(evaluation, reader, max_kl)
+                intact, comparison = _compare(salvage, reader, min_sqnr_db, judged)
         return VerifyReport(
             tensors=len(opened.header.tensors),
             tensors_intact=len(intact),
@@ -150,12 +167,39 @@ def verify_archive(
         )
 
 
+class _Judged:
+    """Collects the tensors of an archive, and judges them next to the checkpoint's."""
+
+    def __init__(
+        self, function: str | Function, reader: CheckpointReader, max_kl: float | None
+    ) -> None:
+        self._function, self._torch = load_function(function)
+        self._reader, self.max_kl = reader, max_kl
+        self._found: dict[str, Any] = {}
+
+    def add(self, spec: TensorSpec, array: Array) -> None:
+        self._found[spec.name] = natural_tensor(array, spec, self._torch)
+
+    def divergence(self, aliases: Mapping[str, str]) -> float:
+        read, contents = self._reader.read, self._reader.contents
+        state = {s.name: natural_tensor(read(s.name), s, self._torch) for s in contents.tensors}
+        judge = Judge(self._function, state | {a: state[n] for a, n in contents.aliases.items()})
+        verdict = judge.judge(self._found | {a: self._found[n] for a, n in aliases.items()})
+        if verdict.loss is None:
+            raise EvaluationError(
+                "the evaluation returns a number alone; a divergence needs logits or unit vectors"
+            )
+        return verdict.loss
+
+
 def _compare(
-    salvage: Salvage, reader: CheckpointReader, least_db: float | None
+    salvage: Salvage, reader: CheckpointReader, least_db: float | None, judged: _Judged | None
 ) -> tuple[list[TensorSpec], Comparison]:
     archive, intact, compared, mismatched = salvage.archive, [], [], []
     for spec, array in salvage:
         intact.append(spec)
+        if judged is not None:
+            judged.add(spec, array)
         try:
             other = reader.spec(spec.name)
         except TensorNotFoundError:
@@ -174,14 +218,21 @@ def _compare(
     coded = [s for spec, s in compared if (spec.name in video if spans else not s.equal)]
     total = _Sums(sum(s.power for s in coded), sum(s.noise for s in coded))
     ours, theirs = set(archive), [name for name, _ in reader.contents.rows()]
+    others, divergence = set(theirs), None
+    whole = not (salvage.missing or mismatched or ours != others)
+    if judged is not None and whole:
+        numbers, tensors = archive.header.aliases, archive.header.tensors
+        divergence = judged.divergence({alias: tensors[n].name for alias, n in numbers.items()})
     return intact, Comparison(
         tensors=tuple(rows),
         missing=tuple(name for name in theirs if name not in ours),
-        extra=tuple(name for name in archive if name not in set(theirs)),
+        extra=tuple(name for name in archive if name not in others),
         mismatched=tuple(mismatched),
-        below=tuple(_below(rows, least_db)),
+        below=tuple(_below(rows, least_db, archive)),
         sqnr_db=total.sqnr_db,
         max_abs_error=max((sums.largest for _, sums in compared), default=0.0),
+        divergence=divergence,
+        max_kl=None if judged is None else judged.max_kl,
     )
 
 
@@ -203,18 +254,19 @@ class _Sums:
 
     @classmethod
     def of(cls, spec: TensorSpec, array: Array, reader: CheckpointReader) -> _Sums:
-        """Compare in blocks, so that little more than the tensor itself is in memory."""
-        sums, flat = cls(), array.reshape(-1)
-        for first in range(0, flat.size, _BLOCK):
-            ours = flat[first : first + _BLOCK]
+        """Compare in blocks of rows: little more than the tensor itself is in memory."""
+        sums, flat, columns = cls(), array.reshape(-1), max(1, view_of(spec.shape).columns)
+        step = max(1, _BLOCK // columns) * columns
+        for first in range(0, flat.size, step):
+            ours = flat[first : first + step]
             theirs = reader.read_range(spec.name, first, ours.size)
             same = ours.tobytes() == theirs.tobytes()
             sums.equal = sums.equal and same
             if spec.dtype in PACKABLE:
-                x = _values(theirs, spec.dtype)
-                error = x - _values(ours, spec.dtype)
-                sums.power += float(np.vdot(x, x))
-                sums.noise += float(np.vdot(error, error))
+                shape = -1, columns
+                found = compare_rows(theirs.reshape(shape), ours.reshape(shape), spec.dtype)
+                sums.power, sums.noise = sums.power + found.signal, sums.noise + found.noise
+                error = _values(theirs, spec.dtype) - _values(ours, spec.dtype)
                 sums.largest = max(sums.largest, float(np.abs(error).max()))
         return sums
 
@@ -227,10 +279,17 @@ def _comparison(archive: Archive, spec: TensorSpec, sums: _Sums) -> TensorCompar
     )  # fmt: skip
 
 
-def _below(rows: list[TensorComparison], least_db: float | None) -> Iterator[str]:
+def _below(rows: list[TensorComparison], least_db: float | None, archive: Archive) -> Iterator[str]:
+    """What is worse than it should be; calibration may move what lies beside the pictures."""
+    moved = "calibrated" in archive.header.about
     for row in rows:
         sqnr, claimed = row.sqnr_db, row.claimed_db
-        if sqnr is not None and claimed is not None and sqnr < claimed - _CLAIM_ROUNDING_DB:
+        kept = claimed is None and archive.index is not None and not row.exact
+        if kept and row.dtype not in PACKABLE:
+            yield f"{row.name}: other elements, and the archive keeps it exactly"
+        elif kept and not moved and sqnr is not None and sqnr < _EXACT_DB:
+            yield f"{row.name}: {sqnr:.2f} dB, and the archive keeps it exactly"
+        elif sqnr is not None and claimed is not None and sqnr < claimed - _CLAIM_ROUNDING_DB:
             yield f"{row.name}: {sqnr:.2f} dB, and the archive says {claimed:.2f}"
         elif sqnr is not None and least_db is not None and sqnr < least_db:
             yield f"{row.name}: {sqnr:.2f} dB, and {least_db:g} was asked for"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,9 +124,8 @@ def test_an_index_that_lies(folder: Path, shard: object, said: str) -> None:
     del record["weight_map"]["layer.1.weight"]
     path.write_text(json.dumps(record))
     with open_checkpoint(folder) as reader:
-        assert reader.contents.skipped == (
-            "layer.1.weight (in model-00001-of-00003.safetensors, but not in the index)",
-        )
+        assert reader.contents.skipped == ()
+        assert reader.read("layer.1.weight")[0, 0] == 1, "what the index misses is loaded, too"
     record["weight_map"]["layer.1.weight"] = shard
     path.write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=said):
@@ -138,9 +139,161 @@ def test_no_index(tmp_path: Path, text: str) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no weights"):
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("open_clip_model.safetensors", "open_clip_model.safetensors"),
+        ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors"),
+        ("model.safetensors", "model.safetensors"),
+        ("adapter_model.bin", "adapter_model.safetensors"),
+        ("pytorch_model.bin", "model.safetensors"),
+    ],
+)
+def test_files_keep_their_names(tmp_path: Path, name: str, made: str) -> None:
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / name, from_mapping(tensors(2)))
+    with open_checkpoint(tmp_path / "in") as reader:
+        save(tmp_path / "out", reader)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [made]
+
+
+def test_shards_of_a_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``model.safetensors.index.fp16.json``, as transformers and diffusers write it, with a BOM."""
+    names = {}
+    for number, array in enumerate(tensors(2).items(), 1):
+        shard = f"model.fp16-{number:05d}-of-00002.safetensors"
+        write(tmp_path / shard, dict([array]))
+        names[array[0]] = shard
+    index = tmp_path / "model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": names}), "utf-8-sig")
+    monkeypatch.setattr("weightvid.checkpoint.folder.SHARD_BYTES", 100)
+    with open_checkpoint(tmp_path) as reader:
+        assert {spec.name for spec in reader.contents.tensors} == set(tensors(2))
+        save(tmp_path / "out", reader)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json", *sorted({*names.values(), index.name})
+    ]  # fmt: skip
+    with open_checkpoint(tmp_path / "out") as reader:
+        assert {spec.name for spec in reader.contents.tensors} == set(tensors(2))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ((), "no weights; weightvid looks for"),
+        (("m-q4.gguf", "readme.md"), r"name one, as .*m-q4\.gguf"),
+        (("onnx/model.onnx",), r"pack each: .*onnx"),
+        (("model_index.json", "unet/model.safetensors", "vae/model.safetensors"),
+         r"folders of models; pack each: .*unet, .*vae"),
+        ((".metadata", "__0_0.distcp"), r"torch\.distributed.*dcp_to_torch"),
+    ],
+)  # fmt: skip
+def test_folders_of_something_else(tmp_path: Path, files: tuple[str, ...], said: str) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=said):
         open_checkpoint(tmp_path)
+
+
+def test_files_that_never_end(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", tensors(1))
+    os.mkfifo(folder / "modules.json")
+    with open_checkpoint(folder) as reader:
+        assert reader.contents.files == ()
+    (folder / "modules.json").unlink()
+    (folder / "modules.json").symlink_to("/dev/zero")
+    with open_checkpoint(folder) as reader:
+        assert reader.contents.files == ()
+
+
+def test_links_do_not_lead_out(tmp_path: Path) -> None:
+    """But in the hub's cache, where all files are links to blobs."""
+    (tmp_path / "secret").write_text("secret")
+    folder = write(tmp_path / "m", tensors(1), {"config.json": CONFIG})
+    (folder / "vocab.txt").symlink_to(tmp_path / "secret")
+    (folder / "same.json").symlink_to(folder / "config.json")
+    with open_checkpoint(folder) as reader:
+        assert [file.path for file in reader.contents.files] == ["config.json", "same.json"]
+        assert reader.contents.skipped == ("vocab.txt (a link that leads out of the folder)",)
+    cache = tmp_path / "models--org--m"
+    (cache / "snapshots").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    folder = folder.rename(cache / "snapshots" / "rev")
+    (folder / "config.json").rename(cache / "blobs" / "abc")
+    (folder / "config.json").symlink_to("../../blobs/abc")
+    with open_checkpoint(folder) as reader:
+        assert "config.json" in {file.path for file in reader.contents.files}
+
+
+def test_what_is_not_restored(tmp_path: Path) -> None:
+    bad = (".bashrc", ".git/hooks/post-checkout", "model-00001-of-00002.safetensors", "x/w.bin",
+           "pytorch_model.bin.index.json", "sitecustomize.py", "lib/__pycache__/a.pyc")  # fmt: skip
+    good = ("config.json", "1_Pooling/config.json", "tokenizer.model", "modeling.py")
+    source = from_mapping(tensors(1))
+    files = tuple(SideFile(name, b"x") for name in (*bad, *good))
+    source.contents = replace(source.contents, files=files)
+    notes = save(tmp_path / "m", source)
+    made = {p.relative_to(tmp_path / "m").as_posix() for p in (tmp_path / "m").rglob("*")}
+    assert made == {*good, "1_Pooling", "model.safetensors"}
+    assert all(name in "".join(notes) for name in bad)
+
+
+def test_links_in_the_destination_are_not_followed(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "m"
+    outside.mkdir()
+    write(folder, tensors(1))
+    (folder / "1_Pooling").symlink_to(outside)
+    (folder / "config.json").symlink_to(outside / "config.json")
+    source = from_mapping(tensors(2))
+    files = {"config.json": CONFIG, "1_Pooling/config.json": b"{}"}
+    source.contents = replace(
+        source.contents, files=tuple(SideFile(name, data) for name, data in files.items())
+    )
+    before = {p.name: p.lstat().st_mtime_ns for p in folder.iterdir()}
+    with pytest.raises(OutputError, match=r"1_Pooling is a link, which is not followed"):
+        save(folder, source, force=True)
+    assert {p.name: p.lstat().st_mtime_ns for p in folder.iterdir()} == before
+    (folder / "1_Pooling").unlink()
+    save(folder, source, force=True)
+    assert list(outside.iterdir()) == []
+    assert not (folder / "config.json").is_symlink()
+
+
+@pytest.mark.parametrize("fails_at", range(3))
+def test_nothing_is_lost_when_a_step_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """New files come into place before old weights go; those that did not are kept."""
+    folder = write(tmp_path / "m", tensors(1), {"config.json": b"old"})
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    source = from_mapping(tensors(2))
+    source.contents = replace(source.contents, files=(SideFile("config.json", CONFIG),))
+    real, moved = Path.replace, []
+
+    def replace_or_fail(self: Path, target: Path) -> Path:
+        if self.parent.parent == tmp_path:
+            if len(moved) == fails_at:
+                raise OSError(errno.EIO, "Input/output error")
+            moved.append(target.name)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_or_fail)
+    if fails_at == 2:
+        save(folder, source, force=True)
+        assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors"}
+        return
+    with pytest.raises(OutputError, match="Input/output error; the new files that have not"):
+        save(folder, source, force=True)
+    assert (folder / "model-00001-of-00001.safetensors").is_file()
+    (kept,) = [p for p in tmp_path.iterdir() if p != folder]
+    new = {p.name: p.read_bytes() for p in (*kept.iterdir(), *(folder / name for name in moved))}
+    assert new.keys() == {"config.json", "model.safetensors"}
+    assert new["config.json"] == CONFIG
+
+
+def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     for name in ("a.safetensors", "b.safetensors"):
         write(tmp_path / name, tensors(1))
     with pytest.raises(CheckpointError, match="name one"):

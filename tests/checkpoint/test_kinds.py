@@ -15,6 +15,7 @@ from weightvid.checkpoint import (
     KINDS,
     create_checkpoint,
     from_mapping,
+    kind_for_output,
     kind_of_file,
     open_checkpoint,
 )
@@ -67,6 +68,7 @@ def test_content_decides(tmp_path: Path, content: bytes, kind: str, suffix: str)
         ("m.zip", zipped("readme.txt"), "zip archive with neither"),
         ("m.npz", zipped("a.npy")[:-10], "cut short"),
         ("m.safetensors", b"\x08\0\0", "named like a safetensors file"),
+        ("__0_0.distcp", zipped("a/data.pkl"), "torch.distributed; name its folder"),
         ("m.txt", b"hello", r"no checkpoint of a known kind.*\.safetensors"),
         ("m.safetensors", b"\xff" * 7 + b"\x7f{", "no valid safetensors file.*header too large"),
     ],
@@ -101,5 +103,7 @@ def test_output_kinds(tmp_path: Path) -> None:
         create_checkpoint(tmp_path / "x.npz", source.contents, kind="onnxx")
     with pytest.raises(CheckpointError, match=r"what kind.*\.safetensors"):
         create_checkpoint(tmp_path / "x.tar", source.contents)
+    for name in ("Qwen2.5-0.5B", "model.v1.5", "plain"):
+        assert kind_for_output(tmp_path / name).name == "folder"
     suffixes = [suffix for kind in KINDS for suffix in kind.suffixes]
     assert len(suffixes) == len(set(suffixes))

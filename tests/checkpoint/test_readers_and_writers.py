@@ -259,3 +259,20 @@ def test_what_a_kind_needs_is_imported_with_it(tmp_path: Path) -> None:
     assert found.isdisjoint({"torch", "onnx", "gguf", "fsspec", "huggingface_hub"})
     ours = {name for name in found if name.startswith("weightvid.checkpoint.")}
     assert ours == {"weightvid.checkpoint.base", "weightvid.checkpoint.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [("n" * 4097, (3,), "longer than 4096 bytes"), ("w", (1,) * 33, "has 33 axes")],
+)
+def test_what_an_archive_has_no_room_for(
+    tmp_path: Path, name: str, shape: tuple[int, ...], said: str
+) -> None:
+    """It is refused before any work: nothing reads the weights."""
+    from weightvid.pack import PackOptions, pack_checkpoint
+
+    with from_mapping({name: np.zeros(shape, np.float32)}) as reader:
+        reader.stop()
+        with pytest.raises(CheckpointError, match=said):
+            pack_checkpoint(reader, tmp_path / "m.mp4", PackOptions(verify=False))
+    assert list(tmp_path.iterdir()) == []

@@ -117,3 +117,17 @@ def test_a_file_that_shrinks_while_open(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:500])
         with pytest.raises(CheckpointError, match="cut short"):
             reader.read("a")
+
+
+def test_files_of_a_wrong_size(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"w": np.ones((3, 4), np.float32)}, path)
+    whole = path.read_bytes()
+    for content, said in (
+        (whole + b"12345", "5 bytes longer than its header says"),
+        (whole[:-7], f"cut short: 7 of {len(whole)} bytes are missing"),
+        (whole[:30], "damaged, or cut short"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=said):
+            open_checkpoint(path)

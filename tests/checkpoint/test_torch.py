@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import sys
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,16 @@ from weightvid.checkpoint.torch_file import from_stored, to_stored  # noqa: E402
 
 W = torch.ones(2, 2)
 OPTIMIZER = {"state": {0: {"m": W.clone(), "v": W.clone()}}, "param_groups": [{"lr": 0.1}]}
+
+
+class Run:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
 
 
 class Custom:
@@ -50,6 +62,55 @@ def test_a_real_state_dict(tmp_path: Path, legacy: bool) -> None:
             assert np.array_equal(got, tensor.numpy())
         known = reader.read("0.weight")
     assert np.array_equal(known, state["0.weight"].numpy())
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_later_protocols(tmp_path: Path, protocol: int, legacy: bool) -> None:
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": not legacy}
+    half = torch.arange(3, dtype=torch.bfloat16)
+    state = OrderedDict(w=W, tied=W, p=torch.nn.Parameter(W + 1), h=half, again=half.float())
+    path = dump(
+        tmp_path / "m.pt", {"model": state, "epoch": 3, "names": {"a": "w" * 300}}, **options
+    )
+    with open_checkpoint(path) as reader:
+        assert [spec.name for spec in reader.contents.tensors] == ["w", "p", "h", "again"]
+        assert reader.contents.aliases == {"tied": "w"}
+        assert reader.contents.skipped == ("epoch (int)", "names (dict)")
+        assert reader.read("p").tolist() == [[2, 2], [2, 2]]
+        assert reader.read("again").tolist() == [0, 1, 2]
+    code = dump(tmp_path / "code.pt", {"w": W, "run": Run(tmp_path / "ran")}, **options)
+    with pytest.raises(CheckpointError, match="it holds Python objects"):
+        open_checkpoint(code)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_that_repeats_a_string_without_end() -> None:
+    from weightvid.checkpoint.torch_file import protocol_2
+
+    text = "s" * 100_000
+    start = b"\x80\x04X" + len(text).to_bytes(4, "little") + text.encode() + b"\x94"
+    bomb = start + b"h\x000" * 10_000 + b"."
+    assert pickle.loads(bomb) == text
+    with pytest.raises(pickle.UnpicklingError, match="repeated too often"):
+        protocol_2(io.BytesIO(bomb))
+
+
+def test_a_small_file_that_would_fill_memory(tmp_path: Path) -> None:
+    made, path = dump(tmp_path / "m.pt", {"w": torch.zeros(20, 1 << 20)}), tmp_path / "d.pt"
+    with zipfile.ZipFile(made) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(CheckpointError, match="deflated to a few"):
+        open_checkpoint(path)
+
+
+def test_averages_of_the_weights(tmp_path: Path) -> None:
+    path = dump(tmp_path / "m.pth", {"params": {"w": W}, "params_ema": {"w": W + 1}})
+    with open_checkpoint(path) as reader:
+        assert reader.read("w").tolist() == [[2, 2], [2, 2]]
+        assert reader.contents.skipped == ("params (dict with 1 tensor)",)
 
 
 def test_what_we_write_loads_strictly_and_tied(tmp_path: Path) -> None:

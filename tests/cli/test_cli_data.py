@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import schemas
@@ -78,6 +79,8 @@ def test_calibrate_and_pack(run: Run, run_json: Run, folder: Path, tmp_path: Pat
         record = run_json(*call)
         schemas.check(record, "pack")
         assert any("calibrated" in note for note in record["notes"])
+        # Biases that make up for errors are what was packed, all the same.
+        run("verify", tmp_path / "m.mp4", "--against", model)
     assert record["notes"][-1].startswith("not layer by layer: without BatchNorm")
 
 
@@ -96,16 +99,43 @@ def test_pack_with_an_evaluation(run: Run, run_json: Run, folder: Path, tmp_path
 
 def test_compare(run: Run, folder: Path, tmp_path: Path) -> None:
     call = ("compare", folder / "m.safetensors", "-o", tmp_path / "c", "--codecs", "none")
-    more = ("--rates", "0.2,0.4", "--for", "outputs", "--no-peers", "--at", "kl=0.05")
+    more = ("--steps", "0.2,0.3,0.4,0.6", "--for", "outputs", "--no-peers", "--at", "kl=0.05")
     judge = ("--eval", f"{folder}/judge.py:logits")
-    lines = run(*call, *more, *judge, "--json").stdout.splitlines()
-    rows = [json.loads(line) for line in lines]
+    made = run(*call, *more, *judge, "--json")
+    rows = [json.loads(line) for line in made.stdout.splitlines()]
+    for row in rows:
+        schemas.check(row, "compare")
+    # Without a terminal, progress is a line for each point.
+    assert f"[1 of {len(rows)}] weightvid, step factor 0.2: " in made.stderr
+    assert sum(line.startswith("[") for line in made.stderr.splitlines()) == len(rows)
     assert {row["status"] for row in rows} == {"ok"}
-    assert sum(row["curve"] == "weightvid" for row in rows) == 2
+    assert sum(row["curve"] == "weightvid" for row in rows) == 4
     output = run(*call, *more, *judge).stdout
     for text in ("weightvid", "BD-rate over kl", "bpw at kl=0.05", "report.html"):
         assert text in output
     assert (tmp_path / "c" / "results.json").is_file()
+
+
+def test_interrupted_compare_says_what_is_kept(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weightvid.compare import video
+
+    real, calls = video.pack_checkpoint, [0]
+
+    def interrupted(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(video, "pack_checkpoint", interrupted)
+    call = ("compare", folder / "m.safetensors", "-o", tmp_path / "c", "--codecs", "none")
+    more = ("--steps", "0.2,0.3,0.4", "--for", "outputs", "--no-peers", "--no-plain")
+    result = run(*call, *more, status=130)
+    assert "2 points are kept in" in result.stderr
+    monkeypatch.setattr(video, "pack_checkpoint", real)
+    assert "[9 of 9]" in run(*call, *more).stderr
 
 
 @pytest.mark.parametrize(
@@ -120,7 +150,7 @@ def test_compare(run: Run, folder: Path, tmp_path: Path) -> None:
         ("pack", "m.safetensors", "--calibrate", "judge.py:one"),
         ("calibrate", "judge.py:one"),
         ("calibrate", "judge"),
-        ("compare", "m.safetensors", "--rates", "much"),
+        ("compare", "m.safetensors", "--steps", "much"),
         ("compare", "m.safetensors", "--at", "size=3"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schemas
 from running import ROOT, Run, Start
 
 
@@ -62,35 +64,58 @@ def test_wrong_usage(
     assert not list(tmp_path.iterdir())
 
 
+FAILED, DAMAGED, MISSING = 1, 3, 4
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("status", "arguments"),
     [
-        ("pack", "{folder}/absent.safetensors"),
-        ("pack", "{archive}", "-o", "{folder}/out"),
-        ("pack", "{folder}"),
-        ("pack", "{model}", "-o", "{folder}/no/such/folder.mp4"),
-        ("pack", "{model}", "-o", "{archive}"),
-        ("pack", "{model}", "-o", "{folder}/m.mp4", "--workers", "slurm"),
-        ("pack", "{model}", "-o", "https://example.org/m.mp4"),
-        ("unpack", "{folder}/absent.mp4", "-o", "{folder}/m.npz"),
-        ("unpack", "{model}", "-o", "{folder}/m.npz"),
-        ("unpack", "{archive}", "-o", "{folder}/m.npz", "--tensor", "nothing.*"),
-        ("inspect", "{model}"),
-        ("inspect", "{folder}"),
-        ("verify", "{folder}/absent.mp4"),
-        ("verify", "{archive}", "--against", "{folder}/absent.npz"),
-        ("preview", "{archive}", "-o", "{folder}/p", "--tensor", "count"),
+        (MISSING, ("pack", "{folder}/absent.safetensors")),
+        (FAILED, ("pack", "{archive}", "-o", "{folder}/out")),
+        (FAILED, ("pack", "{folder}")),
+        (MISSING, ("pack", "{model}", "-o", "{folder}/no/such/folder.mp4")),
+        (FAILED, ("pack", "{model}", "-o", "{archive}")),
+        (FAILED, ("pack", "{model}", "-o", "{folder}/m.mp4", "--workers", "slurm")),
+        (FAILED, ("pack", "{model}", "-o", "https://example.org/m.mp4")),
+        (MISSING, ("unpack", "{folder}/absent.mp4", "-o", "{folder}/m.npz")),
+        (DAMAGED, ("unpack", "{model}", "-o", "{folder}/m.npz")),
+        (FAILED, ("unpack", "{archive}", "-o", "{folder}/m.npz", "--tensor", "nothing.*")),
+        (DAMAGED, ("inspect", "{model}")),
+        (FAILED, ("inspect", "{folder}")),
+        (MISSING, ("verify", "{folder}/absent.mp4")),
+        (MISSING, ("verify", "{archive}", "--against", "{folder}/absent.npz")),
+        (MISSING, ("verify", "http://127.0.0.1:9/m.mp4")),
+        (FAILED, ("preview", "{archive}", "-o", "{folder}/p", "--tensor", "count")),
     ],
 )
-def test_failure_is_one_line(
-    run: Run, model: Path, archive: Path, tmp_path: Path, arguments: tuple[str, ...]
+def test_failure_is_one_line_and_one_object(
+    run: Run, model: Path, archive: Path, tmp_path: Path, status: int, arguments: tuple[str, ...]
 ) -> None:
     places = {"model": model, "archive": archive, "folder": tmp_path}
-    result = run(*(text.format(**places) for text in arguments), status=1)
+    call = [text.format(**places) for text in arguments]
+    result = run(*call, status=status)
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
+    record = json.loads(run(*call, "--json", status=status).stdout)
+    schemas.check(record, "failure")
+    assert (record["ok"], record["status"]) == (False, status)
+    assert record["message"].split() == result.stderr.removeprefix("error: ").split()
+
+
+def test_wrong_usage_is_one_object_too(run_json: Run, archive: Path) -> None:
+    record = run_json("inspect", archive, "--nonsense", status=2)
+    schemas.check(record, "failure")
+    assert record["status"] == 2
+
+
+def test_without_typer_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; from weightvid.cli import main"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: the command line needs typer: pip install typer rich\n"
 
 
 def test_force_replaces(run: Run, model: Path, tmp_path: Path) -> None:
@@ -111,7 +136,7 @@ def test_memory_error(run: Run, archive: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_pipes(start: Start, archive: Path, tmp_path: Path) -> None:
-    for data, status in ((archive.read_bytes(), 0), (archive.read_bytes()[:-500], 1)):
+    for data, status in ((archive.read_bytes(), 0), (archive.read_bytes()[:-500], 3)):
         unpack = start("unpack", "-", "-o", tmp_path / f"{status}.npz", stdin=subprocess.PIPE)
         _, error = unpack.communicate(data)
         assert unpack.returncode == status, error
@@ -133,7 +158,9 @@ def test_reader_that_leaves(start: Start, archive: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)],
+    ids=["INT", "TERM", "HUP", "QUIT"],
 )
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
 def test_interruption_leaves_nothing(
@@ -149,9 +176,35 @@ def test_interruption_leaves_nothing(
     _, error = pack.communicate(timeout=120)
     assert pack.returncode == status, error
     assert b"Traceback" not in error
-    if number == signal.SIGINT:
-        assert error.strip().endswith(b"interrupted")
+    assert error.strip().endswith(b"interrupted")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_a_signal_ends_a_comparison_within_an_evaluation(
+    start: Start, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        "calls = []\n"
+        "def number(state):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) > 2:\n"
+        f"        pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "        time.sleep(600)\n"
+        "    return 1.0\n"
+    )
+    call = ("compare", model, "-o", tmp_path / "c", "--codecs", "none", "--no-plain", "--no-peers")
+    compare = start(*call, "--eval", f"{tmp_path / 'slow.py'}:number")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "begun").exists() and compare.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    compare.terminate()
+    _, error = compare.communicate(timeout=120)
+    assert compare.returncode == 143
+    assert b"1 points are kept in" in error
+    assert error.strip().endswith(b"interrupted")
 
 
 @pytest.fixture
@@ -180,7 +233,7 @@ def test_full_disk_leaves_nothing(
     }[verb]
     process = start(*arguments)
     _, error = process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == FAILED
     assert error.startswith(b"error: cannot write")
     assert b"space" in error
     assert not list(tiny_disk.iterdir())

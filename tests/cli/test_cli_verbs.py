@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,11 @@ def test_unpack_partial(run: Run, run_json: Run, archive: Path, tmp_path: Path) 
         assert opened.index is not None
         cut.write_bytes(archive.read_bytes()[: opened.index.boxes[0][0] + 30])
     assert "cut short" in run("inspect", cut).stderr
-    result = run("unpack", cut, "-o", tmp_path / "m.npz", status=1)
+    result = run("unpack", cut, "-o", tmp_path / "m.npz", status=3)
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "m.npz").exists()
-    record = run_json("unpack", cut, "-o", tmp_path / "m.npz", "--partial", status=1)
+    record = run_json("unpack", cut, "-o", tmp_path / "m.npz", "--partial", status=3)
     schemas.check(record, "unpack")
     assert not record["ok"]
     with np.load(tmp_path / "m.npz") as found:
@@ -152,10 +153,10 @@ def test_verify_of_damage(run: Run, run_json: Run, archive: Path, tmp_path: Path
     data[offset + size - 50] ^= 1
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(data)
-    result = run("verify", bad, status=1)
+    result = run("verify", bad, status=3)
     assert "FAILED" in result.stdout
     assert "conv.weight" in result.stderr
-    record = run_json("verify", bad, status=1)
+    record = run_json("verify", bad, status=3)
     schemas.check(record, "verify")
     assert not record["ok"]
     assert "conv.weight" in record["affected"]
@@ -186,13 +187,52 @@ def test_preview(run: Run, run_json: Run, archive: Path, tmp_path: Path) -> None
     assert Path(record["pictures"][0]).is_file()
 
 
+def test_kernels(run: Run, archive: Path, tmp_path: Path) -> None:
+    pytest.importorskip("imageio")
+    call = ("preview", archive, "-o", tmp_path, "--kernels", "--tensor", "conv.weight")
+    assert run(*call).stdout.split() == [str(tmp_path / "conv.weight.png")]
+    run(*call, "--frames", "0", status=2)
+
+
+def test_verify_judges_the_outputs(
+    run: Run, run_json: Run, archive: Path, model: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "judge.py"
+    script.write_text("def logits(state):\n    return state['embed.weight'][:, :10] * 10\n")
+    call = ("verify", archive, "--against", model, "--eval", f"{script}:logits", "--max-kl")
+    record = run_json(*call, 1)
+    schemas.check(record, "verify")
+    assert 0 < record["comparison"]["divergence"] < 1
+    assert "diverge by" in run(*call, 1e-9, status=1).stderr
+    run("verify", archive, "--max-kl", 1, status=2)
+
+
+def test_cache(run: Run, run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed run has left goes; what a running one needs, and what is not ours, stays."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("weightvid-old", "weightvid-new", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.mp4").write_bytes(bytes(999))
+    for path in (tmp_path / "weightvid-old" / "m.mp4", tmp_path / "weightvid-old"):
+        os.utime(path, (1e9, 1e9))
+    record = run_json("cache")
+    schemas.check(record, "cache")
+    mine = [entry for entry in record["entries"] if entry["what"] == "left by a run"]
+    assert [(e["name"], e["bytes"]) for e in mine] == [(str(tmp_path / "weightvid-old"), 999)]
+    assert "weightvid-old" in run("cache", "--clear").stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "weightvid-new"]
+    assert "no model" in run("cache", "--forget", "org/absent", status=2).stderr
+
+
 def test_demo(run: Run, run_json: Run, tmp_path: Path) -> None:
     record = run_json("demo", "-o", tmp_path)
     schemas.check(record, "demo")
     rows = {row["name"]: row for row in record["rows"]}
     assert rows["weightvid"]["file_bytes"] < rows["int8+xz"]["file_bytes"]
     assert rows["weightvid"]["correct"] >= rows["fp32"]["correct"] - 3
-    assert "weightvid inspect" in run("demo", "-o", tmp_path).stdout
+    output = run("demo", "-o", tmp_path).stdout
+    assert output.count("weightvid ") >= 3 and "weightvid pack YOUR_MODEL" in output
 
 
 def test_names_from_files_cannot_drive_the_terminal(run: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 import small_models
+from typer.testing import CliRunner
 
-from weightvid.calibrate.evaluation import Judge
 from weightvid.checkpoint import from_mapping
+from weightvid.cli.app import app
 from weightvid.compare import (
     CompareOptions,
     CompareResult,
     Row,
     compare,
+    missing,
     parse_goal,
     write_report,
 )
 from weightvid.compare.model import Coded, Method, Model, load_model
+from weightvid.compare.report import merged, recommended
 from weightvid.compare.rows import RowStore, measure
 from weightvid.errors import CodecError, EvaluationError, OutputError, QuantizationError
+from weightvid.pack import PackOptions, pack_checkpoint
 
 FACTORS = (0.13, 0.25, 0.5)
 
@@ -62,6 +67,7 @@ def result(options: CompareOptions) -> CompareResult:
 def test_every_method_has_rows_that_came_back(result: CompareResult) -> None:
     kinds = {row.kind for row in result.rows}
     assert kinds == {"weightvid", "codec", "plain"}
+    assert all(row.load >= 0 and row.cpu_s >= 0 for row in result.rows)
     assert [row.message for row in result.rows if row.status == "failed"] == []
     for name in ("weightvid", "weightvid weights", "ideal entropy coder", "x265 superfast", "png"):
         rates = [row.bits_per_weight for row in result.curves()[name]]
@@ -121,9 +127,9 @@ def test_resumes_and_measures_anew_what_changed(
 ) -> None:
     asked: list[str] = []
 
-    def counted(model: Model, method: Method, value: float, judge: Judge | None) -> Row:
+    def counted(model: Model, method: Method, value: float, *more: Any) -> Row:
         asked.append(method.label(value))
-        return measure(model, method, value, judge)
+        return measure(model, method, value, *more)
 
     monkeypatch.setattr("weightvid.compare.rows.measure", counted)
     chosen = replace(options, only=("weightvid", "png"))
@@ -137,6 +143,82 @@ def test_resumes_and_measures_anew_what_changed(
 
     compare(source, replace(chosen, only=("png",), evaluation=scaled))
     assert asked == [f"png, step factor {factor:g}" for factor in FACTORS]
+
+
+def test_an_evaluation_that_comes_later_stores_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = CompareOptions(
+        factors=FACTORS, fidelities=("outputs",), recipes=("small",), codecs=("png",),
+        plain=False, peers=False, folder=tmp_path,
+    )  # fmt: skip
+    rows = compare(from_mapping(small_models.small()), first).rows
+    for name in ("pack_checkpoint", "through"):
+        monkeypatch.setattr(f"weightvid.compare.video.{name}", lambda *_: pytest.fail("again"))
+    later = replace(first, evaluation=logits, numpy_evaluation=True)
+    again = compare(from_mapping(small_models.small()), later).rows
+    assert [row.label for row in again] == [row.label for row in rows]
+    for before, after in zip(rows, again, strict=True):
+        assert after.kl is not None and before.kl is None
+        assert after == replace(before, kl=after.kl, metric=after.metric, agreement=after.agreement)
+
+
+def test_commands_give_the_same_point(result: CompareResult, tmp_path: Path) -> None:
+    """Each row's command, run as it is printed, on the model in a file."""
+    source = tmp_path / "a model.npz"
+    np.savez(source, **small_models.small())
+    chosen = CompareOptions(
+        factors=(0.3,), fidelities=("weights",), recipes=("small",), codecs=("png",),
+        codec_options=("x265:rd=6",), peers=False, only=(
+            "weightvid weights", "weightvid --recipe small", "png, step factor 0.3",
+            "x265 superfast rd=6, step factor 0.3", "integers per channel + xz, bits 5",
+        ),
+    )  # fmt: skip
+    rows = compare(source, chosen).rows
+    assert [row.status for row in rows] == ["ok"] * 5
+    for number, row in enumerate(rows):
+        name, verb, *more = shlex.split(row.command)
+        assert name == "weightvid"
+        out = tmp_path / f"{number}{'.mp4' if verb == 'pack' else ''}"
+        done = CliRunner().invoke(app, [verb, *more, "-o", str(out)])
+        assert done.exit_code == 0, done.output
+        found = (
+            out.stat().st_size
+            if verb == "pack"
+            else json.loads((out / "results.json").read_text())["rows"][0]["file_bytes"]
+        )
+        assert found == row.file_bytes, row.command
+
+
+def test_sqnr_is_what_pack_says(result: CompareResult, tmp_path: Path) -> None:
+    options = PackOptions(step_factor=FACTORS[0])
+    made = pack_checkpoint(from_mapping(small_models.small()), tmp_path / "m.mp4", options)
+    row = next(row for row in result.rows if row.label == f"weightvid, step factor {FACTORS[0]}")
+    assert row.sqnr_db == pytest.approx(made.sqnr_db, abs=1e-6)
+
+
+def test_a_curve_that_ends_before_the_goal_says_so(result: CompareResult) -> None:
+    rows = result.curves()["weightvid"]
+    words = result.words_at(parse_goal("sqnr=90"))["weightvid"]
+    assert words == f"above {rows[-1].bits_per_weight:.2f} (ends at {rows[-1].sqnr_db:.4g})"
+    words = result.words_at(parse_goal("sqnr=1"))["weightvid"]
+    assert words == f"below {rows[0].bits_per_weight:.2f} (ends at {rows[0].sqnr_db:.4g})"
+    goal = result.options.goals[1]
+    assert float(result.words_at(goal)["weightvid"]) == pytest.approx(
+        result.rates_at(goal)["weightvid"], abs=1e-3
+    )
+
+
+def test_what_is_missing_is_said_before(tmp_path: Path) -> None:
+    lacks = missing(CompareOptions(codecs=(), plain=False, nncodec=tmp_path / "python"))
+    assert [lack.split(":")[0] for lack in lacks] == ["NNCodec DQ", "NNCodec opt_qp"]
+
+
+def test_alone_only_when_true(result: CompareResult) -> None:
+    busy = replace(result.rows[0], load=7.0)
+    quiet = tuple(replace(row, load=1.0) for row in result.rows)
+    assert replace(result, rows=quiet).alone
+    assert not replace(result, rows=(*quiet, busy)).alone
 
 
 def test_a_row_that_was_cut_short_is_ignored(tmp_path: Path) -> None:
@@ -179,6 +261,8 @@ def test_what_is_missing_is_one_row(tmp_path: Path) -> None:
         ({"fidelities": ("inputs",)}, QuantizationError, "unknown fidelity"),
         ({"recipes": ("huge",)}, QuantizationError, "unknown recipe"),
         ({"codecs": ("x256",)}, CodecError, "unknown codec"),
+        ({"codec_options": ("x256:rd=6",)}, CodecError, "unknown codec"),
+        ({"codec_options": ("x265:rd",)}, CodecError, "no option of a codec"),
         ({"evaluation": lambda state: None}, EvaluationError, "returned"),
     ],
 )
@@ -191,8 +275,8 @@ def test_wrong_options_are_refused(
 
 def test_nothing_to_compare() -> None:
     chosen = CompareOptions(fidelities=(), recipes=(), codecs=(), plain=False, peers=False)
-    with pytest.raises(QuantizationError, match="nothing to compare"):
-        compare(from_mapping(small_models.small()), chosen)
+    with pytest.raises(QuantizationError, match="no point or curve 'all'"):
+        compare(from_mapping(small_models.small()), replace(chosen, only=("all",)))
 
 
 def test_report(result: CompareResult, tmp_path: Path) -> None:
@@ -202,8 +286,12 @@ def test_report(result: CompareResult, tmp_path: Path) -> None:
     written = write_report(tmp_path / "out", made)
     page = written["report"].read_text(encoding="utf-8")
     assert "<script>" not in page
+    for text in ("accuracy", "0.75 → ", "weightvid pack", made.date, "reaches kl=0.001", "1/"):
+        assert text in page, text
+    assert "<th>metric</th>" not in page and "<th>cosine</th>" not in page
     assert "a &amp; b" in page
-    assert page.count("<svg") == len(result.measures()) == 3
+    assert len(result.measures()) == 3
+    assert page.count("<svg") == 6  # for wide and for narrow windows
     assert "src=" not in page and 'href="http' not in page
     record = json.loads(written["results"].read_text(encoding="utf-8"))
     assert len(record["rows"]) == len(made.rows)
@@ -215,6 +303,37 @@ def test_report(result: CompareResult, tmp_path: Path) -> None:
         labels = [line["label"] for line in csv.DictReader(file)]
     assert labels == [row.label for row in made.rows]
     assert write_report(tmp_path / "out", made) == written
+
+
+def test_curves_on_each_other_are_drawn_once(result: CompareResult) -> None:
+    rows = tuple(
+        replace(row, curve="twin", label=f"twin {row.value}")
+        for row in result.rows if row.curve == "weightvid"
+    )  # fmt: skip
+    names = merged(replace(result, rows=(*result.rows, *rows)), result.measures()[0])
+    assert any("twin" in name and name.startswith("weightvid = ") for name in names)
+    assert "twin" not in names
+
+
+def test_recommended_is_the_smallest_that_is_good_enough(result: CompareResult) -> None:
+    kept = replace(result, options=replace(result.options, goals=(parse_goal("kl=0.001"),)))
+    row, why = recommended(kept) or (None, "")
+    assert row is not None and row.kl is not None and row.kl <= 0.001
+    own = [r for r in result.rows if r.kind == "weightvid" and r.file_bytes < row.file_bytes]
+    assert all(r.kl is not None and r.kl > 0.001 for r in own)
+    assert "kl=0.001" in why and "next smaller" in why
+    # Without a function, the usual recipe.
+    plain = tuple(replace(r, kl=None, metric=None, agreement=None) for r in (row, *own))
+    usual = replace(row, label="weightvid --recipe balanced", kl=None, metric=None)
+    bare = replace(kept, rows=(*plain, usual), options=replace(kept.options, goals=()))
+    assert (recommended(bare) or (None,))[0] == usual
+    # By the number that a function returns, where that is all there is.
+    rows = tuple(replace(r, kl=None, metric=0.7 if r.sqnr_db == row.sqnr_db else 0.749)
+                 for r in (*own, row))  # fmt: skip
+    alone = replace(result, rows=rows, options=replace(result.options, goals=()))
+    found, why = recommended(alone) or (None, "")
+    assert found is not None and found.file_bytes == min(r.file_bytes for r in own)
+    assert "within 0.5 %" in why
 
 
 def test_report_into_a_file_is_refused(result: CompareResult, tmp_path: Path) -> None:

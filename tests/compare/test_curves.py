@@ -40,6 +40,9 @@ def test_bd_rate() -> None:
     assert bd_rate(anchor, test) == pytest.approx(-10, abs=1e-6)
     assert bd_rate(test, anchor) == pytest.approx(100 / 0.9 - 100, abs=1e-6)
     assert bd_rate(anchor, test[:2]) is None
+    # Five points each, of which two lie where both curves are.
+    apart = [(rate, -math.log(rate)) for rate in (3.5, 3.8, 5.0, 6.0, 7.0)]
+    assert bd_rate([*anchor, (3.9, -1.37)], apart) is None
     assert bd_rate(anchor, [(rate, level - 9) for rate, level in test]) is None
 
 

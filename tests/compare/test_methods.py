@@ -18,7 +18,7 @@ from weightvid.compare.model import Model, load_model
 from weightvid.compare.peers import peer_methods
 from weightvid.compare.plain import plain_methods
 from weightvid.compare.rows import measure
-from weightvid.compare.video import pictures
+from weightvid.compare.video import llm265_method, pictures
 from weightvid.errors import CodecError
 
 
@@ -63,6 +63,27 @@ def test_options_are_filled_in() -> None:
     assert found["preset"] == "slow"
     assert found["x265-params"].endswith(":qp=14")
     assert CODECS["kvazaar"].options("fast", None)["kvazaar-params"].endswith(",lossless=1")
+
+
+def test_options_of_ones_own() -> None:
+    codec = CODECS["x265"].with_options("rd=6:tskip=1")
+    assert ":rd=6:tskip=1" in codec.options("slow", None)["x265-params"]
+    assert CODECS["kvazaar"].with_options("rd=2").common["kvazaar-params"].endswith(",rd=2")
+    assert CODECS["png"].with_options("pred=none").common["pred"] == "none"
+    finer = through(frames(), codec, "superfast")
+    assert finer.size != through(frames(), CODECS["x265"], "superfast").size
+
+
+def test_llm265_turns_and_turns_back(model: Model) -> None:
+    method = llm265_method()
+    if method.missing:
+        pytest.skip(method.missing)
+    rows = [measure(model, method, value) for value in method.values]
+    assert [row.message for row in rows] == [""] * len(rows)
+    assert [r.file_bytes for r in rows] == sorted((r.file_bytes for r in rows), reverse=True)
+    qualities = [row.sqnr_db or 0.0 for row in rows]
+    assert qualities == sorted(qualities, reverse=True)
+    assert qualities[0] > 20
 
 
 def test_codecs_that_fail_say_so() -> None:

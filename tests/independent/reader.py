@@ -152,7 +152,8 @@ class Header:
     """Section 3: what the archive holds."""
 
     def __init__(self, body: bytes) -> None:
-        found = records(body, 2, 4, 6, 8, 10, 13)
+        found = records(body, 2, 4, 6, 8, 10, 12, 13)
+        self.names_data = found[2][0].data
         self.tensors: list[Tensor] = entries(found[2], 2**20, self.tensor)
         self.aliases: list[tuple[str, int]] = entries(
             found[4], 2**20, lambda f: (f.text(4096), f.uint(len(self.tensors) - 1))
@@ -165,6 +166,15 @@ class Header:
             found[8], 4096, lambda f: (f.text(1024), f.text(64), f.uint(), f.uint())
         )
         self.bases: list[Array] = entries(found[10], 256, self.basis)
+        self.layers, self.base, self.masks = 1, b"", [2] * len(self.tensors)
+        for fields in found[12]:
+            self.layers = fields.uint(16)
+            self.base = fields.take(fields.uint(32))
+            self.masks = fields.uints(len(self.tensors))
+            fields.finish()
+        good = all(0 < mask < 2 << self.layers for mask in self.masks)
+        require(good and len(self.base) in (0, 32), "record", "layers")
+        require(bool(self.base) or not any(mask & 1 for mask in self.masks), "record", "base")
 
     @staticmethod
     def tensor(fields: Fields) -> Tensor:
@@ -325,22 +335,76 @@ def elements(values: Array, kind: str) -> bytes:
     return values.astype({"F32": "<f4", "F64": "<f8", "F16": "<f2"}[kind]).tobytes()
 
 
+def numbers(data: bytes, kind: str) -> Array:
+    """Give elements as f32, section 5.6."""
+    if kind == "BF16":
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    code = {"F32": "<f4", "F64": "<f8", "F16": "<f2"}[kind]
+    return np.frombuffer(data, code).astype(np.float32)
+
+
+def moved(below: bytes, data: bytes, size: int) -> bytes:
+    """Add the numbers of section 6 to the bits of elements."""
+    found = b""
+    for at in range(0, len(data), size):
+        u = int.from_bytes(data[at : at + size], "little")
+        bits = int.from_bytes(below[at : at + size], "little")
+        bits += -(u + 1) // 2 if u % 2 else u // 2
+        found += (bits % 256**size).to_bytes(size, "little")
+    return found
+
+
 class Assembler:
     """Takes frames and exact boxes in order and gives the tensors that they complete."""
 
-    def __init__(self, header: Header, track: Track, wanted: set[int]) -> None:
-        self.header, self.track, self.wanted = header, track, wanted
+    def __init__(
+        self, header: Header, track: Track, wanted: set[int], base: Callable[[str], bytes] | None
+    ) -> None:
+        self.header, self.track, self.wanted, self.base = header, track, wanted, base
+        #: layers of a tensor that are still to come; its elements so far; those of this layer.
+        self.ahead = {number: (header.masks[number] >> 1).bit_count() for number in wanted}
+        self.below: dict[int, bytes] = {}
         self.done: dict[int, bytearray] = {number: bytearray() for number in wanted}
         self.open: list[tuple[Part, bytes]] = []
+        self.added = 0
 
-    def extend(self, number: int, first: int, data: bytes) -> None:
-        have = len(self.done[number]) // SIZES[self.header.tensors[number].type]
-        require(have == first, "order", f"elements of tensor {number} from {first}, not {have}")
-        self.done[number] += data
+    def unchanged(self) -> Iterator[tuple[str, bytes]]:
+        """Give the tensors that are in the base alone."""
+        for number in [number for number, ahead in self.ahead.items() if not ahead]:
+            self.fetch(number)
+            del self.done[number]
+            yield self.header.tensors[number].name, self.below[number]
+
+    def fetch(self, number: int) -> None:
+        if number not in self.below and self.header.masks[number] & 1:
+            require(self.base is not None, "base", "an update without its base")
+            self.below[number] = self.base(self.header.tensors[number].name)
+
+    def extend(self, number: int, first: int, data: bytes | Array) -> None:
+        tensor = self.header.tensors[number]
+        size = SIZES[tensor.type]
+        done = self.done.get(number, bytearray(1))
+        have = len(done) // size
+        require(len(done) % size == 0 and have == first, "order", f"tensor {number} from {first}")
+        self.fetch(number)
+        below = self.below.get(number)
+        if isinstance(data, bytes):
+            if below is not None:
+                data = moved(below[first * size :][: len(data)], data, size)
+        else:
+            values = data.reshape(-1)
+            if below is not None:
+                values = values + numbers(below[first * size :][: values.size * size], tensor.type)
+            data = elements(values, tensor.type)
+        done += data
 
     def whole(self, number: int) -> tuple[str, bytes]:
         tensor, data = self.header.tensors[number], bytes(self.done.pop(number, b"-"))
         require(len(data) == prod(tensor.shape) * SIZES[tensor.type], "order", tensor.name)
+        self.below[number] = data
+        self.ahead[number] -= 1
+        if self.ahead[number]:
+            self.done[number] = bytearray()
         return tensor.name, data
 
     def frame(self, sidecar: Sidecar, sample: bytes) -> Iterator[tuple[str, bytes]]:
@@ -359,13 +423,12 @@ class Assembler:
                 if len(samples) < size:
                     self.open = [(part, samples)]
                     continue
-                data = elements(part.weights(samples), self.header.tensors[part.tensor].type)
-                self.extend(part.tensor, part.first_row * part.columns, data)
+                self.extend(part.tensor, part.first_row * part.columns, part.weights(samples))
         for number, start_of_digest, _ in sidecar.ends:
             if number in self.wanted:
                 name, data = self.whole(number)
                 require(hashlib.sha256(data).digest()[:8] == start_of_digest, "tensor-digest", name)
-                yield name, data
+                yield name, data  # of a layer; the last one counts
 
     def exact(self, payload: bytes) -> Iterator[tuple[str, bytes]]:
         found, tensors = records(body_of(payload), 48, 50), self.header.tensors
@@ -402,6 +465,8 @@ class Archive:
             require((len(self.files[path]), box.size) == (size, box_size), "record", path)
         self.start = ftyp.size + moov.size + head.size + sum(one[3] for one in self.header.files)
         self.lumas: list[str] = []
+        self.base: Callable[[str], bytes] | None = None
+        self.stored_root = b""
 
     def read_frame(self, payload: bytes) -> tuple[Sidecar, bytes]:
         sidecar = Sidecar(body_of(payload), self.header)
@@ -410,17 +475,37 @@ class Archive:
         require(struct.unpack(">I", mfhd[4:8])[0] == sidecar.number + 1, "order", "mfhd")
         return sidecar, mdat.payload
 
+    def use_base(self, base: Archive) -> None:
+        """Take a base, of the right root."""
+        require(base.root() == self.header.base, "base", base.root().hex())
+        self.base = base.read
+
+    def root(self) -> bytes:
+        """Compute the root from all tensors, and compare it with that of the index."""
+        self.read_index()
+        heads = b"".join(
+            hashlib.sha256(self.read(one.name)).digest()[:8] for one in self.header.tensors
+        )
+        root = hashlib.sha256(self.header.names_data + heads).digest()
+        require(self.stored_root in (b"", root), "tensor-digest", "root")
+        return root
+
     def stream(self) -> Iterator[tuple[str, bytes]]:
-        """Read on, front to back, and give each tensor as soon as it is there."""
-        assembler = Assembler(self.header, self.track, set(self.names.values()))
-        while (box := read_box(self.file, FRAME, EXACT, INDEX)).kind == FRAME:
-            sidecar, sample = self.read_frame(box.payload)
-            require(sidecar.number == len(self.lumas), "order", f"frame {sidecar.number}")
-            self.lumas.append(sidecar.digest.hex())
-            yield from assembler.frame(sidecar, sample)
-        while box.kind == EXACT:
-            yield from assembler.exact(box.payload)
-            box = read_box(self.file, EXACT, INDEX)
+        """Read on, front to back, and give each tensor as soon as a layer of it is there."""
+        assembler = Assembler(self.header, self.track, set(self.names.values()), self.base)
+        yield from assembler.unchanged()
+        box = read_box(self.file, FRAME, EXACT, INDEX)
+        for _ in range(self.header.layers):
+            while box.kind == FRAME:
+                sidecar, sample = self.read_frame(box.payload)
+                require(sidecar.number == len(self.lumas), "order", f"frame {sidecar.number}")
+                self.lumas.append(sidecar.digest.hex())
+                yield from assembler.frame(sidecar, sample)
+                box = read_box(self.file, FRAME, EXACT, INDEX)
+            while box.kind == EXACT:
+                yield from assembler.exact(box.payload)
+                box = read_box(self.file, FRAME, EXACT, INDEX)
+        require(box.kind == INDEX, "order", box.kind)
         read_box(self.file, b"mfra")
         require(not assembler.done, "order", f"no tensors {sorted(assembler.done)}")
 
@@ -433,29 +518,37 @@ class Archive:
         self.file.seek(mfra - size)
         box = read_box(self.file, INDEX)
         require(box.size == size, "index", "the size at the end of the index box")
-        found = records(body_of(box.payload[:-4]), 64, 66, 68)
-        offsets, places, first = [self.start], dict[int, list[int]](), 0
-        for frame_size in entries(found[64], 2**24, Fields.uint):
-            offsets.append(offsets[-1] + frame_size)
-        for tensor, gap, count in entries(found[66], 2**20, lambda f: f.uints(3)):
+        found = records(body_of(box.payload[:-4]), 64, 66, 68, 70, 73)
+        frames = entries(found[64], 2**24, Fields.uint)
+        boxes = entries(found[68], 2**20, lambda f: (f.uint(), f.uints(f.uint())))
+        stages = entries(found[70], 16, lambda f: f.uints(2)) or [[len(frames), len(boxes)]]
+        self.stored_root = found[73][0].take(32) if found[73] else b""
+        at, offsets, places, first = self.start, list[int](), dict[int, list[int]](), 0
+        for frame_count, box_count in stages:
+            for _ in range(frame_count):
+                offsets.append(at)
+                at += frames[len(offsets) - 1]
+            for size, tensors in boxes[:box_count]:
+                for tensor in tensors:
+                    places.setdefault(tensor, []).append(at)
+                at += size
+            boxes = boxes[box_count:]
+        require(len(offsets) == len(frames) and not boxes, "record", "stages")
+        for tensor, gap, count in entries(found[66], 2**24, lambda f: f.uints(3)):
             first += gap
-            places[tensor] = offsets[first : first + count]
-        at = offsets[-1]
-        for size, tensors in entries(found[68], 2**20, lambda f: (f.uint(), f.uints(f.uint()))):
-            for tensor in tensors:
-                places.setdefault(tensor, []).append(at)
-            at += size
+            places.setdefault(tensor, []).extend(offsets[first : first + count])
         require(at + box.size == mfra, "index", "sizes that do not reach the index")
-        return places
+        return {tensor: sorted(dict.fromkeys(own)) for tensor, own in places.items()}
 
     def read(self, name: str) -> bytes:
         """Read one tensor's bytes, touching only the index and its own frames or boxes."""
         number = (self.names | dict(self.header.aliases))[name]
-        assembler, found = Assembler(self.header, self.track, {number}), list[tuple[str, bytes]]()
-        for at in self.read_index()[number]:
+        assembler = Assembler(self.header, self.track, {number}, self.base)
+        found = list(assembler.unchanged())
+        for at in self.read_index().get(number, []):
             self.file.seek(at)
             box = read_box(self.file, FRAME, EXACT)
             frame = box.kind == FRAME and self.read_frame(box.payload)
             found += assembler.frame(*frame) if frame else assembler.exact(box.payload)
-        require(len(found) == 1, "index", f"{name} is not where the index says")
+        require(not assembler.done, "index", f"{name} is not where the index says")
         return dict(found)[self.header.tensors[number].name]

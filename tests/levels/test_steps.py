@@ -129,6 +129,37 @@ def test_units_go_with_sigma_and_the_root_of_the_size() -> None:
         units([small], "beauty")
 
 
+def test_the_head_of_a_language_model_has_a_finer_step() -> None:
+    body = [stats_of(64, 100, name=f"model.layers.{n}.mlp.up_proj.weight") for n in range(9)]
+    table, head = (stats_of(64, 100, name=f"{n}.weight") for n in ("model.embed_tokens", "lm_head"))
+    tied, plain = units([*body, table]), units([*body, stats_of(64, 100, name="encoder.weight")])
+    assert tied[:9] == plain[:9]
+    assert tied[9] * 3 == pytest.approx(plain[9])
+    untied = units([*body, table, head])
+    assert untied[9] == untied[0]
+    assert untied[10] * np.sqrt(10) == pytest.approx(untied[0])
+
+
+def test_a_recipe_says_how_much_worse_than_int8_it_is() -> None:
+    matrices = [stats_of(64, 100, name="a.weight"), stats_of(256, 100, name="b.weight")]
+    kernels = [stats_of(64, 10, 3, 3, name=name) for name in "ab"]
+    spoken = [stats_of(64, 100, name="wte.weight"), stats_of(256, 100, name="h.0.weight")]
+    for stats in (matrices, kernels, spoken):
+        own, found = units(stats), {}
+        for name, wanted in steps.RECIPES.items():
+            found[name] = steps.recipe_factor(name, stats, own)
+            noise = wanted.language_noise if stats is spoken else wanted.noise
+            assert steps.forecast(found[name], stats, own) == pytest.approx(noise, rel=0.01)
+        assert found["fine"] < found["balanced"] < found["small"]
+    # Steps as fine as int8's own do as much harm, where nothing makes up for it.
+    one = matrices[:1]
+    same = one[0].peak / 127 * one[0].sigma / units(one)[0]
+    assert steps.forecast(same, one, units(one), "integers") == pytest.approx(1, rel=0.01)
+    assert steps.forecast(1.0, [], []) == 0
+    with pytest.raises(QuantizationError, match="balanced"):
+        steps.recipe_factor("huge", one, units(one))
+
+
 @pytest.mark.parametrize(
     ("shape", "fidelity", "expected"),
     [
@@ -147,7 +178,8 @@ def test_methods(shape: tuple[int, ...], fidelity: str, expected: tuple[int, int
 
 def test_steps_stay_within_limits_and_are_short() -> None:
     stats = stats_of(64, 100)
-    for asked, sigmas in ((1e-9, steps.FINEST_SIGMAS), (1e9, steps.COARSEST_SIGMAS)):
+    assert stats.peak == pytest.approx(2.6, abs=0.3)
+    for asked, sigmas in ((1e-9, stats.peak / 127), (1e9, steps.COARSEST_SIGMAS)):
         assert planned(stats, asked).step == pytest.approx(sigmas * stats.sigma, rel=0.01)
     assert planned(stats, 1e9, fidelity="weights").step > planned(stats, 1e9).step
     for step in np.geomspace(1e-3, 1e-1, 50):

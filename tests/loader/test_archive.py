@@ -77,7 +77,7 @@ def test_what_is_said_of_tensors(archive: Archive) -> None:
     assert len(part.frequency_steps) == 9
     assert info.end is not None
     assert info.end.sqnr_db is not None
-    assert 15 < info.end.sqnr_db < 40
+    assert 15 < info.end.sqnr_db < 50
     wide = archive.info("wide")
     assert {part.method for part in wide.parts} == {TRELLIS}
     assert len(wide.frames) > 1

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import wraps
 from math import inf, sqrt
 from pathlib import Path
 from types import ModuleType
@@ -85,6 +86,8 @@ class Judge:
 
     def __init__(self, function: Function, original: dict[str, Any]) -> None:
         self._function = function
+        #: what the number is called.
+        self.metric_name = str(getattr(function, "__name__", "metric"))
         self._outputs, self._metric = self._run(original)
         self.embeds = self._outputs is not None and is_unit(self._outputs)
 
@@ -133,6 +136,7 @@ class Judge:
             if second.size == 1:
                 return outputs, float(second[0])
             if second.size == len(outputs):
+                self.metric_name = "accuracy"
                 return outputs, float((outputs.argmax(1) == second).mean())
         raise EvaluationError(
             f"the evaluation returned {_described(found)}; it must return a number, outputs of "
@@ -198,7 +202,7 @@ class Evaluation:
         contents, read = survey.reader.contents, survey.reader.read
 
         def state(items: Iterable[tuple[TensorSpec, Array]]) -> dict[str, Any]:
-            found = {spec.name: _natural(stored, spec, torch) for spec, stored in items}
+            found = {spec.name: natural_tensor(stored, spec, torch) for spec, stored in items}
             return found | {alias: found[name] for alias, name in contents.aliases.items()}
 
         judge = Judge(function, state((spec, read(spec.name)) for spec in contents.tensors))
@@ -211,7 +215,7 @@ class Evaluation:
                 else "the evaluation returns a number alone; max_kl needs logits or unit vectors, "
                 "and max_drop bounds a number"
             )
-        low, high, factor = 0.0, inf, survey.options.first_factor
+        low, high, factor = 0.0, inf, survey.first_factor
         tried: dict[float, tuple[Written, Verdict, float]] = {}
         while True:
             made = encode(factor)
@@ -295,6 +299,7 @@ def load_function(wanted: str | Function) -> tuple[Function, bool]:
             raise EvaluationError(f"{place} defines no function {name!r}")
     torch = _imports_torch(source) or ("torch" in sys.modules and not before)
 
+    @wraps(call)
     def quieted(*arguments: Any) -> Any:
         with redirect_stdout(sys.stderr):
             return call(*arguments)
@@ -328,7 +333,7 @@ def _script(place: str) -> ModuleType:
     return module
 
 
-def _natural(stored: Array, spec: TensorSpec, torch: bool) -> Any:
+def natural_tensor(stored: Array, spec: TensorSpec, torch: bool) -> Any:
     """A tensor of its own: the function may do with it as it likes."""
     if torch:
         from weightvid.checkpoint.torch_file import from_stored

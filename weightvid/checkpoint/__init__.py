@@ -85,7 +85,8 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("npz", "NumPy npz", (".npz",), "npz"),
     Kind("gguf", "GGUF", (".gguf",), "gguf", ("gguf-metadata",)),
     Kind("onnx", "ONNX", (".onnx",), "onnx_file", ("onnx-graph",)),
-    Kind("folder", "Hugging Face folder", (), "folder", ("file",)),
+    Kind("nnc", "MPEG NNC", (".nnc",), "nnc"),
+    Kind("folder", "Hugging Face folder", (), "folder", ("file", "weights")),
     Kind("gguf-f32", "GGUF", (), "gguf", ("gguf-metadata",), "F32"),
     Kind("gguf-q8_0", "GGUF", (), "gguf", ("gguf-metadata",), "Q8_0"),
 )
@@ -221,6 +222,9 @@ def kind_of_file(path: Path) -> Kind:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"cannot read {os.fspath(path)!r}: {reason}") from None
+    if path.suffix == ".distcp":
+        said = "a part of a checkpoint of torch.distributed; name its folder"
+        raise CheckpointError(f"cannot read {path}: it is {said}")
     members = _zip_members(path) if head.startswith(_ZIP_STARTS) else None
     name = _recognise(path.suffix.lower(), head, members)
     if name is None:
@@ -237,7 +241,8 @@ def kind_for_output(path: Path, name: str | None = None) -> Kind:
         Neither says one we know.
     """
     suffix = path.suffix.lower()
-    if name is None and (path.is_dir() or not suffix):
+    # A name such as Qwen2.5-0.5B has no suffix, though it has dots.
+    if name is None and (path.is_dir() or not suffix or suffix[1:2].isdigit()):
         name = "folder"
     for kind in KINDS:
         if (kind.name == name) if name is not None else (suffix in kind.suffixes):
@@ -279,7 +284,8 @@ def _recognise(suffix: str, head: bytes, members: tuple[str, ...] | None) -> str
     # A protobuf message that starts with ``ir_version``, and is named so or names its producer.
     if head[:1] == b"\x08" and (suffix == ".onnx" or head[2:3] == b"\x12"):
         return "onnx"
-    return None
+    # A start unit of few bytes has no other mark.
+    return "nnc" if suffix == ".nnc" and head[:1] == b"\0" else None
 
 
 def _is_torchscript(members: tuple[str, ...] | None) -> bool:

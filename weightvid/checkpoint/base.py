@@ -331,7 +331,11 @@ class FileWriter(CheckpointWriter):
             self._write(spec, part.reshape(spec.shape))
             return
         if first == 0 or self._collected is None:
-            self._collected = np.empty(spec.size, part.dtype)
+            self._collected = np.empty(0, part.dtype)
+        if first + part.size > self._collected.size:
+            # By what has come, not by what a shape claims.
+            size = min(spec.size, 2 * (first + part.size))
+            self._collected.resize(size, refcheck=False)
         self._collected[first : first + part.size] = part
         if first + part.size == spec.size:
             array, self._collected = self._collected, None
@@ -397,6 +401,13 @@ def as_side_file(path: str, data: bytes, role: str) -> tuple[tuple[SideFile, ...
     if len(data) > SIDE_FILE_BYTES:
         return (), (f"{path} (larger than {SIDE_FILE_BYTES >> 20} MiB)",)
     return (SideFile(path, data, role),), ()
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file really lies in a folder, or where the hub's cache keeps what it links to."""
+    real, root = path.resolve(), folder.resolve()
+    cached = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
+    return cached or real.is_relative_to(root)
 
 
 def encode_name(name: str) -> bytes:

@@ -10,21 +10,28 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
-from weightvid.atomic import refuse_address
+from weightvid.atomic import (
+    hold,
+    output_error,
+    refuse_address,
+    remove_remains,
+    temporary_path,
+)
 from weightvid.checkpoint import kind_of_file, safetensors
 from weightvid.checkpoint.base import (
     CheckpointReader,
     CheckpointWriter,
     Contents,
     first_line,
+    is_inside,
     shorten,
 )
 from weightvid.errors import CheckpointError, OutputError
@@ -39,6 +46,8 @@ from weightvid.spec import (
 )
 
 INDEX: Final = ".index.json"
+#: role of an empty side file that is named as the weights are, where that is not as usual.
+WEIGHTS_ROLE: Final = "weights"
 #: weights, in whatever kind: those that are not packed are the same model again.
 WEIGHTS: Final = frozenset(
     {
@@ -50,16 +59,26 @@ WEIGHTS: Final = frozenset(
 #: what training leaves next to the weights.
 _STATE: Final = frozenset({"optimizer", "scheduler", "training_args", "rng_state", "scaler"})
 #: weights in order of preference, each in one file or in shards, as transformers and diffusers
-#: look for them; else the one file of one of these suffixes.
+#: look for them; else the index of a variant; else the one file of one of these suffixes.
 _WEIGHTS: Final = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 _LONE: Final = ((".safetensors",), (".bin", ".pt", ".pth"))
+_INDEX: Final = re.compile(r"(.+)\.(safetensors|bin)\.index((?:\.[\w-]+)?)\.json")
+#: checkpoints that are files, which a folder may hold nothing else of.
+FILES: Final = (".gguf", ".onnx", ".npz")
+_DISTRIBUTED: Final = (
+    "a checkpoint of torch.distributed; make one file of it: python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch {} model.pt"
+)
+#: code that Python runs without being asked.
+_STARTUP: Final = frozenset({"sitecustomize.py", "usercustomize.py", "__pycache__"})
 #: shards that stay open: reading goes through them one after another.
 _OPEN_SHARDS: Final = 2
 #: what transformers puts into one shard at most.
 SHARD_BYTES: Final = 5_000_000_000
 #: weights that an older version of a folder may hold, which would be loaded instead of ours.
-_STALE: Final = re.compile(
-    r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+_STALE: Final = (
+    r"(model|pytorch_model|diffusion_pytorch_model|{})(-\d+-of-\d+)?"
+    r"\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
 )
 
 
@@ -75,10 +94,18 @@ def find_weights(names: Sequence[str]) -> list[str]:
         for known in (name, name + INDEX):
             if known in names:
                 return [known]
+    for suffix in ("safetensors", "bin"):
+        if found := sorted(n for n in names if (m := _INDEX.fullmatch(n)) and m[2] == suffix):
+            return found
     for suffixes in _LONE:
         if found := sorted(n for n in names if n.lower().endswith(suffixes) and n[0] != "."):
             return found
     return []
+
+
+def is_index(name: str) -> bool:
+    """Whether a file says which shards the tensors are in."""
+    return _INDEX.fullmatch(name) is not None
 
 
 class Reader(CheckpointReader):
@@ -89,23 +116,27 @@ class Reader(CheckpointReader):
         self._shard_of: dict[str, str] = {}
         self._open: dict[str, CheckpointReader] = {}
         try:
-            super().__init__(self._look(_placed(path)))
+            super().__init__(self._look(*_placed(path)))
         except BaseException:
             self._close_shards()
             raise
         self.shareable = all(reader.shareable for reader in self._open.values())
 
-    def _look(self, placed: Mapping[str, set[str] | None]) -> Contents:
+    def _look(self, weights: str, placed: Mapping[str, set[str] | None]) -> Contents:
         """Contents of all shards together."""
         specs: list[TensorSpec] = []
         aliases: dict[str, str] = {}
         metadata: dict[str, str] = {}
         files, left_out = gather(self._folder)
+        files = (*_weights_name(weights), *files)
         skipped = [entry for entry in left_out if entry.rpartition(" (")[0] not in placed]
+        taken = {name for listed in placed.values() for name in listed or ()}
         for shard, listed in placed.items():
             inside = self._shard(shard).contents
             there = {name for name, _ in inside.rows()}
-            names = there if listed is None else listed
+            # What the index does not know of is loaded all the same.
+            names = (listed or set()) | (there - taken)
+            taken |= names
             if absent := sorted(names - there):
                 raise CheckpointError(
                     f"the index of {self._folder} places {shorten(absent)} in {shard}, which does "
@@ -115,7 +146,8 @@ class Reader(CheckpointReader):
             self._shard_of |= dict.fromkeys(names, shard)
             aliases |= {a: name for a, name in inside.aliases.items() if {a, name} <= names}
             skipped += [
-                f"{name} (in {shard}, but not in the index)" for name in sorted(there - names)
+                f"{name} (of {shard}: the model has it from another shard)"
+                for name in sorted(there - names)
             ]
             skipped += inside.skipped
             metadata = metadata or dict(inside.metadata)
@@ -161,23 +193,44 @@ class Writer(CheckpointWriter):
         super().__init__(path, contents)
         self._target = Path(os.path.realpath(path))
         self._merge = _check_target(self._target, os.fspath(path), force)
-        self._files = {file.path: file.data for file in contents.files if file.role == "file"}
-        for name in self._files:
-            if not is_safe_path(name):
-                raise CheckpointError(f"the side file {name!r} would leave its folder")
-        self._folder = self._target.parent / f".weightvid-{secrets.token_hex(8)}.tmp"
-        self._cleanup = weakref.finalize(self, _remove, self._folder, os.getpid())
+        self._files, left_out = _restored(contents.files)
+        if left_out:
+            self.notes += (f"side files that are not restored: {shorten(left_out)}",)
+        self.contents = replace(
+            contents, files=tuple(SideFile(name, data) for name, data in self._files.items())
+        )
         self._writers: dict[str, CheckpointWriter] = {}
         self._weight_map: dict[str, str] = {}
-        # Diffusers looks for weights of another name.
-        diffusers = b'"_diffusers_version"' in self._files.get("config.json", b"")
-        self._stem = "diffusion_pytorch_model" if diffusers else "model"
+        self._stem = self._name_weights(contents.files)
         with self._removed_on_error():
-            self._folder.mkdir()
+            self._make_folder()
+            self._check_places(self._files)
             for shard, inside in self._plan_shards().items():
                 self._writers[shard] = safetensors.Writer(self._folder / shard, inside)
                 self._weight_map |= {name: shard for name, _ in inside.rows()}
                 self.notes += self._writers[shard].notes
+
+    def _make_folder(self) -> None:
+        """Make the hidden folder, which stays marked as in use while its descriptor is open."""
+        remove_remains(self._target.parent)
+        while True:
+            self._folder = temporary_path(self._target.parent)
+            self._folder.mkdir()
+            held = os.open(self._folder, os.O_RDONLY) if os.name == "posix" else None
+            self._cleanup = weakref.finalize(self, _remove, self._folder, os.getpid(), held)
+            if held is None or hold(held, self._folder):
+                return
+            self._cleanup()
+
+    def _name_weights(self, files: Iterable[SideFile]) -> str:
+        """Name of the weights without suffix: as in the source, or as a library looks for them."""
+        for file in files:
+            stem = file.path.removesuffix(".safetensors")
+            named = file.role == WEIGHTS_ROLE and is_safe_path(stem) and not _is_startup(stem)
+            if named and "/" not in stem and stem != file.path:
+                return stem
+        diffusers = b'"_diffusers_version"' in self._files.get("config.json", b"")
+        return "diffusion_pytorch_model" if diffusers else "model"
 
     def _plan_shards(self) -> dict[str, Contents]:
         """Cut contents into files of at most ``SHARD_BYTES`` of tensors (or of a single one)."""
@@ -212,7 +265,8 @@ class Writer(CheckpointWriter):
             size = sum(safetensors.file_bytes(spec) for _, spec in self.contents.rows())
             record = {"metadata": {"total_size": size}, "weight_map": self._weight_map}
             text = json.dumps(record, indent=2, ensure_ascii=False)
-            files[f"{self._stem}.safetensors{INDEX}"] = text.encode()
+            name, dot, variant = self._stem.partition(".")
+            files[f"{name}.safetensors.index{dot}{variant}.json"] = text.encode()
         for name, data in files.items():
             path = self._folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,16 +277,44 @@ class Writer(CheckpointWriter):
             with suppress(FileNotFoundError):
                 self._target.rmdir()  # empty: checked before, and again by rmdir itself
             self._folder.rename(self._target)
+            self._cleanup()
             return
-        # Files are replaced one by one; others in the folder stay.
+        # Into a folder that has files: replace only what a new one replaces, and old weights, which
+        # go last; others in the folder stay.
         made = [p.relative_to(self._folder) for p in self._folder.rglob("*") if p.is_file()]
-        for old in self._target.iterdir():
-            if _STALE.fullmatch(old.name) and Path(old.name) not in made and old.is_file():
-                old.unlink()
+        self._check_places(made)
         for path in made:
-            (self._target / path).parent.mkdir(parents=True, exist_ok=True)
-            (self._folder / path).replace(self._target / path)
+            try:
+                (self._target / path).parent.mkdir(parents=True, exist_ok=True)
+                (self._folder / path).replace(self._target / path)
+            except OSError as error:
+                raise self._keep(path, error) from None
+        stale = re.compile(_STALE.format(re.escape(self._stem)))
+        for old in self._target.iterdir():
+            if stale.fullmatch(old.name) and Path(old.name) not in made and not old.is_dir():
+                old.unlink()
         self._cleanup()
+
+    def _check_places(self, made: Iterable[str | Path]) -> None:
+        """Refuse links on the way to a file, which may lead anywhere, and folders in its place."""
+        for path in made if self._merge else ():
+            place = self._target / path
+            if place.is_dir() and not place.is_symlink():
+                raise OutputError(f"cannot write {place}: it is a folder")
+            for parent in Path(path).parents:
+                way = self._target / parent
+                if parent.parts and (way.is_symlink() or (way.exists() and not way.is_dir())):
+                    what = "a link, which is not followed" if way.is_symlink() else "no folder"
+                    raise OutputError(f"cannot write {place}: {way} is {what}")
+
+    def _keep(self, path: Path, error: OSError) -> OutputError:
+        """Leave the new files that are not in place under a name that people see."""
+        self._cleanup.detach()
+        kept = self._target.with_name(f"{self._target.name}.{self._folder.name[11:-4]}")
+        with suppress(OSError):
+            self._folder.rename(kept)
+        made = output_error(self._target / path, error)
+        return OutputError(f"{made}; the new files that have not their place yet are in {kept}")
 
     def abort(self) -> None:
         """Remove the hidden folder; does nothing after :meth:`commit`."""
@@ -241,20 +323,22 @@ class Writer(CheckpointWriter):
         self._cleanup()
 
 
-def _placed(folder: Path) -> Mapping[str, set[str] | None]:
-    """Files of weights, with the names of the tensors that an index places there."""
+def _placed(folder: Path) -> tuple[str, Mapping[str, set[str] | None]]:
+    """The weights or their index, and files with the names of the tensors that it places there."""
     try:
         names = [entry.name for entry in folder.iterdir() if entry.is_file()]
         weights = find_weights(names)
         if len(weights) != 1:
             said = f"several weights and no index of them ({shorten(weights)}); name one"
-            if not weights:
-                said = f"no weights; weightvid looks for {shorten(_WEIGHTS)} or their {INDEX}"
-            raise CheckpointError(f"the folder {folder} holds {said}")
-        if not weights[0].endswith(INDEX):
-            return {weights[0]: None}
+            raise CheckpointError(
+                f"the folder {folder} holds {said if weights else _advice(folder, names)}"
+            )
+        if not is_index(weights[0]):
+            return weights[0], {weights[0]: None}
         index = folder / weights[0]
-        pairs = list(json.loads(index.read_text("utf-8"))["weight_map"].items())
+        pairs = list(_read_json(index)["weight_map"].items())
+        if not pairs:
+            raise ValueError("its weight_map is empty")
     except CheckpointError:
         raise
     except OSError as error:
@@ -268,7 +352,44 @@ def _placed(folder: Path) -> Mapping[str, set[str] | None]:
         if shard not in names:
             raise CheckpointError(f"the folder {folder} lacks {shard}, which its index names")
         shards.setdefault(shard, set()).add(tensor)
-    return shards
+    return weights[0], shards
+
+
+def _read_json(path: Path) -> Any:
+    """A small regular file; some editors of Windows put a byte order mark before it."""
+    if not path.is_file() or path.stat().st_size > SIDE_FILE_BYTES:
+        raise ValueError("it is no file, or too large")
+    return json.loads(path.read_text("utf-8-sig"))
+
+
+def _advice(folder: Path, names: Sequence[str]) -> str:
+    """What else a folder without weights holds, and what to do about it."""
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        return _DISTRIBUTED.format(folder)
+    if files := sorted(name for name in names if name.lower().endswith(FILES)):
+        return (
+            f"no weights of a folder, but files that are models: name one, as {folder / files[0]}"
+        )
+    inner = []
+    for sub in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        inside = [entry.name for entry in sub.iterdir() if entry.is_file()]
+        if find_weights(inside) or any(name.lower().endswith(FILES) for name in inside):
+            inner.append(str(sub))
+    if inner:
+        return f"no weights of its own, but folders of models; pack each: {shorten(inner)}"
+    return f"no weights; weightvid looks for {shorten(_WEIGHTS)} or their {INDEX}"
+
+
+def _weights_name(name: str) -> tuple[SideFile, ...]:
+    """A side file that says how the weights are named, where no library would look for that."""
+    stem, _, suffix = name.rpartition(".")
+    if index := _INDEX.fullmatch(name):
+        stem, suffix = index[1] + index[3], index[2]
+    if suffix == "bin" and not stem.startswith("diffusion"):
+        stem = stem.replace("pytorch_model", "model")
+    if suffix not in ("safetensors", "bin") or f"{stem}.safetensors" in _WEIGHTS:
+        return ()
+    return (SideFile(f"{stem}.safetensors", b"", WEIGHTS_ROLE),)
 
 
 def _check_target(target: Path, shown: str, force: bool) -> bool:
@@ -288,9 +409,30 @@ def _check_target(target: Path, shown: str, force: bool) -> bool:
     return full
 
 
-def _remove(folder: Path, owner: int) -> None:
+def _remove(folder: Path, owner: int, held: int | None) -> None:
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _restored(files: Iterable[SideFile]) -> tuple[dict[str, bytes], list[str]]:
+    """Side files that a folder gets, and which it does not: what is run or loaded unasked."""
+    found = {file.path: file.data for file in files if file.role == "file"}
+    modules, left_out = _modules(found.get("modules.json", b"")), []
+    for name in tuple(found):
+        if not is_safe_path(name):
+            raise CheckpointError(f"the side file {name!r} would leave its folder")
+        path = PurePosixPath(name)
+        if _foreign(path, modules) or _is_startup(name) or is_index(path.name):
+            del found[name]
+            left_out.append(name)
+    return found, left_out
+
+
+def _is_startup(name: str) -> bool:
+    """Whether a file is hidden, or is run without being asked for."""
+    return any(part.startswith(".") or part.lower() in _STARTUP for part in name.split("/"))
 
 
 def gather(folder: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
@@ -304,7 +446,9 @@ def gather(folder: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     CheckpointError
         A file cannot be read.
     """
-    modules = _modules(folder)
+    listed = folder / "modules.json"
+    small = listed.is_file() and listed.stat().st_size <= SIDE_FILE_BYTES
+    modules = _modules(listed.read_bytes() if small else b"")
     files: list[SideFile] = []
     skipped: list[str] = []
     total = 0
@@ -315,6 +459,8 @@ def gather(folder: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
             size = path.stat().st_size
             if reason := _foreign(PurePosixPath(name), modules):
                 pass
+            elif not is_inside(path, folder):
+                reason = "a link that leads out of the folder"
             elif not is_safe_path(name) or name.casefold() in seen:
                 reason = "its name is not safe on every system"
             elif size > SIDE_FILE_BYTES:
@@ -338,7 +484,8 @@ def _walk(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__pycache__")
         for name in sorted(names):
             path = Path(root, name)
-            if name[0] != "." and not name.endswith(".index.json") and path.is_file():
+            indexes = name.endswith(INDEX) or is_index(name)
+            if not _is_startup(name) and not indexes and path.is_file():
                 yield path
 
 
@@ -352,10 +499,10 @@ def _foreign(name: PurePosixPath, modules: frozenset[str]) -> str:
     return "training state" if state else "other weights"
 
 
-def _modules(folder: Path) -> frozenset[str]:
+def _modules(text: bytes) -> frozenset[str]:
     """Sub-folders that sentence-transformers loads."""
     try:
-        listed = json.loads((folder / "modules.json").read_text("utf-8"))
+        listed = json.loads(text.decode("utf-8-sig"))
         return frozenset(entry["path"] for entry in listed if entry["path"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return frozenset()

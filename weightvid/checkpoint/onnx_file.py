@@ -7,6 +7,9 @@ one tensor at a time.
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
+from collections.abc import Iterator
 from io import BytesIO
 from math import prod
 from pathlib import Path
@@ -43,39 +46,41 @@ class Reader(base.ArrayReader):
     """An ONNX model; its external data is memory-mapped.
 
     Initializers of types that weightvid lacks (strings, 4-bit integers, ...) stay in the graph.
-    Weights that an exporter wrote as ``Constant`` nodes become initializers, which means the same.
+    Weights that an exporter wrote as ``Constant`` nodes become initializers, which means the same;
+    but in functions, which have none.
     """
 
     def __init__(self, path: Path) -> None:
         model = _load(path, str(path))
         if model.ir_version >= _FREE_INITIALIZERS:
-            _constants_to_initializers(model.graph)
+            for graph in _graphs(model.graph):
+                _constants_to_initializers(graph)
         arrays: dict[str, Array] = {}
         dtypes: dict[str, str] = {}
-        for tensor in model.graph.initializer:
-            if tensor.data_type not in _NAMES or not tensor.name:
+        outside: dict[str, Array] = {}
+        for name, tensor in places(model):
+            if tensor.data_type not in _NAMES:
                 continue
-            spec = TensorSpec(tensor.name, _NAMES[tensor.data_type], tuple(tensor.dims))
-            if spec.name in dtypes:
-                raise CheckpointError(f"two tensors are named {spec.name!r} in {path}")
-            dtypes[spec.name] = spec.dtype
+            spec = TensorSpec(name, _NAMES[tensor.data_type], tuple(tensor.dims))
+            dtypes[name] = spec.dtype
             try:
-                arrays[spec.name] = _elements(path, spec, tensor)
+                arrays[name] = _elements(path, spec, tensor, outside)
+                own = tensor.name
+                tensor.Clear()
+                tensor.name, tensor.data_type = own, DTYPES[spec.dtype]
+                tensor.dims.extend(spec.shape)
             except (ValueError, TypeError, OverflowError, MemoryError, OSError) as error:
                 raise CheckpointError(
-                    f"tensor {spec.name!r} of {path} cannot be read: {base.first_line(error)}"
+                    f"tensor {name!r} of {path} cannot be read: {base.first_line(error)}"
                 ) from None
-            tensor.Clear()
-            tensor.name, tensor.data_type = spec.name, DTYPES[spec.dtype]
-            tensor.dims.extend(spec.shape)
         helper = _library().external_data_helper
         if any(map(helper.uses_external_data, helper._get_all_tensors(model))):
             raise CheckpointError(
                 f"{path} keeps tensors in external files that are no initializers of its graph, or "
                 "of a type that weightvid lacks; save it with all its data inside"
             )
-        graph = model.SerializeToString(deterministic=True)
-        files, skipped = base.as_side_file(GRAPH_PATH, graph, GRAPH_ROLE)
+        text = model.SerializeToString(deterministic=True)
+        files, skipped = base.as_side_file(GRAPH_PATH, text, GRAPH_ROLE)
         super().__init__(arrays, dtypes, skipped=skipped, files=files)
 
 
@@ -103,14 +108,18 @@ class Writer(base.FileWriter):
         return b""
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
-        self._slots[spec.name].raw_data = base.raw_bytes(array).tobytes()
+        for name in self._names_of[spec.name]:
+            self._slots[name].raw_data = base.raw_bytes(array).tobytes()
 
     def _finish(self) -> None:
         if self._data_name:
             path = self._path.with_name(self._data_name)
             move_out = _library().external_data_helper.set_external_data
             with atomic_output(path, force=self._force) as file:
-                for slot in self._slots.values():
+                # Branches and functions keep theirs: not every runtime finds them elsewhere.
+                for slot in map(self._slots.get, [t.name for t in self._model.graph.initializer]):
+                    if slot is None or not slot.raw_data:
+                        continue
                     at = file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
                     file.write(slot.raw_data)
                     move_out(slot, self._data_name, at, len(slot.raw_data))
@@ -146,8 +155,48 @@ def _load(source: Path | BytesIO, what: str) -> Any:
     return model
 
 
-def _elements(path: Path, spec: TensorSpec, tensor: Any) -> Array:
-    """Elements of an initializer."""
+def places(model: Any) -> Iterator[tuple[str, Any]]:
+    """Where tensors are, in the order of the file: in graphs, their branches, and functions.
+
+    Names are those of the initializers; a name that another graph has, too, gets a number.
+
+    Raises
+    ------
+    CheckpointError
+        Two initializers of one graph have one name.
+    """
+    taken: set[str] = set()
+
+    def named(name: str) -> str:
+        number, made = 1, name
+        while made in taken:
+            made, number = f"{name}.{number}", number + 1
+        taken.add(made)
+        return made
+
+    bodies = [model.graph, *model.functions]
+    for graph in (graph for body in bodies for graph in _graphs(body)):
+        own = [tensor.name for tensor in getattr(graph, "initializer", ())]
+        if twice := [name for name, count in Counter(own).items() if name and count > 1]:
+            raise CheckpointError(f"two tensors are named {twice[0]!r} in one graph of the model")
+        for tensor in getattr(graph, "initializer", ()):
+            if tensor.name:
+                yield named(tensor.name), tensor
+    for function in model.functions:
+        for node in filter(_is_weight, function.node):
+            yield named(f"{function.name}.{node.output[0]}"), node.attribute[0].t
+
+
+def _graphs(body: Any) -> Iterator[Any]:
+    """A graph or function, and the graphs in its nodes: branches and bodies of loops."""
+    yield body
+    for attribute in (attribute for node in body.node for attribute in node.attribute):
+        for graph in (attribute.g,) if attribute.HasField("g") else attribute.graphs:
+            yield from _graphs(graph)
+
+
+def _elements(path: Path, spec: TensorSpec, tensor: Any, outside: dict[str, Array]) -> Array:
+    """Elements of an initializer; ``outside`` are the other files that are mapped already."""
     library = _library()
     stored = stored_dtype(spec.dtype)
     if tensor.HasField("raw_data"):
@@ -155,15 +204,30 @@ def _elements(path: Path, spec: TensorSpec, tensor: Any) -> Array:
     if not library.external_data_helper.uses_external_data(tensor):
         flat = np.ascontiguousarray(library.numpy_helper.to_array(tensor)).reshape(-1)
         return flat.view(stored).reshape(spec.shape)
-    info = library.external_data_helper.ExternalDataInfo(tensor)
-    if not is_safe_path(info.location):
-        raise ValueError(f"{info.location[:80]!r} does not lie in the model's folder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that it does not know
+        info = library.external_data_helper.ExternalDataInfo(tensor)
+    location = info.location
+    while location.startswith("./"):
+        location = location[2:]
+    if not is_safe_path(location):
+        raise ValueError(f"{location[:80]!r} does not lie in the model's folder")
     if (info.length or spec.stored_bytes) != spec.stored_bytes:
         raise ValueError(f"it needs {spec.stored_bytes} bytes; the model places {info.length}")
     if not spec.size:
         return np.empty(spec.shape, stored)
-    beside = path.parent / info.location
-    return np.memmap(beside, stored, "r", info.offset or 0, spec.shape or (1,)).reshape(spec.shape)
+    beside = path.parent / location
+    if not base.is_inside(beside, path.parent):
+        raise ValueError(f"{location[:80]!r} is a link that leads out of the model's folder")
+    if not beside.is_file():
+        raise ValueError(f"its data is missing: there is no file {beside}")
+    if location not in outside:
+        outside[location] = np.memmap(beside, np.uint8, "r")
+    at = info.offset or 0
+    found = outside[location][max(at, 0) : at + spec.stored_bytes]
+    if at < 0 or len(found) != spec.stored_bytes:
+        raise ValueError(f"{beside} ends before it: the file is cut short")
+    return found.view(stored).reshape(spec.shape)
 
 
 def _constants_to_initializers(graph: Any) -> None:
@@ -191,25 +255,23 @@ def _is_weight(node: Any) -> bool:
 
 def _slots(model: Any, contents: base.Contents) -> dict[str, Any]:
     """Initializers that wait for the tensors."""
-    slots = {tensor.name: tensor for tensor in model.graph.initializer}
-    names = {spec.name: None for spec in contents.tensors}
-    for spec in contents.tensors:
-        slot = slots.get(spec.name)
+    slots, wanted = dict(places(model)), dict(contents.rows())
+    for name, spec in wanted.items():
+        slot = slots.get(name)
         if slot is None:
-            raise CheckpointError(f"the ONNX graph has no initializer {spec.name!r}")
+            raise CheckpointError(f"the ONNX graph has no initializer {name!r}")
         if (slot.data_type, tuple(slot.dims)) != (DTYPES.get(spec.dtype), spec.shape):
             raise CheckpointError(
-                f"the ONNX graph wants another type or shape of {spec.name!r} than {spec.dtype} "
+                f"the ONNX graph wants another type or shape of {name!r} than {spec.dtype} "
                 f"{list(spec.shape)}: unpack it without converting"
             )
-    absent = [name for name in slots if name not in names and _is_bare(slots[name])]
-    if absent or contents.aliases:
-        missing = base.shorten(absent or contents.aliases)
+    if absent := [name for name in slots if name not in wanted and _is_bare(slots[name])]:
+        missing = base.shorten(absent)
         raise CheckpointError(f"an ONNX model needs all its weights; missing: {missing}")
-    return {name: slots[name] for name in names}
+    return {name: slots[name] for name in wanted}
 
 
 def _is_bare(slot: Any) -> bool:
     """Whether an initializer lacks data; what stayed in the graph has it, and empties need none."""
     fields = {field.name for field, _ in slot.ListFields()}
-    return 0 not in slot.dims and "name" in fields and fields <= {"name", "dims", "data_type"}
+    return 0 not in slot.dims and fields <= {"name", "dims", "data_type"}

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from weightvid.checkpoint import open_checkpoint
 from weightvid.checkpoint.base import CheckpointReader, shorten
-from weightvid.checkpoint.folder import INDEX, WEIGHTS, find_weights
+from weightvid.checkpoint.folder import FILES, WEIGHTS, find_weights, is_index
 from weightvid.errors import CheckpointError, OutputError, RemoteError
 from weightvid.progress import Progress, Report
 from weightvid.spec import SIDE_FILE_BYTES, is_safe_path
@@ -262,11 +262,13 @@ def _wanted(url: str, path: str, sizes: Mapping[str, int]) -> list[str]:
         raise RemoteError(f"there is no {url}; the model has {shorten(sizes)}")
     weights = find_weights([name for name in inside if "/" not in name])
     if not weights:
+        named = [name for name in inside if name.lower().endswith(FILES)] or list(inside)
         raise CheckpointError(
-            f"{shown(url)} holds no weights that weightvid looks for; name one of {shorten(inside)}"
+            f"{shown(url)} holds no weights that weightvid looks for; name a file of it, as "
+            f"{shown(url).rstrip('/')}/{named[0]}; it has {shorten(named)}"
         )
-    if weights[0].endswith(INDEX):
-        start, _, end = weights[0].removesuffix(INDEX).rpartition(".")
+    if is_index(weights[0]):
+        start, end = weights[0].split(".index.")[0].rsplit(".", 1)
         weights += [n for n in inside if n.startswith(start) and n.endswith(end) and "/" not in n]
     small = [
         name

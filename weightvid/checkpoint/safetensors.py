@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,9 +44,9 @@ class Reader(CheckpointReader):
                 self._file.close()
             if isinstance(error, CheckpointError):
                 raise
+            said = first_line(error).removeprefix("Error while deserializing header: ")
             raise CheckpointError(
-                f"{path} is no valid safetensors file (damaged, or cut short while downloading): "
-                + first_line(error).removeprefix("Error while deserializing header: ")
+                f"{path} is no valid safetensors file ({_wrong_size(path)}): {said}"
             ) from None
 
     def _look(self) -> Contents:
@@ -156,6 +157,23 @@ def _check_held(name: str, spec: TensorSpec) -> None:
         )
     if spec.dtype in SUB_BYTE and spec.size * SUB_BYTE[spec.dtype] % 8:
         raise CheckpointError(f"{spec.dtype} tensor {name!r} does not fill whole bytes")
+
+
+def _wrong_size(path: Path) -> str:
+    """How a file's size differs from what its header says, if that can be told."""
+    wrong = OSError, ValueError, TypeError, LookupError, RecursionError
+    with suppress(*wrong), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        if length <= min(size, _HEADER_LIMIT_BYTES):
+            rows = json.loads(file.read(length))
+            ends = [rows[name]["data_offsets"][1] for name in rows if name != _METADATA]
+            wanted = 8 + length + max(ends, default=0)
+            if size > wanted:
+                return f"{size - wanted} bytes longer than its header says: a download too many"
+            if size < wanted:
+                return f"cut short: {wanted - size} of {wanted} bytes are missing"
+    return "damaged, or cut short while downloading"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,16 +6,22 @@ Also the one place where torch tensors become stored elements and back (:func:`t
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
+import pickletools
 import re
+import struct
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
@@ -38,9 +44,14 @@ _TORCH_NAMES: Final = {
 }  # fmt: skip
 #: customary names of the entry that holds the weights, the most telling first.
 _WRAPPERS: Final = (
+    # Averages of the weights are what inference takes where there are both.
+    *("state_dict_ema", "model_ema", "params_ema"),
     *("state_dict", "model_state_dict", "model_state", "model", "module"),
     *("net", "network", "weights", "params"),
 )
+_PICKLED_TEXT: Final = "utf-8", "surrogatepass"
+#: most bytes of strings that a pickle of protocol 4 may refer to again.
+_REPEATED_BYTES: Final = 1 << 26
 #: a view may show its storage many times over (``expand``); a file that makes more of it than
 #: this does so to exhaust memory.
 _EXPANSION: Final = 16
@@ -150,11 +161,10 @@ class Reader(base.ArrayReader):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                root = torch.load(
-                    os.fspath(path), map_location="cpu", weights_only=True, mmap=_can_map(path)
-                )
+                root = _load(path)
         except Exception as error:
-            raise CheckpointError(f"cannot read {path}: {_refusal(error)}") from None
+            said = str(error) if isinstance(error, CheckpointError) else _refusal(error)
+            raise CheckpointError(f"cannot read {path}: {said}") from None
         try:
             found = StateDict(root, torch.Tensor)
         except RecursionError:
@@ -215,6 +225,77 @@ class Writer(base.FileWriter):
         super().abort()
 
 
+def _load(path: Path) -> Any:
+    """What torch reads of a file, without running any code of it."""
+    torch = import_torch()
+    settings = {"map_location": "cpu", "mmap": _can_map(path)}
+    try:
+        return torch.load(os.fspath(path), weights_only=True, **settings)
+    except Exception as error:
+        if "Unsupported operand 149" not in str(error):
+            raise
+    # torch's restricted unpickler knows protocol 2 alone, in which all of it can be said.
+    restricted: Any = import_module("torch._weights_only_unpickler")
+
+    class Unpickler(restricted.Unpickler):  # type: ignore[misc]
+        def __init__(self, file: BinaryIO, **options: Any) -> None:
+            super().__init__(io.BytesIO(protocol_2(file)), **options)
+
+    def load(file: BinaryIO, **options: Any) -> Any:
+        return Unpickler(file, **options).load()
+
+    module = SimpleNamespace(Unpickler=Unpickler, load=load, __name__=restricted.__name__)
+    return torch.load(os.fspath(path), weights_only=False, pickle_module=module, **settings)
+
+
+def protocol_2(file: BinaryIO) -> bytes:
+    """One pickle, of whatever protocol, in the words of protocol 2.
+
+    Raises
+    ------
+    pickle.UnpicklingError
+
+    Examples
+    --------
+    >>> pickle.loads(protocol_2(io.BytesIO(pickle.dumps({"w": (1, 2.5)}, 4))))
+    {'w': (1, 2.5)}
+    """
+    start = file.tell()
+    read: Any = pickletools.genops(file)
+    codes = [(code.name, argument, at) for code, argument, at in read]
+    end = file.tell()
+    file.seek(start)
+    data, ends = file.read(end - start), [at for _, _, at in codes[1:]] + [end]
+    made, strings, memo, repeated = bytearray(), dict[int, bytes](), set[int](), 0
+    # Strings that the stack ends with. They are written out again wherever they are referred to.
+    top: list[bytes] = []
+    for (name, argument, at), stop in zip(codes, ends, strict=True):
+        if "PUT" in name or name == "MEMOIZE":
+            place = len(memo) if name == "MEMOIZE" else int(argument)
+            memo.add(place)
+            if top:
+                strings[place] = top[-1]
+            else:
+                made += b"r" + struct.pack("<I", place)
+        elif "UNICODE" in name or ("GET" in name and int(argument) in strings):
+            text = strings[int(argument)] if "GET" in name else argument.encode(*_PICKLED_TEXT)
+            repeated += len(text) if "GET" in name else 0
+            if repeated > _REPEATED_BYTES:
+                raise pickle.UnpicklingError("its strings are repeated too often")
+            made += b"X" + struct.pack("<I", len(text)) + text
+            top.append(text)
+        elif name == "STACK_GLOBAL":
+            if len(top) < 2:
+                raise pickle.UnpicklingError("a global without a name")
+            del made[-sum(len(text) + 5 for text in top[-2:]) :]
+            made += b"c" + b"\n".join((*top[-2:], b""))
+            top = []
+        elif name != "FRAME":
+            made += b"\x80\x02" if name == "PROTO" else data[at - start : stop - start]
+            top = []
+    return bytes(made)
+
+
 @cache
 def _name_of() -> dict[Any, str]:
     torch = import_torch()
@@ -237,17 +318,34 @@ def _unsupported(tensor: Any) -> str | None:
 
 
 def _can_map(path: Path) -> bool:
-    """True for zip files whose members are stored as they are (some tools deflate them)."""
+    """True for zip files whose members are stored as they are (some tools deflate them).
+
+    Raises
+    ------
+    CheckpointError
+        Deflated members that are many times as large as the file.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            return all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
+            members = archive.infolist()
     except Exception:
         return False
+    size = sum(member.file_size for member in members)
+    if all(member.compress_type == zipfile.ZIP_STORED for member in members):
+        return True
+    if size > _EXPANSION * path.stat().st_size + _EXPANSION_FLOOR_BYTES:
+        raise CheckpointError(f"its members would take {size} bytes, deflated to a few")
+    return False
 
 
 def _refusal(error: BaseException) -> str:
     """One line of torch's long messages about a file it does not load."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    if "DTensor" in text:
+        return (
+            "it holds DTensors, parts of a model that is distributed; save the whole of it: "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+        )
     objects = re.search(r"GLOBAL ([\w.]+)", text)
     if objects is not None or "Unsupported operand" in text:
         what = f"Python objects ({objects[1]})" if objects else "something else than tensors"

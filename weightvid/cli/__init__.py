@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from weightvid.cli.app import main
+try:
+    from weightvid.cli.app import main
+except ModuleNotFoundError as error:
+    if error.name not in ("typer", "rich"):
+        raise
+    raise SystemExit(
+        f"error: the command line needs {error.name}: pip install typer rich"
+    ) from None
 
 __all__ = ["main"]

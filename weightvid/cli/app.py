@@ -14,14 +14,26 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from weightvid.cli import output
+from weightvid.cli.output import DAMAGED, FAILED, INTERRUPTED, MISSING, USAGE, UsageError
 from weightvid.version import __version__
 
 #: in the order of the help.
 VERBS: Final = (
-    "pack", "unpack", "inspect", "verify", "preview", "calibrate", "compare", "device", "demo",
-)  # fmt: skip
-#: what a shell reports for programs that Ctrl-C and kill ended.
-INTERRUPTED, TERMINATED = 130, 143
+    "pack",
+    "unpack",
+    "apply",
+    "inspect",
+    "verify",
+    "fetch",
+    "sign",
+    "preview",
+    "calibrate",
+    "compare",
+    "export-int8",
+    "device",
+    "cache",
+    "demo",
+)
 
 
 class _Verbs(TyperGroup):
@@ -35,38 +47,59 @@ class _Verbs(TyperGroup):
         """Command of a verb."""
         if cmd_name not in VERBS:
             return None
-        verb = getattr(import_module(f"weightvid.cli.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_")
+        verb = getattr(import_module(f"weightvid.cli.{name}"), name)
         made = typer.Typer(rich_markup_mode="rich", add_completion=False)
-        made.command(cmd_name, no_args_is_help=cmd_name != "demo")(verb)
+        made.command(cmd_name, no_args_is_help=cmd_name not in ("demo", "cache"))(verb)
         return get_command(made)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""
         from weightvid.errors import WeightvidError
 
+        json = "--json" in ctx.args
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
         except BrokenPipeError:
             # Whoever read our output has gone (`| head`): nobody is left to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
+            raise typer.Exit(FAILED) from None
+        except UsageError as error:
+            if json:
+                output.emit_failure(error, error.format_message(), USAGE)
+            raise
         except WeightvidError as error:
-            _fail(str(error))
+            _fail(error, str(error), json)
         except OSError as error:
             named = f"{error.filename}: " if error.filename else ""
-            _fail(f"{named}{error.strerror or error}")
-        except MemoryError:
-            _fail("out of memory; fewer --jobs need less")
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+            _fail(error, f"{named}{error.strerror or error}", json)
+        except MemoryError as error:
+            _fail(error, "out of memory; fewer --jobs need less", json)
+        except KeyboardInterrupt as error:
+            status = _interrupted(error)
+            if json:
+                output.emit_failure(error, "interrupted", status)
+            raise typer.Exit(status) from None
         return result
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(error: BaseException, message: str, json: bool) -> NoReturn:
+    status = _status(error)
+    if json:
+        output.emit_failure(error, message, status)
     output.error(message)
-    raise typer.Exit(1) from None
+    raise typer.Exit(status) from None
+
+
+def _status(error: BaseException) -> int:
+    """Exit status that tells scripts whether another download may help."""
+    from weightvid.errors import FormatError, RemoteError, RepairError, SignatureError
+
+    if isinstance(error, (FormatError, RepairError, SignatureError)):
+        return DAMAGED
+    absent = isinstance(error.__context__, FileNotFoundError)
+    return MISSING if absent or isinstance(error, (FileNotFoundError, RemoteError)) else FAILED
 
 
 app = typer.Typer(
@@ -104,15 +137,28 @@ def root(version: bool = _VERSION) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(TERMINATED)
+    # Not SystemExit: an evaluation that calls sys.exit() has failed, and the work goes on.
+    raise KeyboardInterrupt(128 + number)
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    """Say it; the exit status."""
+    typer.echo("interrupted", err=True)
+    return int(error.args[0]) if error.args else INTERRUPTED
 
 
 def main() -> None:
     """Entry point of the ``weightvid`` command."""
-    # Leave through the same door as Ctrl-C, so that half-written files are removed.
-    signal.signal(signal.SIGTERM, _terminate)
+    # Leave through the same door as Ctrl-C, so that half-written files are removed; nohup stays.
+    for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _terminate)
+    # A closed stream would be None, and its number that of the next file, an archive.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     try:
         app(prog_name="weightvid")
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as error:
+        sys.exit(_interrupted(error))

@@ -10,13 +10,14 @@ from weightvid.cli.output import argument, check_function, option, usage_error
 
 if TYPE_CHECKING:
     from weightvid.compare import CompareOptions, CompareResult, Row
+    from weightvid.progress import Progress
 
 _LIST = "NAME,..."
 
 
 def compare(
     model: str = argument("MODEL", "A checkpoint, as for weightvid pack."),
-    rates: str = option("", "Step factors, from fine to coarse.", metavar="K,..."),
+    steps: str = option("", "Step factors, from fine to coarse.", metavar="K,..."),
     fidelities: str = option(
         "outputs,weights", "A curve each; integers is another.", "--for", metavar=_LIST
     ),
@@ -24,7 +25,15 @@ def compare(
         "x265,x264,svt-av1", "Codecs on weightvid's frames; all or none.", metavar=_LIST
     ),
     presets: str = option("", "Presets of the codecs that have them.", metavar=_LIST),
-    peers: bool = option(True, "Integers in xz and zstd, GGUF, NNCodec.", "--peers/--no-peers"),
+    codec_option: list[str] = option(
+        [], "Another curve of a codec, with options of its own: x265:rd=6. May be repeated.",
+        metavar="CODEC:KEY=VALUE",
+    ),
+    plain: bool = option(True, "Integers in xz and zstd, float16, GGUF.", "--plain/--no-plain"),
+    peers: bool = option(True, "NNCodec, and LLM.265's recipe.", "--peers/--no-peers"),
+    research: bool = option(
+        False, "Quantizers of the literature: LNQ, prediction, codebooks, pyramids.", "--research"
+    ),
     nncodec: str = option("", "A Python that has NNCodec.", metavar="PYTHON"),
     calibrate: str = option(
         "", "Adds a curve of calibrated archives, as for pack.", metavar="STATS"
@@ -54,10 +63,10 @@ def compare(
 
     [bold]weightvid compare model.safetensors[/bold]
     [bold]weightvid compare model.safetensors --eval script.py:logits --at kl=0.02[/bold]
-    [bold]weightvid compare model.safetensors --codecs all --rates 0.18 --no-peers[/bold]
+    [bold]weightvid compare model.safetensors --codecs all --steps 0.18 --no-peers[/bold]
     """
     from weightvid.cli.pack import load_calibration
-    from weightvid.compare import CompareOptions, parse_goal, write_report
+    from weightvid.compare import CompareOptions, missing, parse_goal, write_report
     from weightvid.compare import compare as run
     from weightvid.errors import QuantizationError
 
@@ -68,19 +77,22 @@ def compare(
         function, torch = load_function(check_function(evaluate, "--eval"))
         chosen = {"evaluation": function, "numpy_evaluation": not torch}
     try:
-        if rates:
-            chosen["factors"] = tuple(float(rate) for rate in _names(rates))
+        if steps:
+            chosen["factors"] = tuple(float(step) for step in _names(steps))
         goals = tuple(map(parse_goal, at))
     except (ValueError, QuantizationError) as error:
-        usage_error(str(error), "--rates / --at")
+        usage_error(str(error), "--steps / --at")
     options = CompareOptions(
         **chosen,
         fidelities=_names(fidelities),
         calibration=load_calibration(calibrate) if calibrate else None,
+        calibration_name=calibrate,
         codecs=_names(codecs),
         presets=_names(presets),
-        plain=peers,
+        codec_options=tuple(codec_option),
+        plain=plain,
         peers=peers,
+        research=research,
         nncodec=nncodec or None,
         only=tuple(only),
         lower_is_better=lower,
@@ -90,12 +102,30 @@ def compare(
         jobs=jobs,
     )
 
+    for lack in missing(options):
+        output.warn(lack)
+    rows: list[Row] = []
+    counted = [0]
+
     def show(row: Row) -> None:
+        rows.append(row)
         if json:
-            output.emit_json(row.record())
+            output.emit_json(row.record(), ok=row.status == "ok")
+        if not output.on_terminal():
+            output.note(f"[{len(rows)} of {counted[0]}] {_in_words(row)}")
 
     with output.progress_bars() as report:
-        result = run(model, options, report, show)
+
+        def count(progress: Progress) -> None:
+            counted[0] = progress.total if progress.stage == "compare" else counted[0]
+            report(progress)
+
+        try:
+            result = run(model, options, count, show)
+        except KeyboardInterrupt:
+            kept = sum(row.status == "ok" for row in rows)
+            output.warn(f"{kept} points are kept in {folder}: run the same command to go on")
+            raise
     written = write_report(folder, result)
     for row in result.rows:
         if row.status == "failed":
@@ -105,13 +135,22 @@ def compare(
         output.facts([(what, str(path)) for what, path in written.items()])
 
 
+def _in_words(row: Row) -> str:
+    if row.status != "ok":
+        return f"{row.label}: {row.message}"
+    told = {"KL": row.kl, "cosine": row.cosine, "metric": row.metric, "SQNR": row.sqnr_db}
+    facts = [f"{name} {value:.4g}" for name, value in told.items() if value is not None]
+    return f"{row.label}: {row.bits_per_weight:.3f} bits per weight, {', '.join(facts)}"
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip() and text != "none")
 
 
 def _show(result: CompareResult, options: CompareOptions) -> None:
     measures = [measure for measure in result.measures() if measure.name != "sqnr"]
-    titles = ["point", ">bytes", ">bpw", ">SQNR dB", *(f">{measure.name}" for measure in measures)]
+    names = [result.metric_name if m.name == "metric" else m.name for m in measures]
+    titles = ["point", ">bytes", ">bpw", ">SQNR dB", *(f">{name}" for name in names)]
     rows = [
         [
             row.label, f"{row.file_bytes:,}", f"{row.bits_per_weight:.3f}",
@@ -123,12 +162,17 @@ def _show(result: CompareResult, options: CompareOptions) -> None:
         for row in rows
     ]  # fmt: skip
     output.table([*titles, ">enc s", ">dec s"], rows)
+    if not result.alone:
+        output.warn("other programs ran meanwhile: the seconds say little")
+    curves = [name for name, rows in result.curves().items() if len(rows) > 1]
     columns = {
-        f">BD-rate over {measure.name}, %": result.bd_rates(measure)
-        for measure in result.measures()[:1]
+        f">BD-rate over {m.name}, %": {
+            name: output.number(rate, 4) for name, rate in result.bd_rates(m).items()
+        }
+        for m in result.measures()[:1]
     }
-    columns |= {f">bpw at {goal}": result.rates_at(goal) for goal in options.goals}
-    names = [name for name, rows in result.curves().items() if len(rows) > 1]
-    if columns and names:
-        cells = [[n, *(output.number(each.get(n), 4) for each in columns.values())] for n in names]
-        output.table(["curve", *columns], cells)
+    columns |= {f">bpw at {goal}": result.words_at(goal) for goal in options.goals}
+    columns = {title: cells for title, cells in columns.items() if any(cells.values())}
+    if columns and curves:
+        rows = [[name, *(cells.get(name, "") for cells in columns.values())] for name in curves]
+        output.table(["curve", *columns], rows)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Final
 
 from weightvid.cli import output
-from weightvid.cli.output import ARCHIVE, JSON, option
+from weightvid.cli.output import ARCHIVE_OR_PIPE, JSON, option
 
 if TYPE_CHECKING:
     from weightvid.inspect import ArchiveSummary, TensorSummary
@@ -33,7 +34,7 @@ _NARROW, _WIDE = 7, 100
 
 
 def inspect(
-    archive: str = ARCHIVE,
+    archive: str = ARCHIVE_OR_PIPE,
     tensors: bool = option(False, "List every tensor, too.", "--tensors", "-t"),
     device: bool = option(False, "Say what a decoder needs, too.", "--device", "-d"),
     json: bool = JSON,
@@ -48,7 +49,8 @@ def inspect(
     """
     from weightvid.inspect import summarize_archive
 
-    summary = summarize_archive(archive, details=True if tensors or device else None)
+    source = sys.stdin.buffer if archive == "-" else archive
+    summary = summarize_archive(source, details=True if tensors or device else None)
     if json:
         output.emit_json(
             summary,
@@ -83,6 +85,16 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
         ("video", f"{video.codec} {video.profile}, {video.frames} frames of {video.width} x "
                   f"{video.height}"),
     ]  # fmt: skip
+    layers = summary.layers
+    if layers.base:
+        rows += [
+            ("update to", layers.base),
+            ("changes", f"{layers.added} tensors changed, {layers.fresh} new, "
+                        f"{layers.unchanged} unchanged"),
+        ]  # fmt: skip
+    if len(layers.ends) > 1:
+        rows.append(("layers end at", ", ".join(f"{end:,}" for end in layers.ends)))
+    rows.append(("root", layers.root))
     listed = sum(tensor.escapes for tensor in summary.tensors)
     rows.append(("escapes", f"{listed:,} levels that no sample holds" if listed else ""))
     files = [f"{file.path} ({output.size(file.size)})" for file in summary.files]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +14,19 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import typer
 
+#: what typer raises for a wrong call, wherever it keeps click.
+UsageError: Final[Any] = typer.BadParameter.__mro__[1]
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from weightvid.archives import Location
     from weightvid.progress import Progress
 
+#: exit statuses; a program that a signal ended has 128 and its number.
+FAILED, USAGE, DAMAGED, MISSING, INTERRUPTED = 1, 2, 3, 4, 130
+#: of the JSON objects, as docs/cli.schema.json describes them.
+SCHEMA_VERSION: Final = 1
 #: width of a table that goes to a file or a pipe.
 _PLAIN_WIDTH: Final = 160
 _SUFFIXES: Final = frozenset(
@@ -63,7 +72,7 @@ def named_after(source: str, ending: str) -> Path:
         return Path(f"{Path(name).stem if known else name}{ending}")
     path = Path(source)
     if path.is_dir():
-        folder = path.resolve()
+        folder = Path(os.path.abspath(path))  # noqa: PTH100 - links stay as they are named
         return folder.with_name(f"{folder.name or 'model'}{ending}")
     return path.with_name(f"{path.stem}{ending}")
 
@@ -98,9 +107,17 @@ def console(*, stderr: bool = False) -> Console:
 def emit_json(record: Any, **more: Any) -> None:
     """Print one JSON object: a dataclass (or mapping) and further keys."""
     fields = asdict(record) if is_dataclass(record) and not isinstance(record, type) else record
-    text = json.dumps(_plain({**fields, **more}), ensure_ascii=False, allow_nan=False)
+    whole = {"schema": SCHEMA_VERSION, "ok": True, **fields, **more}
+    text = json.dumps(_plain(whole), ensure_ascii=False, allow_nan=False)
     # Names may hold lone surrogates, which no UTF-8 stream takes.
     typer.echo(text.encode("utf-8", "backslashreplace").decode())
+
+
+def emit_failure(error: BaseException, message: str, status: int) -> None:
+    """Print the JSON object of a verb that failed."""
+    code = getattr(error, "code", None)
+    failure = {"ok": False, "status": status, "error": type(error).__name__, "message": message}
+    emit_json(failure, code=code if isinstance(code, str) else None)
 
 
 def _plain(value: Any) -> Any:
@@ -146,6 +163,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console().print(made)
 
 
+# --- signatures
+
+
+@contextmanager
+def checked(source: Location, key: str | None, signature: str | None) -> Iterator[Location]:
+    """An archive of which only what the owner of a key signed can be read; without a key, as is."""
+    if key is None:
+        if signature is not None:
+            usage_error("whose signature? give the public key", "--key")
+        yield source
+        return
+    from weightvid.sign import open_signed
+
+    with open_signed(source, key, signature) as file:
+        yield file
+
+
 # --- stderr
 
 
@@ -159,6 +193,16 @@ def warn(message: str) -> None:
     typer.echo(f"warning: {printable(message)}", err=True)
 
 
+def note(message: str) -> None:
+    """One line on stderr about how far the work is."""
+    typer.echo(printable(message), err=True)
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches: progress is bars then, and else a line for what takes long."""
+    return sys.stderr.isatty()
+
+
 def error(message: str) -> None:
     """One line on stderr about what makes the verb fail."""
     typer.echo(f"error: {printable(' '.join(message.split()))}", err=True)
@@ -167,7 +211,7 @@ def error(message: str) -> None:
 @contextmanager
 def progress_bars() -> Iterator[Callable[[Progress], None]]:
     """Progress bars on stderr, one for each stage, where stderr is a terminal."""
-    if not sys.stderr.isatty():
+    if not on_terminal():
         yield lambda _: None
         return
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn

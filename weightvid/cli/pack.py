@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from weightvid.cli import output
 from weightvid.cli.output import FORCE, JSON, argument, check_function, option, usage_error
@@ -13,10 +15,14 @@ from weightvid.cli.output import FORCE, JSON, argument, check_function, option, 
 if TYPE_CHECKING:
     from weightvid.calibrate import Calibration, Evaluation
     from weightvid.checkpoint import CheckpointReader
+    from weightvid.layers import Layering
     from weightvid.pack import PackOptions, PackReport
     from weightvid.targets import Target
 
+#: names of the standard output.
+_STDOUT: Final = ("-", "/dev/stdout")
 _QUALITY, _DATA, _VIDEO, _WORK = "Quality", "With the model's own data", "Video", "Work"
+_DELIVERY = "Delivery"
 
 
 def pack(
@@ -26,7 +32,7 @@ def pack(
         "address: hf://org/model, https://, s3://.",
     ),
     archive: str = option(
-        "", "A file, or an address in an object store. Default: MODEL's name with .mp4.",
+        "", "A file, an address in an object store, or -: a pipe. Default: MODEL's name, .mp4.",
         "--output", "-o", metavar="ARCHIVE",
     ),
     recipe: str = option(
@@ -47,8 +53,31 @@ def pack(
         "--for", metavar="WHAT", group=_QUALITY,
     ),
     integer: bool = option(False, "Short for --for integers.", "--integer", group=_QUALITY),
+    prune: float | None = option(
+        None, "Set weights to zero below the mean magnitude of their tensor times this.",
+        metavar="FACTOR", group=_QUALITY,
+    ),
+    base: list[str] = option(
+        [], "Write an update to this archive; of a chain of updates the oldest first.",
+        "--base", "-b", metavar="ARCHIVE", group=_DELIVERY,
+    ),
+    layers: int = option(
+        1, "First a coarse model, then refinements: so many layers in all.", min=1, max=16,
+        metavar="N", group=_DELIVERY,
+    ),
     keep: list[str] = option(
         [], "Keep these tensors bit for bit. May be repeated.", metavar="GLOB", group=_QUALITY
+    ),
+    lossless: bool = option(
+        False, "Keep all tensors bit for bit, coded as floats.", "--lossless", group=_QUALITY
+    ),
+    first: list[str] = option(
+        [], "Send these tensors first. May be repeated: in this order.", metavar="GLOB",
+        group=_DELIVERY,
+    ),
+    parity: str = option(
+        "", "Add so much of the file, 1%, to repair it by: see [bold]verify --repair[/bold].",
+        metavar="SHARE", group=_DELIVERY,
     ),
     calibrate: str = option(
         "", "Statistics that [bold]weightvid calibrate[/bold] wrote for this very model; or "
@@ -103,9 +132,12 @@ def pack(
     [bold]weightvid pack model.pt --target 12MB[/bold]
     [bold]weightvid pack model.pt --calibrate stats.safetensors[/bold]
     [bold]weightvid pack model.pt --eval script.py:logits --max-drop 0.5%[/bold]
+    [bold]weightvid pack v2.safetensors --base v1.mp4 -o v1-v2.mp4[/bold]
+    [bold]weightvid pack model.safetensors --layers 2[/bold]
     [bold]weightvid pack hf://sentence-transformers/all-MiniLM-L6-v2 -o minilm.mp4[/bold]
     """
     from weightvid.errors import CodecError, QuantizationError
+    from weightvid.layers import Layering
     from weightvid.pack import PackOptions
     from weightvid.video import Video
 
@@ -121,7 +153,11 @@ def pack(
             target=parse_target(target) if target else None,
             evaluation=_evaluation(evaluate, max_drop, max_kl, lower),
             calibration=load_calibration(calibrate) if calibrate else None,
+            prune=prune,
             keep=tuple(keep),
+            lossless=lossless,
+            first=tuple(first),
+            parity=_share(parity, "--parity") if parity else 0.0,
             side_files=not no_side_files,
             video=Video(codec, preset, qp),
             workers=workers,
@@ -130,21 +166,25 @@ def pack(
             verify=not no_verify,
         )
         options.check()
+        Layering(layers, tuple(base)).check(options)
     except QuantizationError as error:
-        usage_error(str(error), "--recipe / --step / --target / --for / --qp")
+        usage_error(str(error), "--recipe / --step / --target / --for / --prune / --qp")
     except CodecError as error:
         usage_error(str(error), "--codec / --preset / --qp")
     destination = archive or str(output.named_after(model, ".mp4"))
+    piped = destination in _STDOUT
+    if piped and (json or sys.stdout.isatty()):
+        usage_error("the archive goes to a file or a pipe, without other output", "--output")
     if Path(destination).exists() and Path(destination).resolve() == Path(model).resolve():
         usage_error(f"{destination} is the model itself", "--output")
-    made = _pack(model, destination, options)
+    made = _pack(model, destination, options, Layering(layers, tuple(base)))
     for entry in made.skipped:
         output.warn(f"not packed: {entry}")
     if json:
         output.emit_json(
             made, archive=destination, source=model, bits_per_weight=made.bits_per_weight
         )
-    else:
+    elif not piped:
         _show(made, destination, options)
 
 
@@ -184,6 +224,14 @@ def load_calibration(text: str) -> Calibration:
         return Calibration.from_examples(module, inputs, progress=report)
 
 
+def _share(text: str, option: str) -> float:
+    """A share as the command line spells it."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        usage_error(f"{text!r} is no share such as 0.5% or 0.005", option)
+
+
 def _evaluation(
     function: str, max_drop: str, max_kl: float | None, lower: bool
 ) -> Evaluation | None:
@@ -196,37 +244,45 @@ def _evaluation(
 
     drop = None
     if max_drop:
-        try:
-            drop = float(max_drop.removesuffix("%")) / (100 if max_drop.endswith("%") else 1)
-        except ValueError:
-            usage_error(f"{max_drop!r} is no share such as 0.5% or 0.005", "--max-drop")
+        drop = _share(max_drop, "--max-drop")
     return Evaluation(check_function(function, "--eval"), drop, max_kl, lower)
 
 
-def _pack(model: str, destination: str, options: PackOptions) -> PackReport:
+def _pack(model: str, destination: str, options: PackOptions, layering: Layering) -> PackReport:
     """Pack into a file, or into one that is then uploaded."""
     from weightvid import checkpoint
+    from weightvid.layers import Layering, pack_layers
     from weightvid.pack import pack_checkpoint
+
+    def pack_into(path: Path | str) -> PackReport:
+        if layering == Layering():
+            return pack_checkpoint(reader, path, options, report)
+        return pack_layers(reader, path, layering, options, report)
 
     remote = checkpoint.is_url(destination)
     if remote:
         checkpoint.check_upload(destination, force=options.force)
     with output.progress_bars() as report, checkpoint.open_checkpoint(model, report) as reader:
         _check_keeps(reader, options)
-        if not remote:
-            return pack_checkpoint(reader, destination, options, report)
+        if not remote and destination not in _STDOUT:
+            return pack_into(destination)
         with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
-            made = pack_checkpoint(reader, Path(folder) / "archive.mp4", options, report)
-            checkpoint.upload(Path(folder) / "archive.mp4", destination)
+            made = pack_into(Path(folder) / "archive.mp4")
+            if remote:
+                checkpoint.upload(Path(folder) / "archive.mp4", destination)
+            else:
+                with (Path(folder) / "archive.mp4").open("rb") as file:
+                    shutil.copyfileobj(file, sys.stdout.buffer)
             return made
 
 
 def _check_keeps(reader: CheckpointReader, options: PackOptions) -> None:
-    for pattern in options.keep:
+    for pattern in (*options.keep, *options.first):
         if not any(fnmatchcase(spec.name, pattern) for spec in reader.contents.tensors):
             tied = [a for a in reader.contents.aliases if fnmatchcase(a, pattern)]
             hint = f"; {tied[0]} is stored as {reader.contents.aliases[tied[0]]}" if tied else ""
-            usage_error(f"no tensor matches {pattern!r}{hint}", "--keep")
+            option = "--keep" if pattern in options.keep else "--first"
+            usage_error(f"no tensor matches {pattern!r}{hint}", option)
 
 
 def _show(made: PackReport, destination: str, options: PackOptions) -> None:

@@ -17,6 +17,9 @@ def preview(
     ),
     frames: str = option("", "Frames, from 0: 3 or 0-3. Default: the first.", metavar="A-B"),
     tensor: str | None = option(None, "The frames on which these tensors lie.", metavar="GLOB"),
+    kernels: bool = option(
+        False, "A picture of each layer's kernels instead; --tensor chooses layers.", "--kernels"
+    ),
     scale: int = option(0, "Pixels per sample; 0: as small frames need.", min=0, max=16),
     force: bool = FORCE,
     json: bool = JSON,
@@ -27,8 +30,9 @@ def preview(
 
     [bold]weightvid preview model.mp4[/bold]
     [bold]weightvid preview model.mp4 --tensor "*.conv1.weight" -o pictures[/bold]
+    [bold]weightvid preview model.mp4 --kernels --tensor "*.conv1.weight"[/bold]
     """
-    from weightvid.preview import preview_archive
+    from weightvid.preview import preview_archive, preview_kernels
 
     numbers = None
     if frames:
@@ -38,12 +42,15 @@ def preview(
         numbers = range(int(first), int(last or first) + 1)
         if not numbers:
             usage_error(f"the range {frames!r} is empty", "--frames")
-        if tensor is not None:
-            usage_error("give --frames or --tensor, not both", "--frames")
+        if tensor is not None or kernels:
+            usage_error("give --frames alone, without --tensor and --kernels", "--frames")
     target = folder or named_after(archive, "-preview")
-    pictures = preview_archive(
-        archive, target, frames=numbers, tensor=tensor, scale=scale, force=force
-    )
+    if kernels:
+        pictures = preview_kernels(archive, target, tensor=tensor or "*", scale=scale, force=force)
+    else:
+        pictures = preview_archive(
+            archive, target, frames=numbers, tensor=tensor, scale=scale, force=force
+        )
     if json:
         output.emit_json({"archive": archive, "pictures": pictures})
         return

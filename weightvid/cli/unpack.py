@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import typer
 
 from weightvid.cli import output
-from weightvid.cli.output import ARCHIVE_OR_PIPE, FORCE, JSON, option, usage_error
+from weightvid.cli.output import ARCHIVE_OR_PIPE, DAMAGED, FORCE, JSON, option, usage_error
 
 
 def unpack(
     archive: str = ARCHIVE_OR_PIPE,
-    destination: Path = option(
-        ..., "The suffix decides the kind: .safetensors, .pt/.pth/.bin, .npz, .gguf, .onnx; none: "
-        "a folder.", "--output", "-o", metavar="MODEL",
+    destination: str = option(
+        ..., "The suffix decides the kind: .safetensors, .pt/.pth/.bin, .npz, .gguf, .onnx; none, "
+        "or a slash at the end: a folder.", "--output", "-o", metavar="MODEL",
     ),
     tensor: list[str] = option([], "Only these tensors. May be repeated.", metavar="GLOB"),
     dtype: str = option(
@@ -26,7 +27,20 @@ def unpack(
     ),
     no_side_files: bool = option(False, "Restore the weights alone.", "--no-side-files"),
     partial: bool = option(
-        False, "Write what is whole of a broken archive; say what is missing; exit 1.", "--partial"
+        False, "Write what is whole of a broken archive; say what is missing; exit 3.", "--partial"
+    ),
+    base: list[str] = option(
+        [], "What ARCHIVE is an update to; of a chain of updates the oldest first.",
+        "--base", "-b", metavar="ARCHIVE",
+    ),
+    layer: int | None = option(
+        None, "Read the first N layers of an archive of several.", min=1, max=16, metavar="N"
+    ),
+    key: str | None = option(
+        None, "Public key by which ARCHIVE must be signed: PEM or OpenSSH.", metavar="KEY"
+    ),
+    signature: str | None = option(
+        None, "The signature, if it is in a file of its own.", metavar="FILE"
     ),
     force: bool = FORCE,
     json: bool = JSON,
@@ -36,16 +50,20 @@ def unpack(
     [bold]weightvid unpack model.mp4 -o model.safetensors[/bold]
     [bold]weightvid unpack minilm.mp4 -o minilm/[/bold]
     [bold]weightvid unpack model.mp4 -o head.npz --tensor "head.*" --dtype F16[/bold]
+    [bold]weightvid unpack v1-v2.mp4 --base v1.mp4 -o v2.safetensors[/bold]
     [bold]weightvid unpack https://example.org/model.mp4 -o model.pt[/bold]
     """
     from weightvid.checkpoint import kind_for_output
     from weightvid.errors import CheckpointError
+    from weightvid.loader import MAX_LAYERS
     from weightvid.unpack import OUTPUT_DTYPES, UnpackOptions, unpack_archive
 
     if dtype and dtype.upper() not in OUTPUT_DTYPES:
         usage_error(f"{dtype!r} is none of {', '.join(OUTPUT_DTYPES)}", "--dtype")
+    if destination.endswith(("/", os.sep)) and not kind:
+        kind = "folder"
     try:
-        kind_for_output(destination, kind or None)
+        kind_for_output(Path(destination), kind or None)
     except CheckpointError as error:
         usage_error(str(error), "--kind" if kind else "--output")
     options = UnpackOptions(
@@ -55,14 +73,16 @@ def unpack(
         force=force,
         partial=partial,
         side_files=not no_side_files,
+        base=tuple(base),
+        layers=layer or MAX_LAYERS,
     )
     source = sys.stdin.buffer if archive == "-" else archive
-    with output.progress_bars() as report:
-        made = unpack_archive(source, destination, options, report)
+    with output.progress_bars() as report, output.checked(source, key, signature) as file:
+        made = unpack_archive(file, destination, options, report)
     for note in made.notes:
         output.warn(note)
     if json:
-        output.emit_json(made, ok=not made.missing, archive=archive, output=str(destination))
+        output.emit_json(made, ok=not made.missing, archive=archive, output=destination)
     else:
         output.facts(
             [
@@ -78,4 +98,4 @@ def unpack(
         output.error(f"{len(made.missing)} tensors are missing: {output.some(made.missing)}")
         if made.defect is not None:
             output.error(made.defect.message)
-        raise typer.Exit(1)
+        raise typer.Exit(DAMAGED)

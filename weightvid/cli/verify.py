@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import typer
 
 from weightvid.cli import output
-from weightvid.cli.output import ARCHIVE_OR_PIPE, JSON, option, usage_error
+from weightvid.cli.output import (
+    ARCHIVE_OR_PIPE,
+    DAMAGED,
+    FAILED,
+    JSON,
+    check_function,
+    option,
+    usage_error,
+)
 
 if TYPE_CHECKING:
     from weightvid.verify import VerifyReport
@@ -22,29 +30,80 @@ def verify(
     min_sqnr: float | None = option(
         None, "What each tensor's SQNR must reach against MODEL.", metavar="DB"
     ),
+    evaluate: str = option(
+        "", "Judges dicts of all tensors, as for pack: call only what you trust.",
+        "--eval", metavar="SCRIPT:FUNCTION",
+    ),
+    max_kl: float | None = option(
+        None, "Mean KL divergence of its logits, or 1 - mean cosine, at most.", metavar="NATS"
+    ),
+    repair: bool = option(
+        False, "Restore damaged bytes first, from the archive's parity.", "--repair"
+    ),
+    destination: str | None = option(
+        None, "Where the repaired archive goes, instead of the damaged one's place.",
+        "--output", "-o", metavar="FILE",
+    ),
+    base: list[str] = option(
+        [], "What ARCHIVE is an update to; of a chain of updates the oldest first.",
+        "--base", "-b", metavar="ARCHIVE",
+    ),
+    key: str | None = option(
+        None, "Public key by which ARCHIVE must be signed: PEM or OpenSSH.", metavar="KEY"
+    ),
+    signature: str | None = option(
+        None, "The signature, if it is in a file of its own.", metavar="FILE"
+    ),
     json: bool = JSON,
-) -> None:
+) -> None:  # fmt: skip
     """Decode an archive and check the hash of every frame, box and tensor.
 
-    Exit status 1 if anything is damaged or missing, if MODEL has other tensors, or if a tensor is
-    farther from MODEL than the archive says.
+    Exit status 3 if anything is damaged or missing; 1 if MODEL has other tensors, or if a tensor or
+    the outputs are farther from MODEL than the archive says, or than you allow.
 
     [bold]weightvid verify model.mp4[/bold]
     [bold]weightvid verify model.mp4 --against model.safetensors --min-sqnr 20[/bold]
+    [bold]weightvid verify model.mp4 --repair[/bold]
+    [bold]weightvid verify model.mp4 --key owner.pub[/bold]
     """
+    from weightvid.archives import open_anywhere
     from weightvid.verify import verify_archive
 
     if min_sqnr is not None and against is None:
         usage_error("an SQNR needs a checkpoint to compare with: --against", "--min-sqnr")
+    if bool(evaluate) != (max_kl is not None) or (evaluate and against is None):
+        usage_error("--eval, --max-kl and --against belong together", "--eval / --max-kl")
+    function = check_function(evaluate, "--eval") if evaluate else None
     source = sys.stdin.buffer if archive == "-" else archive
-    with output.progress_bars() as report:
-        found = verify_archive(source, against, report, min_sqnr_db=min_sqnr)
+    if repair or destination is not None:
+        source = archive = _repair(archive, destination)
+    with (
+        output.progress_bars() as report,
+        output.checked(source, key, signature) as file,
+        open_anywhere(file, base=base) as opened,
+    ):
+        found = verify_archive(
+            opened, against, report, min_sqnr_db=min_sqnr, evaluation=function, max_kl=max_kl
+        )
     if json:
         output.emit_json(found, archive=archive, against=against, ok=found.ok)
     else:
         _show(found, archive)
     if not found.ok:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED if found.defect is None else DAMAGED)
+
+
+def _repair(archive: str, destination: str | None) -> str:
+    """Repair an archive in its place, or into another file; where it is then."""
+    from weightvid.checkpoint import is_url
+    from weightvid.repair import repair_archive
+
+    if archive == "-" or is_url(archive):
+        usage_error("only a file can be repaired; fetch it first", "--repair")
+    made = repair_archive(archive, destination)
+    for first, last in made.spans:
+        output.warn(f"restored: {last - first} bytes from byte {first} on")
+    return destination or archive
 
 
 def _show(found: VerifyReport, archive: str) -> None:
@@ -78,7 +137,10 @@ def _show(found: VerifyReport, archive: str) -> None:
             ("bit for bit", f"{equal} of {len(lists.tensors)} tensors"),
             ("SQNR", f"{output.db(lists.sqnr_db)} (of those in the pictures)"),
             ("largest error", f"{lists.max_abs_error:.6g}"),
+            ("divergence", output.number(lists.divergence, 4)),
         ]
+        if lists.divergence is not None and lists.divergence > (lists.max_kl or 0):
+            problems.append(f"the outputs diverge by {lists.divergence:.4g}, not {lists.max_kl:g}")
         problems += [
             f"{what}: {output.some(names)}"
             for what, names in (

@@ -3,7 +3,7 @@
 from weightvid.compare.curves import Goal, parse_goal
 from weightvid.compare.report import write_report
 from weightvid.compare.rows import Row
-from weightvid.compare.run import CompareOptions, CompareResult, compare
+from weightvid.compare.run import CompareOptions, CompareResult, compare, missing
 
 __all__ = [
     "CompareOptions",
@@ -11,6 +11,7 @@ __all__ = [
     "Goal",
     "Row",
     "compare",
+    "missing",
     "parse_goal",
     "write_report",
 ]

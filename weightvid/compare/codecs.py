@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from time import perf_counter
@@ -74,6 +74,16 @@ class FrameCodec:
                 filled = text.replace("{preset}", preset).replace("{value}", f"{value or 0:g}")
                 found[key] = f"{found[key]}{self.joiner}{filled}" if key in found else filled
         return found
+
+    def with_options(self, text: str) -> FrameCodec:
+        """The codec with more options, ``key=value:key=value``, of its encoder or of FFmpeg."""
+        common = dict(self.common)
+        library = next((key for key in common if key.endswith("-params")), None)
+        if library is not None:
+            common[library] += self.joiner + text.replace(":", self.joiner)
+        else:
+            common |= dict(pair.split("=", 1) for pair in text.split(":"))
+        return replace(self, common=common)
 
 
 _X26X: Final = (

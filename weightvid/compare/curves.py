@@ -67,12 +67,12 @@ _SQNR: Final = Measure(
 )
 
 
-def measures(lower_is_better: bool = False) -> dict[str, Measure]:
+def measures(lower_is_better: bool = False, title: str = "metric") -> dict[str, Measure]:
     """Every measure, by name; the ones that say most come first.
 
-    ``lower_is_better`` is about the metric.
+    ``lower_is_better`` and ``title`` are about the metric.
     """
-    metric = replace(_METRIC, level=float) if lower_is_better else _METRIC
+    metric = replace(_METRIC, title=title, level=float if lower_is_better else _METRIC.level)
     return {measure.name: measure for measure in (_KL, _COSINE, metric, _SQNR)}
 
 
@@ -184,19 +184,30 @@ def _line(points: Sequence[Pair], level: float) -> tuple[float | None, float | N
     return at, float(sqrt(spread * lever) / -slope)
 
 
+def ending(measure: Measure, rows: Sequence[Row], level: float) -> str:
+    """Why a curve has no rate at a level: which of its ends lies before it."""
+    points = sorted(measure.points(rows))
+    if not points:
+        return "no such measure"
+    falls_short = all(found > level for _, found in measure.levels(rows))
+    rate, value = points[-1] if falls_short else points[0]
+    return f"{'above' if falls_short else 'below'} {rate:.2f} (ends at {value:.4g})"
+
+
 def bd_rate(anchor: Sequence[Pair], test: Sequence[Pair]) -> float | None:
     """Mean rate difference at equal quality in percent: PCHIP over log rate, by ``bjontegaard``.
 
     Returns
     -------
     float or None
-        Negative: the tested curve is smaller. None: a curve has fewer than three points that no
-        cheaper one beats, they have no common range, or the package is not installed.
+        Negative: the tested curve is smaller. None: of the points of a curve that no cheaper one
+        beats, fewer than three lie in the common range, or the package is not installed.
     """
     falling = [front(curve) for curve in (anchor, test)]
-    if min(map(len, falling)) < 3 or find_spec("bjontegaard") is None:
+    if not all(falling) or find_spec("bjontegaard") is None:
         return None
-    if max(curve[-1][1] for curve in falling) >= min(curve[0][1] for curve in falling):
+    low, high = max(c[-1][1] for c in falling), min(c[0][1] for c in falling)
+    if min(sum(low <= level <= high for _, level in curve) for curve in falling) < 3:
         return None
     import bjontegaard
 

@@ -13,8 +13,12 @@ import numpy.typing as npt
 
 from weightvid.checkpoint import CheckpointReader
 from weightvid.errors import CheckpointError, CodecError
+from weightvid.levels.code import compare_rows
+from weightvid.levels.transform import view_of
 from weightvid.loader import TensorSpec
+from weightvid.pack import PackOptions, survey_checkpoint
 from weightvid.spec import PACKABLE, to_float32
+from weightvid.workers import open_workers
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]
@@ -35,6 +39,8 @@ class Model:
         By name, without aliases; BF16 as float32, float8 as raw bits.
     sha256 : str
         Of names, types, shapes and elements.
+    judged : frozenset of str
+        Tensors that the SQNR is counted over: those that ``weightvid pack`` quantizes.
     """
 
     reader: CheckpointReader
@@ -42,6 +48,7 @@ class Model:
     aliases: Mapping[str, str]
     tensors: Tensors
     sha256: str
+    judged: frozenset[str]
 
     @property
     def weights(self) -> int:
@@ -60,7 +67,7 @@ class Model:
         }
 
     def sqnr_db(self, restored: Mapping[str, Array]) -> float | None:
-        """Signal over squared error of all `matrices`, in dB; None where all are exact.
+        """Signal over squared error in dB, as `compare_rows` counts it; None: all is exact.
 
         Raises
         ------
@@ -68,17 +75,17 @@ class Model:
             A tensor is missing, of another shape, or changed though it is no float.
         """
         signal = noise = 0.0
-        counted = self.matrices()
         for spec in self.specs:
             before, after = self.tensors[spec.name], restored.get(spec.name)
             if after is None or after.shape != before.shape:
                 raise CodecError(f"tensor {spec.name!r} was not restored")
             if spec.dtype not in PACKABLE and after.tobytes() != before.tobytes():
                 raise CodecError(f"tensor {spec.name!r} has changed; it must be exact")
-            if spec.name in counted:
-                wide = before.astype(np.float64)
-                signal += float(np.square(wide).sum())
-                noise += float(np.square(wide - after).sum())
+            if spec.name in self.judged:
+                shape = -1, view_of(spec.shape).columns
+                dtype = "F32" if spec.dtype == "BF16" else spec.dtype
+                found = compare_rows(before.reshape(shape), after.reshape(shape), dtype)
+                signal, noise = signal + found.signal, noise + found.noise
         known = 0 < noise < inf and 0 < signal < inf
         return 10 * log10(signal / noise) if known else None
 
@@ -106,7 +113,11 @@ def load_model(reader: CheckpointReader) -> Model:
         natural = to_float32(stored, "BF16") if spec.dtype == "BF16" else np.array(stored)
         tensors[spec.name] = natural.reshape(spec.shape)
     contents = reader.contents
-    model = Model(reader, contents.tensors, dict(contents.aliases), tensors, digest.hexdigest())
+    with open_workers("threads", 1) as workers:
+        survey = survey_checkpoint(reader, PackOptions(), workers)
+    judged = frozenset(survey.specs[number].name for number in survey.stats)
+    aliases, sha256 = dict(contents.aliases), digest.hexdigest()
+    model = Model(reader, contents.tensors, aliases, tensors, sha256, judged)
     if not model.weights:
         raise CheckpointError("the checkpoint holds no floating-point weights to compare on")
     return model
@@ -153,6 +164,10 @@ class Method:
         All other settings: they and the value tell points apart.
     depends : tuple of str
         Beginnings of the paths of those files of this package that its results depend on.
+    restore : callable or None
+        Gives the tensors of a point that has been stored before, without doing so again.
+    command : tuple of str
+        Arguments of ``weightvid`` that give a point again, before the model's and the value's.
     """
 
     name: str
@@ -163,6 +178,8 @@ class Method:
     missing: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     depends: tuple[str, ...] = ("",)
+    restore: Callable[[Model, float], Mapping[str, Array]] | None = None
+    command: tuple[str, ...] = ("compare",)
 
     def points(self) -> tuple[float, ...]:
         """Values to measure: one that says what is missing, where something is."""

@@ -3,7 +3,8 @@
 ``nncodec_child.py FOLDER QP OPT_QP`` codes ``model.npz`` (arrays by number; their names, which the
 stream holds, are in ``names.json``) with NNCodec's defaults and dependent quantization (OPT_QP 1:
 with its data-free QP for each layer), writes ``stream.nnc``, and restores it to ``restored.npz``.
-The last line on stdout: seconds of encoding and of decoding.
+The last line on stdout: seconds of encoding and of decoding. ``nncodec_child.py FOLDER decode``
+only restores ``stream.nnc``, and writes the names.
 """
 
 from __future__ import annotations
@@ -68,14 +69,29 @@ def work(folder: Path, qp: int, opt_qp: bool) -> tuple[float, float]:
     restored = codec.decompress(bytearray(stream))
     decoded = time.perf_counter()
     (folder / "stream.nnc").write_bytes(bytes(stream))
-    arrays: dict[str, Any] = {
-        str(number): np.asarray(restored[name]) for number, name in enumerate(names)
-    }
-    np.savez(folder / "restored.npz", **arrays)
+    save(folder, [restored[name] for name in names])
     return coded - began, decoded - coded
 
 
+def save(folder: Path, tensors: list[Any]) -> None:
+    """Arrays by number."""
+    arrays: dict[str, Any] = {str(n): np.asarray(tensor) for n, tensor in enumerate(tensors)}
+    np.savez(folder / "restored.npz", **arrays)
+
+
+def decode(folder: Path) -> None:
+    """Restore a stream that is there already, and write its names."""
+    restored = import_codec().decompress(bytearray((folder / "stream.nnc").read_bytes()))
+    (folder / "names.json").write_text(json.dumps(list(restored)), encoding="utf-8")
+    save(folder, list(restored.values()))
+
+
 if __name__ == "__main__":
+    place, *settings = sys.argv[1:]
     with contextlib.redirect_stdout(io.StringIO()):
-        seconds = work(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")
+        if settings == ["decode"]:
+            seconds: tuple[float, ...] = ()
+            decode(Path(place))
+        else:
+            seconds = work(Path(place), int(settings[0]), settings[1] == "1")
     sys.stdout.write(" ".join(map(str, seconds)))

@@ -24,7 +24,13 @@ _COLUMNS: Final = [item.name for item in fields(Row) if item.name not in ("setti
 _COLOURS: Final = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#888888"),
 )
-_TICKS: Final = (0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
+_TICKS: Final = (0.1, 0.2, 0.3, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+#: sizes of a plot in inches, for wide windows and for telephones; texts are of one size on both.
+_WIDE, _NARROW = (12.0, 5.5), (4.2, 4.2)
+#: curves whose points differ by less, as a part, are drawn as one.
+_SAME: Final = 0.01
+#: what a recommended point may lose, where no goal is given.
+_BOUNDS: Final = {"metric": 0.005, "kl": 0.02, "cosine": 0.99, "sqnr": 25.0}
 _MARKERS: Final = "osD^vP*X<>"
 _STYLES: Final = ("-", "--", ":", "-.")
 _PAGE: Final = """<!doctype html>
@@ -36,8 +42,12 @@ body { margin:0 auto; padding:1rem; max-width:75rem; font:15px/1.5 system-ui, sa
   color:#1b1f24; background:#fff; }
 h1, h2 { font-size:1.3rem; margin:1.5rem 0 .5rem; overflow-wrap:anywhere; }
 .soft { color:#57606a; }
-svg { width:100%; height:auto; }
-div { overflow-x:auto; border:1px solid #d0d7de; border-radius:6px; }
+svg { width:100%; height:auto; } .narrow { display:none; }
+@media (max-width:700px) { .wide { display:none; } .narrow { display:block; } }
+.facts { display:flex; flex-wrap:wrap; gap:.5rem 2.5rem; margin:1rem 0; }
+.facts b { display:block; font-size:1.6rem; font-variant-numeric:tabular-nums; }
+code { overflow-wrap:anywhere; background:#f6f8fa; padding:.15rem .3rem; border-radius:4px; }
+.table { overflow-x:auto; border:1px solid #d0d7de; border-radius:6px; }
 table { border-collapse:collapse; width:100%; font-size:.88rem; font-variant-numeric:tabular-nums; }
 th, td { padding:.3rem .6rem; text-align:right; white-space:nowrap; }
 th:first-child, td:first-child, td.bad { text-align:left; }
@@ -65,11 +75,12 @@ def write_report(folder: str | os.PathLike[str], result: CompareResult) -> dict[
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {place}: {error}") from None
-    plots = {measure.name: plot(result, measure) for measure in result.measures()}
+    plots = {m.name: plot(result, m, _WIDE) for m in result.measures()}
+    narrow = [plot(result, m, _NARROW) for m in result.measures()]
     files = {
         "results": ("results.json", json.dumps(record(result), indent=1) + "\n"),
         "table": ("results.csv", _csv(result.rows)),
-        "report": ("report.html", page(result, list(plots.values()))),
+        "report": ("report.html", page(result, list(zip(plots.values(), narrow, strict=True)))),
     }
     files |= {f"plot of {name}": (f"rate_{name}.svg", svg) for name, svg in plots.items() if svg}
     written = {}
@@ -83,17 +94,22 @@ def write_report(folder: str | os.PathLike[str], result: CompareResult) -> dict[
 def record(result: CompareResult) -> dict[str, Any]:
     """A comparison as JSON has it."""
     return {
+        "schema": 1,
         "source": Path(result.source).name,
+        "date": result.date,
         "weights": result.weights,
         "original_bytes": result.original_bytes,
         "original_metric": result.original.metric if result.original else None,
+        "metric_name": result.metric_name,
         "lower_is_better": result.options.lower_is_better,
         "anchor": result.options.anchor,
         "machine": dict(result.machine),
         "versions": dict(result.versions),
         "seconds": round(result.seconds, 1),
+        "alone": result.alone,
         "rows": [row.record() for row in result.rows],
         "rates": {str(goal): result.rates_at(goal) for goal in result.options.goals},
+        "rates_in_words": {str(g): result.words_at(g) for g in result.options.goals},
         "bd_rates": {m.name: result.bd_rates(m) for m in result.measures()},
     }
 
@@ -106,7 +122,7 @@ def _csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def plot(result: CompareResult, measure: Measure) -> str:
+def plot(result: CompareResult, measure: Measure, size: tuple[float, float] = _WIDE) -> str:
     """Rate-distortion plot as SVG; empty without matplotlib."""
     if find_spec("matplotlib") is None:
         return ""
@@ -114,15 +130,18 @@ def plot(result: CompareResult, measure: Measure) -> str:
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter, NullLocator
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
-    text = io.StringIO()
-    with rc_context({"svg.hashsalt": f"weightvid {measure.name}"}):
-        figure = Figure(figsize=(12, 6), layout="constrained")
+    text, is_wide = io.StringIO(), size == _WIDE
+    curves = merged(result, measure)
+    height = size[1] if is_wide else size[1] + 0.19 * len(curves)
+    settings = {"svg.hashsalt": f"weightvid {measure.name} {size}", "svg.fonttype": "none"}
+    with rc_context(settings | {"font.family": "sans-serif", "font.size": 10}):
+        figure = Figure(figsize=(size[0], height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         places = []
-        for number, (name, rows) in enumerate(result.curves().items()):
+        for number, (name, rows) in enumerate(curves.items()):
             points = measure.points(rows)
             places += points if len(points) > 1 else []
             axes.plot(
@@ -134,32 +153,123 @@ def plot(result: CompareResult, measure: Measure) -> str:
         if measure.name == "metric" and result.original and result.original.metric is not None:
             axes.axhline(result.original.metric, color="grey", linewidth=0.8, label="original")
         axes.set_xscale("log", base=2)
-        if measure.is_log:
-            axes.set_yscale("log")
+        axes.set_yscale("log" if measure.is_log else "linear")
         if places:  # where the curves lie; single points far away would squeeze them
             (low, high), ys = _span([x for x, _ in places], 1.1), [y for _, y in places]
             margin = 0.05 * (max(ys) - min(ys)) or 1.0
             axes.set_xlim(low, high)
-            axes.set_xticks([x for x in _TICKS if low <= x <= high])
+            ticks = [x for x in _TICKS if low <= x <= high]
+            axes.set_xticks(ticks if is_wide else ticks[:: max(1, len(ticks) // 5)])
             axes.set_ylim(
                 _span(ys, 1.5) if measure.is_log else (min(ys) - margin, max(ys) + margin)
             )
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_major_locator(LogLocator(numticks=7) if measure.is_log else MaxNLocator(7))
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("bits per weight (entire file)")
         axes.set_ylabel(measure.title)
         axes.grid(visible=True, alpha=0.3)
-        figure.legend(fontsize=8, loc="outside right upper")
+        place = "outside right upper" if is_wide else "outside lower left"
+        figure.legend(fontsize=9, loc=place, frameon=False)
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
+
+
+def merged(result: CompareResult, measure: Measure) -> dict[str, list[Row]]:
+    """Curves that a plot shows; one that lies on an earlier one gives it its name, too."""
+    found: dict[str, list[Row]] = {}
+    for name, rows in result.curves().items():
+        points = measure.points(rows)
+        if not points:
+            continue
+        for other, drawn in found.items():
+            pairs = list(zip(measure.points(drawn), points, strict=False))
+            if len(measure.points(drawn)) == len(points) and all(
+                abs(a - b) <= _SAME * abs(a) for one, two in pairs
+                for a, b in zip(one, two, strict=True)
+            ):  # fmt: skip
+                found = {(f"{n} = {name}" if n == other else n): r for n, r in found.items()}
+                break
+        else:
+            found[name] = rows
+    return found
 
 
 def _span(values: Sequence[float], factor: float) -> tuple[float, float]:
     return min(values) / factor, max(values) * factor
 
 
-def page(result: CompareResult, plots: Sequence[str]) -> str:
-    """One page that needs no network."""
+def recommended(result: CompareResult) -> tuple[Row, str] | None:
+    """The archive to ship, and why: the smallest that loses no more than it may."""
+    known = {measure.name: measure for measure in result.measures()}
+    goal = next((goal for goal in result.options.goals if goal.measure in known), None)
+    measure = known[goal.measure] if goal else next(iter(known.values()), None)
+    if measure is None:
+        return None
+    original = result.original.metric if result.original else None
+    title = measure.title if measure.name == "metric" else measure.name
+    bound, kept = _BOUNDS.get(measure.name, 0.0), f"that reaches {goal or title}"
+    if goal is not None:
+        bound = goal.value
+    elif measure.name == "metric" and original is not None:
+        bound = original - abs(original) * (-bound if result.options.lower_is_better else bound)
+        kept = f"whose {title} is within 0.5 % of the original's"
+    else:
+        kept += f"={bound:g}"
+    own = [row for row in result.rows if row.status == OK and row.kind == "weightvid"]
+    usual = [row for row in own if row.label == "weightvid --recipe balanced"]
+    if goal is None and measure.name == "sqnr" and usual:
+        # An SQNR says little of what the network computes.
+        return usual[0], "the usual recipe; with --eval, the report says what it costs"
+    told = sorted(((row, measure.value(row)) for row in own), key=lambda each: each[0].file_bytes)
+    smaller = ""
+    for row, value in told:
+        if value is None or measure.level(value) <= measure.level(bound):
+            return row, f"the smallest archive {kept}{smaller}"
+        smaller = f"; the next smaller ({row.label}) has {title} {value:.4g}"
+    return None
+
+
+def _headline(result: CompareResult) -> list[str]:
+    """What somebody in a hurry reads."""
+    found = recommended(result)
+    machine = f"{result.machine['processor']}, {result.machine['cores']} cores"
+    if found is None:
+        return [f'<p class="soft">{escape(f"{result.date}; {machine}")}</p>']
+    row, why = found
+    ratio = result.original_bytes / row.file_bytes
+    sizes = f"{_mb(result.original_bytes)} → {_mb(row.file_bytes)}"
+    facts = [("size", sizes, f"1/{ratio:.1f}, {row.bits_per_weight:.2f} bits per weight")]
+    before = result.original.metric if result.original else None
+    if before is not None and row.metric is not None:
+        facts.append((result.metric_name, f"{before:.5g} → {row.metric:.5g}", "before and after"))
+    if row.agreement is not None:
+        facts.append(("same answer", f"{100 * row.agreement:.1f} %", f"KL {row.kl:.3g}"))
+    if row.cosine is not None:
+        facts.append(("cosine", f"{row.cosine:.4f}", "to the original's outputs"))
+    if row.sqnr_db is not None and len(facts) < 3:
+        facts.append(("SQNR", f"{row.sqnr_db:.1f} dB", "of the quantized weights"))
+    cells = [
+        f'<div><span class="soft">{escape(name)}</span><b>{escape(value)}</b>'
+        f'<span class="soft">{escape(more)}</span></div>'
+        for name, value, more in facts
+    ]
+    return [
+        f'<div class="facts">{"".join(cells)}</div>',
+        f"<p><b>{escape(row.label)}</b>: {escape(why)}.</p>",
+        f"<p><code>{escape(row.command)}</code></p>",
+        f'<p class="soft">{escape(f"{result.date}; {machine}")}</p>',
+    ]
+
+
+def _mb(number: int) -> str:
+    return f"{number / 1e6:.3g} MB" if number >= 1e6 else f"{number / 1e3:.3g} kB"
+
+
+def page(result: CompareResult, plots: Sequence[tuple[str, str]]) -> str:
+    """One page that needs no network; plots for wide and narrow windows."""
     title = f"weightvid compare: {Path(result.source).name}"
     failed = sum(row.status not in (OK, MISSING) for row in result.rows)
     missing = sorted(
@@ -168,32 +278,38 @@ def page(result: CompareResult, plots: Sequence[str]) -> str:
     about = (
         f"{result.weights:,} weights in {result.original_bytes:,} bytes; "
         f"{len(result.rows)} points; "
-        f"{result.machine['processor']}, {result.machine['cores']} cores; "
         + ", ".join(f"{name} {version}" for name, version in result.versions.items())
     )
-    parts = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(about)}</p>']
+    parts = [f"<h1>{escape(title)}</h1>", *_headline(result)]
     parts += [f"<p>{failed} points failed; the table says why.</p>"] if failed else []
     parts += [f"<p>Not measured: {escape('; '.join(missing))}</p>"] if missing else []
-    parts += ["<h2>Rate and quality</h2>", *(svg[svg.find("<svg") :] for svg in plots)]
-    if not any(plots):
-        parts.append("<p>Plots need matplotlib: pip install 'weightvid[compare]'</p>")
+    if not result.alone:
+        parts.append("<p>Other programs ran meanwhile: the seconds say little.</p>")
     if result.options.goals:
         parts.append("<h2>Bits per weight at a quality</h2>")
-        rates = [result.rates_at(goal) for goal in result.options.goals]
-        rows = [[name, *(_number(rate[name], 3) for rate in rates)] for name in rates[0]]
+        rates = [result.words_at(goal) for goal in result.options.goals]
+        rows = [[name, *(rate[name] for rate in rates)] for name in rates[0]]
         parts.append(_table(["curve", *map(str, result.options.goals)], rows))
+    parts.append("<h2>Rate and quality</h2>")
+    for each in plots:
+        for name, svg in zip(("wide", "narrow"), each, strict=True):
+            parts.append(f'<div class="{name}">{svg[svg.find("<svg") :]}</div>')
+    if not any(wide for wide, _ in plots):
+        parts.append("<p>Plots need matplotlib: pip install 'weightvid[compare]'</p>")
     measures = result.measures()
     bd = {m.name: result.bd_rates(m) for m in measures}
-    if any(bd.values()):
+    names = [result.metric_name if m.name == "metric" else m.name for m in measures]
+    if any(value is not None for rates in bd.values() for value in rates.values()):
         parts.append(f"<h2>BD-rate against {escape(result.options.anchor)}</h2>")
         parts.append('<p class="soft">Percent of its rate at equal quality; less is smaller.</p>')
-        names = dict.fromkeys(name for rates in bd.values() for name in rates)
-        rows = [[n, *(_number(bd[m.name].get(n), 1, "+") for m in measures)] for n in names]
-        parts.append(_table(["curve", *(m.name for m in measures)], rows))
+        curves = dict.fromkeys(name for rates in bd.values() for name in rates)
+        rows = [[n, *(_number(bd[m.name].get(n), 1, "+") for m in measures)] for n in curves]
+        parts.append(_table(["curve", *names], rows))
     parts.append("<h2>All points</h2>")
-    parts.append(_table(["point", "bytes", "bits per weight", *(m.name for m in measures),
-                         "encode s", "decode s"],
+    parts.append(_table(["point", "bytes", "bits per weight", *names,
+                         "encode s", "decode s", "CPU s"],
                         [_cells(row, measures) for row in result.rows]))  # fmt: skip
+    parts.append(f'<p class="soft">{escape(about)}</p>')
     return _PAGE.replace("@TITLE@", escape(title)).replace("@BODY@", "\n".join(parts))
 
 
@@ -204,7 +320,7 @@ def _cells(row: Row, measures: Sequence[Measure]) -> list[str]:
     return [
         row.label, f"{row.file_bytes:,}", f"{row.bits_per_weight:.3f}",
         *("–" if value is None else f"{value:.4g}" for value in values),
-        f"{row.encode_s:.2f}", f"{row.decode_s:.2f}",
+        f"{row.encode_s:.2f}", f"{row.decode_s:.2f}", f"{row.cpu_s:.2f}",
     ]  # fmt: skip
 
 
@@ -213,13 +329,16 @@ def _number(value: float | None, digits: int, sign: str = "") -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; a row of two cells holds a message that spans the rest."""
+    """A table without its empty columns; a row of two cells holds a message over the rest."""
+    every = list(rows)
+    whole = [row for row in every if len(row) == len(head)]
+    shown = [n for n in range(len(head)) if not n or any(row[n] not in ("–", "") for row in whole)]
     lines = []
-    for first, *rest in rows:
-        cells = [f"<td>{escape(cell)}</td>" for cell in rest]
+    for first, *rest in every:
+        cells = [f"<td>{escape(rest[n - 1])}</td>" for n in shown[1:] if len(rest) == len(head) - 1]
         if len(rest) == 1 < len(head) - 1:
-            cells = [f'<td class="bad" colspan="{len(head) - 1}">{escape(rest[0])}</td>']
+            cells = [f'<td class="bad" colspan="{len(shown) - 1}">{escape(rest[0])}</td>']
         lines.append(f"<tr><td>{escape(first)}</td>{''.join(cells)}</tr>")
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    top = "".join(f"<th>{escape(head[n])}</th>" for n in shown)
     body = "\n".join(lines)
-    return f"<div><table><thead><tr>{top}</tr></thead>{body}</table></div>"
+    return f'<div class="table"><table><thead><tr>{top}</tr></thead>{body}</table></div>'

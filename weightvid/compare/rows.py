@@ -8,7 +8,8 @@ import os
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -41,9 +42,13 @@ class Row:
     bits_per_weight : float
         8 x ``file_bytes`` over all floating-point elements of the model.
     sqnr_db : float or None
-        Over all float tensors of two axes or more; None: all are exact.
+        Over all weights that ``weightvid pack`` quantizes, but for outliers; None: all are exact.
     metric, kl, cosine, agreement : float or None
         See `weightvid.calibrate.evaluation.Verdict`.
+    encode_s, decode_s, cpu_s, load : float
+        Wall seconds; CPU seconds of both and of the measuring; the machine's load average before.
+    command : str
+        Gives the point again.
     """
 
     label: str
@@ -62,6 +67,9 @@ class Row:
     agreement: float | None = None
     encode_s: float = 0.0
     decode_s: float = 0.0
+    cpu_s: float = 0.0
+    load: float = 0.0
+    command: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -70,35 +78,61 @@ class Row:
         return asdict(self)
 
 
-def measure(model: Model, method: Method, value: float, judge: Judge | None = None) -> Row:
-    """Store and restore a model one way, and say what came of it; errors become rows, too."""
-    row: dict[str, Any] = {
+def measure(
+    model: Model,
+    method: Method,
+    value: float,
+    judge: Judge | None = None,
+    earlier: Row | None = None,
+) -> Row:
+    """Store and restore a model one way, and say what came of it; errors become rows, too.
+
+    Of a row that was measured ``earlier``, without the judge, the tensors alone are wanted.
+    """
+    about: dict[str, Any] = {
         "label": method.label(value), "curve": method.name, "kind": method.kind,
         "parameter": method.parameter, "value": value, "settings": dict(method.settings),
     }  # fmt: skip
     if method.missing:
-        return Row(**row, status=MISSING, message=method.missing)
+        return Row(**about, status=MISSING, message=method.missing)
+    load, cpu = load_average(), _cpu_seconds()
     try:
-        coded = method.code(model, value)
-        quality = model.sqnr_db(coded.tensors)
-        verdict = Verdict() if judge is None else judge.judge(model.state(coded.tensors))
+        if earlier is not None and method.restore is not None:
+            row, tensors = earlier, method.restore(model, value)
+        else:
+            coded = method.code(model, value)
+            tensors = coded.tensors
+            row = earlier or Row(
+                **about,
+                file_bytes=coded.file_bytes,
+                bits_per_weight=8 * coded.file_bytes / model.weights,
+                sqnr_db=model.sqnr_db(tensors),
+                encode_s=coded.encode_s,
+                decode_s=coded.decode_s,
+                cpu_s=_cpu_seconds() - cpu,
+                load=load,
+                details=dict(coded.details),
+            )
+        verdict = Verdict() if judge is None else judge.judge(model.state(tensors))
     except (WeightvidError, OSError, MemoryError) as error:
-        return Row(**row, status=FAILED, message=str(error) or type(error).__name__)
-    return Row(
-        **row,
-        file_bytes=coded.file_bytes,
-        bits_per_weight=8 * coded.file_bytes / model.weights,
-        sqnr_db=quality,
-        encode_s=coded.encode_s,
-        decode_s=coded.decode_s,
-        details=dict(coded.details),
-        **asdict(verdict),
-    )
+        return Row(**about, status=FAILED, message=str(error) or type(error).__name__)
+    return replace(row, **asdict(verdict))
+
+
+def load_average() -> float:
+    """Programs that wanted a core in the last minute; 0 where nobody counts them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
 
 
 def with_torch(function: Function) -> Function:
     """A function that takes numpy arrays and hands torch tensors to another one."""
 
+    @wraps(function)
     def judged(state: dict[str, Any]) -> Any:
         import torch
 
@@ -110,6 +144,8 @@ def with_torch(function: Function) -> Function:
 class RowStore:
     """Rows by what they depend on, in ``rows.jsonl`` of a folder, which is made; None: nowhere.
 
+    What a function says of a point is kept by itself: sizes and seconds do not depend on it.
+
     Raises
     ------
     OutputError
@@ -118,7 +154,7 @@ class RowStore:
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self._path = None if folder is None else Path(folder) / _FILE
-        self._rows: dict[str, Row] = {}
+        self._kept: dict[str, Any] = {}
         if self._path is None:
             return
         try:
@@ -129,25 +165,35 @@ class RowStore:
             for line in self._path.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError, TypeError):  # the last line may be cut short
                     key, found = json.loads(line)
-                    self._rows[key] = Row(**found)
+                    self._kept[key] = (Row if "curve" in found else Verdict)(**found)
 
     def measure(self, model: Model, method: Method, value: float, judge: Judge | None) -> Row:
         """A row that is there already, or one that is measured now."""
-        key = _key(model, method, value, judge)
-        row = self._rows.get(key) or measure(model, method, value, judge)
-        if key not in self._rows and row.status == OK:
-            self._rows[key] = row
+        key = _key(model, method, value)
+        judged = f"{key} {judge.fingerprint}" if judge else key
+        row, verdict = self._kept.get(key), self._kept.get(judged)
+        if row is None or verdict is None:
+            fresh = measure(model, method, value, judge, row)
+            if fresh.status != OK:
+                return fresh
+            row = replace(fresh, **asdict(Verdict()))
+            verdict = Verdict(**{each.name: getattr(fresh, each.name) for each in fields(Verdict)})
+            self._keep(key, row)
+            self._keep(judged, verdict)
+        return replace(row, **asdict(verdict)) if judge else row
+
+    def _keep(self, key: str, found: Row | Verdict) -> None:
+        if key not in self._kept:
+            self._kept[key] = found
             if self._path is not None:
                 with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([key, row.record()]) + "\n")
-        return row
+                    file.write(json.dumps([key, asdict(found)]) + "\n")
 
 
-def _key(model: Model, method: Method, value: float, judge: Judge | None) -> str:
-    """Key of everything that a row depends on: model, settings, evaluation, code, versions."""
+def _key(model: Model, method: Method, value: float) -> str:
+    """Key of everything that a row depends on but the judge: model, settings, code, versions."""
     parts = {
         "model": model.sha256,
-        "judge": judge.fingerprint if judge else None,
         "method": [method.name, method.kind, method.parameter, value, dict(method.settings)],
         "code": code_sha256(method.depends, ("cli", "compare/report")),
         "versions": versions(),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from datetime import date
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
@@ -15,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Final
 from weightvid.calibrate.evaluation import Function, Judge, Verdict
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.compare.codecs import CODECS
-from weightvid.compare.curves import Goal, Measure, bd_rate, crossing, measures
+from weightvid.compare.curves import Goal, Measure, bd_rate, crossing, ending, measures
 from weightvid.compare.model import Method, load_model
 from weightvid.compare.peers import peer_methods
 from weightvid.compare.plain import plain_methods
+from weightvid.compare.research import research_methods
 from weightvid.compare.rows import OK, Row, RowStore, machine, versions, with_torch
-from weightvid.compare.video import archive_method, frame_methods
+from weightvid.compare.video import FrameOptions, archive_method, frame_methods, llm265_method
 from weightvid.errors import QuantizationError
 from weightvid.levels.steps import RECIPES
 from weightvid.pack import PackOptions
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from weightvid.calibrate import Calibration
 
 #: step factors of a curve, from fine to coarse.
-FACTORS: Final = (0.09, 0.13, 0.18, 0.25, 0.36, 0.5, 0.7)
+FACTORS: Final = (0.09, 0.13, 0.18, 0.25, 0.36, 0.5, 0.7, 1.0, 1.4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,18 @@ class CompareOptions:
         Each is a point.
     calibration : Calibration or None
         For a curve of calibrated archives.
+    calibration_name : str
+        How a shell names it.
     codecs : tuple of str
         Names of `weightvid.compare.codecs.CODECS`, coded on weightvid's own frames; ``all``.
     presets : tuple of str
         Of those codecs that have them, instead of the usual one.
+    codec_options : tuple of str
+        Options of a codec, such as ``x265:rd=6``: more curves of it.
     plain, peers : bool
-        Plain integers, halves and GGUF; NNCodec.
+        Plain integers, halves and GGUF; NNCodec and LLM.265's recipe.
+    research : bool
+        The untrained methods of `weightvid.compare.research`, and their own scalar quantizers.
     nncodec : path or None
         Python that has NNCodec; None: the environment variable WEIGHTVID_NNCODEC.
     only : tuple of str
@@ -68,7 +78,7 @@ class CompareOptions:
     anchor : str
         Curve that BD-rates are taken against.
     folder : path or None
-        Keeps finished rows: a comparison that was stopped goes on from there.
+        Keeps finished rows and archives: a comparison that was stopped goes on from there.
     jobs : int
         Workers of the packer; with one, seconds are those of one core.
     """
@@ -77,10 +87,13 @@ class CompareOptions:
     fidelities: tuple[str, ...] = ("outputs", "weights")
     recipes: tuple[str, ...] = tuple(RECIPES)
     calibration: Calibration | None = None
+    calibration_name: str = "STATS"
     codecs: tuple[str, ...] = ("x265", "x264", "svt-av1")
     presets: tuple[str, ...] = ()
+    codec_options: tuple[str, ...] = ()
     plain: bool = True
     peers: bool = True
+    research: bool = False
     nncodec: str | os.PathLike[str] | None = None
     only: tuple[str, ...] = ()
     evaluation: Function | None = None
@@ -102,6 +115,10 @@ class CompareResult:
         Floating-point elements of the model, and bytes of all its tensors.
     original : Verdict or None
         Of the evaluation.
+    metric_name : str
+        What its number is called.
+    date : str
+        Year, month, day.
     """
 
     source: str
@@ -113,6 +130,13 @@ class CompareResult:
     machine: Mapping[str, Any] = field(default_factory=machine)
     versions: Mapping[str, str] = field(default_factory=versions)
     seconds: float = 0.0
+    metric_name: str = "metric"
+    date: str = field(default_factory=lambda: date.today().isoformat())
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other program had the cores while rows were measured."""
+        return all(row.load < self.options.jobs + 0.5 for row in self.rows if row.status == OK)
 
     def curves(self) -> dict[str, list[Row]]:
         """Measured points of each curve, by rate."""
@@ -124,7 +148,7 @@ class CompareResult:
 
     def measures(self) -> list[Measure]:
         """Measures that the rows have; the one that says most comes first."""
-        known = measures(self.options.lower_is_better).values()
+        known = measures(self.options.lower_is_better, self.metric_name).values()
         return [m for m in known if any(m.value(row) is not None for row in self.rows)]
 
     def rates_at(self, goal: Goal) -> dict[str, float | None]:
@@ -135,6 +159,15 @@ class CompareResult:
             name: crossing(measure.levels(rows), level).interpolated
             for name, rows in self.curves().items()
             if len(rows) > 1
+        }
+
+    def words_at(self, goal: Goal) -> dict[str, str]:
+        """The same in words, which say where a curve ends that does not reach the quality."""
+        measure = measures(self.options.lower_is_better)[goal.measure]
+        curves, level = self.curves(), measure.level(goal.value)
+        return {
+            name: ending(measure, curves[name], level) if rate is None else f"{rate:.3f}"
+            for name, rate in self.rates_at(goal).items()
         }
 
     def bd_rates(self, measure: Measure) -> dict[str, float | None]:
@@ -173,10 +206,13 @@ def compare(
     """
     chosen, began = options or CompareOptions(), perf_counter()
     with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="weightvid-"))
-        methods = list(all_methods(chosen, Path(scratch)))
-        points = _selected([(m, v) for m in methods for v in m.points()], chosen.only)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightvid-")))
         store, judge = RowStore(chosen.folder), None
+        if chosen.folder is not None:
+            scratch = Path(chosen.folder) / "archives"
+            scratch.mkdir(exist_ok=True)
+        methods = list(all_methods(chosen, scratch))
+        points = _selected([(m, v) for m in methods for v in m.points()], chosen.only)
         if isinstance(source, CheckpointReader):
             name, reader = source.location or "a checkpoint in memory", source
         else:
@@ -189,7 +225,8 @@ def compare(
         rows: list[Row] = []
         for method, value in points:
             progress(Progress("compare", len(rows), len(points), unit="points"))
-            rows.append(store.measure(model, method, value, judge))
+            row = store.measure(model, method, value, judge)
+            rows.append(replace(row, command=command_of(name, method, value)))
             on_row(rows[-1])
         progress(Progress("compare", len(rows), len(points), unit="points"))
     return CompareResult(
@@ -200,11 +237,31 @@ def compare(
         tuple(rows),
         chosen,
         seconds=perf_counter() - began,
+        metric_name=judge.metric_name if judge else "metric",
     )
 
 
-def all_methods(options: CompareOptions, scratch: Path) -> Iterator[Method]:
-    """Every curve that options ask for; ``scratch`` is a folder for archives."""
+def command_of(source: str, method: Method, value: float) -> str:
+    """What a shell runs to get a point again: a file, or its row."""
+    verb, *more = method.command
+    if verb == "pack":
+        step = ["--step", f"{value:g}"] if method.parameter else []
+        return shlex.join(["weightvid", verb, source, *more, *step, "--no-side-files"])
+    step = ["--steps", f"{value:g}"] if method.parameter == "step factor" else []
+    return shlex.join(["weightvid", verb, source, *more, *step, "--only", method.label(value)])
+
+
+def missing(options: CompareOptions) -> list[str]:
+    """What this machine lacks for what the options ask for, known before the work begins."""
+    found = {f"{m.name}: {m.missing}" for m in all_methods(options, Path()) if m.missing}
+    for package, what in (("matplotlib", "plots"), ("bjontegaard", "BD-rates")):
+        if find_spec(package) is None:
+            found.add(f"{what}: {package} is missing: pip install 'weightvid[compare]'")
+    return sorted(found)
+
+
+def all_methods(options: CompareOptions, folder: Path) -> Iterator[Method]:
+    """Every curve that options ask for; archives lie in a folder."""
     base = PackOptions(jobs=options.jobs)
     for factor in options.factors:
         replace(base, step_factor=factor).check()
@@ -212,21 +269,29 @@ def all_methods(options: CompareOptions, scratch: Path) -> Iterator[Method]:
         name = "weightvid" if fidelity == base.fidelity else f"weightvid {fidelity}"
         settings = replace(base, fidelity=fidelity)
         settings.check()
-        yield archive_method(name, settings, options.factors)
+        yield archive_method(name, settings, options.factors, folder, ("--for", fidelity))
     for recipe in options.recipes:
         settings = replace(base, recipe=recipe)
         settings.check()
-        yield archive_method(f"weightvid --recipe {recipe}", settings)
+        command = ("--recipe", recipe)
+        yield archive_method(f"weightvid --recipe {recipe}", settings, (), folder, command)
     if options.calibration is not None:
         settings = replace(base, calibration=options.calibration)
-        yield archive_method("weightvid calibrated", settings, options.factors)
+        command = ("--calibrate", options.calibration_name)
+        yield archive_method("weightvid calibrated", settings, options.factors, folder, command)
     names = tuple(CODECS) if "all" in options.codecs else options.codecs
-    if names:
-        yield from frame_methods(names, options.presets, options.factors, scratch)
+    frames = FrameOptions(names, options.presets, options.codec_options, options.factors)
+    yield from frame_methods(frames, folder)
     if options.plain:
         yield from plain_methods()
     if options.peers:
-        yield from peer_methods(options.nncodec)
+        yield llm265_method()
+        for method in peer_methods(options.nncodec):
+            python = ("--nncodec", os.fspath(options.nncodec)) if options.nncodec else ()
+            yield replace(method, command=("compare", *python))
+    if options.research:
+        for method in research_methods():
+            yield replace(method, command=("compare", "--research"))
 
 
 def _selected(

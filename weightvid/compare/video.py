@@ -7,10 +7,13 @@ small step, which they quantize further.
 
 from __future__ import annotations
 
+import hashlib
+import lzma
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import sqrt
 from pathlib import Path
 from time import perf_counter
 from typing import Final
@@ -21,16 +24,35 @@ from weightvid.archives import walk_frames
 from weightvid.compare.codecs import CODECS, FrameCodec, Passage, backend, through
 from weightvid.compare.model import Array, Coded, Method, Model, Tensors
 from weightvid.errors import CodecError
-from weightvid.levels.trellis import entropy_bits
-from weightvid.loader import Assembler, Bytes, Header, Sidecar, open_archive, to_float32
+from weightvid.loader import (
+    ZERO_SAMPLE,
+    Assembler,
+    Bytes,
+    Header,
+    Part,
+    Sidecar,
+    column_energies,
+    open_archive,
+    to_float32,
+)
 from weightvid.pack import PackOptions, PackReport, pack_checkpoint
+from weightvid.version import code_sha256
 
 #: of the frames that lossy codecs get: integers reach about 7 sigmas of an average tensor.
 _LOSSY_FACTOR: Final = 0.055
 
 
-def archive_method(name: str, options: PackOptions, factors: Sequence[float] = ()) -> Method:
-    """Archives of some step factors; of none: one point, at the recipe's own."""
+def archive_method(
+    name: str,
+    options: PackOptions,
+    factors: Sequence[float] = (),
+    folder: Path | None = None,
+    command: Sequence[str] = (),
+) -> Method:
+    """Archives of some step factors; of none: one point, at the recipe's own.
+
+    Archives stay in a folder, if there is one; ``command`` are further options of ``pack``.
+    """
     calibration = options.calibration
     settings = {
         "recipe": options.recipe, "fidelity": options.fidelity, "codec": options.video.codec,
@@ -39,29 +61,50 @@ def archive_method(name: str, options: PackOptions, factors: Sequence[float] = (
     }  # fmt: skip
 
     def code(model: Model, factor: float) -> Coded:
-        return pack_and_load(model, replace(options, step_factor=factor or None))
+        return pack_and_load(model, replace(options, step_factor=factor or None), folder)
 
-    if not factors:
-        return Method(name, "weightvid", code, settings=settings)
-    return Method(name, "weightvid", code, "step factor", tuple(factors), settings=settings)
+    def restore(model: Model, factor: float) -> Tensors:
+        path = place(folder or Path(), model, replace(options, step_factor=factor or None))
+        return load(path, model) if path.exists() else dict(code(model, factor).tensors)
+
+    made = Method(
+        name, "weightvid", code, settings=settings, command=("pack", *command),
+        restore=restore if folder else None,
+    )  # fmt: skip
+    return replace(made, parameter="step factor", values=tuple(factors)) if factors else made
 
 
-def pack_and_load(model: Model, options: PackOptions) -> Coded:
+def pack_and_load(model: Model, options: PackOptions, folder: Path | None = None) -> Coded:
     """Pack a model as ``weightvid pack`` does, and load it as programs do."""
-    with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
-        path = Path(folder) / "model.mp4"
+    with tempfile.TemporaryDirectory(prefix="weightvid-") as scratch:
+        path = place(folder or Path(scratch), model, options)
         began = perf_counter()
         made = pack_to(path, model, options)
         packed = perf_counter()
-        with open_archive(path, check_tensors=True) as archive:
-            tensors = {name: array for name, array in archive.items() if name in model.tensors}
+        tensors = load(path, model)
         details = {"frames": made.frames, "packet_bytes": made.packet_bytes}
         return Coded(made.file_bytes, tensors, packed - began, perf_counter() - packed, details)
 
 
+def place(folder: Path, model: Model, options: PackOptions) -> Path:
+    """Where the archive of these options lies in a folder."""
+    parts = (
+        model.sha256, code_sha256(leave=("cli", "compare")), options.recipe, options.step_factor,
+        options.fidelity, str(options.calibration), options.video,
+    )  # fmt: skip
+    return folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.mp4"
+
+
+def load(path: Path, model: Model) -> Tensors:
+    """Tensors of an archive as programs get them."""
+    with open_archive(path, check_tensors=True) as archive:
+        return {name: array for name, array in archive.items() if name in model.tensors}
+
+
 def pack_to(path: Path, model: Model, options: PackOptions) -> PackReport:
     """Pack a model without the files next to it, which no other method stores."""
-    return pack_checkpoint(model.reader, path, replace(options, side_files=False, verify=False))
+    chosen = replace(options, side_files=False, verify=False, force=True)
+    return pack_checkpoint(model.reader, path, chosen)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,46 +138,80 @@ class Pictures:
         return found
 
     def entropy_bytes(self) -> int:
-        """Of all levels by an ideal coder that knows how often each occurs in its part."""
-        found: list[Array] = []
-        assembler = Assembler(self.header, sink=lambda _, levels: found.append(levels))
+        """Of all levels by an ideal coder: a code for each part and energy class, and its tables.
+
+        A table of n levels takes half of log2(n) bits a symbol (Rissanen).
+        """
+        bits = 0.0
+
+        def count(part: Part, levels: Array) -> None:
+            nonlocal bits
+            classes = np.zeros(levels.shape, np.intp)
+            if part.energies is not None:
+                classes += part.energies[0][:, None]
+                classes += column_energies(part)
+            places = 256 * classes + levels.astype(np.int16) + ZERO_SAMPLE
+            counts = np.bincount(places.reshape(-1), minlength=256 * (int(classes.max()) + 1))
+            found = counts.reshape(-1, 256)[counts.reshape(-1, 256).any(axis=1)].astype(np.float64)
+            sizes = found.sum(axis=1, keepdims=True)
+            bits -= float((found * np.log2(np.maximum(found, 1) / sizes)).sum())
+            bits += float(((found > 0).sum(axis=1) * np.log2(sizes[:, 0])).sum()) / 2
+
+        assembler = Assembler(self.header, sink=count)
         for sidecar, luma in zip(self.sidecars, self.lumas, strict=True):
             all(assembler.add(sidecar, luma))  # a sink takes the levels, and no tensor is given
-        return round(sum(levels.size * entropy_bits(levels) for levels in found) / 8)
+        return round(bits / 8)
 
 
-def frame_methods(
-    names: Sequence[str], presets: Sequence[str], factors: Sequence[float], folder: Path
-) -> Iterator[Method]:
+@dataclass(frozen=True, slots=True)
+class FrameOptions:
+    """Codecs that get the frames of archives.
+
+    Attributes
+    ----------
+    names, presets : tuple of str
+        Of `weightvid.compare.codecs.CODECS`; a codec without any of the presets has its usual one.
+    more : tuple of str
+        Options of a codec, ``x265:rd=6``: curves of their own.
+    factors : tuple of float
+        Step factors of the frames for lossless codecs.
+    """
+
+    names: tuple[str, ...]
+    presets: tuple[str, ...]
+    more: tuple[str, ...]
+    factors: tuple[float, ...]
+
+
+def frame_methods(options: FrameOptions, folder: Path) -> Iterator[Method]:
     """Codecs on the same frames, lossless and lossy, and an ideal entropy coder of the levels.
 
-    Parameters
-    ----------
-    names, presets : sequence of str
-        Of `weightvid.compare.codecs.CODECS`; a codec without any of the presets has its usual one.
-    factors : sequence of float
-        Step factors of the frames for lossless codecs.
-    folder : path
-        For archives that several points take their frames from.
+    ``folder`` is for archives that several points take their frames from.
 
     Raises
     ------
     CodecError
-        Unknown name.
+        Unknown name; an option that is none.
     """
+    factors = options.factors
     yield Method(
-        "ideal entropy coder", "plain", partial(_ideal, folder), "step factor", tuple(factors)
-    )
-    for name in names:
+        "ideal entropy coder", "plain", partial(_ideal, folder), "step factor", factors,
+        restore=partial(_lossless_again, folder), command=("compare", "--codecs", "none"),
+    )  # fmt: skip
+    for name, more in (*((name, "") for name in options.names), *map(_parse_option, options.more)):
         codec = CODECS.get(name)
         if codec is None:
             raise CodecError(f"unknown codec {name!r}; choose: {', '.join(CODECS)}")
         missing = ""
         if backend(codec) is None:
             missing = f"neither PyAV nor an ffmpeg program has {codec.encoder}"
-        chosen = [preset for preset in presets if preset in codec.presets] or [codec.preset]
+        chosen = [p for p in options.presets if p in codec.presets] or [codec.preset]
+        codec = codec.with_options(more) if more else codec
         for preset in chosen:
-            curve = f"{name} {preset}".strip()
+            curve = " ".join(filter(None, (name, preset, more)))
+            command = ["compare", "--codecs", "none" if more else name]
+            command += ["--presets", preset] if preset else []
+            command += ["--codec-option", f"{name}:{more}"] if more else []
             settings = {
                 "encoder": codec.encoder, "preset": preset, "pixel_format": codec.pixel_format,
                 "program": backend(codec),
@@ -142,12 +219,23 @@ def frame_methods(
             if codec.lossless is not None:
                 code = partial(_lossless, folder, codec, preset)
                 yield Method(
-                    curve, "codec", code, "step factor", tuple(factors), missing,
+                    curve, "codec", code, "step factor", factors, missing,
                     {**settings, **codec.options(preset, None)},
+                    restore=partial(_lossless_again, folder), command=tuple(command),
                 )  # fmt: skip
             if codec.lossy is not None:
                 code = partial(_lossy, folder, codec, preset)
-                yield Method(f"{curve} lossy", "codec", code, "QP", codec.values, missing, settings)
+                yield Method(
+                    f"{curve} lossy", "codec", code, "QP", codec.values, missing,
+                    {**settings, **codec.options(preset, codec.values[0])}, command=tuple(command),
+                )  # fmt: skip
+
+
+def _parse_option(text: str) -> tuple[str, str]:
+    name, _, option = text.partition(":")
+    if not all(key and equals for key, equals, _ in (p.partition("=") for p in option.split(":"))):
+        raise CodecError(f"{text!r} is no option of a codec such as x265:rd=6")
+    return name, option
 
 
 def pictures(folder: Path, model: Model, factor: float, fidelity: str) -> Pictures:
@@ -158,9 +246,10 @@ def pictures(folder: Path, model: Model, factor: float, fidelity: str) -> Pictur
     CodecError
         The model is too small for frames.
     """
-    path = folder / f"{fidelity}-{factor:g}.mp4"
+    options = PackOptions(step_factor=factor, fidelity=fidelity)
+    path = place(folder, model, options)
     if not path.exists():
-        pack_to(path, model, PackOptions(step_factor=factor, fidelity=fidelity))
+        pack_to(path, model, options)
     with path.open("rb") as file:
         archive = open_archive(file)
         if archive.index is None or not archive.index.frames:
@@ -184,6 +273,11 @@ def _lossless(folder: Path, codec: FrameCodec, preset: str, model: Model, factor
     return _coded(shown, passage)
 
 
+def _lossless_again(folder: Path, model: Model, factor: float) -> Tensors:
+    shown = pictures(folder, model, factor, "outputs")
+    return shown.restore(shown.lumas)
+
+
 def _lossy(folder: Path, codec: FrameCodec, preset: str, model: Model, qp: float) -> Coded:
     shown = pictures(folder, model, _LOSSY_FACTOR, "integers")
     return _coded(shown, through(shown.lumas, codec, preset, qp))
@@ -199,3 +293,58 @@ def _ideal(folder: Path, model: Model, factor: float) -> Coded:
     shown = pictures(folder, model, factor, "outputs")
     size = shown.other_bytes + shown.entropy_bytes()
     return Coded(size, shown.restore(shown.lumas), 0.0, 0.0)
+
+
+# --- LLM.265's recipe -----------------------------------------------------------------------------
+
+#: longest block that is rotated, and width and greatest height of the pictures.
+_ROTATED, _PICTURE_WIDTH, _PICTURE_HEIGHT = 256, 512, 1024
+
+
+def llm265_method() -> Method:
+    """Matrices turned by Hadamard blocks, 8 bits by their largest magnitude, coded intra, lossy.
+
+    Source: the recipe of "LLM.265" (video codecs as codecs of tensors), as far as it is told.
+    """
+    codec = CODECS["x265"]
+    missing = "" if backend(codec) else f"neither PyAV nor an ffmpeg program has {codec.encoder}"
+    return Method(
+        "LLM.265 (Hadamard, lossy intra)", "peer", _llm265, "QP", codec.values, missing,
+        {"preset": "medium", **codec.options("medium", codec.values[0])},
+        ("compare/video", "compare/codecs"),
+    )  # fmt: skip
+
+
+def _llm265(model: Model, qp: float) -> Coded:
+    began, matrices = perf_counter(), model.matrices()
+    turned = {name: _rotate(tensor.astype(np.float32)) for name, tensor in matrices.items()}
+    scales = {n: max(float(np.abs(x).max()), 1e-30) / 127 for n, x in turned.items()}
+    samples = [np.rint(x / scales[n]).reshape(-1) + 128 for n, x in turned.items()]
+    flat = np.concatenate([np.zeros(0), *samples]).astype(np.uint8)
+    if not flat.size:
+        raise CodecError("the model has no matrices")
+    rows = -(-flat.size // _PICTURE_WIDTH)
+    count = -(-rows // _PICTURE_HEIGHT)
+    height = -(-rows // (count * 64)) * 64
+    shown = np.full((count, height, _PICTURE_WIDTH), 128, np.uint8)
+    shown.reshape(-1)[: flat.size] = flat
+    passage = through(list(shown), CODECS["x265"], "medium", qp)
+    kept = b"".join(t.tobytes() for n, t in model.tensors.items() if n not in matrices)
+    other = len(lzma.compress(kept)) + 4 * len(scales)
+    coded = perf_counter()
+    levels, at = np.stack(passage.lumas).reshape(-1).astype(np.float32) - 128, 0
+    restored = dict(model.tensors)
+    for name, tensor in matrices.items():
+        values = levels[at : at + tensor.size].reshape(tensor.shape) * np.float32(scales[name])
+        restored[name], at = _rotate(values).astype(tensor.dtype), at + tensor.size
+    return Coded(passage.size + other, restored, coded - began, perf_counter() - coded)
+
+
+def _rotate(values: Array) -> Array:
+    """Blocks of the elements by an orthonormal Hadamard matrix, which is its own inverse."""
+    size = min(values.size & -values.size, _ROTATED)
+    turn = np.ones((1, 1), np.float32)
+    while len(turn) < size:
+        turn = np.block([[turn, turn], [turn, -turn]])
+    turned: Array = values.reshape(-1, size) @ (turn / np.float32(sqrt(size)))
+    return turned.reshape(values.shape)

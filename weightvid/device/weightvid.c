@@ -23,9 +23,10 @@
 #define MAX_ELEMENTS ((uint64_t)1 << 38)
 #define MAX_SAMPLES 2228224u
 enum { BAND = 64, MAX_TENSORS = 1 << 20, MAX_FRAMES = 1 << 24, MAX_ENERGY = 63, MAX_KERNEL = 1024,
-       MAX_NAME = 4096, MAX_AXES = 32, MAX_GAIN = 32767 };
-enum { R_TENSORS = 2, R_ALIASES = 4, R_METADATA = 6, R_FILES = 8, R_BASES = 10, R_FRAME = 32,
-       R_PART = 34, R_END = 36, R_ITEMS = 48, R_DATA = 50, R_FRAMES = 64, R_SPANS = 66, R_BOXES = 68 };
+       MAX_NAME = 4096, MAX_AXES = 32, MAX_GAIN = 32767, MAX_LAYERS = 16 };
+enum { R_TENSORS = 2, R_ALIASES = 4, R_METADATA = 6, R_FILES = 8, R_BASES = 10, R_LAYERS = 12,
+       R_FRAME = 32, R_PART = 34, R_END = 36, R_ITEMS = 48, R_DATA = 50, R_FLOATS = 54,
+       R_FRAMES = 64, R_SPANS = 66, R_BOXES = 68, R_STAGES = 70, R_ROOT = 73 };
 enum { HAS_FREQUENCY_STEPS = 1, HAS_ROW_STEPS = 2, HAS_ENERGIES = 4, HAS_ESCAPES = 8 };
 
 /* --- numbers, hashes, deflate ----------------------------------------------------------------- */
@@ -321,12 +322,17 @@ typedef struct fields {
 
 typedef struct tensor {
     wv_tensor is;
-    uint8_t *room;       /* being filled; NULL: not begun, or skipped */
-    uint64_t have;       /* elements of it that are there */
-    sha256 *sha;
-    uint32_t first_frame, frames;
-    uint8_t begun, done;
+    uint8_t *room;       /* to be filled; NULL: not begun, or skipped */
+    uint8_t *into;       /* where layers are summed: the room, or memory of our own */
+    uint64_t have;       /* elements of the layer that are there */
+    sha256 *sha;         /* of a quantized layer that is checked */
+    uint32_t mask;       /* section 3.1 */
+    uint8_t layer, left; /* layers that are there, and to come */
+    uint8_t begun;       /* what the layer that has begun is: a NOTHING, PARTS, ITEMS */
+    uint8_t added, done;
 } tensor;
+
+enum { NOTHING, PARTS, ITEMS };
 
 typedef struct side_file {
     const char *path;
@@ -334,18 +340,25 @@ typedef struct side_file {
     uint32_t bytes;
 } side_file;
 
+/* Escapes of a part that are to come. */
+typedef struct escapes {
+    fields gaps, numbers;
+    uint32_t left;
+    uint64_t next; /* place */
+} escapes;
+
 /* A part (section 4) and the state of its arrival. */
 typedef struct part {
-    uint8_t *record, *memory; /* copy of its record; tables */
+    uint8_t *memory, *record; /* tables; copy of its record if it goes on in the next frame */
     tensor *of;
     uint64_t first;           /* element */
     uint32_t column, rows, columns, channels, kernel, size, have;
-    uint32_t axes, bases[4], escapes;
+    uint32_t axes, bases[4];
     uint8_t method, shift;
     float step;
     const uint8_t *frequency_steps, *row_steps, *energies;
-    fields gaps, numbers;     /* of the escapes */
-    uint8_t *levels;          /* at the end of the part's room, row by row */
+    escapes escapes;
+    uint8_t *levels;          /* row by row: at the end of the part's room, or behind the tables */
     uint32_t *row_order, *column_order, row_start[MAX_ENERGY + 2], column_start[2 * MAX_ENERGY + 2];
     int class_, row_energy;   /* rectangle being filled, and the place in it */
     uint32_t row, at_column;
@@ -366,7 +379,8 @@ struct wv_archive {
     const uint8_t *data;     /* all of the file, if it is in memory */
     int stage, decoder_open, stream;
     uint32_t width, height;
-    uint32_t tensors, names, found_files, found_pairs, found_bases, frame_count, frame, boxes;
+    uint32_t tensors, names, found_files, found_pairs, found_bases, frame;
+    uint32_t shown;          /* number of the frame that the built-in decoder shows, and 1 */
     tensor *all;             /* tensors, then aliases */
     uint32_t *table, table_size; /* of names: place + 1, by hash */
     uint8_t *header, *index; /* bodies */
@@ -375,9 +389,12 @@ struct wv_archive {
     side_file *files;
     const char **pairs;
     const uint8_t **bases;   /* K first */
-    uint64_t body, *frame_at, boxes_at;
-    fields box_list;
-    buffer box, packet, sidecar;
+    wv_archive *base;        /* what an update adds to, and its root in the header */
+    const uint8_t *base_root, *root;
+    uint32_t layers, all_layers, switches; /* read, of all; times that frames came after exact boxes */
+    uint64_t body;
+    fields lists[4];         /* of the index: frames, spans, boxes, stages */
+    buffer packet, sidecar;
     fields sidecar_body;
     part *open;
     const wv_sink *sink;
@@ -390,6 +407,8 @@ struct wv_archive {
     uint32_t head_have;
     size_t box_have, box_size;
     wv_status failed;
+    int exact_seen;
+    uint32_t missing;        /* the first tensor that is not done */
     uint8_t *luma;           /* of the built-in decoder */
     void *hevc, *hevc_memory;
 };
@@ -605,8 +624,9 @@ static wv_status read_tensors(wv_archive *a, fields f, char **texts, uint64_t *s
         for (uint32_t axis = 0; axis < t->axes; axis++) {
             uint64_t size = *shapes++ = leb(&f, MAX_ELEMENTS);
             t->elements *= size; /* 0, or checked below */
-            if (size && (product *= size) > MAX_ELEMENTS)
+            if (size > MAX_ELEMENTS / product)
                 return WV_LIMIT;
+            product *= size ? size : 1;
         }
         if (f.bad)
             return f.bad;
@@ -634,12 +654,26 @@ static wv_status read_aliases(wv_archive *a, fields f, char **texts)
     return ends(&f);
 }
 
+/* Whether the base, if one was given, is the one that the header names, with all its layers. */
+static wv_status check_base(const wv_archive *a)
+{
+    const wv_archive *b = a->base;
+    return !b || (a->base_root && b->root && MATCHES(!memcmp(b->root, a->base_root, 32))
+                  && b->layers >= b->all_layers && (!b->base_root || b->base)) ? WV_OK : WV_BASE;
+}
+
+/* Where a tensor is, of the layers that are read: section 3.1. */
+static uint32_t mask_of(const wv_archive *a, const tensor *t)
+{
+    return t->mask & ((2u << a->layers) - 1);
+}
+
 static wv_status read_header(wv_archive *a, fields body)
 {
-    fields kinds[6] = {{0}}, data;
-    uint64_t type, counts[6] = {0}, axes = 0;
+    fields kinds[7] = {{0}}, data;
+    uint64_t type, counts[7] = {0}, axes = 0;
     while (record(&body, &type, &data)) {
-        if (type > R_BASES || type < R_TENSORS || type & 1) {
+        if (type > R_LAYERS || type < R_TENSORS || type & 1) {
             RETURN_IF(unknown(type));
             continue;
         }
@@ -725,10 +759,21 @@ static wv_status read_header(wv_archive *a, fields body)
         uint64_t size = leb(&kinds[5], MAX_KERNEL);
         take(&kinds[5], 4 * size * size);
     }
-    for (int i = 3; i < 6; i++)
+    a->all_layers = kinds[6].at ? (uint32_t)leb(&kinds[6], MAX_LAYERS) : 1;
+    fields root = kinds[6].at ? sub(&kinds[6], 32) : kinds[6];
+    a->base_root = root.at == root.end ? NULL : root.at;
+    for (uint32_t i = 0; i < a->tensors; i++) {
+        uint32_t mask = kinds[6].at ? (uint32_t)leb(&kinds[6], (2u << a->all_layers) - 1) : 2;
+        if (!mask || (mask & 1 && !a->base_root))
+            kinds[6].bad = kinds[6].bad ? kinds[6].bad : WV_FORMAT;
+        a->all[i].mask = mask;
+    }
+    if (!a->all_layers || (a->base_root && root.end - root.at != 32))
+        return kinds[6].bad ? kinds[6].bad : WV_FORMAT;
+    for (int i = 3; i < 7; i++)
         if (kinds[i].at)
             RETURN_IF(ends(&kinds[i]));
-    return WV_OK;
+    return check_base(a);
 }
 
 static const uint8_t *child(const uint8_t *data, size_t size, const char *kind, size_t *found)
@@ -818,71 +863,100 @@ static uint16_t bfloat_of(float value)
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-static int little_endian(void)
+/* Bytes of an element as a number, and back: little-endian in the file, the machine's own in memory,
+   where each of a complex number's two components is. */
+static uint32_t byte_at(wv_dtype type, uint32_t size, uint32_t byte)
 {
     static const uint16_t one = 1;
-    uint8_t first;
-    memcpy(&first, &one, 1);
-    return first;
+    uint8_t little;
+    memcpy(&little, &one, 1);
+    if (type >= WV_C64 && type <= WV_C32 && size < 16)
+        size /= 2;
+    return little ? byte : byte - byte % size + size - 1 - byte % size;
 }
 
-/* Writes one element, given as little-endian bytes of the tensor's type, in the wanted type. */
-static void put_element(const wv_tensor *t, wv_dtype type, const uint8_t *element, uint8_t *out)
+static uint64_t get_bits(wv_dtype type, uint32_t size, const uint8_t *from)
 {
-    uint32_t size = size_of(t->dtype);
-    if (type == WV_STORED || type == t->dtype) {
-        /* Complex numbers have two components. */
-        uint32_t unit = t->dtype >= WV_C64 && t->dtype <= WV_C32 ? size / 2 : size;
-        for (uint32_t i = 0; i < size; i++)
-            out[i] = element[little_endian() ? i : i - i % unit + unit - 1 - i % unit];
-        return;
-    }
-    float value;
-    uint32_t low = (uint32_t)element[0] | (uint32_t)element[1] << 8;
-    if (t->dtype == WV_F64) {
-        uint64_t bits = (uint64_t)le32(element + 4) << 32 | le32(element);
-        double wide;
-        memcpy(&wide, &bits, 8);
-        value = (float)wide;
-    } else {
-        value = t->dtype == WV_F32 ? float_of(le32(element))
-              : t->dtype == WV_F16 ? float_of_half(low) : float_of(low << 16);
-    }
-    uint16_t half = half_of(value);
-    memcpy(out, type == WV_F32 ? (const void *)&value : (const void *)&half, type == WV_F32 ? 4 : 2);
+    uint64_t bits = 0;
+    for (uint32_t i = 0; i < size; i++)
+        bits |= (uint64_t)from[byte_at(type, size, i)] << 8 * i;
+    return bits;
 }
 
-/* Writes a row of weights: rounded to the tensor's type, hashed, and in the wanted type. */
-static void put_row(const tensor *t, wv_dtype type, const float *row, uint32_t count, uint8_t *out)
+static void put_bits(wv_dtype type, uint32_t size, uint64_t bits, uint8_t *to)
 {
-    uint32_t size = size_of(t->is.dtype), wide = size_as(&t->is, type);
-    if (t->is.dtype == WV_F32 && wide == 4 && little_endian()) {
-        memcpy(out, row, 4 * (size_t)count);
-        if (t->sha)
-            sha_add(t->sha, out, 4 * (size_t)count);
-        return;
-    }
-    for (uint32_t i = 0; i < count; i++, out += wide) {
-        uint8_t element[8];
-        uint64_t bits = bits_of(row[i]);
-        if (t->is.dtype == WV_F64) {
-            double exact = row[i];
-            memcpy(&bits, &exact, 8);
-        } else if (t->is.dtype != WV_F32) {
-            bits = t->is.dtype == WV_F16 ? half_of(row[i]) : bfloat_of(row[i]);
+    for (uint32_t i = 0; i < size; i++)
+        to[byte_at(type, size, i)] = (uint8_t)(bits >> 8 * i);
+}
+
+static float float_from(wv_dtype type, uint64_t bits)
+{
+    double wide;
+    memcpy(&wide, &bits, 8);
+    return type == WV_F64 ? (float)wide : type == WV_F32 ? float_of((uint32_t)bits)
+         : type == WV_F16 ? float_of_half((uint32_t)bits) : float_of((uint32_t)bits << 16);
+}
+
+static uint64_t bits_from_float(wv_dtype type, float value)
+{
+    double wide = value;
+    uint64_t bits;
+    memcpy(&bits, &wide, 8);
+    return type == WV_F64 ? bits : type == WV_F32 ? bits_of(value)
+         : type == WV_F16 ? half_of(value) : bfloat_of(value);
+}
+
+/* Writes an element of a tensor, given by its bits, in a type. */
+static void put_element(const tensor *t, wv_dtype as, uint64_t bits, uint8_t *to)
+{
+    if (as != t->is.dtype)
+        bits = bits_from_float(as, float_from(t->is.dtype, bits));
+    put_bits(as, size_of(as), bits, to);
+}
+
+/* Writes a row of weights: added to what is there, rounded to the tensor's type, and hashed. */
+static void put_row(const tensor *t, wv_dtype as, float *row, uint32_t count, uint8_t *to)
+{
+    const wv_dtype type = t->is.dtype;
+    const uint32_t size = size_of(type), wide = size_of(as);
+    if (type == WV_F32 && as == WV_F32 && !byte_at(type, 4, 0)) {
+        for (uint32_t i = 0; t->added && i < count; i++) {
+            float below;
+            memcpy(&below, to + 4 * (size_t)i, 4);
+            row[i] = row[i] + below;
         }
+        memcpy(to, row, 4 * (size_t)count);
+        if (t->sha)
+            sha_add(t->sha, to, 4 * (size_t)count);
+        return;
+    }
+    for (uint32_t i = 0; i < count; i++, to += wide) {
+        uint8_t element[8];
+        float value = row[i];
+        if (t->added)
+            value = value + float_from(type, get_bits(type, size, to));
+        uint64_t bits = bits_from_float(type, value);
         for (uint32_t byte = 0; byte < size; byte++)
             element[byte] = (uint8_t)(bits >> 8 * byte);
         if (t->sha)
             sha_add(t->sha, element, size);
-        put_element(&t->is, type, element, out);
+        put_element(t, as, bits, to);
     }
 }
 
-/* The kernel matrix M (section 5.4): what a level of frequency f adds to position i. */
-static wv_status kernel_matrix(const wv_archive *a, const part *p, int16_t *matrix)
+/* Type in which a tensor's elements lie while it is read: layers are added in its own. */
+static wv_dtype type_of(const wv_archive *a, const tensor *t)
+{
+    const wv_dtype wanted = a->only ? a->only_type : a->sink->type;
+    return t->into != t->room || !size_as(&t->is, wanted) || wanted == WV_STORED ? t->is.dtype : wanted;
+}
+
+/* The kernel matrix M (section 5.4): what a level of frequency f adds to position i. Two positions
+   share a number, low + 2^32 high: one multiplication and one addition do both. */
+static wv_status kernel_matrix(const wv_archive *a, const part *p, int64_t *matrix)
 {
     const float scale = (float)(1u << p->shift);
+    const uint32_t pairs = (p->kernel + 1) / 2;
     for (uint32_t i = 0; i < p->kernel; i++) {
         int32_t sum = 0;
         for (uint32_t f = 0; f < p->kernel; f++) {
@@ -905,7 +979,8 @@ static wv_status kernel_matrix(const wv_archive *a, const part *p, int16_t *matr
             /* To the nearest integer, ties to even, as additions round. */
             volatile float rounded = product + 12582912.0f;
             int32_t m = (int32_t)(rounded - 12582912.0f);
-            matrix[f * p->kernel + i] = (int16_t)m;
+            int64_t *to = matrix + (size_t)f * pairs + i / 2;
+            *to = i & 1 ? *to + m * ((int64_t)1 << 32) : m;
             sum += m < 0 ? -m : m;
             if (sum > MAX_GAIN)
                 return WV_LIMIT;
@@ -914,110 +989,105 @@ static wv_status kernel_matrix(const wv_archive *a, const part *p, int16_t *matr
     return WV_OK;
 }
 
-/* Replaces the escapes of a row (section 5.2), or lists them by calling back for each. */
-static int next_escape(part *p, uint64_t end, uint64_t *next, float *number)
+/* Number i of pairs. */
+static int32_t of_pair(const int64_t *pairs, uint32_t i)
 {
-    if (!p->escapes || *next >= end)
-        return 0;
-    *number = float_of(le32(take(&p->numbers, 4)));
-    return 1;
+    const int64_t both = pairs[i / 2];
+    const int32_t low = (int32_t)(uint32_t)both;
+    return i & 1 ? (int32_t)((both - low) / ((int64_t)1 << 32)) : low;
 }
 
-static void pass_escape(part *p, uint64_t *next)
+/* The next escape (section 5.2) before a place of the part. */
+static int next_escape(escapes *e, uint64_t end, uint64_t *place, float *number)
 {
-    if (--p->escapes)
-        *next += leb(&p->gaps, MAX_PART) + 1;
+    if (!e->left || e->next >= end)
+        return 0;
+    *place = e->next;
+    *number = float_of(le32(take(&e->numbers, 4)));
+    if (--e->left)
+        e->next += leb(&e->gaps, MAX_PART) + 1;
+    return 1;
 }
 
 /* Weights of a part from its levels, from the first row to the last: a row is written where the
    levels of later rows don't lie. */
 static wv_status dequantize(wv_archive *a, part *p)
 {
-    typedef union { int32_t integer; float real; } sum;
+    typedef union { int32_t integer; float real; } value;
     const uint32_t columns = p->columns, channels = p->channels, kernel = p->kernel;
-    const uint32_t wide = a->levels ? 4 : size_as(&p->of->is, a->only ? a->only_type : a->sink->type);
-    const wv_dtype type = a->only ? a->only_type : a->sink->type;
-    const size_t matrix_bytes = p->axes ? 2 * (size_t)kernel * kernel : 0;
-    uint8_t *scratch = take_memory(a, matrix_bytes + 6 * (size_t)columns + 8);
-    if (!scratch)
+    const uint32_t pairs = p->axes ? (kernel + 1) / 2 : 0;
+    const wv_dtype as = type_of(a, p->of);
+    const int trellis = p->method, integers = a->levels;
+    const uint32_t wide = integers ? 4 : size_of(as);
+    int64_t *sums = take_memory(a, 8 * (size_t)pairs * (1 + kernel) + 6 * (size_t)columns);
+    if (!sums)
         return WV_MEMORY;
-    sum *sums = (sum *)(void *)scratch;
-    int16_t *n = (int16_t *)(void *)(scratch + 4 * (size_t)columns), *matrix = n + columns;
+    int64_t *matrix = sums + pairs;
+    value *values = (value *)(void *)(matrix + (size_t)kernel * pairs);
+    int16_t *n = (int16_t *)(void *)(values + columns);
     wv_status status = p->axes ? kernel_matrix(a, p, matrix) : WV_OK;
     const float unit = p->step * float_of((127u - p->shift - (p->method ? 2 : 0)) << 23);
-    uint64_t next = p->escapes ? leb(&p->gaps, MAX_PART) : 0;
-    uint8_t *out = p->of->room + p->first * wide;
+    escapes late = p->escapes;
+    uint8_t *out = p->of->into + p->first * wide;
     for (uint32_t row = 0; row < p->rows && !status; row++, out += (size_t)columns * wide) {
         const int8_t *levels = (const int8_t *)(p->levels + (size_t)row * columns);
         const uint64_t begin = (uint64_t)row * columns;
         uint32_t state = 0;
-        for (uint32_t j = 0; j < columns; j++) {
-            int k = levels[j];
-            n[j] = (int16_t)k;
-            if (p->method) {
-                n[j] = (int16_t)(4 * k + (int)(state & 2));
-                state = (state << 1 | (((uint32_t)k ^ state ^ state >> 2) & 1)) & 7;
-            }
-        }
+        uint64_t place;
         float number;
-        if (!p->axes) {
-            for (uint32_t j = 0; j < columns; j++)
-                if (a->levels)
-                    sums[j].integer = n[j];
-                else
-                    sums[j].real = (float)n[j];
-            for (; next_escape(p, begin + columns, &next, &number); pass_escape(p, &next)) {
-                if (!a->levels)
-                    sums[next - begin].real = number;
-                else if (number > -2147483648.0f && number < 2147483648.0f)
-                    sums[next - begin].integer = (int32_t)number;
-                else
-                    status = WV_LEVELS;
-            }
-            if (a->levels) {
-                memcpy(out, sums, 4 * (size_t)columns);
-                continue;
-            }
-        } else {
-            const fields gaps = p->gaps, numbers = p->numbers;
-            const uint32_t escapes = p->escapes;
-            const uint64_t first = next;
-            for (; next_escape(p, begin + columns, &next, &number); pass_escape(p, &next))
-                n[next - begin] = 0;
-            memset(sums, 0, columns * sizeof *sums);
+        for (uint32_t j = 0; j < columns && !trellis; j++)
+            n[j] = levels[j];
+        for (uint32_t j = 0; j < columns && trellis; j++) {
+            const int k = levels[j];
+            n[j] = (int16_t)(4 * k + (int)(state & 2)); /* higher bits of the state don't matter */
+            state = state << 1 | (((uint32_t)k ^ state ^ state >> 2) & 1);
+        }
+        while (next_escape(&p->escapes, begin + columns, &place, &number))
+            n[place - begin] = 0;
+        for (uint32_t j = 0; j < columns && !pairs; j++)
+            if (integers)
+                values[j].integer = n[j];
+            else
+                values[j].real = (float)n[j];
+        for (uint32_t c = 0; c < channels && pairs; c++) {
+            memset(sums, 0, pairs * sizeof *sums);
             for (uint32_t f = 0; f < kernel; f++) {
-                const int16_t *weights = matrix + (size_t)f * kernel;
-                for (uint32_t c = 0; c < channels; c++) {
-                    const int32_t level = n[(size_t)f * channels + c];
-                    sum *to = sums + (size_t)c * kernel;
-                    if (level)
-                        for (uint32_t i = 0; i < kernel; i++)
-                            to[i].integer += level * weights[i];
-                }
+                const int64_t level = n[(size_t)f * channels + c], *weights = matrix + (size_t)f * pairs;
+                if (level)
+                    for (uint32_t i = 0; i < pairs; i++)
+                        sums[i] += level * weights[i];
             }
-            for (uint32_t j = 0; j < columns; j++)
-                sums[j].real = (float)sums[j].integer;
-            p->gaps = gaps;
-            p->numbers = numbers;
-            p->escapes = escapes;
-            next = first;
-            for (; next_escape(p, begin + columns, &next, &number); pass_escape(p, &next)) {
-                const uint32_t place = (uint32_t)(next - begin);
-                sum *to = sums + (size_t)(place % channels) * kernel;
+            for (uint32_t i = 0; i < kernel; i++)
+                values[(size_t)c * kernel + i].real = (float)of_pair(sums, i);
+        }
+        while (next_escape(&late, begin + columns, &place, &number)) {
+            const uint32_t at = (uint32_t)(place - begin), f = at / channels;
+            if (integers && !(number > -2147483648.0f && number < 2147483648.0f))
+                status = WV_LEVELS;
+            else if (integers)
+                values[at].integer = (int32_t)number;
+            else if (!p->axes)
+                values[at].real = number;
+            else
                 for (uint32_t i = 0; i < kernel; i++) {
-                    float product = number * (float)matrix[(size_t)(place / channels) * kernel + i];
-                    to[i].real = to[i].real + product;
+                    float *to = &values[(size_t)(at % channels) * kernel + i].real;
+                    const float product = number * (float)of_pair(matrix + (size_t)f * pairs, i);
+                    *to = *to + product;
                 }
-            }
+        }
+        if (integers) {
+            memcpy(out, values, 4 * (size_t)columns);
+            continue;
         }
         const float factor = p->row_steps ? quarter_octaves(p->row_steps[row]) : 1;
         for (uint32_t j = 0; j < columns; j++) {
-            float value = sums[j].real * unit;
-            sums[j].real = p->row_steps ? value * factor : value;
+            const float product = values[j].real * unit;
+            values[j].real = product * factor; /* a factor of 1 changes nothing */
         }
-        put_row(p->of, type, &sums[0].real, columns, out);
+        put_row(p->of, as, &values[0].real, columns, out);
     }
-    give_memory(a, scratch);
+    give_memory(a, sums);
+    p->of->have += p->size;
     return status;
 }
 
@@ -1077,15 +1147,17 @@ static wv_status parse_part(wv_archive *a, fields f, part *p)
                 return WV_FORMAT;
     }
     if (has & HAS_ESCAPES) {
-        p->escapes = (uint32_t)leb(&f, (uint64_t)(f.end - f.at) / 5);
+        escapes *e = &p->escapes;
+        e->left = (uint32_t)leb(&f, (uint64_t)(f.end - f.at) / 5);
         uint64_t place = 0;
-        p->gaps = f;
-        for (uint32_t i = 0; i < p->escapes; i++)
+        e->gaps = f;
+        for (uint32_t i = 0; i < e->left; i++)
             place += leb(&f, MAX_PART) + 1;
-        p->numbers = f;
-        take(&f, 4 * (uint64_t)p->escapes);
-        if (!f.bad && (!p->escapes || place > size))
+        e->numbers = f;
+        take(&f, 4 * (uint64_t)e->left);
+        if (!f.bad && (!e->left || place > size))
             return WV_FORMAT;
+        e->next = leb(&e->gaps, MAX_PART);
     }
     return ends(&f);
 }
@@ -1125,15 +1197,6 @@ static void next_rectangle(part *p)
         p->at_column = p->column_start[c + 1];
         return;
     }
-}
-
-static wv_status finish_part(wv_archive *a, part *p)
-{
-    wv_status status = dequantize(a, p);
-    if (!status)
-        p->of->have += p->size;
-    give_memory(a, p->memory);
-    return status;
 }
 
 /* Takes the next levels of a part, in coding order. */
@@ -1180,36 +1243,89 @@ static void gather(const wv_archive *a, part *p, uint32_t column, const uint8_t 
     }
 }
 
-/* Asks for the room of a tensor that begins; 1: it is wanted. */
-static wv_status begin(wv_archive *a, tensor *t, int *wanted)
+/* Elements that a tensor of an update has in the base. */
+static wv_status from_base(wv_archive *a, const tensor *t, wv_dtype as, void *to)
+{
+    if (!a->base)
+        return WV_BASE;
+    const uint32_t found = *slot_of(a->base, t->is.name, t->is.name_bytes);
+    const wv_tensor *b = found ? &a->base->all[found - 1].is : NULL;
+    if (!b || b->dtype != t->is.dtype || b->axes != t->is.axes
+        || (b->axes && memcmp(b->shape, t->is.shape, b->axes * sizeof *b->shape)))
+        return WV_BASE;
+    return wv_load(a->base, b, as, to, wv_bytes(b, as));
+}
+
+static void finish_tensor(wv_archive *a, tensor *t, wv_status status)
+{
+    uint8_t *room = t->room;
+    if (t->into != room) {
+        const wv_dtype type = t->is.dtype, as = a->only ? a->only_type : a->sink->type;
+        const uint32_t size = size_of(type), wide = size_of(as);
+        for (uint64_t i = 0; (!status || status == WV_COARSE) && i < t->is.elements; i++)
+            put_element(t, as, get_bits(type, size, t->into + i * size), room + i * wide);
+        give_memory(a, t->into);
+    }
+    give_memory(a, t->sha);
+    t->sha = NULL;
+    t->room = t->into = NULL;
+    t->begun = NOTHING;
+    t->done = 1;
+    if (room && !a->only)
+        a->sink->end(a->sink->user, &t->is, room, status);
+}
+
+static void finish_layer(wv_archive *a, tensor *t)
+{
+    t->begun = NOTHING;
+    t->layer++;
+    if (!--t->left)
+        finish_tensor(a, t, WV_OK);
+}
+
+/* Asks for the room of a tensor, and gets what its first layer is added to. */
+static wv_status begin_tensor(wv_archive *a, tensor *t)
+{
+    const uint32_t mask = mask_of(a, t), added = mask & (mask - 1);
+    const wv_dtype wanted = a->only ? a->only_type : a->sink->type;
+    const wv_dtype as = size_as(&t->is, wanted) && wanted != WV_STORED ? wanted : t->is.dtype;
+    const uint64_t bytes = t->is.elements * size_of(as), own = t->is.elements * size_of(t->is.dtype);
+    if (bytes > SIZE_MAX || own > SIZE_MAX)
+        return WV_MEMORY;
+    if (!a->only)
+        t->room = a->sink->begin(a->sink->user, &t->is, (size_t)bytes);
+    t->into = t->room;
+    if (!t->room)
+        return WV_OK;
+    if (!t->left)
+        return from_base(a, t, as, t->room);
+    if (added && as != t->is.dtype && !(t->into = take_memory(a, (size_t)own))) {
+        t->into = t->room;
+        return WV_MEMORY;
+    }
+    return t->mask & 1 ? from_base(a, t, WV_STORED, t->into) : WV_OK;
+}
+
+/* Begins a layer of a tensor, or goes on with it. */
+static wv_status begin(wv_archive *a, tensor *t, int kind, int *wanted)
 {
     *wanted = 0;
     if (a->only && a->only != t)
         return WV_OK;
     if (!t->begun) {
-        if (t->done)
+        if (!t->left || t->done)
             return WV_FORMAT;
-        t->begun = 1;
+        if (!t->layer)
+            RETURN_IF(begin_tensor(a, t));
+        t->begun = (uint8_t)kind;
+        t->added = t->layer || t->mask & 1;
         t->have = 0;
-        if (!a->only) {
-            wv_dtype type = size_as(&t->is, a->sink->type) ? a->sink->type : WV_STORED;
-            uint64_t bytes = t->is.elements * size_as(&t->is, type);
-            if (bytes > SIZE_MAX)
-                return WV_MEMORY;
-            t->room = a->sink->begin(a->sink->user, &t->is, (size_t)bytes);
-        }
-        if (t->room && a->checks == WV_CHECK_ALL) {
-            t->sha = take_memory(a, sizeof *t->sha);
-            if (!t->sha)
-                return WV_MEMORY;
-            sha_start(t->sha);
-        }
     }
     *wanted = t->room != NULL;
-    return WV_OK;
+    return t->begun == kind ? WV_OK : WV_FORMAT;
 }
 
-static wv_status start_part(wv_archive *a, part *p, fields record_data)
+static wv_status start_part(wv_archive *a, part *p)
 {
     tensor *t = p->of;
     if (p->first != t->have)
@@ -1218,21 +1334,22 @@ static wv_status start_part(wv_archive *a, part *p, fields record_data)
         return WV_LEVELS;
     if (a->levels && !p->first)
         a->levels_step = p->step;
-    const wv_dtype type = a->only ? a->only_type : a->sink->type;
-    const uint32_t wide = a->levels ? 4 : size_as(&t->is, type);
+    if (!p->first && !a->levels && (t->added || a->checks == WV_CHECK_ALL)) {
+        t->sha = take_memory(a, sizeof *t->sha);
+        if (!t->sha)
+            return WV_MEMORY;
+        sha_start(t->sha);
+    }
+    const uint32_t wide = a->levels ? 4 : size_of(type_of(a, t));
     const size_t orders = p->energies ? 4 * ((size_t)p->rows + p->columns) : 0;
-    const size_t bytes = (size_t)(record_data.end - record_data.at);
-    p->memory = take_memory(a, orders + bytes);
-    if (!p->memory)
-        return WV_MEMORY;
-    p->record = p->memory + orders;
-    memcpy(p->record, record_data.at, bytes);
-    const uint8_t **pointers[7] = {&p->frequency_steps, &p->row_steps, &p->energies,
-                                   &p->gaps.at, &p->gaps.end, &p->numbers.at, &p->numbers.end};
-    for (int i = 0; i < 7; i++)
-        if (*pointers[i])
-            *pointers[i] = p->record + (*pointers[i] - record_data.at);
-    p->levels = t->room + (p->first + p->size) * wide - p->size;
+    p->levels = t->into + (p->first + p->size) * wide - p->size;
+    if (orders || t->added) {
+        p->memory = take_memory(a, orders + (t->added ? p->size : 0));
+        if (!p->memory)
+            return WV_MEMORY;
+    }
+    if (t->added)
+        p->levels = p->memory + orders;
     if (p->energies) {
         const uint8_t *channels = p->energies + p->rows;
         p->row_order = (uint32_t *)(void *)p->memory;
@@ -1247,16 +1364,37 @@ static wv_status start_part(wv_archive *a, part *p, fields record_data)
     return WV_OK;
 }
 
-static void finish_tensor(wv_archive *a, tensor *t, wv_status status)
+/* Keeps a part that goes on in the next frame, with its record: the sidecar goes. */
+static wv_status keep_part(wv_archive *a, const part *from, fields record_data)
 {
-    void *room = t->room;
-    give_memory(a, t->sha);
-    t->sha = NULL;
-    t->room = NULL;
-    t->begun = 0;
-    t->done = 1;
-    if (room && !a->only)
-        a->sink->end(a->sink->user, &t->is, room, status);
+    const size_t bytes = (size_t)(record_data.end - record_data.at);
+    part *p = a->open = take_memory(a, sizeof *p);
+    if (!p) {
+        give_memory(a, from->memory);
+        return WV_MEMORY;
+    }
+    *p = *from;
+    p->record = take_memory(a, bytes);
+    if (!p->record)
+        return WV_MEMORY;
+    memcpy(p->record, record_data.at, bytes);
+    const uint8_t **pointers[7] = {&p->frequency_steps, &p->row_steps, &p->energies,
+                                   &p->escapes.gaps.at, &p->escapes.gaps.end,
+                                   &p->escapes.numbers.at, &p->escapes.numbers.end};
+    for (int i = 0; i < 7; i++)
+        if (*pointers[i])
+            *pointers[i] = p->record + (*pointers[i] - record_data.at);
+    return WV_OK;
+}
+
+static void drop_part(wv_archive *a)
+{
+    if (a->open) {
+        give_memory(a, a->open->memory);
+        give_memory(a, a->open->record);
+        give_memory(a, a->open);
+        a->open = NULL;
+    }
 }
 
 static wv_status take_end(wv_archive *a, fields f)
@@ -1269,44 +1407,53 @@ static wv_status take_end(wv_archive *a, fields f)
     RETURN_IF(ends(&f));
     if (a->levels || (a->only && a->only != t))
         return WV_OK;
-    if (!t->begun || (t->room && t->have != t->is.elements))
+    if (t->begun != PARTS || (t->room && t->have != t->is.elements))
         return WV_FORMAT;
-    wv_status status = t->sha && !MATCHES(sha_is(t->sha, head, 8)) ? WV_DIGEST : WV_OK;
-    finish_tensor(a, t, status);
-    return status;
+    const int right = !t->sha || MATCHES(sha_is(t->sha, head, 8));
+    give_memory(a, t->sha);
+    t->sha = NULL;
+    if (right)
+        finish_layer(a, t);
+    else
+        finish_tensor(a, t, WV_DIGEST);
+    return right ? WV_OK : WV_DIGEST;
 }
 
-static wv_status take_frame(wv_archive *a, fields body, const uint8_t *packet, size_t bytes)
+/* Takes a frame; without its packet the one that the built-in decoder shows. */
+static wv_status take_frame(wv_archive *a, uint32_t number, const uint8_t *packet, size_t bytes)
 {
-    const uint8_t *luma = NULL;
-    size_t stride = 0;
+    const uint8_t *luma = a->luma;
+    size_t stride = a->width;
     const uint32_t capacity = a->height / BAND * a->width;
-    fields all = body, data;
+    fields all = a->sidecar_body, data;
     uint64_t type;
-    RETURN_IF(a->decoder.decode(a->decoder.user, packet, bytes, &luma, &stride));
-    if (a->checks != WV_CHECK_NONE) {
-        sha256 sha;
-        sha_start(&sha);
-        for (uint32_t y = 0; y < a->height; y++)
-            sha_add(&sha, luma + y * stride, a->width);
-        while (record(&all, &type, &data) && type != R_FRAME)
-            ;
-        leb(&data, MAX_FRAMES);
-        if (!MATCHES(sha_is(&sha, take(&data, 32), 32)))
-            return WV_DIGEST;
+    if (packet) {
+        a->shown = 0;
+        RETURN_IF(a->decoder.decode(a->decoder.user, packet, bytes, &luma, &stride));
+        if (a->checks != WV_CHECK_NONE) {
+            sha256 sha;
+            sha_start(&sha);
+            for (uint32_t y = 0; y < a->height; y++)
+                sha_add(&sha, luma + y * stride, a->width);
+            while (record(&all, &type, &data) && type != R_FRAME)
+                ;
+            leb(&data, MAX_FRAMES);
+            if (!MATCHES(sha_is(&sha, take(&data, 32), 32)))
+                return WV_DIGEST;
+        }
+        a->shown = a->hevc ? number + 1 : 0;
     }
     uint64_t free = 0;
     if (a->open) {
         free = (a->open->size - a->open->have + BAND - 1) / BAND;
         gather(a, a->open, 0, luma, stride);
         if (a->open->have == a->open->size) {
-            wv_status status = finish_part(a, a->open);
-            give_memory(a, a->open);
-            a->open = NULL;
+            wv_status status = dequantize(a, a->open);
+            drop_part(a);
             RETURN_IF(status);
         }
     }
-    for (all = body; record(&all, &type, &data);) {
+    for (all = a->sidecar_body; record(&all, &type, &data);) {
         part p;
         int wanted;
         if (type != R_PART)
@@ -1315,23 +1462,22 @@ static wv_status take_frame(wv_archive *a, fields body, const uint8_t *packet, s
         if (p.column < free || p.column >= capacity)
             return WV_FORMAT;
         free = p.column + (p.size + BAND - 1) / BAND;
-        RETURN_IF(begin(a, p.of, &wanted));
+        RETURN_IF(begin(a, p.of, PARTS, &wanted));
         if (!wanted)
             continue;
-        RETURN_IF(start_part(a, &p, data));
-        gather(a, &p, p.column, luma, stride);
-        if (p.have == p.size) {
-            RETURN_IF(finish_part(a, &p));
-            continue;
+        wv_status status = start_part(a, &p);
+        if (!status) {
+            gather(a, &p, p.column, luma, stride);
+            if (p.have < p.size) {
+                RETURN_IF(keep_part(a, &p, data));
+                continue;
+            }
+            status = dequantize(a, &p);
         }
-        a->open = take_memory(a, sizeof p);
-        if (!a->open) {
-            give_memory(a, p.memory);
-            return WV_MEMORY;
-        }
-        *a->open = p;
+        give_memory(a, p.memory);
+        RETURN_IF(status);
     }
-    for (all = body; record(&all, &type, &data);)
+    for (all = a->sidecar_body; record(&all, &type, &data);)
         if (type == R_END)
             RETURN_IF(take_end(a, data));
     return all.bad;
@@ -1339,93 +1485,261 @@ static wv_status take_frame(wv_archive *a, fields body, const uint8_t *packet, s
 
 /* --- exact tensors (section 6) ---------------------------------------------------------------- */
 
-static wv_status take_exact(wv_archive *a, const uint8_t *payload, size_t size)
+/* Takes the bits of an exact element; in a layer that is added, of how far they are from those before. */
+static void put_exact(const tensor *t, wv_dtype as, uint64_t bits, uint8_t *to)
 {
-    fields body, items = {0}, data = {0}, one;
-    uint64_t type;
-    RETURN_IF(open_body(a, payload, size, &a->sidecar, 0, &body));
-    while (record(&body, &type, &one)) {
-        fields *to = type == R_ITEMS ? &items : type == R_DATA ? &data : NULL;
-        if (!to)
-            RETURN_IF(unknown(type));
-        else if (to->at)
-            return WV_FORMAT;
-        else
-            *to = one;
-    }
-    if (body.bad || !items.at || !data.at)
-        return body.bad ? body.bad : WV_FORMAT;
-    uint64_t left = leb(&items, MAX_TENSORS), last = a->tensors ? a->tensors - 1 : 0;
-    if (left && !a->tensors)
-        return WV_LIMIT;
+    const wv_dtype type = t->is.dtype;
+    if (t->added)
+        bits = get_bits(type, size_of(type), to) + (bits >> 1 ^ (0 - (bits & 1)));
+    put_element(t, as, bits, to);
+}
+
+/* An item: elements of a tensor that follow each other. */
+typedef struct item {
+    tensor *of;
+    uint64_t first, count;
+    wv_dtype as;
+    int wanted;
+} item;
+
+static wv_status next_item(const wv_archive *a, fields *list, item *next)
+{
+    const uint64_t number = leb(list, a->tensors - 1);
+    next->first = leb(list, MAX_ELEMENTS);
+    next->count = leb(list, MAX_ELEMENTS);
+    next->of = a->all + number;
+    return list->bad ? list->bad : next->first + next->count > next->of->is.elements ? WV_FORMAT : WV_OK;
+}
+
+static wv_status begin_item(wv_archive *a, item *one)
+{
+    tensor *t = one->of;
+    RETURN_IF(begin(a, t, ITEMS, &one->wanted));
+    if (one->wanted && a->levels)
+        return WV_LEVELS;
+    if ((!a->only || a->only == t) && (one->first != t->have || (t->added && t->is.dtype == WV_C128)))
+        return WV_FORMAT;
+    one->as = one->wanted ? type_of(a, t) : WV_STORED;
+    return WV_OK;
+}
+
+static void end_item(wv_archive *a, const item *one)
+{
+    tensor *t = one->of;
+    if (t->begun != ITEMS)
+        return;
+    t->have += one->count;
+    if (t->have == t->is.elements)
+        finish_layer(a, t);
+}
+
+static wv_status take_planes(wv_archive *a, fields items, uint64_t left, fields data)
+{
     while (left) {
         /* A group: items of elements of one size, whose bytes lie in planes. */
         fields ahead = items;
         uint64_t count = 0, group = 0, at = 0;
-        uint32_t wide = 0;
+        uint32_t size = 0;
+        item one;
         for (; group < left; group++) {
-            fields before = ahead;
-            const wv_tensor *t = &a->all[leb(&ahead, last)].is;
-            uint64_t first = leb(&ahead, MAX_ELEMENTS), some = leb(&ahead, MAX_ELEMENTS);
-            RETURN_IF(ahead.bad);
-            if (first + some > t->elements)
-                return WV_FORMAT;
-            if (wide && size_of(t->dtype) != wide) {
-                ahead = before;
+            RETURN_IF(next_item(a, &ahead, &one));
+            if (size && size_of(one.of->is.dtype) != size)
                 break;
-            }
-            wide = size_of(t->dtype);
-            count += some;
+            size = size_of(one.of->is.dtype);
+            count += one.count;
         }
         if (count > MAX_BODY)
             return WV_FORMAT;
-        const uint8_t *planes = take(&data, count * wide);
+        const uint8_t *planes = take(&data, count * size);
         if (data.bad)
             return data.bad;
-        for (left -= group; group; group--) {
-            tensor *t = a->all + leb(&items, last);
-            uint64_t first = leb(&items, MAX_ELEMENTS), some = leb(&items, MAX_ELEMENTS);
-            int wanted;
-            RETURN_IF(begin(a, t, &wanted));
-            if (wanted && a->levels)
-                return WV_LEVELS;
-            if (wanted || !a->only) {
-                const wv_dtype asked = a->only ? a->only_type : a->sink->type;
-                const wv_dtype as = size_as(&t->is, asked) ? asked : WV_STORED;
-                if (first != t->have)
-                    return WV_FORMAT;
-                for (uint64_t i = 0; wanted && i < some; i++) {
-                    uint8_t element[16];
-                    for (uint32_t byte = 0; byte < wide; byte++)
-                        element[byte] = planes[byte * count + at + i];
-                    put_element(&t->is, as, element, t->room + (first + i) * size_as(&t->is, as));
+        for (left -= group; group; group--, at += one.count) {
+            RETURN_IF(next_item(a, &items, &one));
+            RETURN_IF(begin_item(a, &one));
+            const uint32_t piece = size > 8 ? 8 : size;
+            for (uint64_t i = 0; one.wanted && i < one.count; i++)
+                for (uint32_t from = 0; from < size; from += piece) {
+                    uint64_t bits = 0;
+                    for (uint32_t byte = 0; byte < piece; byte++)
+                        bits |= (uint64_t)planes[(from + byte) * count + at + i] << 8 * byte;
+                    uint8_t *to = one.of->into + (one.first + i) * size_of(one.as) + from;
+                    if (size > 8)
+                        put_bits(WV_U64, 8, bits, to);
+                    else
+                        put_exact(one.of, one.as, bits, to);
                 }
-                t->have = first + some;
-                if (t->have == t->is.elements)
-                    finish_tensor(a, t, WV_OK);
-            }
-            at += some;
+            end_item(a, &one);
         }
     }
     RETURN_IF(ends(&items));
     return ends(&data);
 }
 
-/* --- boxes, in the order of the file ---------------------------------------------------------- */
-
-static int is_ours(const uint8_t *payload, size_t size, const char *name)
+/* A plane of floats; where it is deflated, in memory of its own. */
+static wv_status read_plane(wv_archive *a, fields *data, uint64_t size, const uint8_t **plane, void **memory)
 {
-    char full[16] = {0};
-    memcpy(full, name, strlen(name));
-    return size >= 16 && !memcmp(payload, full, 16);
+    const uint64_t coded = leb(data, MAX_BODY);
+    const uint8_t *from = take(data, coded ? coded : size);
+    *plane = from;
+    if (data->bad || !coded)
+        return data->bad;
+    if (size / 1032 > coded) /* deflate makes no more of a byte */
+        return WV_FORMAT;
+    *plane = *memory = take_memory(a, (size_t)size);
+    return !*memory ? WV_MEMORY : inflate(from, (size_t)coded, *memory, (size_t)size) ? WV_FORMAT : WV_OK;
 }
 
-static wv_status take_sidecar(wv_archive *a, const uint8_t *payload, size_t size, uint32_t number)
+/* Bit-exact floats (section 6). Rows are read in their own order: where their bytes lie in the planes
+   is counted by key. `planes`: keys, top, middle, low ones. */
+static wv_status take_floats(wv_archive *a, const fields items, uint64_t left, fields data, void *memory[5])
+{
+    const uint8_t *planes[5];
+    uint64_t total = 0, rows = 0, place[96] = {0}, lows[3] = {0}, sum = 0;
+    fields ahead = items;
+    item one = {NULL, 0, 0, WV_STORED, 0};
+    wv_dtype type = WV_STORED;
+    fields lengths = data;
+    for (uint64_t i = 0; i < left; i++) {
+        RETURN_IF(next_item(a, &ahead, &one));
+        uint64_t length = leb(&data, MAX_BODY);
+        length += !length;
+        if (i && one.of->is.dtype != type)
+            return WV_FORMAT;
+        type = one.of->is.dtype;
+        total += one.count;
+        rows += one.count / length + (one.count % length != 0);
+        if (data.bad || total > MAX_BODY)
+            return data.bad ? data.bad : WV_LIMIT;
+    }
+    RETURN_IF(ends(&ahead));
+    if (type < WV_F32 || type > WV_BF16)
+        return WV_FORMAT;
+    const uint32_t mantissa = type == WV_F32 ? 23 : type == WV_F16 ? 10 : 7;
+    const uint32_t width = 8 * size_of(type), low_planes = type == WV_F32 ? 2 : type == WV_F16;
+    if (total * width / 8 > MAX_BODY)
+        return WV_LIMIT;
+    RETURN_IF(read_plane(a, &data, 3 * rows, &planes[0], &memory[0]));
+    /* Two walks over the rows: the first one counts. */
+    for (int walk = 0; walk < 2; walk++) {
+        fields list = items, length_list = lengths;
+        uint64_t row = 0;
+        uint32_t low_scale = 0;
+        for (uint64_t i = 0; i < left; i++) {
+            RETURN_IF(next_item(a, &list, &one));
+            uint64_t length = leb(&length_list, MAX_BODY), here;
+            length += !length;
+            if (walk)
+                RETURN_IF(begin_item(a, &one));
+            for (uint64_t done = 0; done < one.count; done += here, row++) {
+                const uint32_t zeros = planes[0][2 * rows + row];
+                low_scale = (low_scale + planes[0][row]) & 0xFF;
+                const uint32_t scale = low_scale | (uint32_t)planes[0][rows + row] << 8;
+                if (zeros > mantissa)
+                    return WV_FORMAT;
+                uint64_t *at = place + 4 * zeros + (scale & 3);
+                here = one.count - done < length ? one.count - done : length;
+                for (uint64_t j = *at; walk && one.wanted && j < *at + here; j++) {
+                    const uint32_t middle = planes[2][j];
+                    uint32_t bits = planes[1][j] + ((middle & 0xC0) << 2) + (scale & 0xFFFC) - 128;
+                    bits = (bits & ((1u << (width + 1 - mantissa)) - 1)) << (mantissa - 2);
+                    bits |= (middle & 32) << (width - 6) | (middle & 31) << (mantissa - 7);
+                    for (uint32_t k = 0; k < low_planes; k++)
+                        if (zeros < 8 * (k + 1))
+                            bits |= (uint32_t)planes[3 + k][j] << 8 * k;
+                    put_exact(one.of, one.as, bits,
+                              one.of->into + (one.first + done + (j - *at)) * size_of(one.as));
+                }
+                *at += here;
+            }
+            if (walk)
+                end_item(a, &one);
+        }
+        for (uint32_t key = 0; !walk && key < 96; key++) {
+            const uint64_t count = place[key];
+            place[key] = sum;
+            sum += count;
+            for (uint32_t k = 0; k < 2; k++)
+                lows[1 + k] = key / 4 < 8 * (k + 1) ? sum : lows[1 + k];
+        }
+        lows[0] = total;
+        for (uint32_t k = 0; !walk && k < 2 + low_planes; k++)
+            RETURN_IF(read_plane(a, &data, k < 2 ? total : lows[k - 1], &planes[1 + k], &memory[1 + k]));
+        RETURN_IF(ends(&data));
+    }
+    return WV_OK;
+}
+
+static wv_status take_exact(wv_archive *a, const uint8_t *payload, size_t size)
+{
+    fields body, found[3] = {{0}}, one; /* items, data, floats */
+    uint64_t type;
+    /* The body goes behind the payload where there is room: that of packets is mostly larger. */
+    const size_t used = a->data ? a->packet.room : (size_t)(payload - a->packet.data) + size;
+    buffer rest = {a->packet.data, 0}, *room = &a->sidecar;
+    if (size >= 9 && a->packet.room - used >= le32(payload + 5) && used < a->packet.room) {
+        rest.data += used;
+        rest.room = a->packet.room - used;
+        room = &rest;
+    }
+    RETURN_IF(open_body(a, payload, size, room, 0, &body));
+    while (record(&body, &type, &one)) {
+        if (type != R_ITEMS && type != R_DATA && type != R_FLOATS) {
+            RETURN_IF(unknown(type));
+            continue;
+        }
+        fields *to = found + (type == R_FLOATS ? 2 : (type - R_ITEMS) / 2);
+        if (to->at)
+            return WV_FORMAT;
+        *to = one;
+    }
+    if (body.bad || !found[0].at || !found[1].at == !found[2].at)
+        return body.bad ? body.bad : WV_FORMAT;
+    const uint64_t count = leb(&found[0], MAX_TENSORS);
+    if (count && !a->tensors)
+        return WV_LIMIT;
+    if (found[1].at)
+        return take_planes(a, found[0], count, found[1]);
+    void *memory[5] = {NULL, NULL, NULL, NULL, NULL};
+    wv_status status = take_floats(a, found[0], count, found[2], memory);
+    for (int i = 0; i < 5; i++)
+        give_memory(a, memory[i]);
+    return status;
+}
+
+/* --- boxes, in the order of the file ---------------------------------------------------------- */
+
+enum { OTHER, HEADER, FILE_BOX, FRAME, EXACT, INDEX };
+
+/* A box, and where its payload lies (of ours behind the extended type). */
+typedef struct box {
+    const uint8_t *kind, *payload;
+    size_t size;
+    int ours;
+} box;
+
+static void open_box(box *b, const uint8_t *kind, const uint8_t *payload, size_t size)
+{
+    static const char ours[5][7] = {"header", "file\0", "frame", "exact", "index"};
+    b->kind = kind;
+    b->payload = payload;
+    b->size = size;
+    b->ours = OTHER;
+    if (memcmp(kind, "uuid", 4) || size < 16 || memcmp(payload, "weightvid-", 10))
+        return;
+    for (int i = 0; i < 5; i++)
+        if (!memcmp(payload + 10, ours[i], 6)) {
+            b->ours = HEADER + i;
+            b->payload += 16;
+            b->size -= 16;
+        }
+}
+
+static wv_status take_sidecar(wv_archive *a, const box *b, uint32_t number)
 {
     fields body, data;
     uint64_t type;
     uint32_t frames = 0;
-    RETURN_IF(open_body(a, payload, size, &a->sidecar, a->stream, &body));
+    RETURN_IF(open_body(a, b->payload, b->size, &a->sidecar, !a->data, &body));
     a->sidecar_body = body;
     while (record(&body, &type, &data)) {
         if (type == R_FRAME) {
@@ -1441,63 +1755,101 @@ static wv_status take_sidecar(wv_archive *a, const uint8_t *payload, size_t size
     return body.bad ? body.bad : frames == 1 ? WV_OK : WV_FORMAT;
 }
 
-static wv_status check_moof(const uint8_t *payload, size_t size, uint32_t number)
+static wv_status check_moof(const box *b, uint32_t number)
 {
-    const uint8_t *head = child(payload, size, "mfhd", &size);
+    size_t size;
+    const uint8_t *head = memcmp(b->kind, "moof", 4) ? NULL : child(b->payload, b->size, "mfhd", &size);
     return head && size == 8 && be32(head) == 0 && be32(head + 4) == number + 1 ? WV_OK : WV_FORMAT;
 }
 
-/* Takes one whole box; `kind` are its four letters. The payload may lie in a->box. */
-static wv_status take_box(wv_archive *a, const uint8_t *kind, const uint8_t *payload, size_t size)
+static wv_status take_mdat(wv_archive *a, const box *b, uint32_t number)
 {
-    const int uuid = !memcmp(kind, "uuid", 4);
+    return memcmp(b->kind, "mdat", 4) || !b->size ? WV_FORMAT : take_frame(a, number, b->payload, b->size);
+}
+
+/* Before the first frame: tensors that have no layer in this file are those of the base. */
+static wv_status start_all(wv_archive *a)
+{
+    wv_status status = WV_OK;
+    a->stage = AT_BODY;
+    a->frame = a->switches = a->missing = 0;
+    a->exact_seen = 0;
+    for (uint32_t i = 0; i < a->tensors; i++) {
+        tensor *t = a->all + i;
+        t->layer = t->left = t->done = 0;
+        t->have = 0;
+        for (uint32_t mask = mask_of(a, t) >> 1; mask; mask &= mask - 1)
+            t->left++;
+    }
+    for (uint32_t i = 0; i < a->tensors && !status; i++) {
+        tensor *t = a->all + i;
+        if (t->left || (a->only && a->only != t))
+            continue;
+        status = mask_of(a, t) ? begin_tensor(a, t) : WV_FORMAT;
+        finish_tensor(a, t, status);
+    }
+    return status;
+}
+
+/* Whether what is wanted is there before the end of the file. */
+static int has_all(wv_archive *a)
+{
+    while (a->missing < a->tensors && a->all[a->missing].done)
+        a->missing++;
+    return a->stage == AT_BODY && a->missing == a->tensors && a->layers < a->all_layers;
+}
+
+/* Takes one whole box. Its payload may lie in a->packet. */
+static wv_status take_box(wv_archive *a, const box *b)
+{
     fields body;
     int wanted = 0;
     switch (a->stage) {
     case AT_FTYP:
-        for (size_t i = 0; i + 4 <= size; i += 4)
-            wanted |= i != 4 && !memcmp(payload + i, "wvid", 4);
-        if (memcmp(kind, "ftyp", 4) || !wanted)
+        for (size_t i = 0; i + 4 <= b->size; i += 4)
+            wanted |= i != 4 && !memcmp(b->payload + i, "wvid", 4);
+        if (memcmp(b->kind, "ftyp", 4) || !wanted)
             return WV_NO_ARCHIVE;
         a->stage = AT_MOOV;
         return WV_OK;
     case AT_MOOV:
         a->stage = AT_HEADER;
-        return memcmp(kind, "moov", 4) ? WV_FORMAT : read_moov(a, payload, size);
+        return memcmp(b->kind, "moov", 4) ? WV_FORMAT : read_moov(a, b->payload, b->size);
     case AT_HEADER: {
         buffer room = {NULL, 0};
-        if (!uuid || !is_ours(payload, size, "weightvid-header"))
+        if (b->ours != HEADER)
             return WV_FORMAT;
-        wv_status status = open_body(a, payload + 16, size - 16, &room, 1, &body);
+        wv_status status = open_body(a, b->payload, b->size, &room, 1, &body);
         a->header = room.data;
         a->scratch += room.room;
         RETURN_IF(status);
         RETURN_IF(read_header(a, body));
         a->stage = AT_BODY;
-        return WV_OK;
+        return a->stream ? start_all(a) : WV_OK;
     }
     case AT_BODY:
-        if (!uuid)
-            return WV_FORMAT;
-        if (is_ours(payload, size, "weightvid-file"))
+        switch (b->ours) {
+        case FILE_BOX:
             return a->frame ? WV_FORMAT : WV_OK;
-        if (is_ours(payload, size, "weightvid-frame")) {
+        case FRAME:
             a->stage = AT_MOOF;
-            return take_sidecar(a, payload + 16, size - 16, a->frame);
+            /* Frames come after exact boxes where a layer ends. */
+            a->switches += (uint32_t)a->exact_seen;
+            a->exact_seen = 0;
+            return a->switches < a->all_layers ? take_sidecar(a, b, a->frame) : WV_FORMAT;
+        case EXACT:
+            a->exact_seen = 1;
+            return take_exact(a, b->payload, b->size);
+        default:
+            a->stage = AT_END;
+            return b->ours == INDEX ? WV_OK : WV_FORMAT;
         }
-        if (is_ours(payload, size, "weightvid-exact"))
-            return take_exact(a, payload + 16, size - 16);
-        a->stage = AT_END;
-        return is_ours(payload, size, "weightvid-index") ? WV_OK : WV_FORMAT;
     case AT_MOOF:
         a->stage = AT_MDAT;
-        return memcmp(kind, "moof", 4) ? WV_FORMAT : check_moof(payload, size, a->frame);
+        return check_moof(b, a->frame);
     case AT_MDAT:
         a->stage = AT_BODY;
-        a->frame++;
-        if (memcmp(kind, "mdat", 4) || !size)
-            return WV_FORMAT;
-        return take_frame(a, a->sidecar_body, payload, size);
+        return take_mdat(a, b, a->frame++);
     default:
         return WV_OK;
     }
@@ -1512,118 +1864,169 @@ static wv_status box_bytes(const uint8_t *head, size_t *payload)
     return WV_OK;
 }
 
-/* Head and payload of the box at an offset, which moves behind it. */
-static wv_status read_box(wv_archive *a, uint64_t *at, buffer *room, uint8_t kind[4],
-                          const uint8_t **payload, size_t *size)
+static wv_status read_bytes(const wv_archive *a, uint64_t at, void *to, size_t size)
 {
-    uint8_t head[8];
+    if (!a->data)
+        return size && a->reader.read(a->reader.user, at, to, size) ? WV_READ : WV_OK;
+    memcpy(to, a->data + at, size);
+    return WV_OK;
+}
+
+/* Reads the box at an offset, which moves behind it; from memory the payload stays where it is. */
+static wv_status read_box(wv_archive *a, uint64_t *at, box *b)
+{
+    size_t size;
     if (a->reader.size < *at || a->reader.size - *at < 8)
         return WV_TRUNCATED;
-    if (a->data)
-        memcpy(head, a->data + *at, 8);
-    else if (a->reader.read(a->reader.user, *at, head, 8))
-        return WV_READ;
-    if (!*at && memcmp(head + 4, "ftyp", 4))
+    RETURN_IF(read_bytes(a, *at, a->head, 8));
+    if (!*at && memcmp(a->head + 4, "ftyp", 4))
         return WV_NO_ARCHIVE;
-    RETURN_IF(box_bytes(head, size));
-    memcpy(kind, head + 4, 4);
-    if (*size > a->reader.size - *at - 8)
+    RETURN_IF(box_bytes(a->head, &size));
+    *at += 8;
+    if (size > a->reader.size - *at)
         return WV_TRUNCATED;
+    const uint8_t *payload;
     if (a->data) {
-        *payload = a->data + *at + 8;
+        payload = a->data + *at;
     } else {
-        RETURN_IF(grow(a, room, *size));
-        if (*size && a->reader.read(a->reader.user, *at + 8, room->data, *size))
-            return WV_READ;
-        *payload = room->data;
+        RETURN_IF(grow(a, &a->packet, size));
+        RETURN_IF(read_bytes(a, *at, a->packet.data, size));
+        payload = a->packet.data;
     }
-    *at += 8 + (uint64_t)*size;
+    *at += size;
+    open_box(b, a->head + 4, payload, size);
     return WV_OK;
+}
+
+/* Reads a box that must be one of ours. */
+static wv_status read_ours(wv_archive *a, uint64_t *at, int ours, box *b)
+{
+    RETURN_IF(read_box(a, at, b));
+    return b->ours == ours ? WV_OK : WV_FORMAT;
 }
 
 /* --- the index (section 7) -------------------------------------------------------------------- */
 
+static wv_status load_frame(wv_archive *a, uint64_t at, uint32_t number)
+{
+    box b;
+    RETURN_IF(read_ours(a, &at, FRAME, &b));
+    RETURN_IF(take_sidecar(a, &b, number));
+    if (a->shown == number + 1) /* tensors that are read one by one share frames */
+        return take_frame(a, number, NULL, 0);
+    RETURN_IF(read_box(a, &at, &b));
+    RETURN_IF(check_moof(&b, number));
+    RETURN_IF(read_box(a, &at, &b));
+    return take_mdat(a, &b, number);
+}
+
+static wv_status load_box(wv_archive *a, uint64_t at)
+{
+    box b;
+    RETURN_IF(read_ours(a, &at, EXACT, &b));
+    return take_exact(a, b.payload, b.size);
+}
+
+/* Walks over the index, and reads what it lists of a tensor. Without one: checks it. */
+static wv_status walk_index(wv_archive *a, const tensor *t)
+{
+    const uint64_t last = a->tensors ? a->tensors - 1 : 0;
+    fields frames = a->lists[0], spans = a->lists[1], boxes = a->lists[2], stages = a->lists[3];
+    const uint64_t all = frames.at ? leb(&frames, MAX_FRAMES) : 0;
+    uint64_t frames_left = all, boxes_left = boxes.at ? leb(&boxes, MAX_TENSORS) : 0;
+    uint64_t first[MAX_LAYERS + 1], end[MAX_LAYERS + 1], begin_at = 0, at = a->body;
+    uint32_t found = 0, frame = 0;
+    if (all > (uint64_t)(frames.end - frames.at))
+        return WV_FORMAT;
+    for (uint64_t left = spans.at ? leb(&spans, MAX_LAYERS * MAX_TENSORS) : 0; left && !spans.bad; left--) {
+        const uint64_t number = leb(&spans, last);
+        begin_at += leb(&spans, all);
+        if (begin_at > all || !a->tensors)
+            return WV_LIMIT;
+        const uint64_t many = leb(&spans, all - begin_at);
+        if (!t || number != t->is.number)
+            continue;
+        if (found > MAX_LAYERS)
+            return WV_FORMAT;
+        first[found] = begin_at;
+        end[found++] = begin_at + many;
+    }
+    uint64_t stages_left = stages.at ? leb(&stages, MAX_LAYERS) : 1;
+    for (uint64_t turn = 0; turn < 2 * stages_left && !stages.bad; turn++) {
+        uint64_t *left = turn & 1 ? &boxes_left : &frames_left;
+        fields *list = turn & 1 ? &boxes : &frames;
+        uint64_t some = stages.at ? leb(&stages, MAX_BODY) : *left;
+        for (some = some < *left ? some : *left; some && !list->bad; some--, --*left) {
+            const uint64_t bytes = leb(list, (uint64_t)MAX_BODY * (list == &frames ? 3 : 2));
+            int wanted = 0;
+            if (list == &frames)
+                for (uint32_t i = 0; i < found; i++)
+                    wanted |= first[i] <= frame && frame < end[i];
+            else
+                for (uint64_t few = leb(list, MAX_TENSORS); few && !list->bad; few--)
+                    wanted |= leb(list, last) == (t ? t->is.number : MAX_TENSORS);
+            if (wanted && list == &frames)
+                RETURN_IF(load_frame(a, at, frame));
+            else if (wanted && !a->levels)
+                RETURN_IF(load_box(a, at));
+            if (t && t->done)
+                return WV_OK;
+            frame += list == &frames;
+            at += bytes;
+        }
+    }
+    const fields *lists[4] = {&frames, &spans, &boxes, &stages};
+    for (int i = 0; i < 4; i++)
+        if (lists[i]->at)
+            RETURN_IF(ends(lists[i]));
+    return frames_left || boxes_left ? WV_FORMAT : WV_OK;
+}
+
 static wv_status parse_index(wv_archive *a, fields body)
 {
-    fields lists[3] = {{0}}, one;
-    uint64_t type, at = a->body;
+    fields one;
+    uint64_t type;
     while (record(&body, &type, &one)) {
-        if (type < R_FRAMES || type > R_BOXES || type & 1)
+        if (type == R_ROOT) {
+            a->root = take(&one, 32);
+            RETURN_IF(one.bad);
+        } else if (type < R_FRAMES || type > R_STAGES || type & 1) {
             RETURN_IF(unknown(type));
-        else if (lists[type / 2 - 32].at)
+        } else if (a->lists[type / 2 - 32].at) {
             return WV_FORMAT;
-        else
-            lists[type / 2 - 32] = one;
+        } else {
+            a->lists[type / 2 - 32] = one;
+        }
     }
     RETURN_IF(body.bad);
-    uint64_t frames = lists[0].at ? leb(&lists[0], MAX_FRAMES) : 0;
-    if (frames > (uint64_t)(lists[0].end - lists[0].at))
-        return WV_FORMAT;
-    a->frame_at = take_memory(a, (size_t)frames * 8);
-    if (!a->frame_at)
-        return WV_MEMORY;
-    a->scratch += (size_t)frames * 8;
-    for (uint64_t i = 0; i < frames; i++) {
-        a->frame_at[i] = at;
-        at += leb(&lists[0], 3 * (uint64_t)MAX_BODY);
-    }
-    uint64_t spans = lists[1].at ? leb(&lists[1], MAX_TENSORS) : 0, first = 0;
-    for (uint64_t i = 0; i < spans && !lists[1].bad; i++) {
-        uint64_t number = leb(&lists[1], a->tensors ? a->tensors - 1 : 0);
-        first += leb(&lists[1], frames);
-        if (first > frames || !a->tensors)
-            return WV_LIMIT;
-        a->all[number].first_frame = (uint32_t)first;
-        a->all[number].frames = (uint32_t)leb(&lists[1], frames - first);
-    }
-    for (int i = 0; i < 2; i++)
-        if (lists[i].at)
-            RETURN_IF(ends(&lists[i]));
-    a->frame_count = (uint32_t)frames;
-    a->boxes_at = at;
-    a->boxes = lists[2].at ? (uint32_t)leb(&lists[2], MAX_TENSORS) : 0;
-    a->box_list = lists[2];
-    for (uint32_t i = 0; i < a->boxes && !lists[2].bad; i++) {
-        leb(&lists[2], 2 * (uint64_t)MAX_BODY);
-        uint64_t few = leb(&lists[2], MAX_TENSORS);
-        for (uint64_t j = 0; j < few && !lists[2].bad; j++)
-            leb(&lists[2], a->tensors ? a->tensors - 1 : 0);
-    }
-    return lists[2].at ? ends(&lists[2]) : WV_OK;
+    return walk_index(a, NULL);
 }
 
 /* Finds the index; a file without one is cut short, and can be read front to back alone. */
 static wv_status read_index(wv_archive *a)
 {
-    uint8_t tail[16], kind[4];
-    const uint8_t *payload;
-    size_t size;
+    uint8_t tail[16];
+    box b;
     fields body;
     buffer room = {NULL, 0};
-    if (a->reader.size < a->body + 20)
+    const uint64_t size = a->reader.size;
+    if (size < a->body + 20)
         return WV_OK;
-    for (int step = 0; step < 2; step++) {
-        static const int bytes[2] = {16, 4};
-        uint64_t from = step ? a->reader.size - be32(tail + 12) - 4 : a->reader.size - 16;
-        if (step && (memcmp(tail + 4, "mfro", 4) || be32(tail + 12) > a->reader.size - a->body - 4))
-            return WV_OK;
-        if (step)
-            memmove(tail + 4, tail + 12, 4);
-        if (a->data)
-            memcpy(tail, a->data + from, (size_t)bytes[step]);
-        else if (a->reader.read(a->reader.user, from, tail, (size_t)bytes[step]))
-            return WV_READ;
-    }
-    uint64_t at = a->reader.size - be32(tail + 4), back = le32(tail);
-    if (back > at - a->body)
+    RETURN_IF(read_bytes(a, size - 16, tail, 16));
+    const uint32_t mfra = be32(tail + 12);
+    if (memcmp(tail + 4, "mfro", 4) || mfra > size - a->body - 4)
         return WV_OK;
-    at -= back;
-    wv_status status = read_box(a, &at, &a->box, kind, &payload, &size);
+    uint64_t at = size - mfra;
+    RETURN_IF(read_bytes(a, at - 4, tail, 4));
+    if (le32(tail) > at - a->body)
+        return WV_OK;
+    at -= le32(tail);
+    wv_status status = read_ours(a, &at, INDEX, &b);
     if (status == WV_READ || status == WV_MEMORY)
         return status;
-    if (status || memcmp(kind, "uuid", 4) || !is_ours(payload, size, "weightvid-index") || size < 20)
+    if (status || b.size < 4)
         return WV_OK;
-    status = open_body(a, payload + 16, size - 20, &room, 1, &body);
+    status = open_body(a, b.payload, b.size - 4, &room, 1, &body);
     a->index = room.data;
     a->scratch += room.room;
     return status ? status : parse_index(a, body);
@@ -1694,6 +2097,7 @@ static wv_status make(wv_archive **made, const wv_options *options)
     memset(a, 0, sizeof *a);
     a->memory = chosen.allocator;
     a->checks = chosen.checks;
+    a->layers = MAX_LAYERS;
     a->scratch = sizeof *a;
     *made = a;
     if (chosen.decoder) {
@@ -1717,13 +2121,11 @@ static wv_status open_file(wv_archive **archive)
 {
     wv_archive *a = *archive;
     wv_status status = WV_OK;
-    uint8_t kind[4];
     for (int i = 0; i < 3 && !status; i++) {
-        const uint8_t *payload;
-        size_t size;
-        status = read_box(a, &a->body, &a->box, kind, &payload, &size);
+        box b;
+        status = read_box(a, &a->body, &b);
         if (!status)
-            status = take_box(a, kind, payload, size);
+            status = take_box(a, &b);
     }
     if (!status)
         status = read_index(a);
@@ -1763,6 +2165,31 @@ wv_status wv_open_stream(wv_archive **archive, const wv_sink *sink, const wv_opt
     return WV_OK;
 }
 
+/* Whether it can be used now: it is no stream, or one that has not begun, and in no other call. */
+static int is_ready(const wv_archive *a)
+{
+    return a && !a->only && (a->stream ? !a->stage && !a->head_have : a->reader.size && !a->sink);
+}
+
+wv_status wv_use_base(wv_archive *a, wv_archive *base)
+{
+    if (!is_ready(a) || !is_ready(base) || base->stream || base == a)
+        return WV_ARGUMENT;
+    a->base = base;
+    const wv_status status = a->stream ? WV_OK : check_base(a);
+    if (status)
+        a->base = NULL;
+    return status;
+}
+
+wv_status wv_use_layers(wv_archive *a, uint32_t layers)
+{
+    if (!is_ready(a) || !layers)
+        return WV_ARGUMENT;
+    a->layers = layers < MAX_LAYERS ? layers : MAX_LAYERS;
+    return WV_OK;
+}
+
 wv_status wv_push(wv_archive *a, const void *data, size_t size)
 {
     const uint8_t *from = data;
@@ -1780,27 +2207,31 @@ wv_status wv_push(wv_archive *a, const void *data, size_t size)
         }
         /* A box that claims more than comes takes no more memory than twice what has come. */
         size_t some = a->box_size - a->box_have < size ? a->box_size - a->box_have : size;
-        if (!a->failed && a->box_have + some > a->box.room) {
+        if (!a->failed && a->box_have + some > a->packet.room) {
             buffer larger = {NULL, 0};
             size_t twice = 2 * (a->box_have + some) + 4096;
             a->failed = grow(a, &larger, twice < a->box_size ? twice : a->box_size);
             if (!a->failed && a->box_have)
-                memcpy(larger.data, a->box.data, a->box_have);
+                memcpy(larger.data, a->packet.data, a->box_have);
             if (!a->failed) {
-                give_memory(a, a->box.data);
-                a->box = larger;
+                give_memory(a, a->packet.data);
+                a->packet = larger;
             }
         }
         if (a->failed)
             break;
         if (some)
-            memcpy(a->box.data + a->box_have, from, some);
+            memcpy(a->packet.data + a->box_have, from, some);
         a->box_have += some;
         from += some;
         size -= some;
         if (a->box_have == a->box_size) {
             a->head_have = 0;
-            a->failed = take_box(a, a->head + 4, a->box.data, a->box_size);
+            box b;
+            open_box(&b, a->head + 4, a->packet.data, a->box_size);
+            a->failed = take_box(a, &b);
+            if (has_all(a))
+                a->stage = AT_END;
         }
     }
     return a->failed;
@@ -1809,19 +2240,16 @@ wv_status wv_push(wv_archive *a, const void *data, size_t size)
 /* Ends reading front to back: what was begun and is not there is told. */
 static wv_status end_all(wv_archive *a, wv_status status)
 {
-    if (!status && a->stage != AT_END)
+    if (!status && a->stage != AT_END && !has_all(a))
         status = WV_TRUNCATED;
+    else if (!status && a->missing < a->tensors)
+        status = WV_FORMAT;
     for (uint32_t i = 0; i < a->tensors; i++) {
-        if (!status && !a->all[i].done)
-            status = WV_FORMAT;
-        if (a->all[i].begun)
-            finish_tensor(a, a->all + i, status);
+        tensor *t = a->all + i;
+        if (t->room || t->begun)
+            finish_tensor(a, t, status == WV_TRUNCATED && t->layer ? WV_COARSE : status);
     }
-    if (a->open) {
-        give_memory(a, a->open->memory);
-        give_memory(a, a->open);
-        a->open = NULL;
-    }
+    drop_part(a);
     return status;
 }
 
@@ -1842,7 +2270,7 @@ void wv_close(wv_archive *a)
     if (a->decoder_open)
         a->decoder.close(a->decoder.user);
     void *all[] = {a->all, a->table, a->shapes, a->texts, (void *)a->pairs, a->files, (void *)a->bases,
-                   a->header, a->index, a->frame_at, a->box.data, a->packet.data, a->sidecar.data,
+                   a->header, a->index, a->packet.data, a->sidecar.data,
                    a->luma, a->hevc_memory};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         give_memory(a, all[i]);
@@ -1888,23 +2316,18 @@ wv_status wv_file(const wv_archive *a, uint32_t place, const char **path, uint64
 
 wv_status wv_read_file(wv_archive *a, uint32_t place, void *out, size_t bytes)
 {
-    uint8_t kind[4];
-    const uint8_t *payload;
-    size_t size;
+    box b;
     fields body;
     if (!a || a->stage < AT_BODY || place >= a->found_files)
         return WV_NOT_FOUND;
-    if (!out || bytes != a->files[place].bytes || !a->reader.size)
+    if (!out || bytes != a->files[place].bytes || !is_ready(a) || a->stream)
         return WV_ARGUMENT;
     uint64_t at = a->files[place].offset;
-    RETURN_IF(read_box(a, &at, &a->box, kind, &payload, &size));
-    if (memcmp(kind, "uuid", 4) || !is_ours(payload, size, "weightvid-file"))
+    buffer room = {out, bytes};
+    RETURN_IF(read_ours(a, &at, FILE_BOX, &b));
+    if (b.size < 9 || le32(b.payload + 5) != bytes)
         return WV_FORMAT;
-    RETURN_IF(open_body(a, payload + 16, size - 16, &a->sidecar, 0, &body));
-    if ((size_t)(body.end - body.at) != bytes)
-        return WV_FORMAT;
-    memcpy(out, body.at, bytes);
-    return WV_OK;
+    return open_body(a, b.payload, b.size, &room, 1, &body);
 }
 
 size_t wv_scratch_bytes(const wv_archive *a)
@@ -1912,74 +2335,39 @@ size_t wv_scratch_bytes(const wv_archive *a)
     return a ? a->scratch : 0;
 }
 
-static wv_status load_frames(wv_archive *a, const tensor *t)
+/* Reads boxes front to back, as far as there is something that is wanted. */
+static wv_status read_all(wv_archive *a)
 {
-    for (uint32_t i = t->first_frame; i < t->first_frame + t->frames; i++) {
-        uint64_t at = a->frame_at[i];
-        uint8_t kind[4];
-        const uint8_t *payload;
-        size_t size;
-        RETURN_IF(read_box(a, &at, &a->box, kind, &payload, &size));
-        if (memcmp(kind, "uuid", 4) || !is_ours(payload, size, "weightvid-frame"))
-            return WV_FORMAT;
-        RETURN_IF(take_sidecar(a, payload + 16, size - 16, i));
-        RETURN_IF(read_box(a, &at, &a->packet, kind, &payload, &size));
-        RETURN_IF(memcmp(kind, "moof", 4) ? WV_FORMAT : check_moof(payload, size, i));
-        RETURN_IF(read_box(a, &at, &a->packet, kind, &payload, &size));
-        if (memcmp(kind, "mdat", 4) || !size)
-            return WV_FORMAT;
-        RETURN_IF(take_frame(a, a->sidecar_body, payload, size));
-        if (t->done)
-            return WV_OK;
+    wv_status status = start_all(a);
+    uint64_t at = a->body;
+    while (!status && a->stage != AT_END && !has_all(a)) {
+        box b;
+        status = read_box(a, &at, &b);
+        if (!status)
+            status = take_box(a, &b);
     }
-    return WV_OK;
-}
-
-static wv_status load_boxes(wv_archive *a, const tensor *t)
-{
-    fields list = a->box_list;
-    uint64_t at = a->boxes_at;
-    for (uint32_t i = 0; i < a->boxes && !t->done; i++) {
-        uint64_t box = at, few, wanted = 0;
-        at += leb(&list, 2 * (uint64_t)MAX_BODY);
-        for (few = leb(&list, MAX_TENSORS); few; few--)
-            wanted |= leb(&list, MAX_TENSORS) == t->is.number;
-        if (!wanted)
-            continue;
-        uint8_t kind[4];
-        const uint8_t *payload;
-        size_t size;
-        RETURN_IF(read_box(a, &box, &a->packet, kind, &payload, &size));
-        if (memcmp(kind, "uuid", 4) || !is_ours(payload, size, "weightvid-exact"))
-            return WV_FORMAT;
-        RETURN_IF(take_exact(a, payload + 16, size - 16));
-    }
-    return WV_OK;
+    return status;
 }
 
 static wv_status load_one(wv_archive *a, const wv_tensor *wanted, void *out)
 {
     tensor *t = a->all + wanted->number;
-    if (!a->frame_at)
+    if (wanted->number >= a->tensors || wanted->elements != t->is.elements)
+        return WV_ARGUMENT;
+    if (!a->index)
         return WV_TRUNCATED;
     a->only = t;
-    t->begun = t->done = 0;
-    t->room = out;
-    t->have = 0;
-    wv_status status = load_frames(a, t);
-    if (!status && !t->done && !a->levels)
-        status = load_boxes(a, t);
-    if (!status && (a->levels ? t->have != t->is.elements || !t->begun : !t->done))
-        status = a->levels && !t->begun ? WV_LEVELS : WV_FORMAT;
-    if (t->begun)
+    t->room = t->into = out;
+    wv_status status = start_all(a);
+    if (!status && !t->done)
+        status = walk_index(a, t);
+    if (!status && a->levels && (!t->begun || t->have != t->is.elements))
+        status = t->begun ? WV_FORMAT : WV_LEVELS;
+    else if (!status && !a->levels && !t->done)
+        status = WV_FORMAT;
+    if (!t->done)
         finish_tensor(a, t, status);
-    if (a->open) {
-        give_memory(a, a->open->memory);
-        give_memory(a, a->open);
-        a->open = NULL;
-    }
-    t->room = NULL;
-    t->done = 0;
+    drop_part(a);
     a->only = NULL;
     return status;
 }
@@ -1987,7 +2375,7 @@ static wv_status load_one(wv_archive *a, const wv_tensor *wanted, void *out)
 wv_status wv_load(wv_archive *a, const wv_tensor *wanted, wv_dtype type, void *out, size_t bytes)
 {
     static uint8_t empty;
-    if (!a || !wanted || !a->reader.size || (!out && bytes) || !size_as(wanted, type)
+    if (!wanted || !is_ready(a) || a->stream || (!out && bytes) || !size_as(wanted, type)
         || bytes != wanted->elements * size_as(wanted, type))
         return WV_ARGUMENT;
     a->only_type = type;
@@ -1996,9 +2384,9 @@ wv_status wv_load(wv_archive *a, const wv_tensor *wanted, wv_dtype type, void *o
 
 wv_status wv_levels(wv_archive *a, const wv_tensor *wanted, int32_t *out, size_t bytes, float *step)
 {
-    if (!a || !wanted || !a->reader.size || !out || !step || bytes != 4 * wanted->elements)
+    if (!wanted || !is_ready(a) || a->stream || !out || !step || bytes != 4 * wanted->elements)
         return WV_ARGUMENT;
-    if (wanted->dtype > WV_BF16)
+    if (wanted->dtype > WV_BF16 || a->all[wanted->number].mask != 2)
         return WV_LEVELS;
     a->only_type = WV_STORED;
     a->levels = 1;
@@ -2010,26 +2398,10 @@ wv_status wv_levels(wv_archive *a, const wv_tensor *wanted, int32_t *out, size_t
 
 wv_status wv_load_all(wv_archive *a, const wv_sink *sink)
 {
-    wv_status status = WV_OK;
-    if (!a || !a->reader.size || !sink || !sink->begin || !sink->end)
+    if (!is_ready(a) || a->stream || !sink || !sink->begin || !sink->end)
         return WV_ARGUMENT;
-    uint64_t at = a->body;
     a->sink = sink;
-    a->stage = AT_BODY;
-    a->frame = 0;
-    for (uint32_t i = 0; i < a->tensors; i++)
-        a->all[i].done = 0;
-    while (!status && a->stage != AT_END) {
-        uint8_t kind[4];
-        const uint8_t *payload;
-        size_t size;
-        /* A sidecar's body must outlive the two boxes behind it. */
-        buffer *room = a->stage == AT_BODY ? &a->box : &a->packet;
-        status = read_box(a, &at, room, kind, &payload, &size);
-        if (!status)
-            status = take_box(a, kind, payload, size);
-    }
-    status = end_all(a, status);
+    wv_status status = end_all(a, read_all(a));
     a->stage = AT_BODY;
     a->sink = NULL;
     return status;
@@ -2037,9 +2409,12 @@ wv_status wv_load_all(wv_archive *a, const wv_sink *sink)
 
 const char *wv_status_text(wv_status status)
 {
-    static const char *const texts[] = {
-        "done", "wrong argument", "out of memory", "reading failed", "not found", "the file ends early",
-        "no weightvid archive", "needs a newer reader", "a number above its limit", "malformed",
-        "damaged: a hash does not match", "the decoder refused it", "no integers: pack with --integer"};
-    return (unsigned)status < sizeof texts / sizeof *texts ? texts[status] : "unknown status";
+    const char *text =
+        "done\0wrong argument\0out of memory\0reading failed\0not found\0the file ends early\0"
+        "no weightvid archive\0needs a newer reader\0a number above its limit\0malformed\0"
+        "damaged: a hash does not match\0the decoder refused it\0no integers: pack with --integer\0"
+        "not the base that the update names, or none\0lower layers only: the file ends early\0";
+    for (int i = 0; i < (int)status && *text; i++)
+        text += strlen(text) + 1;
+    return *text ? text : "unknown status";
 }

@@ -4,15 +4,20 @@
    addition would give other bits. weightvid.c alone reads an archive whose pictures the caller
    decodes; with hevc.c, the built-in decoder, it needs nothing else.
 
-   No global state: archives may be used in several threads, each archive in one at a time. All
-   memory comes from the caller's allocator. Beside the tensors that are returned, the peak is
+   No global state: archives may be used in several threads, each archive (with its base) in one at
+   a time. All memory comes from the caller's allocator. Beside the tensors that are returned, the
+   peak is
 
-     the header and the index, inflated      + 48 bytes a tensor + 12 a frame
+     the header and the index, inflated      + 130 bytes a name, 8 an axis
      + one picture (width x height bytes)    + the built-in decoder's lines (wv_hevc_memory)
-     + the largest packet and sidecar        (from memory: the packet is not copied)
-     + what one part needs                   4 bytes a row and 9 a column, and its record
+     + the largest packet and sidecar        from memory: packets are not copied
+     + what one part needs                   4 bytes a row, 10 a column, 4 K^2 for kernels of K
+                                             positions, and its record if it goes on in a next frame
 
-   wv_scratch_bytes() tells all but the last two lines. */
+   wv_scratch_bytes() tells the first two lines. There is more only where an archive has it: the
+   elements of an exact box that is larger, inflated, than the largest packet; up to 4 bytes an
+   element of a box of bit-exact floats; in a layer that is added a byte a level of a part, and, where
+   another type than the tensor's own is wanted, the tensor in its own. */
 #ifndef WEIGHTVID_H
 #define WEIGHTVID_H
 
@@ -36,7 +41,9 @@ typedef enum wv_status {
     WV_FORMAT,      /* boxes, records or fields that do not fit each other */
     WV_DIGEST,      /* a CRC-32 or SHA-256 does not match: damaged */
     WV_CODEC,       /* the decoder refused the track or a packet */
-    WV_LEVELS       /* the tensor has no integers to compute with: pack with --integer */
+    WV_LEVELS,      /* the tensor has no integers to compute with: pack with --integer */
+    WV_BASE,        /* an update without its base, with another one, or a base for what is no update */
+    WV_COARSE       /* of a tensor: the file ends early, but its lower layers are there */
 } wv_status;
 
 /* Element types, by their codes in the format. */
@@ -101,7 +108,7 @@ typedef struct wv_reader {
 
 /* Takes tensors as they arrive. `begin` gives room for `bytes` bytes, aligned for the type, or NULL
    to skip the tensor. `end` is called for each room that was given: status WV_OK, or why it is not
-   filled (its contents are then of no use). `type` is the wanted type of floats: WV_STORED, WV_F32,
+   filled (its contents are of no use then, but those of WV_COARSE). `type` is the wanted type of floats: WV_STORED, WV_F32,
    WV_F16; other tensors come in their own. */
 typedef struct wv_sink {
     void *user;
@@ -113,12 +120,20 @@ typedef struct wv_sink {
 /* --- open and close: *archive is NULL if that fails; memory and reader must outlive it */
 wv_status wv_open_memory(wv_archive **archive, const void *data, size_t size, const wv_options *options);
 wv_status wv_open_reader(wv_archive **archive, const wv_reader *reader, const wv_options *options);
-/* Bytes are pushed in pieces of any size; tensors come out to the sink, which must outlive it. */
+/* Bytes are pushed in pieces of any size; tensors come out to the sink, which must outlive it, when
+   all their layers are there. */
 wv_status wv_open_stream(wv_archive **archive, const wv_sink *sink, const wv_options *options);
 wv_status wv_push(wv_archive *archive, const void *data, size_t size);
-/* WV_OK: the whole archive has arrived. WV_TRUNCATED: tensors that came out are right. */
+/* WV_OK: the whole archive has arrived. WV_TRUNCATED: tensors that came out are right; those whose
+   lower layers alone are there come out with WV_COARSE (rows that the next layer had begun with
+   may be finer than the others). */
 wv_status wv_finish(wv_archive *archive);
 void wv_close(wv_archive *archive);
+/* Before tensors are read, or the first byte is pushed. What an update adds to: an archive that is
+   open from memory or a reader, and outlives it; its own base, if it is an update, is set before. */
+wv_status wv_use_base(wv_archive *archive, wv_archive *base);
+/* Read the first so many layers of an archive of several. */
+wv_status wv_use_layers(wv_archive *archive, uint32_t layers);
 
 /* --- what is in it (of a stream: nothing before its header has arrived) */
 uint32_t wv_count(const wv_archive *archive); /* names: tensors, then aliases */
@@ -131,7 +146,7 @@ wv_status wv_file(const wv_archive *archive, uint32_t place, const char **path, 
 wv_status wv_read_file(wv_archive *archive, uint32_t place, void *out, size_t bytes);
 size_t wv_scratch_bytes(const wv_archive *archive);
 
-/* --- tensors, from memory or a reader */
+/* --- tensors, from memory or a reader; wv_load and wv_levels need the index, at the end of the file */
 size_t wv_bytes(const wv_tensor *tensor, wv_dtype type); /* of a tensor in a type; 0: impossible */
 wv_status wv_load(wv_archive *archive, const wv_tensor *tensor, wv_dtype type, void *out, size_t bytes);
 wv_status wv_load_all(wv_archive *archive, const wv_sink *sink);

@@ -9,10 +9,11 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.levels.descent import balanced_moment, descend
 from weightvid.levels.feedback import FeedbackConfig, Method, feedback
 from weightvid.levels.frames import choose_energies, to_sequence
 from weightvid.levels.rounding import balanced, uniform
-from weightvid.levels.steps import Moments, TensorPlan, outlier_mask
+from weightvid.levels.steps import Moments, TensorPlan, outlier_mask, row_scales
 from weightvid.levels.transform import bases_of, forward, forward_moment, precision
 from weightvid.levels.trellis import trellis
 from weightvid.loader import (
@@ -83,7 +84,12 @@ def part_rows(plan: TensorPlan) -> list[tuple[int, int]]:
 
 
 def code_part(
-    elements: Array, plan: TensorPlan, number: int, first_row: int, moments: Moments | None = None
+    elements: Array,
+    plan: TensorPlan,
+    number: int,
+    first_row: int,
+    moments: Moments | None = None,
+    below: Array | None = None,
 ) -> CodedPart:
     """Quantize consecutive rows of a tensor.
 
@@ -97,17 +103,26 @@ def code_part(
     first_row : int
     moments : Moments, optional
         Of the whole tensor; errors are fed back by them.
+    below : ndarray, optional
+        Stored elements of these rows that the weights are added to.
 
     Raises
     ------
     QuantizationError
         A level is out of range.
     """
-    weights = to_float32(elements.reshape(-1), plan.spec.dtype).reshape(-1, plan.view.columns)
+    original = to_float32(elements.reshape(-1), plan.spec.dtype).reshape(-1, plan.view.columns)
+    weights = original
+    if below is not None:
+        under = to_float32(below.reshape(-1), plan.spec.dtype).reshape(weights.shape)
+        weights = original - under
     rows = slice(first_row, first_row + len(weights))
     outliers = outlier_mask(weights, plan.row_scales[rows])
     quiet = np.where(outliers, np.float32(0), weights) if outliers.any() else weights
-    levels = quantize(quiet, plan, rows, moments)
+    pruned = np.where(np.abs(quiet) < plan.threshold, np.float32(0), quiet)
+    levels = quantize(pruned, plan, rows, moments)
+    if plan.sign:  # feedback may cross zero
+        levels = plan.sign * np.maximum(plan.sign * levels, 0)
     samples, escapes = _escapes(levels, weights, outliers, plan, rows)
     energies = choose_energies(samples, prod(plan.kernel))
     part = Part(
@@ -126,6 +141,9 @@ def code_part(
         escapes=escapes,
     )
     found = dequantize(samples, part, bases_of(plan.kernel))
+    if below is not None:
+        found += under
+        quiet = original
     stored = from_float32(found, plan.spec.dtype)
     # Outliers would hide what became of all other weights.
     judged = np.where(outliers, quiet, found) if outliers.any() else found
@@ -133,7 +151,7 @@ def code_part(
     sequence = to_sequence(samples.view(np.uint8) ^ np.uint8(ZERO_SAMPLE), energies)
     shift = None
     if moments is not None and moments.bias is not None:
-        error = weights - to_float32(stored, plan.spec.dtype)
+        error = original - to_float32(stored, plan.spec.dtype)
         shift = mean_shift(error, moments, plan, first_row)
     return CodedPart(part, sequence, stored, quality, int(outliers.sum()), shift)
 
@@ -148,6 +166,9 @@ def quantize(
     if plan.row_steps is not None:
         scaled /= quarter_octaves(plan.row_steps[rows])[:, None]
     if moments is None:
+        if plan.price:
+            moment = balanced_moment(scaled.shape[1], plan.view.channels if plan.balanced else 0)
+            return descend(scaled, moment, 0.0, plan.price)
         if plan.method == TRELLIS:
             return trellis(scaled)
         return balanced(scaled, plan.view.channels) if plan.balanced else uniform(scaled)
@@ -166,11 +187,20 @@ def _fed_back(
 ) -> npt.NDArray[np.int32]:
     """Levels with error feedback; rows and columns in steps."""
     config = FeedbackConfig(damping=moments.damping)
+    method: Method = "trellis" if plan.method == TRELLIS else "uniform"
+
+    def fed_back(
+        part: Floats, moment: npt.NDArray[np.floating], method: Method
+    ) -> npt.NDArray[np.int32]:
+        if plan.price:
+            return descend(part, moment, moments.damping, plan.price)
+        return feedback(part, moment, config, method)
+
     first, last = rows.start or 0, (rows.start or 0) + len(scaled)
     if moments.axis == 0:
         moment = block_diagonal(moments.moment)[first:last, first:last]
         moment = moment * (row_factors * row_factors[:, None])
-        turned = feedback(np.ascontiguousarray(scaled.T), moment, config)
+        turned = fed_back(np.ascontiguousarray(scaled.T), moment, "uniform")
         return np.ascontiguousarray(turned.T)
     moment, steps = moments.moment, plan.column_steps()
     share = plan.view.rows // len(moment)
@@ -179,13 +209,12 @@ def _fed_back(
     if plan.kernel:
         moment = forward_moment(moment, plan.kernel)
     moment = moment * (steps * steps[:, None])
-    method: Method = "trellis" if plan.method == TRELLIS else "uniform"
     if not len(scaled) % len(moment):
-        return feedback(scaled, moment, config, method)
+        return fed_back(scaled, moment, method)
     # A part that begins or ends within a group.
     ends = [min(last, share * (first // share + g + 1)) - first for g in range(len(moment))]
     parts = zip([0, *ends[:-1]], ends, moment, strict=True)
-    return np.concatenate([feedback(scaled[a:b], h, config, method) for a, b, h in parts])
+    return np.concatenate([fed_back(scaled[a:b], h, method) for a, b, h in parts])
 
 
 def block_diagonal(moment: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
@@ -251,6 +280,27 @@ def _escapes(
     nearest = np.rint(weights.reshape(-1)[places] / steps.reshape(-1)[places])
     numbers[listed] = nearest[listed]
     return small.astype(np.int8), (places, numbers)
+
+
+def compare_rows(original: Array, restored: Array, dtype: str, first_row: int = 0) -> Quality:
+    """SQNR as weightvid counts it everywhere: over all weights of a matrix but its outliers.
+
+    A few outliers, which are kept nearly exactly, would hide what became of all other weights.
+
+    Parameters
+    ----------
+    original, restored : ndarray
+        Stored elements, shape (R, C). NaN and infinities count as zeros.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights, found = (
+            np.nan_to_num(to_float32(each, dtype), nan=0.0, posinf=0.0, neginf=0.0)
+            for each in (original, restored)
+        )
+    outliers = outlier_mask(weights, row_scales(weights, np.abs(weights).max(axis=1)))
+    if outliers.any():
+        weights, found = (np.where(outliers, np.float32(0), each) for each in (weights, found))
+    return quality_of(weights, found, "F32", first_row)
 
 
 def quality_of(weights: Floats, stored: Array, dtype: str, first_row: int) -> Quality:

@@ -4,7 +4,11 @@ A `TensorPlan` is decided here, once. The rule between tensors is data-free: ``s
 sqrt(n / mean n)``, n the number of weights of the tensor. With entropy coding the rate of a tensor
 is about ``n * log2(sigma / step)`` bits, and its harm to the output grows about as
 ``(step / sigma)**2`` whatever its size, so all tensors stand at one slope of harm against bits when
-the steps go with sigma * sqrt(n).
+the steps go with sigma * sqrt(n). The head of a language model does as much harm as all its layers
+together, each of which adds only a share to what the head reads; so its step is finer.
+
+k follows from a recipe, which says how much more harm than int8 with a scale per output channel the
+steps may do. What int8 does is known without data: its steps are the rows' peaks over 127.
 
 Within a tensor, outputs bear errors at high kernel frequencies better, as neighbouring inputs are
 alike, so steps grow with the frequency. Rows whose scales differ by orders get steps of their own.
@@ -34,6 +38,9 @@ _SUSPECT_SHARE, _SUSPECT_RATIO = 0.2, 6.0
 _NORMAL_MEDIAN = 0.6745
 #: weights within so many scales by the median count for the scale of a row.
 _TRIM = 10.0
+#: peak of a row of some hundred weights, in scales; and the largest that counts: int8 is no measure
+#: for rows that an outlier has ruined.
+NORMAL_PEAK, LARGEST_PEAK = 3.2, 8.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +60,14 @@ class TensorStats:
         Whether there is no NaN and no infinity.
     outliers : int
         Weights beyond `OUTLIER_SCALES`.
+    mean_magnitude : float
+        Of the weights that are not zero.
+    zero_share : float
+        Part of the weights that is zero: 0..1.
+    sign : int
+        1: none is below zero; -1: none is above; 0: there are both.
+    peak : float
+        Root mean square of the rows' largest magnitudes, in scales of their rows.
     """
 
     spec: TensorSpec
@@ -62,6 +77,20 @@ class TensorStats:
     absmax: float
     finite: bool
     outliers: int = 0
+    mean_magnitude: float = 0.0
+    zero_share: float = 0.0
+    sign: int = 0
+    peak: float = NORMAL_PEAK
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the tensor was pruned: its zeros stay zeros."""
+        return self.zero_share >= SPARSE_SHARE
+
+    @property
+    def effective_size(self) -> float:
+        """Weights that cost bits and bear errors: all, or those that pruning has left."""
+        return self.spec.size * (1 - self.zero_share) if self.sparse else float(self.spec.size)
 
     @property
     def typical_scale(self) -> float:
@@ -82,6 +111,7 @@ def tensor_stats(spec: TensorSpec, blocks: Iterable[Array]) -> TensorStats:
     """
     view = view_of(spec.shape)
     scales, low, high, outliers, finite = [], inf, -inf, 0, True
+    total, filled, peaks = 0.0, 0, 0.0
     for block in blocks:
         with np.errstate(over="ignore", invalid="ignore"):
             rows = to_float32(block.reshape(-1), spec.dtype).reshape(-1, view.columns)
@@ -93,6 +123,11 @@ def tensor_stats(spec: TensorSpec, blocks: Iterable[Array]) -> TensorStats:
         found = row_scales(rows, largest)
         scales.append(found)
         low, high = min(low, float(lowest.min())), max(high, float(highest.max()))
+        total += float(np.abs(rows).sum(dtype=np.float64))
+        filled += int(np.count_nonzero(rows))
+        with np.errstate(over="ignore"):
+            ratios = largest[found > 0] / found[found > 0]
+        peaks += float(np.square(np.minimum(ratios, LARGEST_PEAK), dtype=np.float64).sum())
         for row in np.flatnonzero(largest > _limits(found)):
             outliers += int(
                 np.count_nonzero(outlier_mask(rows[row : row + 1], found[row : row + 1]))
@@ -101,7 +136,11 @@ def tensor_stats(spec: TensorSpec, blocks: Iterable[Array]) -> TensorStats:
         return TensorStats(spec, view, np.zeros(0, np.float32), 0.0, 0.0, finite=False)
     every = np.concatenate(scales) if scales else np.zeros(0, np.float32)
     sigma = sqrt(float(np.square(every.astype(np.float64)).mean())) if low < high else 0.0
-    return TensorStats(spec, view, every, sigma, max(high, -low, 0.0), True, outliers)
+    return TensorStats(
+        spec, view, every, sigma, max(high, -low, 0.0), True, outliers,
+        total / max(filled, 1), 1 - filled / max(spec.size, 1), int(low >= 0) - int(high <= 0),
+        sqrt(peaks / max(int(np.count_nonzero(every)), 1)),
+    )  # fmt: skip
 
 
 def row_scales(rows: Floats, largest: Floats) -> Floats:
@@ -146,7 +185,10 @@ Steps = npt.NDArray[np.int8]
 
 #: no tensor gets a step coarser or finer than this many sigmas.
 COARSEST_SIGMAS: Final = 1.5
-FINEST_SIGMAS: Final = 0.04
+FINEST_SIGMAS: Final = 0.02
+#: where the step factor of a recipe is looked for, and how often the range is halved.
+_FACTORS: Final = (0.01, 10.0)
+_HALVINGS: Final = 40
 #: with one step for all tensors, one of small weights may vanish.
 VANISHING_SIGMAS: Final = 4.0
 #: added to a tensor's size over the mean: no step goes to nothing with the size.
@@ -155,6 +197,8 @@ SMALLEST_SHARE: Final = 0.05
 LARGEST_CORRECTION: Final = 8.0
 #: growth of the step from one frequency of a 3-tap axis to the next.
 FREQUENCY_GROWTH: Final = 1.7
+#: a tensor with so many zeros was pruned: they stay zeros.
+SPARSE_SHARE: Final = 0.5
 #: rows get steps of their own where their scales spread so far, in octaves between the root mean
 #: square and the geometric mean.
 ROW_SPREAD: Final = 1.5
@@ -162,16 +206,37 @@ ROW_SPREAD: Final = 1.5
 MIN_WEIGHTS: Final = 256
 _QUERY_KEY: Final = frozenset({"query", "key", "q_proj", "k_proj", "q", "k", "to_q", "to_k"})
 _EXPONENTS: Final = (-110, 110)
+#: tables of tokens in models that write text, and their heads; without one the table is the head.
+_TOKENS: Final = frozenset({"embed_tokens", "wte", "tok_embeddings", "token_embd"})
+_HEADS: Final = frozenset({"lm_head", "embed_out", "output"})
+#: largest level of int8.
+_INT8: Final = 127
+#: harm of our errors beside equally large steps of int8: those of the trellis are smaller, and
+#: those at high kernel frequencies are borne better.
+_MATRIX_HARM: Final = 0.8
+_KERNEL_HARM: Final = 0.5
 
 FIDELITIES: Final = ("outputs", "weights", "integers")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A named quality: k of the step rule, and the mantissa bits that 1-D floats keep (of 23)."""
+    """A named quality.
+
+    Attributes
+    ----------
+    name : str
+    noise : float
+        Error of the outputs, in that of int8 per channel, as the rule forecasts it.
+    language_noise : float
+        The same of language models: their perplexity hardly minds errors that change single words.
+    mantissa_bits : int
+        That 1-D floats keep, of 23.
+    """
 
     name: str
-    step_factor: float
+    noise: float
+    language_noise: float
     mantissa_bits: int
 
 
@@ -179,9 +244,9 @@ RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
     {
         recipe.name: recipe
         for recipe in (
-            Recipe("fine", 0.065, 23),
-            Recipe("balanced", 0.18, 8),
-            Recipe("small", 0.33, 8),
+            Recipe("fine", 1.0, 1.5, 23),
+            Recipe("balanced", 1.4, 4.0, 10),
+            Recipe("small", 5.0, 8.0, 8),
         )
     }
 )
@@ -241,6 +306,13 @@ class TensorPlan:
         The same for rows.
     row_scales : ndarray of float32, shape (rows,)
         By which outliers are told.
+    threshold : float
+        Weights of a smaller magnitude are pruned.
+    sign : int
+        As `TensorStats`' own: levels have no other.
+    price : float
+        Of a bit, in squared steps, for levels that are mostly zeros, see
+        `weightvid.levels.descent`; 0: the usual rounding.
     """
 
     spec: TensorSpec
@@ -252,6 +324,9 @@ class TensorPlan:
     balanced: bool = False
     frequency_steps: Steps | None = None
     row_steps: Steps | None = None
+    threshold: float = 0.0
+    sign: int = 0
+    price: float = 0.0
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -307,7 +382,8 @@ def units(stats: Sequence[TensorStats], fidelity: str = "outputs") -> list[float
         Tensors that will be quantized, each with sigma > 0.
     fidelity : str
         ``outputs``, ``integers``: ``f * sigma * sqrt(n / mean n + 0.05)``; f is 2 for the queries
-        and keys of attention, whose errors only move the weights of a softmax, and 1 for others.
+        and keys of attention, whose errors only move the weights of a softmax, ``1 / sqrt(T)`` for
+        the head of a language model of T other tensors, and 1 for others.
         ``weights``: the root of the mean square of all weights, for every tensor.
 
     Raises
@@ -322,19 +398,104 @@ def units(stats: Sequence[TensorStats], fidelity: str = "outputs") -> list[float
     total = sum(s.spec.size for s in stats)
     if fidelity == "weights":
         return [sqrt(sum(s.spec.size * s.sigma**2 for s in stats) / total)] * len(stats)
-    mean = total / len(stats)
+    mean = sum(s.effective_size for s in stats) / len(stats)
     return [
-        _scale(s) * _kind_factor(s.spec.name) * sqrt(s.spec.size / mean + SMALLEST_SHARE)
-        for s in stats
+        _scale(s) * kind * sqrt(s.effective_size / mean + SMALLEST_SHARE)
+        for s, kind in zip(stats, _kind_factors(stats), strict=True)
     ]
 
 
+def recipe_factor(
+    name: str, stats: Sequence[TensorStats], units: Sequence[float], fidelity: str = "outputs"
+) -> float:
+    """Step factor of a recipe: the forecast of the errors is so many times that of int8.
+
+    Parameters
+    ----------
+    name : str
+        Of the recipe.
+    stats : sequence of TensorStats
+    units : sequence of float
+        Of the same tensors.
+    fidelity : str
+
+    Raises
+    ------
+    QuantizationError
+        Unknown recipe.
+    """
+    wanted = recipe(name)
+    noise = wanted.language_noise if speaks(stats) else wanted.noise
+    low, high = _FACTORS
+    for _ in range(_HALVINGS):
+        middle = sqrt(low * high)
+        if forecast(middle, stats, units, fidelity) > noise:
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def forecast(
+    factor: float, stats: Sequence[TensorStats], units: Sequence[float], fidelity: str = "outputs"
+) -> float:
+    """Error of the outputs at a step factor, in that of int8 per channel; 0 without tensors.
+
+    Every tensor does harm as the square of its steps over its scale; steps at the finest that is
+    allowed do not follow the factor.
+    """
+    ours = int8 = 0.0
+    for s, unit, kind in zip(stats, units, _kind_factors(stats), strict=True):
+        kernel = bool(s.view.kernel) or is_pointwise(s.spec)
+        harm = 1.0 if fidelity != "outputs" else _KERNEL_HARM if kernel else _MATRIX_HARM
+        ours += harm * (max(factor * unit, finest_step(s)) / _scale(s) / kind) ** 2
+        int8 += (s.peak / _INT8 / kind) ** 2
+    return sqrt(ours / int8) if int8 else 0.0
+
+
+def speaks(stats: Sequence[TensorStats]) -> bool:
+    """Whether the tensors are those of a language model."""
+    return language_head([s.spec for s in stats]) is not None
+
+
 def _scale(stats: TensorStats) -> float:
+    if stats.sparse:
+        return stats.sigma / sqrt(1 - stats.zero_share)
     return stats.typical_scale if has_row_steps(stats) else stats.sigma
 
 
-def _kind_factor(name: str) -> float:
-    return 2.0 if any(part in _QUERY_KEY for part in name.split(".")) else 1.0
+def _kind_factors(stats: Sequence[TensorStats]) -> list[float]:
+    """What the step of each tensor is multiplied by for what the tensor does in the network."""
+    head = language_head([s.spec for s in stats])
+    return [
+        1 / sqrt(max(len(stats) - 1, 1))
+        if s.spec.name == head
+        else 2.0 if _parts(s.spec) & _QUERY_KEY else 1.0
+        for s in stats
+    ]  # fmt: skip
+
+
+def _parts(spec: TensorSpec) -> frozenset[str]:
+    return frozenset(spec.name.split("."))
+
+
+def language_head(specs: Sequence[TensorSpec]) -> str | None:
+    """Name of the tensor that makes scores of tokens; None where no model writes text.
+
+    Examples
+    --------
+    >>> table = TensorSpec("model.embed_tokens.weight", "F32", (100, 8))
+    >>> head = TensorSpec("lm_head.weight", "F32", (100, 8))
+    >>> language_head([table]), language_head([table, head]), language_head([head])
+    ('model.embed_tokens.weight', 'lm_head.weight', None)
+    """
+    tables = [spec for spec in specs if _parts(spec) & _TOKENS and len(spec.shape) == 2]
+    heads = [
+        spec
+        for spec in specs
+        if _parts(spec) & _HEADS and any(spec.shape == table.shape for table in tables)
+    ]
+    return next((spec.name for spec in [*heads, *tables]), None)
 
 
 def measured_units(
@@ -372,6 +533,11 @@ def measured_units(
     ]
 
 
+def finest_step(stats: TensorStats) -> float:
+    """Finest step of a tensor: with a finer one many levels would not fit 8 bits."""
+    return max(FINEST_SIGMAS, stats.peak / _INT8) * _scale(stats)
+
+
 def has_row_steps(stats: TensorStats) -> bool:
     """Whether the scales of rows differ so much that they need steps of their own."""
     typical = stats.typical_scale
@@ -402,8 +568,13 @@ def plan_tensor(
     """
     spec, view = stats.spec, stats.view
     scale = _scale(stats) if fidelity == "outputs" else stats.sigma
+    if stats.sign or (stats.sparse and fidelity == "outputs" and moments is None):
+        # A transform would fill the zeros of a pruned tensor, and a trellis does not keep them;
+        # both would give the other sign to a tensor that has one, such as variances.
+        fidelity = "integers"
     coarsest = VANISHING_SIGMAS if fidelity == "weights" else COARSEST_SIGMAS
-    step = round_step(min(max(step, FINEST_SIGMAS * scale), coarsest * scale))
+    finest = FINEST_SIGMAS if fidelity == "weights" else max(FINEST_SIGMAS, stats.peak / _INT8)
+    step = round_step(min(max(step, finest * scale), coarsest * scale))
     if not (isfinite(step) and _EXPONENTS[0] < frexp(step)[1] < _EXPONENTS[1]):
         return None
     if (
@@ -427,7 +598,7 @@ def plan_tensor(
     method = UNIFORM if uniform else TRELLIS
     return TensorPlan(
         spec, view, method, step, transformed, stats.row_scales, convolution,
-        frequency_steps, row_steps,
+        frequency_steps, row_steps, sign=stats.sign,
     )  # fmt: skip
 
 

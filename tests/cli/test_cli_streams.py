@@ -1,0 +1,87 @@
+"""Pipes, closed streams, odd names, and signals that end a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from weightvid.loader import open_archive
+
+WEIGHTVID = f"{sys.executable} -m weightvid"
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run a line of the shell, in which ``weightvid`` is ours."""
+    line = command.replace("weightvid ", f"{WEIGHTVID} ")
+    return subprocess.run(line, shell=True, cwd=folder, capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in a folder whose name has dots."""
+    made = tmp_path_factory.mktemp("streams")
+    (made / "Qwen2.5-0.5B").mkdir()
+    weights = np.random.default_rng(1).standard_normal((64, 64)).astype("f4")
+    path = made / "Qwen2.5-0.5B" / "open_clip_model.safetensors"
+    save_file({"w": weights}, path, {"key\x1b[31m": "value\x1b[0m"})
+    return made
+
+
+def test_names_with_dots_and_slashes(folder: Path) -> None:
+    done = shell(
+        "weightvid pack Qwen2.5-0.5B/ && weightvid unpack Qwen2.5-0.5B.mp4 -o a.b/", folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (folder / "a.b").iterdir()] == ["open_clip_model.safetensors"]
+    assert shell("weightvid unpack Qwen2.5-0.5B.mp4 -o v1.5", folder).returncode == 0
+    assert (folder / "v1.5").is_dir()
+
+
+def test_pipes(folder: Path) -> None:
+    for name in ("-", "/dev/stdout"):
+        done = shell(f"weightvid pack Qwen2.5-0.5B -o {name} | cat > {name[-1]}.mp4", folder)
+        assert done.returncode == 0, done.stderr
+        with open_archive(folder / f"{name[-1]}.mp4") as archive:
+            assert list(archive) == ["w"]
+    assert shell("weightvid pack Qwen2.5-0.5B -o - --json", folder).returncode == 2
+    found = shell("cat ./-.mp4 | weightvid inspect -", folder)
+    assert b"key\\x1b[31m" in found.stdout, "no control characters reach the terminal"
+    assert b"\x1b" not in found.stdout
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_streams(folder: Path, closed: str) -> None:
+    """A file that is opened must not become the standard output."""
+    name = f"closed{len(closed)}.mp4"
+    assert shell(f"weightvid pack Qwen2.5-0.5B -o {name} {closed}", folder).returncode == 0
+    assert shell(f"weightvid inspect {name} --json {closed}", folder).returncode == 0
+    with open_archive(folder / name) as archive:
+        assert archive["w"].shape == (64, 64)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGINT])
+def test_signals_leave_nothing(folder: Path, number: signal.Signals) -> None:
+    """Also while a function of the user judges the model."""
+    script = folder / "judge.py"
+    script.write_text(
+        "import time\ndef judge(state):\n    print('judging', flush=True)\n    time.sleep(60)\n"
+    )
+    before = sorted(folder.iterdir())
+    command = [*WEIGHTVID.split(), "pack", "Qwen2.5-0.5B", "-o", "never.mp4", "--eval"]
+    command += ["judge.py:judge", "--max-drop", "1%"]
+    with subprocess.Popen(command, cwd=folder, stdout=-1, stderr=-1) as running:
+        assert running.stderr is not None
+        assert b"judging\n" in running.stderr
+        running.send_signal(number)
+        running.communicate(timeout=50)
+    assert running.returncode == 128 + number
+    left = [p for p in folder.iterdir() if p not in before and p.name != "__pycache__"]
+    assert left == []

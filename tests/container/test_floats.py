@@ -1,0 +1,97 @@
+"""Bit-exact floats: every payload comes back, damage has a name, and they are smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightvid import container, loader
+from weightvid.checkpoint import from_mapping
+from weightvid.errors import FormatError
+from weightvid.loader import DTYPES, MANTISSAS, Header, TensorSpec, open_archive
+from weightvid.pack import PackOptions, pack_checkpoint
+
+Array = np.ndarray[Any, Any]
+
+
+def header_of(*specs: TensorSpec) -> Header:
+    return Header(specs, {}, {}, (), (), {})
+
+
+def there_and_back(arrays: list[Array], name: str) -> list[Array]:
+    specs = [TensorSpec(f"t{n}", name, array.shape) for n, array in enumerate(arrays)]
+    items = [(n, 0, array) for n, array in enumerate(arrays)]
+    payload = container.stored_body(*container.float_records(items, specs))
+    return [array for _, _, array in loader.parse_exact(payload, header_of(*specs))]
+
+
+@pytest.mark.parametrize("name", MANTISSAS)
+@pytest.mark.parametrize("shape", [(0,), (1,), (9,), (7, 13), (3, 0), (40, 300), (16, 3, 3, 3)])
+def test_every_payload(name: str, shape: tuple[int, ...]) -> None:
+    size, random = DTYPES[name].itemsize, np.random.default_rng(2)
+    exponent = ((1 << 8 * size - 1) - 1) >> MANTISSAS[name] << MANTISSAS[name]
+    arrays = []
+    for ones in (0, exponent, 1 << 8 * size - 1):  # any bits, NaN and infinities, negative ones
+        bits = random.integers(0, 1 << 8 * size, shape, dtype=f"u{size}")
+        arrays.append((bits | np.array(ones, f"u{size}")).view(DTYPES[name]))
+    arrays += [np.zeros(shape, DTYPES[name]), -np.zeros(shape, "i1").astype(DTYPES[name])]
+    for found, array in zip(there_and_back(arrays, name), arrays, strict=True):
+        assert found.tobytes() == array.tobytes()
+
+
+@given(st.integers(0, 2**32), st.sampled_from(sorted(MANTISSAS)), st.integers(0, 23))
+def test_rows_that_end_with_zeros(seed: int, name: str, zeros: int) -> None:
+    random, size = np.random.default_rng(seed), DTYPES[name].itemsize
+    shape = tuple(random.integers(1, 30, random.integers(1, 4)).tolist())
+    bits = random.integers(0, 1 << 8 * size, shape, dtype=f"u{size}")
+    some = random.random(shape[:1]) < 0.5
+    bits[some] = bits[some] >> min(zeros, 8 * size - 1) << min(zeros, 8 * size - 1)
+    (found,) = there_and_back([bits.view(DTYPES[name])], name)
+    assert found.tobytes() == bits.tobytes()
+
+
+def test_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container, "EXACT_BOX_BYTES", 50_000)
+    random = np.random.default_rng(1)
+    arrays = {
+        "w": (random.standard_normal((300, 200)) * 0.05).astype(np.float32),
+        "h": random.standard_normal((50, 70)).astype(np.float16),
+        "of_half": random.standard_normal((90, 100)).astype(np.float16).astype(np.float32),
+        "bias": random.standard_normal(33).astype(np.float32),
+        "count": np.array(3), "double": random.standard_normal((20, 30)),
+    }  # fmt: skip
+    path = tmp_path / "exact.mp4"
+    with from_mapping(arrays) as reader:
+        report = pack_checkpoint(reader, path, PackOptions(lossless=True))
+    assert report.coded_weights == 0
+    assert report.file_bytes < 0.84 * report.source_bytes
+    with open_archive(path) as archive:
+        for source in (archive, dict(archive.items())):
+            for name, array in arrays.items():
+                assert source[name].dtype == array.dtype
+                assert source[name].tobytes() == array.tobytes()
+
+
+def test_damage_has_a_name() -> None:
+    array = np.random.default_rng(1).standard_normal((40, 50)).astype(np.float32)
+    specs = [TensorSpec("a", "F32", (40, 50))]
+    records = container.float_records([(0, 0, array)], specs)
+    random, header = Random(1), header_of(*specs)
+    for _ in range(500):
+        hurt = bytearray(records[1])
+        at = random.randrange(min(len(hurt), random.choice((12, 200, len(hurt)))))
+        hurt[at] = random.choice((0, 1, 127, 128, 255, hurt[at] ^ 1))
+        payload = container.stored_body(records[0], bytes(hurt[: random.randrange(len(hurt))]))
+        try:
+            list(loader.parse_exact(payload, header))
+        except FormatError as error:
+            assert error.code in ("record", "deflate", "version", "limit", "order")
+    integers = header_of(TensorSpec("a", "I32", (40, 50)))
+    with pytest.raises(FormatError, match="cannot share a record"):
+        list(loader.parse_exact(container.stored_body(*records), integers))

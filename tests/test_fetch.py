@@ -1,0 +1,310 @@
+"""Downloads: broken off, resumed, from servers that lie; what is there in the end is right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fetch_torture import torture
+
+from weightvid.errors import OutputError, RemoteError, SignatureError
+from weightvid.fetch import FetchOptions, fetch_archive
+
+sys.path.append(str(Path(__file__).parent / "checkpoint"))
+from serving import Site, serve
+
+Talk = Callable[[socket.socket, bytes, int], object]
+QUICK = FetchOptions(patience=0.3, attempts=2)
+
+
+@pytest.fixture
+def data(long_archive: Path) -> bytes:
+    return long_archive.read_bytes()
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with serve() as served:
+        yield served
+
+
+@contextmanager
+def server(talk: Talk) -> Iterator[str]:
+    """A server that sends what a function sends, given the request and its number."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer(connection: socket.socket, number: int) -> None:
+        with connection, suppress(OSError):
+            request = b""
+            while b"\r\n\r\n" not in request:
+                request += connection.recv(4096)
+            talk(connection, request, number)
+
+    def accept() -> None:
+        number = 0
+        with suppress(OSError):
+            while True:
+                thread = threading.Thread(target=answer, args=(listener.accept()[0], number))
+                thread.daemon = True
+                thread.start()
+                number += 1
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/model.mp4"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+def head(data: bytes, first: int, **more: Any) -> bytes:
+    """Head of an answer to a request for all from a byte on."""
+    fields = {
+        "Content-Range": f"bytes {first}-{len(data) - 1}/{len(data)}",
+        "Content-Length": len(data) - first,
+        **{name.replace("_", "-"): value for name, value in more.items()},
+    }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value is not None)
+    return f"HTTP/1.1 206 Partial Content\r\n{lines}Connection: close\r\n\r\n".encode()
+
+
+def wanted(request: bytes) -> int:
+    return int(request.split(b"Range: bytes=")[1].split(b"-")[0])
+
+
+def cut_at(data: bytes, at: int, path: Path) -> None:
+    """Leave what a killed download leaves."""
+    path.with_name(f".{path.name}.part").write_bytes(data[:at])
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_download(site: Site, data: bytes, tmp_path: Path) -> None:
+    url, told = site.put("m.mp4", data, headers={"ETag": '"1"'}), []
+    report = fetch_archive(url, tmp_path / "m.mp4", QUICK, told.append)
+    assert (tmp_path / "m.mp4").read_bytes() == data
+    assert left(tmp_path) == ["m.mp4"]
+    assert (report.file_bytes, report.fetched_bytes, report.resumed_at) == (len(data),) * 2 + (0,)
+    assert (report.frames, report.interruptions, report.sources) == (3, 0, (url,))
+    assert (told[-1].stage, told[-1].done, told[-1].total) == ("fetch", len(data), len(data))
+
+
+@pytest.mark.parametrize("at", [0, 1, 20, 700, 20_000, 50_000, -70, -1])
+@pytest.mark.parametrize("state", [False, True])
+def test_it_goes_on(site: Site, data: bytes, tmp_path: Path, at: int, state: bool) -> None:
+    at %= len(data)
+    path, url = tmp_path / "m.mp4", site.put("m.mp4", data)
+    cut_at(data, at, path)
+    if state:
+        known = {"checked": at, "size": len(data), "versions": {}}
+        path.with_name(".m.mp4.part.json").write_text(json.dumps(known))
+    report = fetch_archive(url, path, QUICK)
+    assert path.read_bytes() == data
+    assert (report.resumed_at, report.fetched_bytes) == (at, len(data) - at)
+    assert left(tmp_path) == ["m.mp4"]
+
+
+def test_without_ranges(site: Site, data: bytes, tmp_path: Path) -> None:
+    path, url = tmp_path / "m.mp4", site.put("m.mp4", data, ranges=False)
+    fetch_archive(url, path, QUICK)
+    assert path.read_bytes() == data
+    path.unlink()
+    cut_at(data, 20_000, path)
+    with pytest.raises(RemoteError, match=r"no ranges.*--restart.*part keeps what arrived"):
+        fetch_archive(url, path, QUICK)
+    fetch_archive(url, path, FetchOptions(restart=True))
+    assert path.read_bytes() == data
+
+
+def test_another_version(site: Site, data: bytes, tmp_path: Path) -> None:
+    path, url = tmp_path / "m.mp4", site.put("m.mp4", data, cut=700, headers={"ETag": '"1"'})
+    with pytest.raises(RemoteError, match="the connection ended at byte"):
+        fetch_archive(url, path, FetchOptions(patience=0.3, attempts=1))
+    site.put("m.mp4", data, headers={"ETag": '"2"'})
+    with pytest.raises(RemoteError, match=r'has changed since the download began \("1", now "2"\)'):
+        fetch_archive(url, path, QUICK)
+    site.put("m.mp4", data + b"x", headers={"ETag": '"1"'})
+    with pytest.raises(RemoteError, match=f"has changed .*{len(data)}, now {len(data) + 1}"):
+        fetch_archive(url, path, QUICK)
+    site.put("m.mp4", bytes(len(data)), headers={"ETag": '"1"'})
+    with pytest.raises(RemoteError, match="it is another file than the one that arrived before"):
+        fetch_archive(url, path, QUICK)
+    site.put("m.mp4", data[:1000])
+    with pytest.raises(RemoteError, match=r"has changed|smaller file"):
+        fetch_archive(url, path, QUICK)
+    assert left(tmp_path) == [".m.mp4.part", ".m.mp4.part.json"]
+    site.put("m.mp4", data, headers={"ETag": '"1"'})
+    fetch_archive(url, path, QUICK)
+    assert path.read_bytes() == data
+
+
+def test_a_damaged_frame_is_fetched_again(data: bytes, tmp_path: Path) -> None:
+    def talk(connection: socket.socket, request: bytes, number: int) -> None:
+        first, sent = wanted(request), bytearray(data)
+        if number < 2:
+            sent[40_000 + 20_000 * number] ^= 64
+        connection.sendall(head(data, first) + sent[first:])
+
+    with server(talk) as url:
+        report = fetch_archive(url, tmp_path / "m.mp4", QUICK)
+    assert (tmp_path / "m.mp4").read_bytes() == data
+    assert report.interruptions == 2
+
+
+def test_damaged_at_the_source(site: Site, data: bytes, tmp_path: Path) -> None:
+    url = site.put("m.mp4", data[:40_000] + bytes(8) + data[40_008:])
+    with pytest.raises(RemoteError, match=r"cannot fetch .*frame 0 decodes to other samples"):
+        fetch_archive(url, tmp_path / "m.mp4", QUICK)
+    assert "m.mp4" not in left(tmp_path)
+
+
+def test_mirrors(site: Site, data: bytes, tmp_path: Path) -> None:
+    path, good = tmp_path / "m.mp4", site.put("good", data)
+    urls = [
+        site.put("absent", b"", status=404), site.put("busy", b"", status=503),
+        site.put("short", data, cut=5000), site.put("page", b"<html>" + bytes(999)), good,
+    ]  # fmt: skip
+    report = fetch_archive(urls, path, FetchOptions(patience=0.3))
+    assert path.read_bytes() == data
+    assert report.sources[-1] == good
+    path.unlink()
+    with pytest.raises(RemoteError, match=r"nor from 3 others: HTTP (404|503)"):
+        fetch_archive([urls[0], urls[3], urls[1], urls[0]], path, QUICK)
+
+
+def send_forever(connection: socket.socket, data: bytes) -> None:
+    while True:
+        connection.sendall(data)
+
+
+def drip(connection: socket.socket, data: bytes) -> None:
+    for at in range(len(data)):
+        connection.sendall(data[at : at + 1])
+        time.sleep(0.02)
+
+
+LIARS: dict[str, tuple[Callable[[socket.socket, bytes, int], object], str]] = {
+    "says nothing": (lambda c, _, first: time.sleep(1), r"nothing for 0\.3 seconds"),
+    "closes": (lambda c, _, first: None, "closed|reset"),
+    "no HTTP": (lambda c, _, first: c.sendall(b"220 ready\r\n\r\n"), "220 ready"),
+    "drips its head": (lambda c, d, first: drip(c, head(d, first)), "nothing for"),
+    "drips": (lambda c, d, first: (c.sendall(head(d, first)), drip(c, d)), "nothing for"),
+    "endless head": (lambda c, _, first: send_forever(c, b"HTTP/1.1 200 OK\r\nA: b\r\n"), "."),
+    "sends less": (
+        lambda c, d, first: c.sendall(head(d, first) + d[first : first + 99]),
+        "the connection ended",
+    ),
+    "claims more": (
+        lambda c, d, first: c.sendall(head(d, first, Content_Length=len(d) + 500) + d[first:-20]),
+        "the connection ended",
+    ),
+    "claims less": (
+        lambda c, d, first: c.sendall(
+            head(d[:900], min(first, 800), Content_Length=None) + d[first:]
+        ),
+        "another range|more than the 900 bytes|answers bytes|has changed",
+    ),
+    "another range": (lambda c, d, first: c.sendall(head(d, first + 1) + d[first:]), "it answers"),
+    "no range": (
+        lambda c, d, first: c.sendall(head(d, first, Content_Range="nonsense") + d), "it answers"
+    ),
+    "ends early": (
+        lambda c, d, first: c.sendall(head(d[:-9], first) + d[first:-9]), "end before the archive"
+    ),
+    "zipped": (
+        lambda c, d, first: c.sendall(head(d, first, Content_Encoding="gzip") + d), "sends gzip"
+    ),
+    "circle": (
+        lambda c, d, first: c.sendall(
+            b"HTTP/1.1 302 Found\r\nLocation: /model.mp4\r\nContent-Length: 0\r\n\r\n"
+        ),
+        "redirects in a circle",
+    ),
+    "to a file": (
+        lambda c, d, first: c.sendall(
+            b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n"
+        ),
+        ".",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIARS)
+def test_servers_that_lie(name: str, data: bytes, tmp_path: Path) -> None:
+    talk, message = LIARS[name]
+    with (
+        server(lambda connection, request, _: talk(connection, data, wanted(request))) as url,
+        pytest.raises(RemoteError, match=message),
+    ):
+        fetch_archive(url, tmp_path / "m.mp4", QUICK)
+    assert "m.mp4" not in left(tmp_path)
+
+
+def test_what_cannot_be(site: Site, data: bytes, tmp_path: Path) -> None:
+    path, url = tmp_path / "m.mp4", site.put("m.mp4", data)
+    for other in ("s3://bucket/m.mp4", "model.mp4", "file:///etc/passwd"):
+        with pytest.raises(RemoteError, match="only http:// and https://"):
+            fetch_archive(other, path)
+    path.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="exists already"):
+        fetch_archive(url, path)
+    fetch_archive(url, path, FetchOptions(force=True))
+    assert path.read_bytes() == data
+    with pytest.raises(OutputError, match="cannot write"):
+        fetch_archive(url, tmp_path / "absent" / "m.mp4")
+
+
+def test_the_hash_of_the_file(site: Site, data: bytes, tmp_path: Path) -> None:
+    path, url = tmp_path / "m.mp4", site.put("m.mp4", data)
+    with pytest.raises(RemoteError, match=r"has the SHA-256 [0-9a-f]{64}, not 00; .*thrown away"):
+        fetch_archive(url, path, FetchOptions(sha256="00"))
+    fetch_archive(url, path, FetchOptions(sha256=hashlib.sha256(data).hexdigest().upper()))
+
+
+def test_the_signature_of_the_file(site: Site, long_archive: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="signatures need cryptography")
+    from test_sign import new_key
+
+    from weightvid.sign import sign_archive
+
+    owner, other = new_key(tmp_path, "owner"), new_key(tmp_path, "other")
+    sign_archive(long_archive, owner, tmp_path / "signed.mp4")
+    path, url = tmp_path / "m.mp4", site.put("m.mp4", (tmp_path / "signed.mp4").read_bytes())
+    with pytest.raises(SignatureError, match="by another key"):
+        fetch_archive(url, path, FetchOptions(key=str(other.with_suffix(".pub"))))
+    assert not path.exists()
+    fetch_archive(url, path, FetchOptions(key=str(owner.with_suffix(".pub"))))
+    assert path.read_bytes() == (tmp_path / "signed.mp4").read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files are locked otherwise there")
+def test_two_at_a_time(site: Site, data: bytes, tmp_path: Path) -> None:
+    import fcntl
+
+    path = tmp_path / "m.mp4"
+    cut_at(data, 20_000, path)
+    with (tmp_path / ".m.mp4.part").open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another process is writing"):
+            fetch_archive(site.put("m.mp4", data), path)
+    fetch_archive(site.put("m.mp4", data), path)
+
+
+def test_kills_and_cuts(data: bytes, tmp_path: Path) -> None:
+    """A small run of `tools/fetch_torture.py`."""
+    outcome = torture(data, tmp_path, kills=2, cuts=3, seed=1)
+    assert outcome.downloads >= 1

@@ -1,0 +1,83 @@
+"""NNC bitstreams (ISO/IEC 15938-17), by the nncodec package in a Python of its own.
+
+Its pins clash with ours, so the environment variable WEIGHTVID_NNCODEC names a Python that has it
+(``pip install nncodec``); the script that this Python runs is that of `weightvid.compare`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from weightvid.checkpoint import base
+from weightvid.errors import CheckpointError
+from weightvid.loader import Array
+from weightvid.spec import RAW_BITS, TensorSpec, to_float32
+
+_CHILD: Final = Path(__file__).parents[1] / "compare" / "nncodec_child.py"
+_VARIABLE: Final = "WEIGHTVID_NNCODEC"
+#: of what is written: a step of 2 ** (QP / 4), far below that of any archive.
+_QP: Final = -48
+
+
+class Reader(base.ArrayReader):
+    """A bitstream, decoded when it is opened: floats as F32, integers as I32."""
+
+    def __init__(self, path: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="weightvid-") as name:
+            folder = Path(name)
+            (folder / "stream.nnc").write_bytes(path.read_bytes())
+            _run(folder, f"{path} cannot be read", "decode")
+            names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
+            with np.load(folder / "restored.npz", allow_pickle=False) as file:
+                super().__init__({key: file[str(n)] for n, key in enumerate(names)})
+
+
+class Writer(base.FileWriter):
+    """A bitstream; NNC quantizes floats once more, and knows no other types than int32."""
+
+    def _plan(self) -> bytes:
+        self._arrays: dict[str, Array] = {}
+        for spec in self.contents.tensors:
+            if spec.dtype.startswith(("C", "F8")):
+                raise CheckpointError(f"NNC has no {spec.dtype}: tensor {spec.name!r}")
+        self.notes = (f"NNC quantizes floats (QP {_QP}, as F32), and holds integers as I32",)
+        self.notes += base.tied_note(self.contents.aliases)
+        return b""
+
+    def _write(self, spec: TensorSpec, array: Array) -> None:
+        values = to_float32(array, spec.dtype) if spec.dtype in RAW_BITS else array.copy()
+        for name in self._names_of[spec.name]:
+            self._arrays[name] = values
+
+    def _finish(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="weightvid-") as name:
+            folder = Path(name)
+            # Members of the file are numbers: names may hold what a path may not.
+            arrays: dict[str, Any] = {str(n): a for n, a in enumerate(self._arrays.values())}
+            np.savez(folder / "model.npz", **arrays)
+            (folder / "names.json").write_text(json.dumps(list(self._arrays)), encoding="utf-8")
+            _run(folder, f"{self._path} cannot be written", str(_QP), "0")
+            self._output.file.write((folder / "stream.nnc").read_bytes())
+
+
+def _run(folder: Path, failed: str, *arguments: str) -> None:
+    python = os.environ.get(_VARIABLE)
+    if not python:
+        raise CheckpointError(f"{failed}: {_VARIABLE} must name a Python that has nncodec")
+    try:
+        done = subprocess.run(
+            [python, "-I", str(_CHILD), str(folder), *arguments],
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except OSError as error:
+        raise CheckpointError(f"{failed}: {python} cannot be run: {error}") from None
+    if done.returncode:
+        words = done.stderr.strip().splitlines()
+        raise CheckpointError(f"{failed}: nncodec: {words[-1] if words else done.returncode}")

@@ -1,0 +1,45 @@
+"""``weightvid apply``: an archive and updates to it, merged into one archive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from weightvid.cli import output
+from weightvid.cli.output import FORCE, JSON, option
+
+
+def apply(
+    base: str = typer.Argument(
+        ..., metavar="ARCHIVE", help="What the first update is to: a file or an address."
+    ),
+    updates: list[str] = typer.Argument(
+        ..., metavar="UPDATE...", help="Updates, the oldest first."
+    ),
+    destination: Path = option(..., "The merged archive.", "--output", "-o", metavar="ARCHIVE"),
+    force: bool = FORCE,
+    json: bool = JSON,
+) -> None:
+    """Merge an archive and updates to it into one archive, without quantizing anything again.
+
+    Its tensors have the very hashes that the updates give. The inputs stay as they are.
+
+    [bold]weightvid apply v1.mp4 v1-v2.mp4 -o v2.mp4[/bold]
+    """
+    from weightvid.update import apply_updates
+
+    with output.progress_bars() as report:
+        made = apply_updates(base, updates, destination, force=force, progress=report)
+    if json:
+        output.emit_json(made, archive=str(destination), base=base, updates=updates)
+        return
+    output.facts(
+        [
+            ("archive", f"{destination}, {output.size(made.file_bytes)}"),
+            ("tensors", f"{made.tensors:,} in {made.layers} layers"),
+            ("frames", f"{made.copied} copied, {made.coded} coded again"),
+            ("root", made.root),
+            ("time", f"{made.seconds:.1f} s"),
+        ]
+    )

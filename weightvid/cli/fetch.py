@@ -1,0 +1,54 @@
+"""``weightvid fetch``: an archive from web servers."""
+
+from __future__ import annotations
+
+from weightvid.cli import output
+from weightvid.cli.output import FORCE, JSON, option, usage_error
+
+
+def fetch(
+    urls: list[str] = output.argument(
+        "URL...", "http:// or https:// addresses of one file: where one fails, the next goes on."
+    ),
+    archive: str = option(
+        "", "Where it goes. Default: the name in the address, here.",
+        "--output", "-o", metavar="ARCHIVE",
+    ),
+    sha256: str = option("", "What the whole file must have.", metavar="HEX"),
+    key: str = option("", "Public key by which the archive must be signed.", metavar="KEY"),
+    patience: float = option(
+        30.0, "Seconds that a server may take to answer, and for the next 4 kB.",
+        metavar="SECONDS", min=0.1,
+    ),
+    restart: bool = option(False, "Forget what an earlier attempt left.", "--restart"),
+    force: bool = FORCE,
+    json: bool = JSON,
+) -> None:  # fmt: skip
+    """Download an archive; called again, it goes on where it broke off.
+
+    Each frame is decoded and checked as it arrives, and fetched again if it is damaged.
+
+    [bold]weightvid fetch https://example.org/model.mp4[/bold]
+    [bold]weightvid fetch https://one.example/m.mp4 https://two.example/m.mp4 -o model.mp4[/bold]
+    """
+    from weightvid.checkpoint.remote import file_name
+    from weightvid.fetch import FetchOptions, fetch_archive
+
+    destination = archive or file_name(urls[0])
+    if not destination:
+        usage_error("the address has no file name; say where the archive goes", "--output")
+    options = FetchOptions(force=force, restart=restart, sha256=sha256, key=key, patience=patience)
+    with output.progress_bars() as report:
+        found = fetch_archive(urls, destination, options, report)
+    if json:
+        output.emit_json(found, archive=destination)
+        return
+    resumed = f", {output.size(found.resumed_at)} were there" if found.resumed_at else ""
+    output.facts([
+        ("archive", destination),
+        ("size", f"{output.size(found.file_bytes)}{resumed}"),
+        ("frames", f"{found.frames:,}, every one checked"),
+        ("from", output.some(found.sources)),
+        ("interruptions", f"{found.interruptions}" if found.interruptions else ""),
+        ("time", f"{found.seconds:.1f} s"),
+    ])  # fmt: skip

@@ -1,0 +1,512 @@
+"""Archives from web servers: resumed where a download broke off, checked frame by frame.
+
+What has arrived lies beside the destination, in ``.model.mp4.part``, and what is known of it in
+``.model.mp4.part.json``; both are gone when the archive gets its name. Each box is checked as soon
+as it is whole, and each frame decoded: what a server, a proxy or a disk changed is fetched again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from queue import Empty, Full, Queue
+from time import monotonic, perf_counter, sleep
+from typing import Any, BinaryIO, Final, cast
+
+from weightvid import loader
+from weightvid.atomic import output_error
+from weightvid.checkpoint.remote import WEB, scheme, shown
+from weightvid.errors import CodecError, FormatError, OutputError, RemoteError, SignatureError
+from weightvid.progress import Progress, Report, quiet
+from weightvid.sign import open_signed
+from weightvid.version import __version__
+
+_PIECE, _PIECES = 1 << 15, 4
+#: bytes that are asked for again when a download goes on, to see that it is the same file.
+_OVERLAP: Final = 1 << 10
+#: a server that sends less in the time of ``patience`` is given up.
+_LEAST_BYTES: Final = 1 << 12
+_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+#: statuses of servers that may answer otherwise a little later.
+_PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """Settings of one download.
+
+    Attributes
+    ----------
+    force : bool
+        Replace an existing file.
+    restart : bool
+        Forget what an earlier attempt left.
+    sha256 : str
+        What the whole file must have, in hexadecimal; empty: whatever its own hashes say.
+    key : str
+        Path of a public key by which the archive must be signed; empty: none.
+    patience : float
+        Seconds that a server may take to answer, and for the next 4 kB.
+    attempts : int
+        How often in a row a server may fail without sending one whole frame.
+    """
+
+    force: bool = False
+    restart: bool = False
+    sha256: str = ""
+    key: str = ""
+    patience: float = 30.0
+    attempts: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FetchReport:
+    """What a download did.
+
+    Attributes
+    ----------
+    file_bytes, fetched_bytes, resumed_at : int
+        Of the file; received in this run; there before it.
+    frames, interruptions : int
+        Frames of the archive; how often a connection broke off or had to be given up.
+    sources : tuple of str
+        Addresses that gave something, without their passwords and queries.
+    seconds : float
+    """
+
+    file_bytes: int
+    fetched_bytes: int
+    resumed_at: int
+    frames: int
+    interruptions: int
+    sources: tuple[str, ...]
+    seconds: float
+
+
+class _UselessError(RemoteError):
+    """A server that will not do better the next time."""
+
+
+def fetch_archive(
+    urls: str | Sequence[str],
+    destination: str | os.PathLike[str],
+    options: FetchOptions | None = None,
+    progress: Report = quiet,
+) -> FetchReport:
+    """Download an archive; go on where an earlier attempt ended.
+
+    Parameters
+    ----------
+    urls : str or sequence of str
+        ``https://`` or ``http://`` addresses of the same file: where one fails, the next goes on.
+    destination : path
+        Appears whole, or not at all.
+    options : FetchOptions
+    progress : callable
+        Receives the stage ``fetch``, in bytes.
+
+    Raises
+    ------
+    RemoteError
+        No server could give the whole file: each of them is slow, without ranges, has another file
+        than before, or one that is no archive or damaged. What arrived is kept.
+    SignatureError
+        The archive is not signed by ``key``.
+    OutputError
+        The destination exists (without ``force``), or cannot be written.
+    """
+    began, chosen = perf_counter(), options or FetchOptions()
+    sources = [urls] if isinstance(urls, str) else list(urls)
+    for url in sources:
+        if scheme(url) not in WEB:
+            raise RemoteError(f"cannot fetch {shown(url)}: only http:// and https:// addresses can")
+    target = Path(destination)
+    if target.exists() and not chosen.force:
+        raise OutputError(f"{target} exists already; use --force (force=True) to replace it")
+    part = target.with_name(f".{target.name}.part")
+    try:
+        with part.open("r+b" if part.exists() else "x+b") as file:
+            _lock(file, part)
+            download = _Download(part, file, chosen, progress)
+            report = download.run(sources)
+        part.replace(target)
+        download.state.path.unlink(missing_ok=True)
+    except OSError as error:
+        if isinstance(error, (RemoteError, OutputError)):
+            raise
+        raise output_error(target, error) from None
+    return FetchReport(*report, seconds=perf_counter() - began)
+
+
+def _lock(file: BinaryIO, part: Path) -> None:
+    """Refuse to write what another process is writing, where the system can tell."""
+    with suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"another process is writing {part}; wait for it to end") from None
+
+
+class _State:
+    """What is remembered between runs: bytes that were checked, size, versions by address."""
+
+    def __init__(self, part: Path) -> None:
+        self.path = part.with_name(part.name + ".json")
+        self.checked, self.size, self.versions = 0, 0, dict[str, str]()
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            known = json.loads(self.path.read_text("utf-8"))
+            versions = {str(url): str(version) for url, version in known["versions"].items()}
+            self.checked, self.size = int(known["checked"]), int(known["size"])
+            self.versions = versions
+
+    def save(self) -> None:
+        known = {"checked": self.checked, "size": self.size, "versions": self.versions}
+        new = self.path.with_name(self.path.name + ".new")
+        new.write_text(json.dumps(known), "utf-8")
+        new.replace(self.path)
+
+
+class _Arrived:
+    """The part of an archive that is there, checked box by box.
+
+    Attributes
+    ----------
+    good : int
+        End of the last whole frame, or box that is no part of one: all before it was checked.
+    frames, places : int, list of (int, int)
+        Number of frames; offset and bytes of each.
+    complete : bool
+        Whether the last box is there.
+    """
+
+    def __init__(self, file: BinaryIO, trusted: int) -> None:
+        self._file, self._trusted = file, trusted
+        self.good = self.frames = 0
+        self.complete = False
+        self.places: list[tuple[int, int]] = []
+        self._at = 0
+        self._track: loader.Track | None = None
+        self._header: loader.Header | None = None
+        self._sidecar: loader.Sidecar | None = None
+        self._before = self._last = b""
+
+    def check(self, length: int) -> None:
+        """Look at the boxes that are whole in so many bytes.
+
+        Raises
+        ------
+        FormatError, CodecError
+            At ``good`` starts something damaged.
+        """
+        while not self.complete and length >= self._at + 8:
+            self._file.seek(self._at)
+            head = self._file.read(8)
+            size, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if not self._at and kind != b"ftyp":
+                raise FormatError("this is not a weightvid archive", "ftyp", 0)
+            if not 8 <= size <= 2 * loader.MAX_BOX_BYTES:
+                raise FormatError(f"a box claims {size} bytes", "box-size", self._at)
+            if length < self._at + size:
+                return
+            payload = self._file.read(size - 8)
+            if kind == b"uuid":
+                kind, payload = payload[:16], payload[16:]
+            try:
+                self._box(kind, payload)
+            except BaseException:
+                self._at, self._sidecar, self._before = self.good, None, self._last
+                raise
+            self._at, self._before = self._at + size, kind
+            if self._sidecar is None:
+                self.good, self._last = self._at, kind
+
+    def _box(self, kind: bytes, payload: bytes) -> None:
+        what = f"the box at byte {self._at}"
+        wanted = {b"": b"ftyp", b"ftyp": b"moov", b"moov": loader.HEADER_UUID}
+        wanted |= {loader.FRAME_UUID: b"moof", b"moof": b"mdat"}
+        if kind != wanted.get(self._before, kind):
+            raise FormatError(f"{what} is {kind!r}", "order", self._at)
+        if kind == b"ftyp" and loader.BRAND not in payload:
+            raise FormatError("this is not a weightvid archive", "ftyp", 0)
+        if kind == b"moov":
+            self._track = loader.parse_moov(payload)
+        elif kind == loader.HEADER_UUID:
+            self._header = loader.parse_header(loader.open_body(payload, what), self._at)
+        elif kind == loader.FRAME_UUID:
+            header = cast(loader.Header, self._header)
+            self._sidecar = loader.parse_sidecar(loader.open_body(payload, what), header)
+            if self._sidecar.frame != self.frames:
+                raise FormatError(f"{what} is of frame {self._sidecar.frame}", "order", self._at)
+        elif kind == b"mdat":
+            self._frame(payload)
+        elif kind[:10] == b"weightvid-":
+            first = kind in (loader.FILE_UUID, loader.EXACT_UUID)
+            loader.open_body(payload if first else payload[:-4], what)
+        elif kind == b"mfra":
+            self.complete = True
+
+    def _frame(self, packet: bytes) -> None:
+        """Decode the frame whose packet this is, unless that was done in an earlier run."""
+        track, sidecar = cast(loader.Track, self._track), cast(loader.Sidecar, self._sidecar)
+        if self._at >= self._trusted:
+            decoder = loader.Decoder(track)
+            decoded = [*decoder.decode(0, packet), *decoder.decode(0, None)]
+            digests = [hashlib.sha256(luma.tobytes()).digest() for _, luma in decoded]
+            if digests != [sidecar.sha256]:
+                why = f"frame {self.frames} decodes to other samples than were packed"
+                raise FormatError(why, "frame-digest", self.good)
+        self._sidecar, self.frames = None, self.frames + 1
+        self.places.append((self.good, self._at + 8 + len(packet) - self.good))
+
+
+class _Answer:
+    """An answer of a server, read in a thread of its own, so that every wait has an end."""
+
+    def __init__(self, url: str, start: int, patience: float) -> None:
+        self._url, self._start, self._patience = url, start, patience
+        self._pieces: Queue[Any] = Queue(_PIECES)
+        self._left = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.status, self.headers = self._next()
+
+    def _read(self) -> None:
+        headers = {
+            "Range": f"bytes={self._start}-", "Accept-Encoding": "identity",
+            "User-Agent": f"weightvid/{__version__}",
+        }  # fmt: skip
+        try:
+            request = urllib.request.Request(self._url, headers=headers)
+            with _opener().open(request, timeout=self._patience) as response:
+                self._put((response.status, response.headers))
+                while piece := response.read1(_PIECE):
+                    self._put(piece)
+            self._put(b"")
+        except _LeftError:
+            pass
+        except Exception as error:
+            with suppress(_LeftError):
+                self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._left.is_set():
+            with suppress(Full):
+                self._pieces.put(item, timeout=0.1)
+                return
+        raise _LeftError
+
+    def _next(self, patience: float | None = None) -> Any:
+        try:
+            item = self._pieces.get(timeout=self._patience if patience is None else patience)
+        except Empty:
+            raise TimeoutError(f"nothing for {self._patience:g} seconds") from None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def __iter__(self) -> Iterator[bytes]:
+        waited, got = 0.0, 0
+        while True:
+            before = monotonic()
+            piece = self._next(max(0.0, self._patience - waited))
+            waited, got = waited + monotonic() - before, got + len(piece)
+            if not piece:
+                return
+            yield piece
+            if got >= _LEAST_BYTES:
+                waited, got = 0.0, 0
+
+    def __enter__(self) -> _Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+
+
+class _LeftError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """What opens addresses of the web, and never follows one to a file or an FTP server."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler, urllib.request.UnknownHandler, urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler, urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
+    ):  # fmt: skip
+        opener.add_handler(handler())
+    return opener
+
+
+class _Download:
+    """One run: sources are asked in turn until the file is whole."""
+
+    def __init__(self, part: Path, file: BinaryIO, options: FetchOptions, progress: Report) -> None:
+        self._part, self._file, self._options, self._progress = part, file, options, progress
+        if options.restart:
+            file.truncate(0)
+            _State(part).path.unlink(missing_ok=True)
+        self.state = _State(part)
+        self._length = file.seek(0, os.SEEK_END)
+        self._arrived = _Arrived(file, min(self.state.checked, self._length))
+        self._fetched, self._resumed_at, self._used = 0, self._length, list[str]()
+
+    def run(self, urls: Sequence[str]) -> tuple[int, int, int, int, int, tuple[str, ...]]:
+        """Bytes of the file, received, there before; frames, interruptions, sources."""
+        left, failures, interruptions = list(urls), 0, 0
+        try:
+            self._arrived.check(self._length)
+        except (FormatError, CodecError):  # what is damaged is fetched again
+            self._cut()
+        while not self._arrived.complete:
+            before, url, useless = self._arrived.good, left[0], False
+            try:
+                self._receive(url)
+            except (RemoteError, OSError, HTTPException, FormatError, CodecError) as error:
+                if isinstance(error, OutputError):
+                    raise
+                why, useless = self._explain(url, error)
+                interruptions += 1
+                left = left[1:] if useless else [*left[1:], url]
+                failures = 0 if self._arrived.good > before else failures + 1
+                if not left or failures >= self._options.attempts * len(left):
+                    others = f", nor from {len(urls) - 1} others" if len(urls) > 1 else ""
+                    kept = f"; {self._part.name} keeps what arrived" if self._arrived.good else ""
+                    raise RemoteError(f"cannot fetch {shown(url)}{others}: {why}{kept}") from None
+                if failures:
+                    sleep(min(self._options.patience, 0.05 * 2**failures))
+        self._finish()
+        return (
+            self._length, self._fetched, self._resumed_at, self._arrived.frames, interruptions,
+            tuple(self._used),
+        )  # fmt: skip
+
+    def _cut(self) -> None:
+        self._length = self._arrived.good
+        self._file.truncate(self._length)
+
+    def _receive(self, url: str) -> None:
+        """Ask one source for what is missing."""
+        start = max(0, self._length - _OVERLAP)
+        with _Answer(url, start, self._options.patience) as answer:
+            total = self._agree(url, start, answer)
+            self._file.seek(start)
+            same, place = self._file.read(self._length - start), shown(url)
+            self._used += [place] if place not in self._used else []
+            for received in answer:
+                known, same = same[: len(received)], same[len(received) :]
+                if received[: len(known)] != known:
+                    raise _UselessError("it is another file than the one that arrived before")
+                piece = received[len(known) :]
+                self._file.seek(self._length)
+                self._file.write(piece)
+                self._length, self._fetched = self._length + len(piece), self._fetched + len(piece)
+                self._look()
+                self._progress(
+                    Progress("fetch", self._length, max(total, self._length), unit="bytes")
+                )
+                if self._arrived.complete:
+                    return
+                if self._length > total > 0:
+                    raise _UselessError(f"it sends more than the {total} bytes that it announced")
+        if self._length == total:
+            raise _UselessError(f"its {total} bytes end before the archive does")
+        raise ConnectionError(
+            f"the connection ended at byte {self._length} of {total or 'unknown'}"
+        )
+
+    def _look(self) -> None:
+        """Check what is whole; take away what is damaged."""
+        before = self._arrived.good
+        try:
+            self._arrived.check(self._length)
+        except (FormatError, CodecError):
+            self._cut()
+            raise
+        finally:
+            if self._arrived.good > before:
+                self._file.flush()
+                self.state.checked = self._arrived.good
+                self.state.save()
+
+    def _agree(self, url: str, start: int, answer: _Answer) -> int:
+        """See that a server means the file of before; its size, 0 if the server does not say."""
+        headers, place = answer.headers, shown(url)
+        if headers.get("Content-Encoding", "identity") != "identity":
+            raise _UselessError(f"it sends {headers['Content-Encoding']} instead of the file")
+        total = int(headers.get("Content-Length") or 0)
+        if answer.status == 206:
+            match = _RANGE.fullmatch(headers.get("Content-Range", ""))
+            if match is None or int(match[1]) != start:
+                raise _UselessError(f"it answers {headers.get('Content-Range')} to bytes={start}-")
+            total = int(match[3])
+        elif start:
+            why = "it has no ranges, so that the download cannot go on where it broke off"
+            raise _UselessError(f"{why}; --restart begins again")
+        version = headers.get("ETag") or headers.get("Last-Modified") or ""
+        before = self.state.versions.get(place, version)
+        if before != version or (self.state.size and total and self.state.size != total):
+            was, now = (before, version) if before != version else (self.state.size, total)
+            why = f"the file has changed since the download began ({was}, now {now})"
+            raise _UselessError(f"{why}; --restart begins again")
+        self.state.versions[place], self.state.size = version, total or self.state.size
+        self.state.save()
+        return total
+
+    def _explain(self, url: str, error: Exception) -> tuple[str, bool]:
+        """What went wrong, and whether the same server would do it again."""
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+            if error.code == 416:
+                return "it is a smaller file than the one that arrived before", True
+            if 300 <= error.code < 400:
+                return "it redirects in a circle", True
+            return f"HTTP {error.code} {error.reason}", error.code not in _PASSING
+        if isinstance(error, urllib.error.URLError):
+            reason = error.reason
+            return str(reason), isinstance(reason, ssl.SSLCertVerificationError)
+        foreign = isinstance(error, FormatError) and not self._arrived.good
+        return str(error) or type(error).__name__, foreign or isinstance(error, _UselessError)
+
+    def _finish(self) -> None:
+        """Check the whole file; what is not right is thrown away."""
+        self._length = self._arrived.good
+        self._file.truncate(self._length)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        why, named = "", None
+        if self._options.sha256:
+            self._file.seek(0)
+            found = hashlib.file_digest(cast(Any, self._file), "sha256").hexdigest()
+            if found != self._options.sha256.lower():
+                why = f"the file has the SHA-256 {found}, not {self._options.sha256}"
+        try:
+            index = loader.open_archive(self._file).index
+            if index is None or list(index.frames) != self._arrived.places:
+                why = why or "the index contradicts the file"
+            if self._options.key:
+                with open_signed(self._file, self._options.key) as signed:
+                    while signed.read(1 << 20):
+                        pass
+        except (FormatError, SignatureError) as error:
+            why = why or str(error)
+            named = error if isinstance(error, SignatureError) else None
+        if why:
+            self._file.truncate(0)
+            self.state.path.unlink(missing_ok=True)
+            where = ", ".join(self._used) or os.fspath(self._part)
+            kind = RemoteError if named is None else SignatureError
+            raise kind(f"cannot fetch {where}: {why}; what arrived was thrown away")

@@ -1,0 +1,476 @@
+"""Archives of several layers, and updates: each layer adds to what those below decode to.
+
+A progressive archive begins with a coarse model of all tensors; further layers refine it. An update
+is an archive whose tensors begin in another one, its base. Both are the same thing: levels of the
+difference between the weights and what a loader has by then, so that no error adds up, with the
+error feedback of their own that statistics allow. Levels of a difference are mostly zeros, and
+chosen for that (`weightvid.levels.descent`).
+
+The ancestor is the Laplacian pyramid: Burt and Adelson, "The Laplacian pyramid as a compact image
+code", 1983.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import groupby
+from math import log10
+from time import perf_counter
+from typing import BinaryIO, Final, cast
+
+import numpy as np
+
+from weightvid.archives import Location, checked_tensors, open_chain
+from weightvid.atomic import AtomicFile
+from weightvid.checkpoint import CheckpointReader, open_checkpoint
+from weightvid.container import ArchiveWriter, difference, exact_elements, likeness, root_of
+from weightvid.errors import FormatError, QuantizationError
+from weightvid.levels.code import CodedPart, mean_shift, part_rows
+from weightvid.levels.feedback import output_error
+from weightvid.levels.frames import FrameSize, choose_frame_size, lay_out, ribbon_columns
+from weightvid.levels.steps import Moments, TensorPlan, recipe
+from weightvid.levels.transform import dct
+from weightvid.levels.trellis import sign_coded_bits
+from weightvid.loader import (
+    MAX_LAYERS,
+    TENSOR_SHA_BYTES,
+    UNIFORM,
+    Archive,
+    Array,
+    End,
+    Floats,
+    Header,
+    Layers,
+    Sidecar,
+    Track,
+    from_float32,
+    open_archive,
+    tensor_sha256,
+    to_float32,
+)
+from weightvid.pack import (
+    FrameTask,
+    PackOptions,
+    PackReport,
+    PartTask,
+    Survey,
+    Tally,
+    about_packing,
+    code_task,
+    encode_frame,
+    survey_checkpoint,
+)
+from weightvid.progress import Progress, Report, quiet
+from weightvid.repair import add_parity
+from weightvid.spec import PACKABLE
+from weightvid.video import CODECS, hevc_level, open_encoder, with_level
+from weightvid.workers import Workers, open_workers
+
+#: steps of a difference, in those that a whole tensor would have, and the price of a bit: where
+#: most levels are zeros, finer steps and fewer levels beside zero are better.
+UPDATE_STEP, UPDATE_PRICE = 0.68, 0.1
+#: steps of each layer but the last, in those of the layer above it.
+LAYER_RATIO: Final = 6.0
+#: a tensor whose base errs by at most this factor more than an archive of the model itself would,
+#: as squared errors go, is left as it is.
+_NEAR: Final = 1.1
+
+Coded = list[CodedPart]
+
+
+@dataclass(frozen=True, slots=True)
+class Layering:
+    """Layers of an archive, and what they are added to.
+
+    Attributes
+    ----------
+    layers : int
+        1 to 16; the first is the coarsest.
+    base : tuple of path, address or file
+        The archive that is updated; of a chain of updates the oldest first.
+    """
+
+    layers: int = 1
+    base: tuple[Location, ...] = ()
+
+    def check(self, options: PackOptions) -> None:
+        """Refuse what layers cannot do.
+
+        Raises
+        ------
+        QuantizationError
+        """
+        if not 1 <= self.layers <= MAX_LAYERS:
+            raise QuantizationError(f"an archive has 1 to {MAX_LAYERS} layers, not {self.layers}")
+        if self.layers == 1 and not self.base:
+            return
+        if self.layers > 1 and self.base:
+            raise QuantizationError("an update has one layer: leave layers or the base out")
+        for name, value in (
+            ("a target", options.target), ("an evaluation", options.evaluation),
+            ("a QP", options.video.qp), ("pruning", options.prune),
+        ):  # fmt: skip
+            if value is not None:
+                raise QuantizationError(f"layers or a base and {name} exclude each other")
+        if options.fidelity == "integers":
+            raise QuantizationError("integers are no sums: leave layers and the base out")
+
+
+def pack_layers(
+    source: str | os.PathLike[str] | CheckpointReader,
+    destination: str | os.PathLike[str],
+    layering: Layering,
+    options: PackOptions | None = None,
+    progress: Report = quiet,
+) -> PackReport:
+    """Pack a checkpoint into an archive of several layers, or into an update to another archive.
+
+    The model is held in memory. Statistics are used, and examples only for them.
+
+    Parameters
+    ----------
+    source, destination, options, progress
+        As `weightvid.pack.pack_checkpoint` has them.
+    layering : Layering
+
+    Raises
+    ------
+    FormatError
+        The base is damaged.
+    CheckpointError, QuantizationError, CodecError, OutputError, RemoteError
+    """
+    began, chosen = perf_counter(), options or PackOptions()
+    chosen.check()
+    layering.check(chosen)
+    with ExitStack() as stack:
+        reader = (
+            source
+            if isinstance(source, CheckpointReader)
+            else stack.enter_context(open_checkpoint(source, progress))
+        )
+        base = stack.enter_context(open_chain(layering.base)) if layering.base else None
+        output = AtomicFile(destination, force=chosen.force)
+        try:
+            workers = stack.enter_context(open_workers(chosen.workers, chosen.jobs))
+            survey = survey_checkpoint(reader, chosen, workers, progress)
+            pile = _Pile(survey, workers, progress)
+            if base is None:
+                pile.refine(layering.layers)
+            else:
+                pile.update(base)
+            report = pile.write(cast(BinaryIO, output.file), base)
+            if chosen.parity:
+                size = add_parity(cast(BinaryIO, output.file), chosen.parity)
+                report = replace(report, file_bytes=size)
+            if chosen.verify:
+                _verify(cast(BinaryIO, output.file), base, pile.root())
+        except BaseException:
+            output.abort()
+            raise
+        output.commit()
+    return replace(report, seconds=perf_counter() - began)
+
+
+@dataclass(slots=True)
+class _Layer:
+    """Parts of quantized tensors, and items of exact ones, of which some are differences."""
+
+    plans: dict[int, TensorPlan]
+    coded: dict[int, Coded] = field(default_factory=dict)
+    exact: list[tuple[int, Array]] = field(default_factory=list)
+
+
+class _Pile:
+    """Layers that are coded one upon the other."""
+
+    def __init__(self, survey: Survey, workers: Workers, progress: Report) -> None:
+        self._survey, self._workers, self._progress = survey, workers, progress
+        self._layers: list[_Layer] = []
+        #: stored elements that a loader has by now, flat.
+        self._below: dict[int, Array] = {}
+        self._masks = [0] * len(survey.specs)
+        self._tallies: dict[int, Tally] = {}
+        #: by the number of a bias: what the weights of its layer take from the mean outputs.
+        self._shifts: dict[int, Floats] = {}
+        self._ends: dict[tuple[int, int], End] = {}
+
+    # --- layers
+
+    def refine(self, layers: int) -> None:
+        """Code a model in so many layers."""
+        factor = self._survey.first_factor
+        for layer in range(layers):
+            coarser = LAYER_RATIO ** (layers - 1 - layer)
+            plans = self._survey.plans(factor * coarser)
+            made = _Layer(plans, dict(self._code(plans, added=bool(layer))))
+            self._add(made, keep=True)
+
+    def update(self, base: Archive) -> None:
+        """Code what changes a base into the model."""
+        found = {spec.name: (spec, array.reshape(-1)) for spec, array in checked_tensors(base)}
+        for alias, number in base.header.aliases.items():
+            found[alias] = found[base.header.tensors[number].name]
+        for number, spec in enumerate(self._survey.specs):
+            if spec.name in found and found[spec.name][0][1:] == spec[1:]:
+                self._below[number] = found[spec.name][1]
+                self._masks[number] = 1
+        plans = self._survey.plans(self._survey.first_factor)
+        changes = {
+            number: replace(
+                plan.with_step(plan.step * UPDATE_STEP), method=UNIFORM, price=UPDATE_PRICE
+            )
+            for number, plan in plans.items()
+            if number in self._below
+        }
+        made = _Layer(dict(plans))
+        fresh = {number: plan for number, plan in plans.items() if number not in changes}
+        for number, coded in self._code(changes, added=True):
+            plan = plans[number]
+            elements = self._survey.reader.read(plan.spec.name).reshape(-1)
+            weights = to_float32(elements, plan.spec.dtype)
+            error = weights - to_float32(self._below[number], plan.spec.dtype)
+            spread = float(np.square(plan.column_steps().astype(np.float64)).mean()) / 12
+            near = float(np.square(error).mean(dtype=np.float64)) < 2 * _NEAR * spread
+            alone = dict(self._code({number: plan}, added=False)) if near else {}
+            if near and self._harm(error, plan, number) <= _NEAR * self._harm(
+                weights - _values(alone[number], plan), plan, number
+            ):
+                # The base is as near as an archive of the model itself.
+                self._shift(number, error.reshape(-1, plan.view.columns), plan)
+                continue
+            if _bits(coded) < _fresh_bits(weights, plan):
+                made.plans[number], made.coded[number] = changes[number], coded
+            else:
+                fresh[number] = plan
+        made.coded |= dict(self._code(fresh, added=False))
+        for number in fresh:
+            self._masks[number] = 0
+        self._add(made, keep=False)
+
+    def _shift(self, number: int, error: Floats, plan: TensorPlan) -> None:
+        """Have a bias make up for what a tensor that stays as it is takes from the mean outputs."""
+        moments = self._survey.moments.get(number)
+        if moments is not None and moments.bias is not None:
+            self._moved(moments, mean_shift(error, moments, plan))
+
+    def _moved(self, moments: Moments, shift: Floats | None) -> None:
+        if moments.bias is not None and shift is not None and np.isfinite(shift).all():
+            before = self._shifts.get(moments.bias, np.float32(0))
+            self._shifts[moments.bias] = before + moments.bias_sign * shift
+
+    def _harm(self, error: Floats, plan: TensorPlan, number: int) -> float:
+        """What an error of all weights costs at the outputs, as far as that is known."""
+        moments, rows = self._survey.moments.get(number), error.reshape(-1, plan.view.columns)
+        if moments is None or not moments.axis:
+            return float(np.square(rows).sum(dtype=np.float64))
+        return output_error(rows, moments.moment)
+
+    def _code(self, plans: Mapping[int, TensorPlan], *, added: bool) -> Iterator[tuple[int, Coded]]:
+        """Parts of tensors by their plans."""
+        survey = self._survey
+
+        def tasks() -> Iterator[PartTask]:
+            for number, plan in plans.items():
+                columns = plan.view.columns
+                for first, count in part_rows(plan):
+                    span = slice(first * columns, (first + count) * columns)
+                    piece = self._workers.piece(
+                        survey.reader, plan.spec.name, span.start, count * columns
+                    )
+                    below = self._below[number][span] if added else None
+                    moments = survey.moments.get(number)
+                    yield PartTask(piece, plan, number, first, moments, below)
+
+        results = self._workers.map(code_task, tasks())
+        for number, plan in plans.items():
+            yield number, [next(results) for _ in part_rows(plan)]
+
+    def _add(self, made: _Layer, *, keep: bool) -> None:
+        """Put a layer on the pile: what a loader has from now on includes it."""
+        survey, layer = self._survey, len(self._layers)
+        for number, coded in made.coded.items():
+            tally = self._tallies[number] = Tally(survey.specs[number].name)
+            for part in coded:
+                tally.add(part)
+            self._below[number] = np.concatenate([part.stored.reshape(-1) for part in coded])
+            digest = tensor_sha256(self._below[number])[:TENSOR_SHA_BYTES]
+            self._ends[layer, number] = End(number, digest, tally.sqnr_db)
+            self._masks[number] |= 2 << layer
+            moments = survey.moments.get(number)
+            for part in coded if moments is not None else ():
+                self._moved(cast(Moments, moments), part.shift)
+        made.coded = {
+            number: [replace(part, stored=np.empty(0)) for part in coded]
+            for number, coded in made.coded.items()
+        }
+        arrays = self._exact(made.plans, self._shifts)
+        self._shifts = {}
+        for _, group in groupby(arrays, lambda item: likeness(survey.specs[item[0]])[:2]):
+            changed = [item for item in group if not self._has(*item)]
+            small = all(n in self._below and array.itemsize <= 8 for n, array in changed)
+            items = changed
+            if small:
+                items = [(n, difference(self._below[n], array)) for n, array in changed]
+                if not keep and _packed(items) >= _packed(changed):
+                    items, small = changed, False
+            for number, array in changed:
+                self._below[number] = array
+                self._masks[number] = (self._masks[number] if small else 0) | 2 << layer
+            made.exact += items
+        self._layers.append(made)
+
+    def _has(self, number: int, flat: Array) -> bool:
+        """Whether a loader has these very elements by now."""
+        return number in self._below and self._below[number].tobytes() == flat.tobytes()
+
+    def _exact(
+        self, plans: Mapping[int, TensorPlan], shifts: Mapping[int, Floats]
+    ) -> Iterator[tuple[int, Array]]:
+        """Exact tensors as they are to be."""
+        survey, options = self._survey, self._survey.options
+        bits = recipe(options.recipe).mantissa_bits
+        left = [number for number in range(len(survey.specs)) if number not in plans]
+        for number in sorted(left, key=lambda n: likeness(survey.specs[n])):
+            spec = survey.specs[number]
+            array = survey.reader.read(spec.name)
+            if number in shifts:
+                values = to_float32(array, spec.dtype) + shifts[number]
+                array = from_float32(values, spec.dtype)
+            kept = survey.keeps(spec.name)
+            made = array if kept else exact_elements(array, spec, bits)
+            yield number, np.ascontiguousarray(made).reshape(-1)
+
+    # --- the file
+
+    def root(self) -> bytes:
+        """Root of the archive."""
+        return root_of(self._survey.specs, self._heads())
+
+    def _heads(self) -> dict[int, bytes]:
+        return {
+            number: tensor_sha256(flat)[:TENSOR_SHA_BYTES] for number, flat in self._below.items()
+        }
+
+    def write(self, file: BinaryIO, base: Archive | None) -> PackReport:
+        """Write all layers."""
+        survey, options = self._survey, self._survey.options
+        contents, specs = survey.reader.contents, survey.specs
+        total = sum(
+            part.part.size for layer in self._layers for own in layer.coded.values() for part in own
+        )
+        video = options.video.for_levels(total)
+        size = self._frame_size(base)
+        record = open_encoder(video, *size).record
+        track = Track(*size, CODECS[video.codec].entry, record)
+        kernels = sorted(
+            {k for layer in self._layers for p in layer.plans.values() for k in p.kernel}
+        )
+        numbers = {spec.name: number for number, spec in enumerate(specs)}
+        layers = Layers(len(self._layers), base.root if base else b"", tuple(self._masks))
+        header = Header(
+            specs, {alias: numbers[name] for alias, name in contents.aliases.items()},
+            contents.metadata, (), tuple(dct(kernel) for kernel in kernels), about_packing(options),
+            layers,
+        )  # fmt: skip
+        writer = ArchiveWriter(file, track, header, contents.files if options.side_files else ())
+        count = 0
+        for place, layer in enumerate(self._layers):
+            if place:
+                writer.end_layer()
+            turns = sorted(layer.coded, key=self._turn)
+            items = [(part, part.samples) for number in turns for part in layer.coded[number]]
+            frames = list(lay_out(items, size))
+            packets = self._workers.map(
+                encode_frame, (FrameTask(frame.luma, video) for frame in frames)
+            )
+            for frame, packet in zip(frames, packets, strict=True):
+                parts = []
+                for coded, column in frame.starts:
+                    bases = (kernels.index(k) for k in layer.plans[coded.part.tensor].kernel)
+                    parts.append(replace(coded.part, column=column, bases=tuple(bases)))
+                ends = tuple(
+                    self._ends[place, coded.part.tensor]
+                    for coded in frame.ends
+                    if coded is layer.coded[coded.part.tensor][-1]
+                )
+                writer.add_frame(Sidecar(count, packet.sha256, tuple(parts), ends), packet.data)
+                count += 1
+                self._progress(Progress("encode", place + 1, len(self._layers), unit="layers"))
+            writer.add_exact(sorted(layer.exact, key=lambda item: self._turn(item[0])))
+        writer.heads = self._heads()
+        file_bytes = writer.finish()
+        if count and track.entry == b"hvc1":
+            level = hevc_level(*size, writer.largest_packet, writer.first_packet)
+            writer.replace_record(with_level(record, level.level_idc))
+        signal = sum(tally.signal for tally in self._tallies.values())
+        noise = sum(tally.noise for tally in self._tallies.values())
+        return PackReport(
+            file_bytes=file_bytes,
+            source_bytes=sum(spec.stored_bytes for spec in specs),
+            packet_bytes=writer.packet_bytes,
+            weights=sum(spec.size for spec in specs if spec.dtype in PACKABLE),
+            coded_weights=sum(specs[number].size for number in self._tallies),
+            sqnr_db=10 * log10(signal / noise) if signal and noise else None,
+            tensors=tuple(tally.report() for tally in self._tallies.values()),
+            frames=count, width=size.width, height=size.height, skipped=contents.skipped,
+            unused_keeps=(), side_files=tuple(file.path for file in contents.files),
+            step_factor=self._survey.first_factor, encodings=1, seconds=0.0,
+        )  # fmt: skip
+
+    def _turn(self, number: int) -> int:
+        """When a tensor comes in its layer: see `weightvid.pack.PackOptions.first`."""
+        name, patterns = self._survey.specs[number].name, self._survey.options.first
+        matches = (place for place, glob in enumerate(patterns) if fnmatchcase(name, glob))
+        return next(matches, len(patterns))
+
+    def _frame_size(self, base: Archive | None) -> FrameSize:
+        """That of the base, so that frames of both fit one track; or one that suits all layers."""
+        if base is not None and base.track.entry == CODECS[self._survey.options.video.codec].entry:
+            return FrameSize(base.track.width, base.track.height)
+        return choose_frame_size(
+            max(
+                sum(ribbon_columns(part.part.size) for own in layer.coded.values() for part in own)
+                for layer in self._layers
+            )
+        )
+
+
+def _values(coded: Sequence[CodedPart], plan: TensorPlan) -> Floats:
+    return to_float32(np.concatenate([part.stored.reshape(-1) for part in coded]), plan.spec.dtype)
+
+
+def _bits(coded: Sequence[CodedPart]) -> float:
+    """About what levels cost."""
+    levels = np.concatenate([part.samples for part in coded]).astype(np.int16) - 128
+    return float(sign_coded_bits(levels) * levels.size)
+
+
+def _fresh_bits(weights: Floats, plan: TensorPlan) -> float:
+    """About what a tensor costs that is added to nothing; a transform is left out."""
+    levels = np.rint(weights / np.float32(plan.step)).astype(np.int32)
+    return float(sign_coded_bits(np.clip(levels, -127, 127)) * levels.size)
+
+
+def _packed(items: Sequence[tuple[int, Array]]) -> int:
+    """Bytes of exact elements of one size, deflated by byte planes."""
+    planes = [flat.view(np.uint8).reshape(-1, flat.itemsize) for _, flat in items]
+    return len(zlib.compress(np.concatenate(planes).T.tobytes(), 9)) if planes else 0
+
+
+def _verify(file: BinaryIO, base: Archive | None, root: bytes) -> None:
+    """Decode the archive and compare the root of what comes with what was packed."""
+    file.flush()
+    file.seek(0)
+    archive = open_archive(file, base=base, check_tensors=True)
+    deque(checked_tensors(archive), 0)
+    if archive.root != root:
+        raise FormatError(
+            "the archive does not decode to what was packed, and has been discarded",
+            code="tensor-digest",
+        )

@@ -1,0 +1,296 @@
+"""A chain of archives merged into one: frames are copied, nothing is quantized again.
+
+The layers of the base come first, then those of each update; what later archives replaced or left
+out is dropped. The tensors are those that the chain has, and so is the root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from time import perf_counter
+from typing import BinaryIO, Final, NamedTuple, cast
+
+import numpy as np
+
+from weightvid.archives import Location, checked_tensors, open_anywhere
+from weightvid.atomic import AtomicFile
+from weightvid.container import ArchiveWriter
+from weightvid.errors import FormatError
+from weightvid.levels.frames import Energies, FrameSize, lay_out, to_sequence
+from weightvid.loader import (
+    MAX_LAYERS,
+    TENSOR_SHA_BYTES,
+    ZERO_SAMPLE,
+    Archive,
+    Array,
+    Assembler,
+    End,
+    Floats,
+    Header,
+    Layers,
+    Part,
+    Sidecar,
+    Track,
+    parse_exact,
+    tensor_sha256,
+)
+from weightvid.progress import Progress, Report, quiet
+from weightvid.spec import SideFile
+from weightvid.video import Video, hevc_level, open_encoder, with_level
+
+#: a level for comparing configuration records, whatever level each claims.
+_ANY_LEVEL: Final = 120
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyReport:
+    """What a merging did.
+
+    Attributes
+    ----------
+    layers, tensors, file_bytes : int
+        Of the archive that was made.
+    copied, coded : int
+        Frames that were taken over as they were, and that had to be coded again, without loss.
+    root : str
+        Of the archive, and of the last update: both have the same tensors.
+    seconds : float
+    """
+
+    layers: int
+    tensors: int
+    file_bytes: int
+    copied: int
+    coded: int
+    root: str
+    seconds: float
+
+
+def apply_updates(
+    base: Location,
+    updates: Sequence[Location],
+    destination: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    progress: Report = quiet,
+) -> ApplyReport:
+    """Merge an archive and updates to it, the oldest first, into one archive.
+
+    Parameters
+    ----------
+    base : path, address or file
+    updates : sequence of them
+    destination : path
+        Appears whole, or not at all.
+    force : bool
+        Replace an existing file.
+    progress : callable
+        Told about the stage ``merge``.
+
+    Raises
+    ------
+    FormatError
+        An archive is damaged, or no update to the one before.
+    OutputError, RemoteError, CodecError
+    """
+    began = perf_counter()
+    with ExitStack() as stack:
+        chain = [stack.enter_context(open_anywhere(location)) for location in (base, *updates)]
+        for before, after in pairwise(chain):
+            after.use_base(before)
+        output = AtomicFile(destination, force=force)
+        try:
+            report = _Merge(chain, progress).write(cast(BinaryIO, output.file))
+        except BaseException:
+            output.abort()
+            raise
+        output.commit()
+    return replace(report, seconds=perf_counter() - began)
+
+
+class _Place(NamedTuple):
+    """Where a layer of a tensor lies: number of the archive, and of the tensor there."""
+
+    archive: int
+    tensor: int
+
+
+class _Merge:
+    """Archives that become one."""
+
+    def __init__(self, chain: Sequence[Archive], progress: Report) -> None:
+        self._chain, self._progress = chain, progress
+        self._last = chain[-1]
+        layers = [archive.header.layers for archive in chain]
+        counts = [1 if each is None else each.total for each in layers]
+        self._total = sum(counts)
+        if self._total > MAX_LAYERS:
+            raise FormatError(
+                f"the chain has {self._total} layers, and an archive at most {MAX_LAYERS}: pack "
+                "the model afresh",
+                "limit",
+            )
+        self._first = [sum(counts[:k]) for k in range(len(chain))]
+        #: new numbers of what is kept.
+        self._numbers: dict[_Place, int] = {}
+        self._masks = [
+            self._trace(len(chain) - 1, spec.name, number)
+            for number, spec in enumerate(self._last.header.tensors)
+        ]
+        self._bases: list[Floats] = []
+        self.copied = self.coded = 0
+
+    def _trace(self, place: int, name: str, number: int) -> int:
+        """Layers of a tensor of one of the archives, all told."""
+        header = self._chain[place].header
+        names = {spec.name: n for n, spec in enumerate(header.tensors)} | dict(header.aliases)
+        there = names[name]
+        mask = header.mask(there)
+        self._numbers[_Place(place, there)] = number
+        own = (mask >> 1) << (1 + self._first[place])
+        return own | (self._trace(place - 1, name, number) if mask & 1 else 0)
+
+    def write(self, file: BinaryIO) -> ApplyReport:
+        """Write the archive."""
+        header, chain = self._last.header, self._chain
+        for archive in chain:
+            for basis in archive.header.bases:
+                if not any(basis.tobytes() == known.tobytes() for known in self._bases):
+                    self._bases.append(basis)
+        heads = {
+            number: tensor_sha256(array)[:TENSOR_SHA_BYTES]
+            for number, (_, array) in enumerate(self._in_order())
+        }
+        track = self._track()
+        layers = Layers(self._total, b"", tuple(self._masks))
+        made = header._replace(files=(), bases=tuple(self._bases), layers=layers)
+        files = [
+            SideFile(entry.path, self._last.read_file(entry.path), entry.role)
+            for entry in header.files
+        ]
+        writer = ArchiveWriter(file, track, made, files)
+        count = 0
+        for place in range(len(chain)):
+            for stage, (frames, boxes) in enumerate(_stages(chain[place])):
+                if place or stage:
+                    writer.end_layer()
+                for sidecar, packet in self._frames(place, frames, track):
+                    writer.add_frame(sidecar._replace(frame=count), packet)
+                    count += 1
+                writer.add_exact(self._exact(place, made, boxes))
+                self._progress(
+                    Progress("merge", self._first[place] + stage + 1, self._total, unit="layers")
+                )
+        writer.heads = heads
+        file_bytes = writer.finish()
+        if count and track.entry == b"hvc1":
+            level = hevc_level(
+                track.width, track.height, writer.largest_packet, writer.first_packet
+            )
+            writer.replace_record(with_level(track.record, level.level_idc))
+        return ApplyReport(
+            self._total, len(header.tensors), file_bytes, self.copied, self.coded,
+            self._last.root.hex(), 0.0,
+        )  # fmt: skip
+
+    def _in_order(self) -> Iterator[tuple[int, Array]]:
+        numbers = {spec.name: n for n, spec in enumerate(self._last.header.tensors)}
+        found = {numbers[spec.name]: array for spec, array in checked_tensors(self._last)}
+        return iter(sorted(found.items()))
+
+    def _track(self) -> Track:
+        """The track of the base, if it is one that frames can be coded for anew."""
+        first = self._chain[0].track
+        if first.entry == b"hvc1" and all(_same(first, one.track) for one in self._chain):
+            return first
+        record = open_encoder(Video(), first.width, first.height).record
+        return Track(first.width, first.height, b"hvc1", record)
+
+    def _frames(self, place: int, frames: range, track: Track) -> Iterator[tuple[Sidecar, bytes]]:
+        """Frames of a layer, with what is kept of their tensors."""
+        archive = self._chain[place]
+        if _same(archive.track, track):
+            spans = archive.index.spans.items() if archive.index else ()
+            kept = [span for n, own in spans if _Place(place, n) in self._numbers for span in own]
+            for number in (n for n in frames if any(n in span for span in kept)):
+                sidecar, packet = archive.packet(number)
+                parts = tuple(self._kept(place, sidecar.parts))
+                ends = tuple(self._ended(place, sidecar.ends))
+                self.copied += 1
+                yield Sidecar(0, sidecar.sha256, parts, ends), packet
+            return
+        yield from self._laid_out(place, frames, track)
+
+    def _laid_out(self, place: int, frames: range, track: Track) -> Iterator[tuple[Sidecar, bytes]]:
+        """Frames of another size or codec, coded again without loss."""
+        archive, items, ends = self._chain[place], list[tuple[Part, Array]](), dict[int, End]()
+
+        def take(part: Part, matrix: Array) -> None:
+            energies = None if part.energies is None else Energies(*part.energies)
+            samples = to_sequence(matrix.view(np.uint8) ^ np.uint8(ZERO_SAMPLE), energies)
+            items.extend((kept, samples) for kept in self._kept(place, (part,)))
+
+        assembler = Assembler(archive.header, sink=take)
+        for sidecar, luma in archive.frames(frames):
+            all(assembler.add(sidecar, luma))
+            ends |= {end.tensor: end for end in self._ended(place, sidecar.ends)}
+        encoder = open_encoder(Video(), track.width, track.height)
+        last = {part.tensor: part for part, _ in items}
+        for frame in lay_out(items, FrameSize(track.width, track.height)):
+            parts = tuple(replace(part, column=column) for part, column in frame.starts)
+            done = tuple(ends[part.tensor] for part in frame.ends if part is last[part.tensor])
+            self.coded += 1
+            digest = hashlib.sha256(frame.luma.data).digest()
+            yield Sidecar(0, digest, parts, done), encoder.encode(frame.luma)
+
+    def _kept(self, place: int, parts: Sequence[Part]) -> Iterator[Part]:
+        """Parts that are still needed, by their new numbers."""
+        known = [basis.tobytes() for basis in self._bases]
+        for part in parts:
+            number = self._numbers.get(_Place(place, part.tensor))
+            if number is not None:
+                matrices = (self._chain[place].header.bases[basis] for basis in part.bases)
+                bases = tuple(known.index(matrix.tobytes()) for matrix in matrices)
+                yield replace(part, tensor=number, bases=bases)
+
+    def _ended(self, place: int, ends: Sequence[End]) -> Iterator[End]:
+        for end in ends:
+            number = self._numbers.get(_Place(place, end.tensor))
+            if number is not None:
+                yield end._replace(tensor=number)
+
+    def _exact(self, place: int, made: Header, boxes: Sequence[int]) -> Iterator[tuple[int, Array]]:
+        """Exact tensors in boxes at these offsets, or what is added to them."""
+        archive, pieces = self._chain[place], dict[int, list[Array]]()
+        for at in boxes:
+            for tensor, first, elements in parse_exact(archive.source.box(at)[1], archive.header):
+                number = self._numbers.get(_Place(place, tensor))
+                if number is not None:
+                    pieces.setdefault(number, []).append(elements)
+                    if first + elements.size == made.tensors[number].size:
+                        yield number, np.concatenate(pieces.pop(number))
+
+
+def _same(one: Track, other: Track) -> bool:
+    """Whether packets of one track are packets of the other, whatever level they claim."""
+    if one[:3] != other[:3]:
+        return False
+    if one.entry != b"hvc1":
+        return one.record == other.record
+    return with_level(one.record, _ANY_LEVEL) == with_level(other.record, _ANY_LEVEL)
+
+
+def _stages(archive: Archive) -> Iterator[tuple[range, list[int]]]:
+    """Frames, and offsets of exact boxes, of each layer."""
+    if archive.index is None:
+        raise FormatError("an archive without index cannot be merged", "truncated")
+    frame = place = 0
+    for frames, boxes in archive.index.stages:
+        offsets = [at for at, _ in archive.index.boxes[place : place + boxes]]
+        yield range(frame, frame + frames), offsets
+        frame, place = frame + frames, place + boxes
