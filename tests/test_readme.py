@@ -24,6 +24,8 @@ COMMAND = f'weightvid() {{ "{sys.executable}" -m weightvid "$@"; }}\n'
 VERBS = (
     "pack",
     "unpack",
+    "apply",
+    "device",
     "inspect",
     "verify",
     "fetch",
