@@ -21,10 +21,12 @@ from weightvid.loader import DTYPES, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 
 GOLDEN: Final = ROOT / "data" / "golden"
-OK, TRUNCATED, BASE, COARSE, STORED, CHECK_ALL = 0, 5, 13, 14, 255, 1
+OK, MEMORY, TRUNCATED, BASE, COARSE, STORED, CHECK_ALL = 0, 2, 5, 13, 14, 255, 1
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_size_t
 BEGIN: Final = ctypes.CFUNCTYPE(POINTER, POINTER, POINTER, SIZE)
 END: Final = ctypes.CFUNCTYPE(None, POINTER, POINTER, POINTER, ctypes.c_int)
+ALLOCATE: Final = ctypes.CFUNCTYPE(POINTER, POINTER, SIZE)
+FREE: Final = ctypes.CFUNCTYPE(None, POINTER, POINTER)
 Found = dict[str, tuple[int, bytes]]
 
 
@@ -41,7 +43,13 @@ class Tensor(ctypes.Structure):
 class Options(ctypes.Structure):
     """Struct wv_options."""
 
-    _fields_ = (("allocator", POINTER * 3), ("decoder", POINTER), ("checks", ctypes.c_int))
+    _fields_ = (
+        ("user", POINTER),
+        ("allocate", ALLOCATE),
+        ("free", FREE),
+        ("decoder", POINTER),
+        ("checks", ctypes.c_int),
+    )
 
 
 class Sink(ctypes.Structure):
@@ -105,11 +113,19 @@ def one_by_one(library: ctypes.CDLL, archive: Any) -> Found:
 
 
 def streamed(
-    library: ctypes.CDLL, data: bytes, base: Any = None, layers: int = 16
+    library: ctypes.CDLL,
+    data: bytes,
+    base: Any = None,
+    layers: int = 16,
+    memory: tuple[Any, Any] = (ALLOCATE(), FREE()),
 ) -> tuple[int, Found]:
     """Status and tensors of bytes that come piece by piece."""
-    archive, options, sink = POINTER(), Options(checks=CHECK_ALL), Sink()
-    library.wv_open_stream(ctypes.byref(archive), ctypes.byref(sink), ctypes.byref(options))
+    archive, sink, options = POINTER(), Sink(), Options(None, *memory, checks=CHECK_ALL)
+    status = library.wv_open_stream(
+        ctypes.byref(archive), ctypes.byref(sink), ctypes.byref(options)
+    )
+    if status != OK:
+        return status, {}
     assert base is None or library.wv_use_base(archive, base) == OK
     assert library.wv_use_layers(archive, layers) == OK
     for at in range(0, len(data), 777):
@@ -201,6 +217,32 @@ def test_files_that_end_early(library: ctypes.CDLL, tmp_path: Path) -> None:
         for name, (status, contents) in found.items():
             assert status != OK or contents == there[name]
     assert statuses >= {OK, COARSE}
+
+
+def test_streams_without_memory(library: ctypes.CDLL) -> None:
+    """The first, second, third... allocation fails: a status says so, and all memory comes back."""
+    update, below = ((GOLDEN / f"{name}.mp4").read_bytes() for name in ("update", "progressive"))
+    rooms: dict[int, Any] = {}
+    status, most, left = MEMORY, 0, 0
+
+    def allocate(_: int, size: int) -> int | None:
+        nonlocal left
+        left -= 1
+        room = (ctypes.c_longdouble * (size // 16 + 1))()
+        if left < 0:
+            return None
+        rooms[ctypes.addressof(room)] = room
+        return ctypes.addressof(room)
+
+    memory = ALLOCATE(allocate), FREE(lambda _, room: rooms.pop(room, None))
+    with opened(library, below) as base:
+        while status == MEMORY:
+            left, most = most, most + 1
+            status, found = streamed(library, update, base, memory=memory)
+            assert not rooms
+            assert {status for status, _ in found.values()} <= {OK, MEMORY}
+    assert status == OK
+    assert found == wanted(GOLDEN / "update.mp4", GOLDEN / "progressive.mp4")
 
 
 def test_floats(library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
