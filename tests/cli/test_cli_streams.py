@@ -77,7 +77,7 @@ def test_signals_leave_nothing(folder: Path, number: signal.Signals) -> None:
     before = sorted(folder.iterdir())
     command = [*WEIGHTVID.split(), "pack", "Qwen2.5-0.5B", "-o", "never.mp4", "--eval"]
     command += ["judge.py:judge", "--max-drop", "1%"]
-    # Whoever runs the tests may ignore the signal (nohup, a job in the background); children inherit.
+    # Who runs the tests may ignore the signal (nohup, a job in the background): children inherit.
     handler = signal.signal(number, signal.SIG_DFL)
     try:
         started = subprocess.Popen(command, cwd=folder, stdout=-1, stderr=-1)
