@@ -16,7 +16,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from weightvid.errors import CheckpointError
-from weightvid.loader import Array, Floats
+from weightvid.loader import Array, Floats, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.unpack import UnpackOptions, unpack_archive
 
@@ -27,7 +27,7 @@ _BATCH_NORM_EPS: Final = np.float32(1e-5)
 
 
 class DemoRow(NamedTuple):
-    """One way to store the network: ``fp32`` (the source), ``int8+xz`` or ``weightvid``.
+    """A way to store the network: ``fp32``, ``int8+xz``, ``weightvid``, ``weightvid small``.
 
     Of the held-out digits, ``correct`` are classified right, and a share of ``agreement`` (0..1)
     as by the fp32 network, right or wrong.
@@ -93,6 +93,10 @@ def run_demo(data_dir: Path, work_dir: Path, announce: Callable[[str], None]) ->
     packed = pack_checkpoint(source, archive, PackOptions(force=True))
     announce("unpack")
     unpacked = unpack_archive(archive, restored, UnpackOptions(force=True))
+    small = work_dir / "digits_cnn.small.mp4"
+    pack_checkpoint(source, small, PackOptions(recipe="small", force=True))
+    with open_archive(small) as opened:
+        coarse = dict(opened.items())
     announce("evaluate")
     original: dict[str, Array] = load_file(source)
     int8_bytes, int8 = int8_xz(original)
@@ -105,6 +109,7 @@ def run_demo(data_dir: Path, work_dir: Path, announce: Callable[[str], None]) ->
         ("fp32", source.stat().st_size, original),
         ("int8+xz", int8_bytes, int8),
         ("weightvid", archive.stat().st_size, load_file(restored)),
+        ("weightvid small", small.stat().st_size, coarse),
     ):
         found = logits(tensors, images).argmax(axis=1)
         correct, agreement = int((found == labels).sum()), float((found == expected).mean())

@@ -231,6 +231,8 @@ def test_demo(run: Run, run_json: Run, tmp_path: Path) -> None:
     rows = {row["name"]: row for row in record["rows"]}
     assert rows["weightvid"]["file_bytes"] < rows["int8+xz"]["file_bytes"]
     assert rows["weightvid"]["correct"] >= rows["fp32"]["correct"] - 3
+    assert rows["weightvid small"]["file_bytes"] < 0.75 * rows["weightvid"]["file_bytes"]
+    assert rows["weightvid small"]["correct"] >= rows["fp32"]["correct"] - 9
     output = run("demo", "-o", tmp_path).stdout
     assert output.count("weightvid ") >= 3 and "weightvid pack YOUR_MODEL" in output
 

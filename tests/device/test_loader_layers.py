@@ -228,13 +228,13 @@ def test_streams_without_memory(library: ctypes.CDLL) -> None:
     def allocate(_: int, size: int) -> int | None:
         nonlocal left
         left -= 1
-        room = (ctypes.c_longdouble * (size // 16 + 1))()
+        room = (ctypes.c_uint64 * (size // 8 + 1))()
         if left < 0:
             return None
         rooms[ctypes.addressof(room)] = room
         return ctypes.addressof(room)
 
-    memory = ALLOCATE(allocate), FREE(lambda _, room: rooms.pop(room, None))
+    memory = ALLOCATE(allocate), FREE(lambda _, room: rooms.pop(room))
     with opened(library, below) as base:
         while status == MEMORY:
             left, most = most, most + 1

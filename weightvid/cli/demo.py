@@ -14,7 +14,7 @@ from weightvid.cli.output import JSON, option
 
 def demo(
     folder: Path = option(
-        Path("weightvid-demo"), "Where the two files go.", "--output", "-o", metavar="FOLDER"
+        Path("weightvid-demo"), "Where the files go.", "--output", "-o", metavar="FOLDER"
     ),
     json: bool = JSON,
 ) -> None:

@@ -729,8 +729,10 @@ static wv_status read_header(wv_archive *a, fields body)
     a->pairs = rooms[4];
     a->files = rooms[5];
     a->bases = rooms[6];
-    if (failed)
+    if (failed) {
+        a->tensors = 0; /* there are none to end */
         return WV_MEMORY;
+    }
     char *texts = a->texts;
     RETURN_IF(read_tensors(a, kinds[1], &texts, a->shapes));
     if (kinds[2].at)
@@ -2384,7 +2386,8 @@ wv_status wv_load(wv_archive *a, const wv_tensor *wanted, wv_dtype type, void *o
 
 wv_status wv_levels(wv_archive *a, const wv_tensor *wanted, int32_t *out, size_t bytes, float *step)
 {
-    if (!wanted || !is_ready(a) || a->stream || !out || !step || bytes != 4 * wanted->elements)
+    if (!wanted || !is_ready(a) || a->stream || !out || !step || bytes != 4 * wanted->elements
+        || wanted->number >= a->tensors)
         return WV_ARGUMENT;
     if (wanted->dtype > WV_BF16 || a->all[wanted->number].mask != 2)
         return WV_LEVELS;

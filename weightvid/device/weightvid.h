@@ -108,8 +108,8 @@ typedef struct wv_reader {
 
 /* Takes tensors as they arrive. `begin` gives room for `bytes` bytes, aligned for the type, or NULL
    to skip the tensor. `end` is called for each room that was given: status WV_OK, or why it is not
-   filled (its contents are of no use then, but those of WV_COARSE). `type` is the wanted type of floats: WV_STORED, WV_F32,
-   WV_F16; other tensors come in their own. */
+   filled (its contents are of no use then, but those of WV_COARSE). `type` is the wanted type of
+   floats: WV_STORED, WV_F32, WV_F16; other tensors come in their own. */
 typedef struct wv_sink {
     void *user;
     wv_dtype type;
