@@ -1,0 +1,44 @@
+"""``python loader_seeds.py FOLDER`` writes archives for the C loader's fuzz driver to start from.
+
+Their bodies are not deflated: a byte that is changed is one field, and no broken stream.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
+
+import fuzz  # noqa: E402
+from independent import sources  # noqa: E402
+
+from weightvid.checkpoint import from_mapping  # noqa: E402
+from weightvid.pack import PackOptions, pack_checkpoint  # noqa: E402
+
+
+def stored(*records: bytes) -> bytes:
+    """Payload of a box of ours, as it is."""
+    body = b"".join(records)
+    sealed = b"\0" + len(body).to_bytes(4, "little") + body
+    return zlib.crc32(sealed).to_bytes(4, "little") + sealed
+
+
+def write_seeds(folder: Path) -> None:
+    """Archives of all kinds, and the golden ones."""
+    with patch("weightvid.container.close_body", stored):
+        for number, data in enumerate(fuzz.seeds()):
+            (folder / f"seed{number}").write_bytes(data)
+        sources.write_random(folder / "random", 1)
+        with from_mapping(sources.typed(), dtypes=sources.TYPED) as reader:
+            pack_checkpoint(reader, folder / "lossless", PackOptions(lossless=True, jobs=1))
+    for path in (ROOT / "data" / "golden").glob("*.mp4"):
+        shutil.copy(path, folder)
+
+
+if __name__ == "__main__":
+    write_seeds(Path(sys.argv[1]))
