@@ -13,8 +13,8 @@ import small_models
 from weightvid.archives import Salvage
 from weightvid.checkpoint import from_mapping
 from weightvid.errors import CheckpointError
-from weightvid.levels.exact import is_sinusoid
-from weightvid.levels.steps import tensor_stats
+from weightvid.levels.buffers import is_sinusoid
+from weightvid.levels.stats import tensor_stats
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, PackReport, pack_checkpoint
 from weightvid.spec import TensorSpec

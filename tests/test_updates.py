@@ -18,8 +18,8 @@ from test_layers import with_header
 from weightvid import loader
 from weightvid.archives import checked_tensors, open_chain
 from weightvid.checkpoint import from_mapping, open_checkpoint
-from weightvid.container import difference
 from weightvid.errors import FormatError, QuantizationError, WeightvidError
+from weightvid.exact import difference
 from weightvid.layers import Layering, pack_layers
 from weightvid.loader import Archive, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint

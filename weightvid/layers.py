@@ -29,12 +29,14 @@ import numpy as np
 from weightvid.archives import Location, checked_tensors, open_chain
 from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
-from weightvid.container import ArchiveWriter, difference, exact_elements, likeness, root_of
+from weightvid.container import root_of
 from weightvid.errors import FormatError, QuantizationError
+from weightvid.exact import difference, exact_elements, likeness
 from weightvid.levels.code import CodedPart, mean_shift, part_rows
 from weightvid.levels.feedback import output_error
 from weightvid.levels.frames import FrameSize, choose_frame_size, lay_out, ribbon_columns
-from weightvid.levels.steps import Moments, TensorPlan, recipe
+from weightvid.levels.recipes import recipe
+from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.levels.transform import dct
 from weightvid.levels.trellis import sign_coded_bits
 from weightvid.loader import (
@@ -54,23 +56,15 @@ from weightvid.loader import (
     tensor_sha256,
     to_float32,
 )
-from weightvid.pack import (
-    FrameTask,
-    PackOptions,
-    PackReport,
-    PartTask,
-    Survey,
-    Tally,
-    about_packing,
-    code_task,
-    encode_frame,
-    survey_checkpoint,
-)
+from weightvid.pack import PackOptions, PackReport, about_packing
 from weightvid.progress import Progress, Report, quiet
 from weightvid.repair import add_parity
 from weightvid.spec import PACKABLE
+from weightvid.survey import Survey, survey_checkpoint
+from weightvid.tasks import FrameTask, PartTask, Tally, code_task, encode_frame
 from weightvid.video import CODECS, hevc_level, open_encoder, with_level
 from weightvid.workers import Workers, open_workers
+from weightvid.writer import ArchiveWriter
 
 #: steps of a difference, in those that a whole tensor would have, and the price of a bit: where
 #: most levels are zeros, finer steps and fewer levels beside zero are better.

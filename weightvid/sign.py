@@ -25,14 +25,7 @@ from weightvid.checkpoint import is_url
 from weightvid.checkpoint.remote import open_remote
 from weightvid.container import box, close_body, mfra, record, tail_box, uint
 from weightvid.errors import FormatError, SignatureError
-from weightvid.loader import (
-    EXACT_UUID,
-    FRAME_UUID,
-    INDEX_UUID,
-    Fields,
-    open_body,
-    read_records,
-)
+from weightvid.loader import EXACT_UUID, FRAME_UUID, INDEX_UUID, Fields, open_body, read_records
 from weightvid.repair import MAX_SHARE, MIN_SHARE, PARITY_UUID, add_parity
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ import numpy as np
 
 from weightvid.archives import Location, checked_tensors, open_anywhere
 from weightvid.atomic import AtomicFile
-from weightvid.container import ArchiveWriter
 from weightvid.errors import FormatError
 from weightvid.levels.frames import Energies, FrameSize, lay_out, to_sequence
 from weightvid.loader import (
@@ -42,6 +41,7 @@ from weightvid.loader import (
 from weightvid.progress import Progress, Report, quiet
 from weightvid.spec import SideFile
 from weightvid.video import Video, hevc_level, open_encoder, with_level
+from weightvid.writer import ArchiveWriter
 
 #: a level for comparing configuration records, whatever level each claims.
 _ANY_LEVEL: Final = 120

@@ -11,7 +11,8 @@ import pytest
 from weightvid.calibrate import Calibration, CalibrationConfig
 from weightvid.checkpoint import from_mapping
 from weightvid.loader import open_archive
-from weightvid.pack import PackOptions, PackReport, Target, pack_checkpoint, survey_checkpoint
+from weightvid.pack import PackOptions, PackReport, Target, pack_checkpoint
+from weightvid.survey import survey_checkpoint
 from weightvid.workers import Workers
 
 torch = pytest.importorskip("torch", reason="needs the extra: weightvid[torch]")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from weightvid import container, loader
+from weightvid import container, exact, loader, writer
 from weightvid.errors import FormatError
 from weightvid.loader import DTYPES, End, Header, Part, Sidecar, TensorSpec, Track, open_body
 from weightvid.spec import SideFile
@@ -88,7 +88,7 @@ def test_byte_planes_of_neighbours() -> None:
     specs = [TensorSpec(kind, kind, (2,)) for kind in ("F16", "I16", "U8")]
     items = [(0, 0, np.array([0x1122, 0x3344], "<u2").view("<f2")),
              (1, 0, np.array([0x5566], "<i2")), (2, 0, np.array([9], "u1"))]  # fmt: skip
-    made = b"".join(container.exact_records(items, specs))
+    made = b"".join(exact.exact_records(items, specs))
     assert made.hex() == "300a03000002010001020001320722446611335509"
 
 
@@ -189,10 +189,10 @@ def test_exact_tensors_and_the_index(made: list[tuple[str, Any]], room: int) -> 
     specs = [TensorSpec(f"t{n}", name, array.shape) for n, (name, array) in enumerate(made)]
     file = io.BytesIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(container, "EXACT_BOX_BYTES", room)  # small boxes
-        writer = container.ArchiveWriter(file, TRACK, header(*specs))
-        writer.add_exact(enumerate(arrays))
-        assert writer.finish() == len(file.getvalue())
+        patch.setattr(writer, "EXACT_BOX_BYTES", room)  # small boxes
+        made_archive = writer.ArchiveWriter(file, TRACK, header(*specs))
+        made_archive.add_exact(enumerate(arrays))
+        assert made_archive.finish() == len(file.getvalue())
     with loader.open_archive(file.getvalue()) as archive:
         assert archive.track == TRACK
         assert archive.index is not None

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from weightvid.container import exact_elements, round_mantissa, rounds_mantissas
 from weightvid.errors import QuantizationError
+from weightvid.exact import exact_elements, round_mantissa, rounds_mantissas
 from weightvid.loader import TensorSpec
 
 

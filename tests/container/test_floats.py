@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightvid import container, loader
+from weightvid import container, exact, loader, writer
 from weightvid.checkpoint import from_mapping
 from weightvid.errors import FormatError
 from weightvid.loader import DTYPES, MANTISSAS, Header, TensorSpec, open_archive
@@ -27,7 +27,7 @@ def header_of(*specs: TensorSpec) -> Header:
 def there_and_back(arrays: list[Array], name: str) -> list[Array]:
     specs = [TensorSpec(f"t{n}", name, array.shape) for n, array in enumerate(arrays)]
     items = [(n, 0, array) for n, array in enumerate(arrays)]
-    payload = container.stored_body(*container.float_records(items, specs))
+    payload = container.stored_body(*exact.float_records(items, specs))
     return [array for _, _, array in loader.parse_exact(payload, header_of(*specs))]
 
 
@@ -57,7 +57,7 @@ def test_rows_that_end_with_zeros(seed: int, name: str, zeros: int) -> None:
 
 
 def test_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "EXACT_BOX_BYTES", 50_000)
+    monkeypatch.setattr(writer, "EXACT_BOX_BYTES", 50_000)
     random = np.random.default_rng(1)
     arrays = {
         "w": (random.standard_normal((300, 200)) * 0.05).astype(np.float32),
@@ -81,7 +81,7 @@ def test_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_damage_has_a_name() -> None:
     array = np.random.default_rng(1).standard_normal((40, 50)).astype(np.float32)
     specs = [TensorSpec("a", "F32", (40, 50))]
-    records = container.float_records([(0, 0, array)], specs)
+    records = exact.float_records([(0, 0, array)], specs)
     random, header = Random(1), header_of(*specs)
     for _ in range(500):
         hurt = bytearray(records[1])

@@ -30,7 +30,7 @@ def stored(*records: bytes) -> bytes:
 
 def write_seeds(folder: Path) -> None:
     """Archives of all kinds, and the golden ones."""
-    with patch("weightvid.container.close_body", stored):
+    with patch("weightvid.writer.close_body", stored):
         for number, data in enumerate(fuzz.seeds()):
             (folder / f"seed{number}").write_bytes(data)
         sources.write_random(folder / "random", 1)

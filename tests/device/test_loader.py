@@ -13,16 +13,7 @@ from typing import Any, Final
 import fuzz
 import numpy as np
 import pytest
-from check import (
-    FLAGS,
-    LEVELS,
-    LOADER,
-    OK,
-    STATUSES,
-    TRUNCATED,
-    Read,
-    reader,
-)
+from check import FLAGS, LEVELS, LOADER, OK, STATUSES, TRUNCATED, Read, reader
 from independent import sources
 from malformed.test_corpus import CORPUS, INDEX_CORPUS, without
 from samples import Pipe, sample
@@ -114,7 +105,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name, (source, options) in packs.items():
         with sources.small_frames(), pytest.MonkeyPatch.context() as patch:
             patch.setattr("weightvid.levels.code.PART_WEIGHTS", 3000)
-            patch.setattr("weightvid.container.EXACT_BOX_BYTES", 500)
+            patch.setattr("weightvid.writer.EXACT_BOX_BYTES", 500)
             made.append(folder / f"{name}.mp4")
             pack_checkpoint(source, made[-1], options)
     for seed in range(4):

@@ -247,7 +247,7 @@ def test_streams_without_memory(library: ctypes.CDLL) -> None:
 
 def test_floats(library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit-exact floats of all types and bits, in several boxes."""
-    monkeypatch.setattr("weightvid.container.EXACT_BOX_BYTES", 3000)
+    monkeypatch.setattr("weightvid.writer.EXACT_BOX_BYTES", 3000)
     random, arrays, types = np.random.default_rng(3), {}, {}
     for name in ("F32", "F16", "BF16"):
         for number, shape in enumerate([(), (1,), (0, 4), (7, 130), (90, 3, 3), (5, 0)]):

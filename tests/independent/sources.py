@@ -15,10 +15,10 @@ from unittest.mock import patch
 import numpy as np
 
 from weightvid import loader
-from weightvid.container import ArchiveWriter
 from weightvid.levels.frames import FrameSize, lay_out
 from weightvid.loader import End, Floats, FormatError, Header, Part, Sidecar, TensorSpec, Track
 from weightvid.video import Video, open_encoder
+from weightvid.writer import ArchiveWriter
 
 Arrays = dict[str, Any]
 #: element types of `typed` that numpy lacks, or that are not the array's own.

@@ -100,7 +100,7 @@ def test_mapping(tmp_path: Path) -> None:
 
 def test_folder_and_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weightvid.levels.code.PART_WEIGHTS", 3000)
-    monkeypatch.setattr("weightvid.container.EXACT_BOX_BYTES", 500)
+    monkeypatch.setattr("weightvid.writer.EXACT_BOX_BYTES", 500)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"layers": 2}')
     (tmp_path / "model" / "vocab.txt").write_text("word\n" * 500)

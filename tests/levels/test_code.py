@@ -13,7 +13,8 @@ from small_models import weights
 from weightvid import loader
 from weightvid.levels import code
 from weightvid.levels.code import CodedPart, code_part, part_rows
-from weightvid.levels.steps import TensorPlan, outlier_mask, plan_tensor, tensor_stats
+from weightvid.levels.stats import outlier_mask, tensor_stats
+from weightvid.levels.steps import TensorPlan, plan_tensor
 from weightvid.levels.transform import dct
 from weightvid.loader import TensorSpec, dequantize, from_float32, from_sequence, to_float32
 

@@ -12,17 +12,10 @@ from hypothesis.extra import numpy as hnp
 from small_models import weights
 
 from weightvid.errors import QuantizationError
-from weightvid.levels import steps
-from weightvid.levels.steps import (
-    Moments,
-    TensorPlan,
-    TensorStats,
-    is_codable,
-    outlier_mask,
-    plan_tensor,
-    tensor_stats,
-    units,
-)
+from weightvid.levels import recipes, steps
+from weightvid.levels.recipes import units
+from weightvid.levels.stats import TensorStats, outlier_mask, tensor_stats
+from weightvid.levels.steps import Moments, TensorPlan, is_codable, plan_tensor
 from weightvid.loader import TRELLIS, UNIFORM, TensorSpec, from_float32
 
 Array = np.ndarray[Any, Any]
@@ -118,7 +111,7 @@ def test_units_go_with_sigma_and_the_root_of_the_size() -> None:
     small, large = stats_of(64, 100), stats_of(256, 100, scale=0.1)
     query, key = (stats_of(64, 100, name=f"a.{name}.weight") for name in ("q_proj", "other"))
     found = units([small, large, query, key])
-    share = steps.SMALLEST_SHARE
+    share = recipes.SMALLEST_SHARE
     sizes = np.array([6400, 25600, 6400, 6400]) / 11200
     expected = np.array([0.05, 0.1, 0.1, 0.05]) * np.sqrt(sizes + share)
     np.testing.assert_allclose(found, expected, rtol=0.02)
@@ -146,18 +139,18 @@ def test_a_recipe_says_how_much_worse_than_int8_it_is() -> None:
     spoken = [stats_of(64, 100, name="wte.weight"), stats_of(256, 100, name="h.0.weight")]
     for stats in (matrices, kernels, spoken):
         own, found = units(stats), {}
-        for name, wanted in steps.RECIPES.items():
-            found[name] = steps.recipe_factor(name, stats, own)
+        for name, wanted in recipes.RECIPES.items():
+            found[name] = recipes.recipe_factor(name, stats, own)
             noise = wanted.language_noise if stats is spoken else wanted.noise
-            assert steps.forecast(found[name], stats, own) == pytest.approx(noise, rel=0.01)
+            assert recipes.forecast(found[name], stats, own) == pytest.approx(noise, rel=0.01)
         assert found["fine"] < found["balanced"] < found["small"]
     # Steps as fine as int8's own do as much harm, where nothing makes up for it.
     one = matrices[:1]
     same = one[0].peak / 127 * one[0].sigma / units(one)[0]
-    assert steps.forecast(same, one, units(one), "integers") == pytest.approx(1, rel=0.01)
-    assert steps.forecast(1.0, [], []) == 0
+    assert recipes.forecast(same, one, units(one), "integers") == pytest.approx(1, rel=0.01)
+    assert recipes.forecast(1.0, [], []) == 0
     with pytest.raises(QuantizationError, match="balanced"):
-        steps.recipe_factor("huge", one, units(one))
+        recipes.recipe_factor("huge", one, units(one))
 
 
 @pytest.mark.parametrize(
@@ -244,10 +237,10 @@ def test_what_is_kept_exactly() -> None:
 
 def test_measured_units_end_at_one_slope() -> None:
     stats = [stats_of(64, 100, name="a"), stats_of(64, 100, name="b"), stats_of(9, 99, name="c")]
-    found = steps.measured_units([1.0, 1.0, 7.0], stats, {"a": 4.0, "b": 1.0})
+    found = recipes.measured_units([1.0, 1.0, 7.0], stats, {"a": 4.0, "b": 1.0})
     assert found[0] * 2 == pytest.approx(found[1])
     assert found[0] * found[1] == pytest.approx(1.0)
     assert found[2] == 7.0
-    assert steps.measured_units([1.0], stats[:1], {}) == [1.0]
-    far = steps.measured_units([1.0, 1.0], stats[:2], {"a": 1e30, "b": 1.0})
-    assert far[1] / far[0] == pytest.approx(steps.LARGEST_CORRECTION**2)
+    assert recipes.measured_units([1.0], stats[:1], {}) == [1.0]
+    far = recipes.measured_units([1.0, 1.0], stats[:2], {"a": 1e30, "b": 1.0})
+    assert far[1] / far[0] == pytest.approx(recipes.LARGEST_CORRECTION**2)

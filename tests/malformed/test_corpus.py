@@ -16,7 +16,7 @@ import pytest
 from fuzz import Box, Record, change_records, join_boxes, split_boxes
 from samples import Pipe, all_same, sample, tensors
 
-from weightvid import container, loader
+from weightvid import container, exact, loader
 from weightvid.container import record, text, uint
 from weightvid.errors import FormatError
 from weightvid.loader import (
@@ -173,7 +173,7 @@ def first_items(change: Callable[[list[tuple[int, int, Any]]], Any]) -> Mutation
         known = open_archive(sample()).header
         items = list(loader.parse_exact(old, known))
         made = change(items)
-        return container.close_body(*container.exact_records(made or items, known.tensors))
+        return container.close_body(*exact.exact_records(made or items, known.tensors))
 
     return payload(EXACT_UUID, changed)
 

@@ -12,15 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from weightvid.calibrate.stats import (
-    CalibrationConfig,
-    CalibrationStats,
-    TensorMoments,
-    load_stats,
-)
+from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats, TensorMoments, load_stats
 from weightvid.errors import QuantizationError
 from weightvid.levels.feedback import factorize
-from weightvid.levels.steps import Moments, measured_units, steps_from_costs
+from weightvid.levels.recipes import measured_units
+from weightvid.levels.steps import Moments, steps_from_costs
 from weightvid.levels.transform import forward_moment, view_of
 from weightvid.loader import TensorSpec, open_archive
 from weightvid.progress import Report, quiet
@@ -31,7 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from weightvid.calibrate.layers import Examples
-    from weightvid.pack import Encoder, Survey, Written
+    from weightvid.pack import Encoder, Written
+    from weightvid.survey import Survey
 
 #: what a bit for every weight is worth: harm goes with 4**-bits.
 DB_PER_BIT: Final = 20 * log10(2)

@@ -31,8 +31,8 @@ from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch
 from weightvid.levels.code import CodedPart, quality_of
 from weightvid.levels.steps import Moments, TensorPlan, plan_tensor
 from weightvid.loader import Array, Floats, from_float32
-from weightvid.pack import Survey
 from weightvid.progress import Progress, Report
+from weightvid.survey import Survey
 
 #: stages at most, if memory allows: each runs both models once.
 _MOST_STAGES: Final = 64

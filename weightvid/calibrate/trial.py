@@ -23,11 +23,13 @@ from weightvid.calibrate.stats import TensorMoments
 from weightvid.calibrate.watch import InputMeans
 from weightvid.checkpoint import CheckpointReader
 from weightvid.levels.code import CodedPart, code_part, part_rows
-from weightvid.levels.steps import Moments, TensorPlan, is_codable, plan_tensor, tensor_stats
+from weightvid.levels.stats import tensor_stats
+from weightvid.levels.steps import Moments, TensorPlan, is_codable, plan_tensor
 from weightvid.levels.trellis import entropy_bits
 from weightvid.loader import Array, Floats, TensorSpec, from_float32, to_float32
-from weightvid.pack import PackOptions, Survey, may_code, survey_checkpoint
+from weightvid.pack import PackOptions
 from weightvid.progress import Progress, Report
+from weightvid.survey import Survey, may_code, survey_checkpoint
 from weightvid.workers import Workers
 
 #: step factor of trials, a middling one; and step of those of single tensors, in sigmas.

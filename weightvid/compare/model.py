@@ -16,8 +16,9 @@ from weightvid.errors import CheckpointError, CodecError
 from weightvid.levels.code import compare_rows
 from weightvid.levels.transform import view_of
 from weightvid.loader import TensorSpec
-from weightvid.pack import PackOptions, survey_checkpoint
+from weightvid.pack import PackOptions
 from weightvid.spec import PACKABLE, to_float32
+from weightvid.survey import survey_checkpoint
 from weightvid.workers import open_workers
 
 Array = npt.NDArray[Any]

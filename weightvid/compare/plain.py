@@ -20,8 +20,8 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from weightvid.compare.model import Array, Coded, Method, Model, Tensors
-from weightvid.container import exact_elements
 from weightvid.errors import CodecError
+from weightvid.exact import exact_elements
 
 #: zstd's strongest level that needs no ``--ultra``.
 _ZSTD_LEVEL: Final = 19

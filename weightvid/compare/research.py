@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from weightvid.compare.model import Array, Coded, Method, Model
 from weightvid.compare.rans import decode, encode
-from weightvid.container import exact_elements
+from weightvid.exact import exact_elements
 from weightvid.levels.transform import View, view_of, whole_basis
 
 Integers = npt.NDArray[Any]

@@ -26,7 +26,7 @@ from weightvid.compare.research import research_methods
 from weightvid.compare.rows import OK, Row, RowStore, machine, versions, with_torch
 from weightvid.compare.video import FrameOptions, archive_method, frame_methods, llm265_method
 from weightvid.errors import QuantizationError
-from weightvid.levels.steps import RECIPES
+from weightvid.levels.recipes import RECIPES
 from weightvid.pack import PackOptions
 from weightvid.progress import Progress, Report, quiet
 

@@ -13,7 +13,8 @@ from weightvid.levels.descent import balanced_moment, descend
 from weightvid.levels.feedback import FeedbackConfig, Method, feedback
 from weightvid.levels.frames import choose_energies, to_sequence
 from weightvid.levels.rounding import balanced, uniform
-from weightvid.levels.steps import Moments, TensorPlan, outlier_mask, row_scales
+from weightvid.levels.stats import outlier_mask, row_scales
+from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.levels.transform import bases_of, forward, forward_moment, precision
 from weightvid.levels.trellis import trellis
 from weightvid.loader import (

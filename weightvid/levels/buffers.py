@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from weightvid.levels.steps import TensorStats
+from weightvid.levels.stats import TensorStats
 from weightvid.spec import PACKABLE, TensorSpec
 
 #: of a tensor that says how to read the packed integers or 8-bit floats beside it.

@@ -1,0 +1,195 @@
+"""Exact tensors: their order in boxes, their elements as records, shorter mantissas of 1-D floats.
+
+Elements lie by byte planes; floats that must keep every bit by planes of exponent and mantissa.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from math import prod
+from typing import Final
+
+import numpy as np
+
+from weightvid import loader
+from weightvid.container import record, uint
+from weightvid.errors import QuantizationError
+from weightvid.loader import Array, Floats, TensorSpec
+from weightvid.spec import stored_dtype
+
+
+def difference(below: Array, array: Array) -> Array:
+    """Zigzag numbers that `weightvid.loader.add_bits` adds to elements to get others.
+
+    Examples
+    --------
+    >>> difference(np.array([5, 7], np.int16), np.array([4, 9], np.int16)).tolist()
+    [1, 4]
+    """
+    signed = np.dtype(f"<i{below.itemsize}")
+    change = array.view(signed) - below.view(signed)
+    found: Array = (change << 1) ^ (change >> (8 * below.itemsize - 1))
+    return found.view(below.dtype)
+
+
+def exact_records(
+    items: Sequence[tuple[int, int, Array]], specs: Sequence[TensorSpec]
+) -> list[bytes]:
+    """Records of a box of exact tensors: number of the tensor, first element, elements.
+
+    Neighbours of one element size share byte planes: exponents of floats compress, mantissas don't.
+    """
+    fields = [uint(number) + uint(first) + uint(part.size) for number, first, part in items]
+    planes: list[bytes] = []
+    group: list[Array] = []
+    for place, (number, _, part) in enumerate(items):
+        size = stored_dtype(specs[number].dtype).itemsize
+        group.append(np.ascontiguousarray(part).reshape(-1).view(np.uint8).reshape(-1, size))
+        following = items[place + 1][0] if place + 1 < len(items) else None
+        if following is None or stored_dtype(specs[following].dtype).itemsize != size:
+            planes += [plane.tobytes() for plane in np.concatenate(group).T]
+            group = []
+    data = uint(loader.DATA) + uint(sum(map(len, planes)))
+    return [record(loader.ITEMS, uint(len(items)), *fields), data, *planes]
+
+
+def float_records(
+    items: Sequence[tuple[int, int, Array]], specs: Sequence[TensorSpec]
+) -> list[bytes]:
+    """Records of a box of bit-exact floats of one type; see `weightvid.loader.parse_floats`.
+
+    A row has a scale, in quarter octaves, and a number of zeros that all its mantissas end with.
+    Rows alike lie side by side, so that a Huffman code fits the exponents of many: the rest of a
+    float is next to random.
+    """
+    dtype = specs[items[0][0]].dtype
+    mantissa, size = loader.MANTISSAS[dtype], stored_dtype(dtype).itemsize
+    wide, width = np.dtype(f"u{size}").type, 8 * size
+    bits = np.concatenate([np.ascontiguousarray(part).reshape(-1).view(wide) for *_, part in items])
+    shapes = [specs[number].shape[1:] or (part.size,) for number, _, part in items]
+    lengths = [max(1, prod(shape)) for shape in shapes]
+    scales, zeros, at = [np.empty(0, np.uint16)], [np.empty(0, np.uint8)], 0
+    runs = loader.float_rows([part.size for *_, part in items], lengths)
+    tops = (bits & wide((1 << width - 1) - 1)) >> wide(mantissa - 2)
+    for rows, length in runs:
+        here = slice(at, at + rows * length)
+        top, at = tops[here].reshape(rows, length), here.stop
+        total = top.sum(axis=1, dtype=np.int64)
+        scales.append((total // np.maximum(np.count_nonzero(top, axis=1), 1)).astype(np.uint16))
+        some = np.bitwise_or.reduce(bits[here].reshape(rows, length), axis=1).astype(np.int64)
+        some |= 1 << mantissa
+        lowest = np.log2((some & -some).astype(np.float64)).astype(np.uint8)
+        zeros.append(np.where(lowest < 4, 0, lowest).astype(np.uint8))
+    scale, zero = np.concatenate(scales), np.concatenate(zeros)
+    keys = zero.astype(np.int32) * 4 + (scale & 3)
+    order = np.argsort(keys, kind="stable")
+    each = loader.float_lengths(runs)[order]
+    found = np.empty_like(bits)
+    for run, shape, numbers, place in loader.float_places(runs, keys):
+        found[place].reshape(-1, shape[1])[:] = bits[run].reshape(shape)[numbers]
+    offsets = np.repeat(((scale[order] >> 2 << 2).astype(np.int32) - 128).astype(wide), each)
+    shifts = range(0, mantissa - 7, 8)
+    top8, middle, *lows = np.empty((2 + len(shifts), found.size), np.uint8)
+    for first in range(0, found.size, _BLOCK):  # what a cache holds
+        here = slice(first, first + _BLOCK)
+        block = found[here]
+        top = ((block & wide((1 << width - 1) - 1)) >> wide(mantissa - 2)) - offsets[here]
+        top &= wide((1 << width + 1 - mantissa) - 1)
+        top8[here] = top.astype(np.uint8)
+        top >>= wide(8)
+        top <<= wide(6)
+        top |= block >> wide(width - 1) << wide(5)
+        top |= block >> wide(mantissa - 7) & wide(31)
+        middle[here] = top.astype(np.uint8)
+        for low, shift in zip(lows, shifts, strict=True):
+            mask = wide((1 << min(8, mantissa - 7 - shift)) - 1)
+            low[here] = (block >> wide(shift) & mask).astype(np.uint8)
+    steps, planes = np.diff(scale.astype(np.uint8), prepend=np.uint8(0)), list[bytes]()
+    planes.append(_plane(np.stack((steps, (scale >> 8).astype(np.uint8), zero)), zlib.Z_FILTERED))
+    planes += [_plane(plane, zlib.Z_HUFFMAN_ONLY) for plane in (top8, middle)]
+    for low, shift in zip(lows, shifts, strict=True):
+        some = low[: int(each[zero[order] < shift + 8].sum())]
+        whole = shift + 8 <= mantissa - 7 and not ((zero > shift) & (zero < shift + 8)).any()
+        planes.append(_plane(some, None if whole else zlib.Z_HUFFMAN_ONLY))
+    fields = [uint(number) + uint(first) + uint(part.size) for number, first, part in items]
+    data = record(loader.FLOATS, *map(uint, lengths), *planes)
+    return [record(loader.ITEMS, uint(len(items)), *fields), data]
+
+
+def _plane(values: Array, strategy: int | None) -> bytes:
+    """A plane, deflated if that is smaller; None: it is not."""
+    data = values.tobytes()
+    if strategy is not None:
+        packer = zlib.compressobj(1, zlib.DEFLATED, -15, 9, strategy)
+        packed = packer.compress(data) + packer.flush()
+        if len(packed) < len(data):
+            return uint(len(packed)) + packed
+    return uint(0) + data
+
+
+#: elements that a cache holds.
+_BLOCK: Final = 1 << 15
+#: stored mantissa bits of float32.
+FULL_BITS: Final = 23
+
+
+def round_mantissa(values: Floats, bits: int) -> Floats:
+    """Round to ``bits`` stored mantissa bits, to nearest, ties to even.
+
+    Parameters
+    ----------
+    values : ndarray of float32
+    bits : int
+        1..23; the relative error is at most 2**-(bits + 1).
+
+    Returns
+    -------
+    ndarray of float32, same shape
+        NaN and infinity stay; so does what would round to infinity.
+
+    Raises
+    ------
+    QuantizationError
+        ``bits`` out of range.
+
+    Examples
+    --------
+    >>> round_mantissa(np.array([1.2345678], np.float32), 11).tolist()
+    [1.234375]
+    """
+    if not 1 <= bits <= FULL_BITS:
+        raise QuantizationError(f"mantissas have 1..{FULL_BITS} bits, not {bits}")
+    drop = np.uint32(FULL_BITS - bits)
+    if not drop:
+        return values
+    raw = np.ascontiguousarray(values).view(np.uint32)
+    half = np.uint32((1 << (FULL_BITS - bits - 1)) - 1)
+    rounded = ((raw + half + ((raw >> drop) & np.uint32(1))) >> drop) << drop
+    found = rounded.view(np.float32)
+    return np.where(np.isfinite(values) & np.isfinite(found), found, values)
+
+
+def rounds_mantissas(spec: TensorSpec) -> bool:
+    """Whether a tensor is a 1-D float32 one: a bias, norm or statistic."""
+    return spec.dtype == "F32" and sum(size > 1 for size in spec.shape) <= 1 and spec.size > 0
+
+
+def likeness(spec: TensorSpec) -> tuple[int, str, str]:
+    """Sorting key that brings tensors of one kind together: their bytes resemble each other.
+
+    Examples
+    --------
+    >>> likeness(TensorSpec("layer3.bn1.bias", "F32", (64,)))
+    (4, 'bias', 'bn')
+    """
+    owner, _, kind = spec.name.rpartition(".")
+    family = "".join(c for c in owner.rpartition(".")[2] if not c.isdigit())
+    return stored_dtype(spec.dtype).itemsize, kind, family
+
+
+def exact_elements(array: Array, spec: TensorSpec, mantissa_bits: int) -> Array:
+    """Elements as they are kept."""
+    if mantissa_bits < FULL_BITS and rounds_mantissas(spec):
+        return round_mantissa(array.view(np.float32), mantissa_bits)
+    return array

@@ -1,0 +1,186 @@
+"""What is asked of a packing, and what it reports."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from math import inf
+from typing import TYPE_CHECKING, NamedTuple
+
+from weightvid.errors import QuantizationError
+from weightvid.levels.recipes import recipe, units
+from weightvid.repair import check_share
+from weightvid.targets import Target
+from weightvid.video import Video
+
+if TYPE_CHECKING:
+    from weightvid.calibrate import Calibration, Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """Settings of one packing.
+
+    Attributes
+    ----------
+    recipe : str
+        ``balanced``, ``small`` or ``fine``.
+    step_factor : float or None
+        k of the step rule, instead of the recipe's.
+    fidelity : str
+        ``outputs``: steps that keep the network's outputs; ``weights``: one step for all tensors,
+        the least squared error of the weights; ``integers``: plain integers times a step.
+    target : Target or None
+        Search the step factor for a size, a rate or an SQNR.
+    calibration : Calibration or None
+        Statistics of this very model, or the model with example inputs.
+    evaluation : Evaluation or None
+        Search the step factor for a bound of the user's own measure.
+    prune : float or None
+        Set weights to zero that are smaller than the mean magnitude of their tensor times this.
+    keep : tuple of str
+        Shell-style patterns of tensor names that are kept exactly.
+    first : tuple of str
+        Patterns of names that come first in the file, in this order.
+    lossless : bool
+        Keep all tensors exactly, and code floats bit for bit.
+    parity : float
+        Share of the file that is added to repair it by: 0.01 is 1 %; 0: none.
+    side_files : bool
+        Store the small other files of a folder: configuration, tokenizer.
+    video : Video
+        Codec, preset, and the QP of a lossy codec.
+    workers : str, Executor or None
+        See `weightvid.workers.open_workers`.
+    jobs : int
+        Workers; 0: one per core.
+    force : bool
+        Replace an existing file.
+    verify : bool
+        Decode the archive and check it before it gets its name.
+    """
+
+    recipe: str = "balanced"
+    step_factor: float | None = None
+    fidelity: str = "outputs"
+    target: Target | None = None
+    calibration: Calibration | None = None
+    evaluation: Evaluation | None = None
+    prune: float | None = None
+    keep: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+    lossless: bool = False
+    parity: float = 0.0
+    side_files: bool = True
+    video: Video = field(default_factory=Video)
+    workers: str | Executor | None = None
+    jobs: int = 0
+    force: bool = False
+    verify: bool = True
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other or themselves.
+
+        Raises
+        ------
+        QuantizationError
+        """
+        recipe(self.recipe)
+        units((), self.fidelity)
+        if self.parity:
+            check_share(self.parity)
+        if self.step_factor is not None and not 0 < self.step_factor < inf:
+            raise QuantizationError(
+                f"the step factor must be a positive number, not {self.step_factor}"
+            )
+        if self.prune is not None and not 0 < self.prune < inf:
+            raise QuantizationError(
+                f"the factor of pruning must be a positive number, not {self.prune}"
+            )
+        if self.prune is not None and (self.calibration is not None or self.video.qp is not None):
+            raise QuantizationError("pruning and a calibration or a QP exclude each other")
+        searched = [
+            name
+            for name, value in (
+                ("a step factor", self.step_factor), ("a target", self.target),
+                ("an evaluation", self.evaluation), ("a QP", self.video.qp),
+            )
+            if value is not None
+        ]  # fmt: skip
+        if len(searched) > 1:
+            raise QuantizationError(f"{searched[0]} and {searched[1]} exclude each other")
+        if self.jobs < 0:
+            raise QuantizationError(f"the number of jobs must not be negative, as {self.jobs} is")
+
+
+class TensorReport(NamedTuple):
+    """What became of one tensor: SQNR in dB, its worst row, escapes and outliers."""
+
+    name: str
+    sqnr_db: float
+    worst_row: int
+    worst_row_db: float
+    escapes: int
+    outliers: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackReport:
+    """What a packing did.
+
+    Attributes
+    ----------
+    file_bytes, source_bytes, packet_bytes : int
+        Of the archive, of all tensors of the source, and of the video in the archive.
+    weights, coded_weights : int
+        Elements of all floating-point tensors, and of those that were quantized.
+    sqnr_db : float or None
+        Over all quantized weights; None if nothing was lost.
+    tensors : tuple of TensorReport
+        Of the quantized tensors.
+    frames, width, height : int
+    skipped : tuple of str
+        Entries of the source that are no tensors.
+    unused_keeps : tuple of str
+        Patterns of ``keep`` that no tensor matches.
+    side_files : tuple of str
+    step_factor : float
+    encodings : int
+        Whole encodings that a search took; 1 without one.
+    seconds : float
+    notes : tuple of str
+        What calibration and evaluation found.
+    """
+
+    file_bytes: int
+    source_bytes: int
+    packet_bytes: int
+    weights: int
+    coded_weights: int
+    sqnr_db: float | None
+    tensors: tuple[TensorReport, ...]
+    frames: int
+    width: int
+    height: int
+    skipped: tuple[str, ...]
+    unused_keeps: tuple[str, ...]
+    side_files: tuple[str, ...]
+    step_factor: float
+    encodings: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 x whole file / weights; 0 without weights."""
+        return 8 * self.file_bytes / self.weights if self.weights else 0.0
+
+    @property
+    def worst_tensor(self) -> TensorReport | None:
+        """Tensor of the lowest SQNR."""
+        return min(self.tensors, key=lambda tensor: tensor.sqnr_db, default=None)
+
+    @property
+    def worst_row(self) -> TensorReport | None:
+        """Tensor that has the row of the lowest SQNR."""
+        return min(self.tensors, key=lambda tensor: tensor.worst_row_db, default=None)

@@ -1,0 +1,230 @@
+"""The first pass over a checkpoint: every tensor is looked at once.
+
+What follows from it: which tensors are worth quantizing, the steps of the rule, what is kept bit
+for bit, and what people should know of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from weightvid.checkpoint import CheckpointReader
+from weightvid.checkpoint.base import shorten
+from weightvid.errors import CheckpointError
+from weightvid.levels import buffers
+from weightvid.levels.recipes import forecast, recipe, recipe_factor, speaks, units
+from weightvid.levels.stats import TensorStats, tensor_stats
+from weightvid.levels.steps import (
+    MIN_WEIGHTS,
+    Moments,
+    TensorPlan,
+    is_codable,
+    plan_tensor,
+    sample_step,
+)
+from weightvid.levels.transform import view_of
+from weightvid.loader import MAX_AXES, MAX_NAME_BYTES, TensorSpec
+from weightvid.options import PackOptions
+from weightvid.progress import Progress, Report, quiet
+from weightvid.spec import PACKABLE
+from weightvid.workers import Piece, Workers
+
+if TYPE_CHECKING:
+    pass
+
+#: elements that the survey looks at in one go.
+_SURVEY_BLOCK: Final = 1 << 20
+
+
+def _refuse_unholdable(reader: CheckpointReader) -> None:
+    """Raise where the format has no room for a name or a shape, before any work is done."""
+    for name, spec in reader.contents.rows():
+        if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+            said = f"the name {name[:40]!r}... is longer than {MAX_NAME_BYTES} bytes; rename it"
+        elif len(spec.shape) > MAX_AXES:
+            said = f"{name!r} has {len(spec.shape)} axes, and an archive {MAX_AXES} at most"
+        else:
+            continue
+        raise CheckpointError(f"a tensor cannot be packed: {said}")
+
+
+def _refuse_remains(reader: CheckpointReader) -> None:
+    """Raise where the weights are left out: an archive of the rest would pass for the model."""
+    contents = reader.contents
+    packed = [entry for entry in contents.skipped if "_packed_params" in entry]
+    weights = sum(spec.size for spec in contents.tensors if spec.dtype in PACKABLE or spec.size > 1)
+    place = reader.location or "the checkpoint"
+    if packed:
+        raise CheckpointError(
+            f"{place} holds weights that cannot be packed: {shorten(packed, 4)}; pack the float "
+            "model, from before it was quantized dynamically"
+        )
+    if contents.skipped and not weights:
+        raise CheckpointError(
+            f"{place} holds no weights that can be packed; left out: {shorten(contents.skipped, 4)}"
+        )
+
+
+# --- the survey -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A checkpoint whose tensors have all been looked at once.
+
+    Attributes
+    ----------
+    reader : CheckpointReader
+    options : PackOptions
+    stats : mapping of int to TensorStats
+        Of the tensors that are worth quantizing, by number, in order.
+    units : mapping of int to float
+        Step of each at k = 1, before any limit.
+    moments : mapping of int to Moments
+        What calibration knows of the inputs of a tensor.
+    apart : frozenset of str
+        Names of tensors that are kept bit for bit because they are no weights.
+    notes : tuple of str
+        What people should know of the model.
+    """
+
+    reader: CheckpointReader
+    options: PackOptions
+    stats: Mapping[int, TensorStats]
+    units: Mapping[int, float]
+    moments: Mapping[int, Moments] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """All tensors; a tensor's number is its place."""
+        return self.reader.contents.tensors
+
+    @property
+    def weights(self) -> int:
+        """Elements of all floating-point tensors."""
+        return sum(spec.size for spec in self.specs if spec.dtype in PACKABLE)
+
+    @property
+    def first_factor(self) -> float:
+        """The step factor asked for: the option, or else what the recipe means for this model."""
+        options, stats = self.options, list(self.stats.values())
+        return options.step_factor or recipe_factor(
+            options.recipe, stats, [self.units[number] for number in self.stats], options.fidelity
+        )
+
+    def warning(self, factor: float) -> tuple[str, ...]:
+        """What to expect of the outputs, if it is worse than ``balanced`` would be."""
+        options, stats = self.options, list(self.stats.values())
+        units = [self.units[number] for number in self.stats]
+        noise = forecast(factor, stats, units, options.fidelity)
+        usual = recipe("balanced")
+        if noise <= 1.5 * (usual.language_noise if speaks(stats) else usual.noise):
+            return ()
+        return (
+            f"the outputs will be about {noise:.1f} times as far off as with int8 per channel: "
+            "check them, or choose the recipe balanced or an evaluation",
+        )
+
+    def keeps(self, name: str) -> bool:
+        """Whether a tensor that is not quantized is kept bit for bit."""
+        return name in self.apart or any(fnmatchcase(name, p) for p in self.options.keep)
+
+    def plans(self, factor: float) -> dict[int, TensorPlan]:
+        """Plan of each tensor that is quantized, at a step factor."""
+        found = {}
+        for number, stats in self.stats.items():
+            unit, fidelity = self.units[number], self.options.fidelity
+            if self.options.video.qp is not None:
+                plan = plan_tensor(stats, sample_step(unit, stats), "integers")
+            elif self.options.prune is not None:
+                plan = plan_tensor(stats, factor * unit, "integers")
+                if plan is not None:
+                    plan = replace(plan, threshold=self.options.prune * stats.mean_magnitude)
+            else:
+                moments = self.moments.get(number)
+                plan = plan_tensor(stats, factor * unit, fidelity, moments=moments)
+            if plan is not None:
+                found[number] = plan
+        return found
+
+
+class _Looked(NamedTuple):
+    spec: TensorSpec
+    pieces: tuple[Piece, ...]
+
+
+def survey_checkpoint(
+    reader: CheckpointReader, options: PackOptions, workers: Workers, progress: Report = quiet
+) -> Survey:
+    """Read every tensor once.
+
+    Raises
+    ------
+    CheckpointError
+        The source is damaged, or the calibration statistics are of another model.
+    """
+    _refuse_remains(reader)
+    _refuse_unholdable(reader)
+    specs = reader.contents.tensors
+    scales, tables = buffers.scales_of(specs), buffers.tables_of(specs)
+    states = buffers.optimizer_state(specs)
+    wanted = {
+        number: spec
+        for number, spec in enumerate(specs)
+        if may_code(spec, options.keep) and spec.name not in scales | tables
+    }
+    total = sum(spec.size for spec in wanted.values())
+    done, stats = 0, {}
+    tasks = (_Looked(spec, _pieces(reader, spec, workers)) for spec in wanted.values())
+    for number, found in zip(wanted, workers.map(_look_at, tasks), strict=True):
+        done += found.spec.size
+        progress(Progress("survey", done, total))
+        if buffers.is_sinusoid(found):
+            tables.add(found.spec.name)
+        elif is_codable(found.spec, found):
+            stats[number] = found
+    steps = dict(zip(stats, units(list(stats.values()), options.fidelity), strict=True))
+    notes = [
+        f"{what}: {shorten(sorted(names))}"
+        for what, names in (
+            ("kept bit for bit, as scales of packed integers", scales),
+            ("kept bit for bit, as constant tables", tables),
+            ("an optimizer's state, which no loader needs, is packed, too", states),
+        )
+        if names
+    ]
+    survey = Survey(
+        reader, options, stats, steps, apart=frozenset(scales | tables), notes=tuple(notes)
+    )
+    if options.calibration is not None:
+        survey = options.calibration.apply(survey, progress)
+    return survey
+
+
+def may_code(spec: TensorSpec, keep: Sequence[str] = ()) -> bool:
+    """Whether a tensor may be quantized: not few floats, of two axes, that nobody wants exactly."""
+    return (
+        spec.dtype in PACKABLE
+        and spec.size >= MIN_WEIGHTS
+        and sum(size > 1 for size in spec.shape) >= 2
+        and not any(fnmatchcase(spec.name, pattern) for pattern in keep)
+    )
+
+
+def _pieces(reader: CheckpointReader, spec: TensorSpec, workers: Workers) -> tuple[Piece, ...]:
+    """Blocks of whole rows of a tensor's matrix."""
+    columns = view_of(spec.shape).columns
+    count = max(1, _SURVEY_BLOCK // columns) * columns
+    return tuple(
+        workers.piece(reader, spec.name, first, min(count, spec.size - first))
+        for first in range(0, spec.size, count)
+    )
+
+
+def _look_at(task: _Looked) -> TensorStats:
+    return tensor_stats(task.spec, (piece.read() for piece in task.pieces))

@@ -1,0 +1,106 @@
+"""What workers do for a packing, a part of a tensor or a frame at a time, and the sums over it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from math import inf, log10
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from weightvid.levels.code import CodedPart, Quality, code_part
+from weightvid.levels.steps import Moments, TensorPlan
+from weightvid.loader import Array, Bytes, Decoder, Track
+from weightvid.options import TensorReport
+from weightvid.video import CODECS, Video, open_encoder
+from weightvid.workers import Piece
+
+if TYPE_CHECKING:
+    pass
+
+
+class PartTask(NamedTuple):
+    """Rows of a tensor to be quantized, and what they are added to."""
+
+    piece: Piece
+    plan: TensorPlan
+    number: int
+    first_row: int
+    moments: Moments | None
+    below: Array | None = None
+
+
+class FrameTask(NamedTuple):
+    """A picture to be coded."""
+
+    luma: Bytes
+    video: Video
+
+
+class Packet(NamedTuple):
+    """An encoded frame; ``luma`` is what a lossy encoder makes of it, else None."""
+
+    data: bytes
+    sha256: bytes
+    luma: Bytes | None
+
+
+class Tally:
+    """Sums over the parts of one tensor."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.signal = self.noise = 0.0
+        self._worst = (inf, 0)
+        self._escapes = self._outliers = 0
+
+    def add(self, coded: CodedPart) -> None:
+        """Count a part."""
+        self.add_quality(coded.quality)
+        self._escapes += 0 if coded.part.escapes is None else len(coded.part.escapes[0])
+        self._outliers += coded.outliers
+
+    def add_quality(self, quality: Quality) -> None:
+        """Count how near a part is to its weights."""
+        self.signal += quality.signal
+        self.noise += quality.noise
+        self._worst = min(self._worst, (quality.worst_db, quality.worst_row))
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal over noise; None without either."""
+        return 10 * log10(self.signal / self.noise) if self.signal and self.noise else None
+
+    def report(self) -> TensorReport:
+        """What the sums say."""
+        sqnr = inf if self.sqnr_db is None else self.sqnr_db
+        return TensorReport(
+            self.name, sqnr, self._worst[1], self._worst[0], self._escapes, self._outliers
+        )
+
+
+def code_task(task: PartTask) -> CodedPart:
+    """Quantize the rows of a task."""
+    piece, plan, number, first_row, moments, below = task
+    return code_part(piece.read(), plan, number, first_row, moments, below)
+
+
+_LOCAL = threading.local()
+
+
+def encode_frame(task: FrameTask) -> Packet:
+    """Packet of a frame and SHA-256 of what it decodes to; of a lossy one also what that is."""
+    height, width = task.luma.shape
+    key = (task.video, width, height)
+    if getattr(_LOCAL, "key", None) != key:
+        _LOCAL.key, _LOCAL.encoder = key, open_encoder(task.video, width, height)
+    encoder = _LOCAL.encoder
+    data = encoder.encode(task.luma)
+    if task.video.qp is None:
+        return Packet(data, hashlib.sha256(task.luma.data).digest(), None)
+    track = Track(width, height, CODECS[task.video.codec].entry, encoder.record)
+    decoder = Decoder(track)
+    decoded = [*decoder.decode(0, data), *decoder.decode(0, None)]
+    luma = np.ascontiguousarray(decoded[0][1])
+    return Packet(data, hashlib.sha256(luma.data).digest(), luma)

@@ -1,0 +1,203 @@
+"""The archive as a stream of boxes, in constant memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import BinaryIO, Final
+
+import numpy as np
+
+from weightvid import loader
+from weightvid.container import (
+    box,
+    close_body,
+    ftyp,
+    header_records,
+    mfra,
+    moof,
+    moov,
+    record,
+    record_list,
+    root_of,
+    sidecar_records,
+    stored_body,
+    tail_box,
+    uint,
+)
+from weightvid.errors import FormatError
+from weightvid.exact import exact_records, float_records
+from weightvid.loader import Array, Header, Sidecar, Track
+from weightvid.spec import SideFile
+
+#: elements of exact tensors that one box holds, in bytes.
+EXACT_BOX_BYTES: Final = 16 << 20
+
+
+# --- the writer -----------------------------------------------------------------------------------
+
+
+class ArchiveWriter:
+    """Writes an archive front to back, in constant memory.
+
+    Parameters
+    ----------
+    file : binary file object
+    track : Track
+    header : Header
+        Its ``files`` are not looked at.
+    files : sequence of SideFile
+
+    Attributes
+    ----------
+    packet_bytes, largest_packet, first_packet : int
+        Of the frames written so far.
+    heads : dict of int to bytes
+        First bytes of the SHA-256 of each tensor. Whoever adds to a base says what exact tensors
+        become, and those that stay as they are.
+    """
+
+    def __init__(
+        self, file: BinaryIO, track: Track, header: Header, files: Sequence[SideFile] = ()
+    ) -> None:
+        self._file, self._track, self._header = file, track, header
+        self._at = 0
+        self._frames: list[int] = []
+        self._moofs: list[int] = []
+        self._firsts: dict[int, int] = {}
+        self._spans: list[tuple[int, range]] = []
+        self._stages: list[tuple[int, int]] = []
+        self.heads: dict[int, bytes] = {}
+        self._boxes: list[tuple[int, tuple[int, ...]]] = []
+        self.packet_bytes = self.largest_packet = self.first_packet = 0
+        made = [box(loader.FILE_UUID, close_body(entry.data)) for entry in files]
+        self._write(ftyp(), moov(track))
+        sizes = [(entry, len(data)) for entry, data in zip(files, made, strict=True)]
+        self._write(box(loader.HEADER_UUID, close_body(*header_records(header, sizes))), *made)
+
+    def _write(self, *parts: bytes) -> int:
+        size = sum(map(len, parts))
+        for part in parts:
+            self._file.write(part)
+        self._at += size
+        return size
+
+    def add_frame(self, sidecar: Sidecar, packet: bytes) -> None:
+        """Write one frame and what is said before it."""
+        side = box(loader.FRAME_UUID, close_body(*sidecar_records(sidecar)))
+        self._moofs.append(self._at + len(side))
+        head = moof(sidecar.frame, len(packet))
+        self._frames.append(self._write(side, head, box(b"mdat", packet)))
+        for part in sidecar.parts:
+            self._firsts.setdefault(part.tensor, sidecar.frame)
+        for end in sidecar.ends:
+            first = self._firsts.pop(end.tensor)
+            self._spans.append((end.tensor, range(first, sidecar.frame + 1)))
+            self.heads[end.tensor] = end.sha256
+        if not sidecar.frame:
+            self.first_packet = len(packet)
+        self.packet_bytes += len(packet)
+        self.largest_packet = max(self.largest_packet, len(packet))
+
+    def add_exact(self, tensors: Iterable[tuple[int, Array]], lossless: bool = False) -> None:
+        """Write exact tensors, each as its stored elements, into as many boxes as they need.
+
+        Parameters
+        ----------
+        tensors : iterable of (int, ndarray)
+            Numbers and elements.
+        lossless : bool
+            Code F32, F16 and BF16 ones as `float_records` does.
+        """
+
+        def make(items: Sequence[tuple[int, int, Array]]) -> bytes:
+            specs = self._header.tensors
+            if lossless and specs[items[0][0]].dtype in loader.MANTISSAS:
+                return box(loader.EXACT_UUID, stored_body(*float_records(items, specs)))
+            return box(loader.EXACT_UUID, close_body(*exact_records(items, specs)))
+
+        waiting = deque[tuple[tuple[int, ...], Future[bytes]]]()
+
+        def write() -> None:
+            numbers, made = waiting.popleft()
+            self._boxes.append((self._write(made.result()), numbers))
+
+        with ThreadPoolExecutor(2) as pool:  # deflating needs no Python lock
+            for items in self._batches(tensors, lossless):
+                numbers = tuple(dict.fromkeys(number for number, _, _ in items))
+                waiting.append((numbers, pool.submit(make, items)))
+                if len(waiting) > 2:
+                    write()
+            while waiting:
+                write()
+
+    def _batches(
+        self, tensors: Iterable[tuple[int, Array]], lossless: bool
+    ) -> Iterator[list[tuple[int, int, Array]]]:
+        """Items of a box each; of bit-exact floats, those of a box have one type."""
+        items: list[tuple[int, int, Array]] = []
+        room, kind = EXACT_BOX_BYTES, ""
+        for number, array in tensors:
+            flat, first = np.ascontiguousarray(array).reshape(-1), 0
+            self.heads[number] = loader.tensor_sha256(flat)[: loader.TENSOR_SHA_BYTES]
+            dtype = self._header.tensors[number].dtype
+            now = dtype if lossless and dtype in loader.MANTISSAS else ""
+            if items and now != kind:
+                yield items
+                items, room = [], EXACT_BOX_BYTES
+            kind = now
+            while first < flat.size or not flat.size:
+                count = max(1, min(flat.size - first, room // max(1, flat.itemsize)))
+                piece = flat[first : first + count]
+                items.append((number, first, piece))
+                room -= piece.nbytes
+                first += count
+                if room < 16:
+                    yield items
+                    items, room = [], EXACT_BOX_BYTES
+                if not flat.size:
+                    break
+        if items:
+            yield items
+
+    def end_layer(self) -> None:
+        """What follows belongs to the next layer."""
+        frames, boxes = (sum(counts) for counts in zip((0, 0), *self._stages, strict=True))
+        self._stages.append((len(self._frames) - frames, len(self._boxes) - boxes))
+
+    def finish(self) -> int:
+        """Write the index; returns the size of the file."""
+        spans, before = [], 0
+        for number, frames in sorted(self._spans, key=lambda entry: entry[1].start):
+            spans.append(uint(number) + uint(frames.start - before) + uint(len(frames)))
+            before = frames.start
+        boxes = [
+            uint(size) + uint(len(numbers)) + b"".join(map(uint, numbers))
+            for size, numbers in self._boxes
+        ]
+        stages = []
+        if self._header.layers is not None and self._header.layers.total > 1:
+            self.end_layer()
+            stages = [uint(frames) + uint(count) for frames, count in self._stages]
+        roots = []
+        if len(self.heads) == len(self._header.tensors):
+            roots = [record(loader.ROOT, root_of(self._header.tensors, self.heads))]
+        body = close_body(
+            record_list(loader.FRAMES, list(map(uint, self._frames))),
+            record_list(loader.SPANS, spans),
+            record_list(loader.BOXES, boxes),
+            record_list(loader.STAGES, stages),
+            *roots,
+        )
+        self._write(tail_box(loader.INDEX_UUID, body), mfra(self._moofs))
+        return self._at
+
+    def replace_record(self, record: bytes) -> None:
+        """Put another configuration record of the same size into ``moov`` of a seekable file."""
+        place = (ftyp() + moov(self._track)).index(self._track.record)
+        if len(record) != len(self._track.record):
+            raise FormatError("a configuration record of another size does not fit", code="moov")
+        self._file.seek(place)
+        self._file.write(record)
+        self._file.seek(self._at)
