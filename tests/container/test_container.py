@@ -64,6 +64,16 @@ def test_a_body_is_sealed() -> None:
     assert caught.value.code == "limit"
 
 
+def test_quantized_weights_are_stored_near_their_entropy() -> None:
+    made = np.random.default_rng(3).laplace(0, 4, 200_000)
+    levels = np.clip(np.rint(made), -127, 127).astype(np.int8)
+    share = np.unique(levels, return_counts=True)[1] / levels.size
+    entropy = float(-(share * np.log2(share)).sum()) * levels.size / 8
+    body = container.close_body(levels.tobytes())
+    assert len(body) < 1.02 * entropy < len(zlib.compress(levels.tobytes(), 9))
+    assert bytes(open_body(body, "b")) == levels.tobytes()
+
+
 def test_a_part() -> None:
     part = Part(
         tensor=1, column=8, first_row=3, rows=2, columns=4, method=1, step=0.5, bases=(0,), shift=9,
