@@ -20,6 +20,7 @@ from weightvid.archives import (
 )
 from weightvid.checkpoint import is_url
 from weightvid.loader import Archive, End, Part, StoredFile
+from weightvid.spec import weight_count
 from weightvid.video import CODECS, describe
 
 _KINDS: Final = {
@@ -107,7 +108,8 @@ class ArchiveSummary:
         False: the index alone has been read. Then all bytes of frames count as packets and all
         others as ``other``; quantizers, SQNR and bits of the tensors are not known.
     weights, coded_weights : int
-        Elements of all floating-point tensors, and of those in the pictures.
+        Elements of all floats and of what is quantized to a byte or less already; and of those in
+        the pictures.
     video : VideoSummary
     tensors : tuple of TensorSummary
         In the order of the source; aliases last.
@@ -179,7 +181,7 @@ def summarize_archive(location: Location, *, details: bool | None = None) -> Arc
             file_bytes=size,
             complete=index is not None,
             detailed=detailed,
-            weights=sum(s.size for s in archive.header.tensors if s.dtype in loader.PACKABLE),
+            weights=weight_count(archive.header.tensors),
             coded_weights=sum(t.weights for t in tensors if t.coding == "video" and not t.alias_of),
             video=VideoSummary(
                 _STANDARDS[track.entry], *describe(track.entry, track.record), track.width,

@@ -59,7 +59,7 @@ from weightvid.loader import (
 from weightvid.pack import PackOptions, PackReport, about_packing
 from weightvid.progress import Progress, Report, quiet
 from weightvid.repair import add_parity
-from weightvid.spec import PACKABLE
+from weightvid.spec import weight_count
 from weightvid.survey import Survey, survey_checkpoint
 from weightvid.tasks import FrameTask, PartTask, Tally, code_task, encode_frame
 from weightvid.video import CODECS, hevc_level, open_encoder, with_level
@@ -408,7 +408,7 @@ class _Pile:
             file_bytes=file_bytes,
             source_bytes=sum(spec.stored_bytes for spec in specs),
             packet_bytes=writer.packet_bytes,
-            weights=sum(spec.size for spec in specs if spec.dtype in PACKABLE),
+            weights=weight_count(specs),
             coded_weights=sum(specs[number].size for number in self._tallies),
             sqnr_db=10 * log10(signal / noise) if signal and noise else None,
             tensors=tuple(tally.report() for tally in self._tallies.values()),

@@ -133,7 +133,8 @@ class PackReport:
     file_bytes, source_bytes, packet_bytes : int
         Of the archive, of all tensors of the source, and of the video in the archive.
     weights, coded_weights : int
-        Elements of all floating-point tensors, and of those that were quantized.
+        Elements of all floats and of what is quantized to a byte or less already; and of those
+        that were quantized now.
     sqnr_db : float or None
         Over all quantized weights; None if nothing was lost.
     tensors : tuple of TensorReport

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,6 +28,7 @@ __all__ = [
     "stored_dtype",
     "to_float32",
     "unpack_bits",
+    "weight_count",
 ]
 
 #: dtype name -> numpy dtype of the *stored* little-endian elements (raw bits where numpy lacks it).
@@ -54,6 +56,23 @@ RAW_BITS: Final = frozenset(
 #: dtype name -> bits per element, where files hold elements smaller than a byte. The stored array
 #: has one element per byte (low bits); files pack them, the first element in the lowest bits.
 SUB_BYTE: Final[dict[str, int]] = {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+
+
+#: dtypes of weights that are quantized already, one stored element each.
+_QUANTIZED: Final = frozenset(
+    name for name, dtype in DTYPES.items() if dtype.itemsize == 1 and name != "BOOL"
+)
+
+
+def weight_count(specs: Iterable[TensorSpec]) -> int:
+    """Elements of all floats, and of what is quantized to a byte or less already.
+
+    Examples
+    --------
+    >>> weight_count([TensorSpec("w", "I8", (2, 3)), TensorSpec("step", "I64", (1,))])
+    6
+    """
+    return sum(spec.size for spec in specs if spec.dtype in PACKABLE | _QUANTIZED)
 
 
 def stored_dtype(name: str) -> np.dtype[np.generic]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
@@ -29,11 +29,8 @@ from weightvid.levels.transform import view_of
 from weightvid.loader import MAX_AXES, MAX_NAME_BYTES, TensorSpec
 from weightvid.options import PackOptions
 from weightvid.progress import Progress, Report, quiet
-from weightvid.spec import PACKABLE
+from weightvid.spec import PACKABLE, weight_count
 from weightvid.workers import Piece, Workers
-
-if TYPE_CHECKING:
-    pass
 
 #: elements that the survey looks at in one go.
 _SURVEY_BLOCK: Final = 1 << 20
@@ -106,8 +103,8 @@ class Survey:
 
     @property
     def weights(self) -> int:
-        """Elements of all floating-point tensors."""
-        return sum(spec.size for spec in self.specs if spec.dtype in PACKABLE)
+        """Elements of all floats, and of what is quantized already."""
+        return weight_count(self.specs)
 
     @property
     def first_factor(self) -> float:
@@ -173,6 +170,7 @@ def survey_checkpoint(
     specs = reader.contents.tensors
     scales, tables = buffers.scales_of(specs), buffers.tables_of(specs)
     states = buffers.optimizer_state(specs)
+    integers = [s.name for s in specs if s.dtype in ("I8", "U8") and s.size >= MIN_WEIGHTS]
     wanted = {
         number: spec
         for number, spec in enumerate(specs)
@@ -192,6 +190,7 @@ def survey_checkpoint(
     notes = [
         f"{what}: {shorten(sorted(names))}"
         for what, names in (
+            ("kept bit for bit, as integers already", integers),
             ("kept bit for bit, as scales of packed integers", scales),
             ("kept bit for bit, as constant tables", tables),
             ("an optimizer's state, which no loader needs, is packed, too", states),
