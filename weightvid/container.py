@@ -27,15 +27,9 @@ _MATRIX: Final = b"".join(
     n.to_bytes(4, "big") for n in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
 )
 _SYNC_SAMPLE: Final = 0x02000000
-#: memory levels and strategies of zlib that are tried; the last two, of smaller blocks, for short
-#: bodies. Huffman codes alone make quantized weights smaller than matches do that save nothing.
-_DEFLATE: Final = (
-    (9, zlib.Z_DEFAULT_STRATEGY),
-    (9, zlib.Z_FILTERED),
-    (9, zlib.Z_HUFFMAN_ONLY),
-    (5, zlib.Z_DEFAULT_STRATEGY),
-    (3, zlib.Z_DEFAULT_STRATEGY),
-)
+#: strategies of zlib that are tried. Huffman codes alone, or few matches, make quantized weights
+#: smaller than matches do that save nothing.
+_DEFLATE: Final = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED, zlib.Z_HUFFMAN_ONLY)
 
 
 # --- boxes ----------------------------------------------------------------------------------------
@@ -188,8 +182,8 @@ def close_body(*records: bytes) -> bytes:
             f"a box would hold {size} bytes; the format allows {loader.MAX_BOX_BYTES}", code="limit"
         )
     form, data = loader.STORED, b"".join(records)
-    for memory, strategy in _DEFLATE if size <= 1 << 16 else _DEFLATE[:3]:
-        packer = zlib.compressobj(9, zlib.DEFLATED, -15, memory, strategy)
+    for strategy in _DEFLATE:
+        packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
         packed = b"".join(packer.compress(part) + packer.flush(zlib.Z_BLOCK) for part in records)
         packed += packer.flush()
         if len(packed) < len(data):
