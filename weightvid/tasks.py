@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from math import inf, log10
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,9 +15,6 @@ from weightvid.loader import Array, Bytes, Decoder, Track
 from weightvid.options import TensorReport
 from weightvid.video import CODECS, Video, open_encoder
 from weightvid.workers import Piece
-
-if TYPE_CHECKING:
-    pass
 
 
 class PartTask(NamedTuple):

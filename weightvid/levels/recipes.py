@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from weightvid.errors import QuantizationError
 from weightvid.levels.stats import TensorStats
@@ -142,10 +142,11 @@ def recipe_factor(
     """
     wanted = recipe(name)
     noise = wanted.language_noise if speaks(stats) else wanted.noise
+    harms = _harms(stats, units, fidelity)
     low, high = _FACTORS
     for _ in range(_HALVINGS):
         middle = sqrt(low * high)
-        if forecast(middle, stats, units, fidelity) > noise:
+        if _error(middle, harms) > noise:
             high = middle
         else:
             low = middle
@@ -160,12 +161,31 @@ def forecast(
     Every tensor does harm as the square of its steps over its scale; steps at the finest that is
     allowed do not follow the factor.
     """
-    ours = int8 = 0.0
+    return _error(factor, _harms(stats, units, fidelity))
+
+
+class _Harm(NamedTuple):
+    """Harm that a tensor does: ours at a step of one scale, int8's; steps at k = 1 and at least."""
+
+    step: float
+    finest: float
+    ours: float
+    int8: float
+
+
+def _harms(stats: Sequence[TensorStats], units: Sequence[float], fidelity: str) -> list[_Harm]:
+    found = []
     for s, unit, kind in zip(stats, units, _kind_factors(stats), strict=True):
         kernel = bool(s.view.kernel) or is_pointwise(s.spec)
         harm = 1.0 if fidelity != "outputs" else _KERNEL_HARM if kernel else _MATRIX_HARM
-        ours += harm * (max(factor * unit / s.scale, finest_sigmas(s)) / kind) ** 2
-        int8 += (s.peak / INT8 / kind) ** 2
+        int8 = (s.peak / INT8 / kind) ** 2
+        found.append(_Harm(unit / s.scale, finest_sigmas(s), harm / kind**2, int8))
+    return found
+
+
+def _error(factor: float, harms: Sequence[_Harm]) -> float:
+    int8 = sum(harm.int8 for harm in harms)
+    ours = sum(harm.ours * max(factor * harm.step, harm.finest) ** 2 for harm in harms)
     return sqrt(ours / int8) if int8 else 0.0
 
 

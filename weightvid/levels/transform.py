@@ -94,7 +94,8 @@ def bases_of(kernel: Sequence[int]) -> list[Floats]:
     return [dct(size) for size in kernel]
 
 
-def whole_basis(kernel: Sequence[int]) -> npt.NDArray[np.float64]:
+@cache
+def whole_basis(kernel: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Basis of all kernel axes together, (K, K): row f is frequency f, positions row-major."""
     basis: npt.NDArray[np.float64] = np.ones((1, 1))
     for size in kernel:
@@ -102,7 +103,7 @@ def whole_basis(kernel: Sequence[int]) -> npt.NDArray[np.float64]:
     return basis
 
 
-def precision(kernel: Sequence[int], frequency_steps: npt.NDArray[np.int8] | None) -> int:
+def precision(kernel: tuple[int, ...], frequency_steps: npt.NDArray[np.int8] | None) -> int:
     """Bits of the kernel matrix of a part: the most with which its sums stay exact.
 
     Examples
@@ -118,14 +119,14 @@ def precision(kernel: Sequence[int], frequency_steps: npt.NDArray[np.int8] | Non
     return min(MAX_SHIFT, max(0, int(np.log2(room / basis.sum(axis=0).max()))))
 
 
-def forward(matrix: Floats, kernel: Sequence[int]) -> Floats:
+def forward(matrix: Floats, kernel: tuple[int, ...]) -> Floats:
     """Coefficients of kernels; undone by `weightvid.loader.dequantize`.
 
     Parameters
     ----------
     matrix : ndarray of float32, shape (R, C * K)
         Channel by channel, K kernel positions each.
-    kernel : sequence of int
+    kernel : tuple of int
         Product K.
 
     Returns
@@ -140,7 +141,7 @@ def forward(matrix: Floats, kernel: Sequence[int]) -> Floats:
 
 
 def forward_moment(
-    moment: npt.NDArray[np.floating], kernel: Sequence[int]
+    moment: npt.NDArray[np.floating], kernel: tuple[int, ...]
 ) -> npt.NDArray[np.float64]:
     """Second moments of inputs, (G, C * K, C * K), as the coefficients of kernels meet them."""
     basis = whole_basis(kernel)
