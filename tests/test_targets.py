@@ -35,7 +35,7 @@ def test_sizes_and_rates_are_met_from_below(
     least = made[0] + rate * WEIGHTS / 8
     for kind, value in (("size", least), ("bpw", 8 * least / WEIGHTS)):
         found, count = search(WEIGHTS, first, Target(kind, value), lambda f: curve(*made, f))
-        reached = found.file_bytes * (1 if kind == "size" else 8 / WEIGHTS)
+        reached = found.file_bytes if kind == "size" else 8 * found.file_bytes / WEIGHTS
         assert 0.99 * value <= reached <= value
         assert count <= 8
 

@@ -29,7 +29,6 @@ from weightvid.errors import CheckpointError, FormatError
 from weightvid.exact import exact_elements, likeness
 from weightvid.levels.code import CodedPart, compare_rows, part_rows
 from weightvid.levels.frames import Frame, choose_frame_size, lay_out, ribbon_columns
-from weightvid.levels.recipes import recipe
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.levels.transform import dct
 from weightvid.loader import (
@@ -274,7 +273,7 @@ class _Run:
                 sidecar = self._decoded(sidecar, decoded, packet.luma)
             writer.add_frame(sidecar, packet.data)
             count += 1
-        writer.add_exact(self._exact(), options.lossless)
+        writer.add_exact(self._exact(survey.mantissa_bits(factor)), options.lossless)
         file_bytes = writer.finish()
         if count and track.entry == b"hvc1":
             level = hevc_level(*size, writer.largest_packet, writer.first_packet)
@@ -377,9 +376,8 @@ class _Run:
 
     # --- what is kept exactly
 
-    def _exact(self) -> Iterator[tuple[int, Array]]:
-        options, reader = self._survey.options, self._survey.reader
-        bits = recipe(options.recipe).mantissa_bits
+    def _exact(self, mantissa_bits: int) -> Iterator[tuple[int, Array]]:
+        reader = self._survey.reader
         left = [n for n in range(len(self._survey.specs)) if n not in self._plans]
         likely = sorted(left, key=lambda n: likeness(self._survey.specs[n]))
         for number in sorted(likely, key=self._turn):
@@ -389,7 +387,7 @@ class _Run:
                 values = to_float32(array, spec.dtype) + self._shifts[number]
                 array = from_float32(values, spec.dtype)
             kept = self._survey.keeps(spec.name)
-            yield number, array if kept else exact_elements(array, spec, bits)
+            yield number, array if kept else exact_elements(array, spec, mantissa_bits)
 
 
 def about_packing(options: PackOptions) -> dict[str, str]:

@@ -114,13 +114,22 @@ class Survey:
             options.recipe, stats, [self.units[number] for number in self.stats], options.fidelity
         )
 
+    def noise(self, factor: float) -> float:
+        """Error of the outputs that is forecast at a step factor, in that of int8 per channel."""
+        units = [self.units[number] for number in self.stats]
+        return forecast(factor, list(self.stats.values()), units, self.options.fidelity)
+
+    def mantissa_bits(self, factor: float) -> int:
+        """What exact floats keep: with steps as coarse as those of ``small``, no more than there."""
+        own, small = recipe(self.options.recipe), recipe("small")
+        coarse = own.name != "fine" and self.noise(factor) >= small.noise
+        return small.mantissa_bits if coarse else own.mantissa_bits
+
     def warning(self, factor: float) -> tuple[str, ...]:
         """What to expect of the outputs, if it is worse than ``balanced`` would be."""
-        options, stats = self.options, list(self.stats.values())
-        units = [self.units[number] for number in self.stats]
-        noise = forecast(factor, stats, units, options.fidelity)
-        usual = recipe("balanced")
-        if noise <= 1.5 * (usual.language_noise if speaks(stats) else usual.noise):
+        noise, usual = self.noise(factor), recipe("balanced")
+        speaking = speaks(list(self.stats.values()))
+        if noise <= 1.5 * (usual.language_noise if speaking else usual.noise):
             return ()
         return (
             f"the outputs will be about {noise:.1f} times as far off as with int8 per channel: "
