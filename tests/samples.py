@@ -11,20 +11,21 @@ import numpy as np
 import small_models
 
 from weightvid.loader import open_archive
+from weightvid.pack import PackOptions
 
 Array = np.ndarray[Any, Any]
 
 
 @cache
 def sample() -> bytes:
-    """Four frames, all kinds of records: `fuzz.seeds` says what is in it."""
-    return fuzz.seeds()[0]
+    """Four frames, all kinds of records: `fuzz.model` says what is in it."""
+    return fuzz.sample()
 
 
 @cache
 def integers() -> bytes:
     """The same tensors as plain integers times a step."""
-    return fuzz.seeds()[1]
+    return fuzz.sample(PackOptions(fidelity="integers", jobs=1))
 
 
 @cache

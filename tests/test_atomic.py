@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from weightvid import atomic
-from weightvid.atomic import AtomicFile, atomic_output
+from weightvid.atomic import AtomicFile, ScratchFolder, atomic_output
 from weightvid.errors import OutputError
 
 
@@ -200,3 +200,24 @@ def test_full_disk(tmp_path: Path, size: int) -> None:
     """
     assert run(code, tmp_path) == f"cannot write out.bin: File too large {errno.EFBIG}\n"
     assert listing(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of folders are not to be had there")
+def test_scratch_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed run left is removed by the next one, and what is in use is not."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = (
+        "import os, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from weightvid.atomic import ScratchFolder\n"
+        "folder = ScratchFolder(); open(folder.name + '/model', 'w').close()\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(atomic.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, env=environment)
+    (left,) = tmp_path.iterdir()
+    descriptors = len(list(Path("/dev/fd").iterdir()))
+    with ScratchFolder() as mine, ScratchFolder() as other:
+        assert not left.exists()
+        assert {Path(mine), Path(other)} == set(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+    assert len(list(Path("/dev/fd").iterdir())) == descriptors

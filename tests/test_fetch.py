@@ -10,20 +10,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fetch_torture import torture
+from fuzz import join_boxes, split_boxes
+from hostile import HOSTILE, drip, send_forever, server
 
 from weightvid.errors import OutputError, RemoteError, SignatureError
 from weightvid.fetch import FetchOptions, fetch_archive
+from weightvid.loader import FRAME_UUID
 
 sys.path.append(str(Path(__file__).parent / "checkpoint"))
 from serving import Site, serve
 
-Talk = Callable[[socket.socket, bytes, int], object]
 QUICK = FetchOptions(patience=0.3, attempts=2)
 
 
@@ -36,37 +37,6 @@ def data(long_archive: Path) -> bytes:
 def site() -> Iterator[Site]:
     with serve() as served:
         yield served
-
-
-@contextmanager
-def server(talk: Talk) -> Iterator[str]:
-    """A server that sends what a function sends, given the request and its number."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def answer(connection: socket.socket, number: int) -> None:
-        with connection, suppress(OSError):
-            request = b""
-            while b"\r\n\r\n" not in request:
-                request += connection.recv(4096)
-            talk(connection, request, number)
-
-    def accept() -> None:
-        number = 0
-        with suppress(OSError):
-            while True:
-                thread = threading.Thread(target=answer, args=(listener.accept()[0], number))
-                thread.daemon = True
-                thread.start()
-                number += 1
-
-    thread = threading.Thread(target=accept)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/model.mp4"
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join()
 
 
 def head(data: bytes, first: int, **more: Any) -> bytes:
@@ -172,6 +142,19 @@ def test_damaged_at_the_source(site: Site, data: bytes, tmp_path: Path) -> None:
     assert "m.mp4" not in left(tmp_path)
 
 
+@pytest.mark.parametrize("kinds", [[b"mdat"], [b"moof", b"mdat"], [b"moov"], [FRAME_UUID, b"mdat"]])
+def test_boxes_in_another_order(
+    site: Site, data: bytes, tmp_path: Path, kinds: list[bytes]
+) -> None:
+    """A frame of nothing: it is no archive, and the error is ours."""
+    boxes = split_boxes(data)
+    frame = next(n for n, box in enumerate(boxes) if box.kind == FRAME_UUID)
+    wrong = [next(box for box in boxes if box.kind == kind) for kind in kinds]
+    url = site.put("m.mp4", join_boxes([*boxes[:frame], *wrong, *boxes[frame:]]))
+    with pytest.raises(RemoteError, match=r"\[order\]"):
+        fetch_archive(url, tmp_path / "m.mp4", QUICK)
+
+
 def test_mirrors(site: Site, data: bytes, tmp_path: Path) -> None:
     path, good = tmp_path / "m.mp4", site.put("good", data)
     urls = [
@@ -184,17 +167,6 @@ def test_mirrors(site: Site, data: bytes, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(RemoteError, match=r"nor from 3 others: HTTP (404|503)"):
         fetch_archive([urls[0], urls[3], urls[1], urls[0]], path, QUICK)
-
-
-def send_forever(connection: socket.socket, data: bytes) -> None:
-    while True:
-        connection.sendall(data)
-
-
-def drip(connection: socket.socket, data: bytes) -> None:
-    for at in range(len(data)):
-        connection.sendall(data[at : at + 1])
-        time.sleep(0.02)
 
 
 LIARS: dict[str, tuple[Callable[[socket.socket, bytes, int], object], str]] = {
@@ -252,6 +224,52 @@ def test_servers_that_lie(name: str, data: bytes, tmp_path: Path) -> None:
     ):
         fetch_archive(url, tmp_path / "m.mp4", QUICK)
     assert "m.mp4" not in left(tmp_path)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_servers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One error, which shows nothing of the address that is secret; no thread is kept busy."""
+    monkeypatch.setattr("weightvid.fetch._MOST_BESIDES", 1 << 20)
+    before, options = set(threading.enumerate()), FetchOptions(patience=0.3, attempts=1)
+    with (
+        server(HOSTILE[name]) as url,
+        pytest.raises(RemoteError, match=r"^cannot fetch ") as caught,
+    ):
+        address = url.replace("//", "//me:password@") + "?sig=hidd)en&exp=1"
+        fetch_archive(address, tmp_path / "m.mp4", options)
+    said = str(caught.value)
+    assert len(said) < 500
+    assert said.isprintable()
+    assert not any(secret in said for secret in ("hidd", "en&exp", "password"))
+    assert "m.mp4" not in left(tmp_path)
+    for thread in set(threading.enumerate()) - before:
+        if "_read" in thread.name:
+            thread.join(2)
+            assert not thread.is_alive()
+
+
+def test_user_and_password(data: bytes, tmp_path: Path) -> None:
+    """They are sent as a header, and not to another server that the first one names."""
+    asked: list[bytes] = []
+
+    def talk(connection: socket.socket, request: bytes, _: int) -> None:
+        asked.append(request)
+        connection.sendall(head(data, wanted(request)) + data[wanted(request) :])
+
+    def redirect(connection: socket.socket, request: bytes, _: int) -> None:
+        asked.append(request)
+        place = f"Location: {url}\r\nContent-Length: 0\r\n\r\n"
+        connection.sendall(b"HTTP/1.1 302 Found\r\n" + place.encode())
+
+    with server(talk) as url, server(redirect) as first:
+        address = first.replace("//", "//me:pass%40word@")
+        report = fetch_archive(address, tmp_path / "m.mp4", QUICK)
+    assert (tmp_path / "m.mp4").read_bytes() == data
+    assert report.sources == (first,)
+    assert b"Authorization: Basic bWU6cGFzc0B3b3Jk" in asked[0]
+    assert b"Authorization" not in asked[1]
 
 
 def test_what_cannot_be(site: Site, data: bytes, tmp_path: Path) -> None:

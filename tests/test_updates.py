@@ -275,6 +275,17 @@ def test_malformed_headers(folder: Path, change: Callable[[Any], Any]) -> None:
     assert caught.value.code in ("record", "base", "order", "tensor-digest", "truncated")
 
 
+def test_an_update_of_a_tensor_that_is_nowhere(folder: Path, tmp_path: Path) -> None:
+    def renamed(header: loader.Header) -> loader.Header:
+        conv, *others = header.tensors
+        return header._replace(tensors=(conv._replace(name="coov"), *others))
+
+    forged = tmp_path / "u.mp4"
+    forged.write_bytes(with_header((folder / "v1-v2.mp4").read_bytes(), renamed))
+    with pytest.raises(FormatError, match="'coov' is not in the base"):
+        apply_updates(folder / "v1.mp4", [forged], tmp_path / "out.mp4")
+
+
 def test_layers_of_an_update_are_one() -> None:
     with pytest.raises(QuantizationError, match="one layer"):
         Layering(2, ("v1.mp4",)).check(PackOptions())

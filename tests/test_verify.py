@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small_models
 
+from weightvid import loader
 from weightvid.errors import FormatError
 from weightvid.inspect import summarize_archive
 from weightvid.loader import open_archive
@@ -178,3 +179,24 @@ def test_something_else_raises(tmp_path: Path) -> None:
     path.write_bytes(b"no archive at all")
     with pytest.raises(FormatError):
         verify_archive(path)
+
+
+def test_no_frame_is_read_again_for_each_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work is by frames and tensors, not by their product."""
+    source = {f"block.{k}.weight": small_models.weights(k, 24, 20) for k in range(60)}
+    pack_checkpoint(save(source, tmp_path / "m.npz"), tmp_path / "m.mp4", PackOptions(jobs=1))
+    parsed: list[int] = []
+    parse = loader.parse_sidecar
+    monkeypatch.setattr(loader, "parse_sidecar", lambda *a: (parsed.append(1), parse(*a))[1])
+    report = verify_archive(tmp_path / "m.mp4", tmp_path / "m.npz")
+    assert report.ok
+    assert report.comparison is not None
+    assert all(row.claimed_db is not None for row in report.comparison.tensors)
+    assert len(parsed) == 2 * (report.frames or 0)
+    parsed.clear()
+    with open_archive(tmp_path / "m.mp4") as archive:
+        for name in archive:
+            archive.info(name)
+    assert len(parsed) == report.frames

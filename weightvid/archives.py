@@ -67,7 +67,9 @@ def open_anywhere(
         if not isinstance(location, (str, os.PathLike)):
             file = location
         elif checkpoint.is_url(location):
-            file = stack.enter_context(checkpoint.open_remote(str(location)))
+            from weightvid.checkpoint.remote import open_remote
+
+            file = stack.enter_context(open_remote(location))
         else:
             file = stack.enter_context(Path(location).open("rb"))
         archive = open_archive(file, decoder=decoder, threads=0, check_tensors=True, layers=layers)

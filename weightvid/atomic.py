@@ -10,6 +10,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +27,7 @@ _NO_LINKS: Final = frozenset(
 )
 _BUFFER_BYTES: Final = 1 << 16
 #: hidden names of what is not complete; nobody else may use such.
-_TEMPORARY: Final = re.compile(r"\.weightvid-[0-9a-f]{16}\.tmp")
+_TEMPORARY: Final = re.compile(r"\.weightvid-\w{8,16}\.tmp")
 _ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+[^/]")
 
 
@@ -221,6 +222,25 @@ def remove_remains(folder: Path) -> None:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
                 finally:
                     os.close(descriptor)
+
+
+class ScratchFolder(tempfile.TemporaryDirectory[str]):
+    """A temporary folder (of ``TMPDIR``); the next one removes what killed runs have left."""
+
+    def __init__(self) -> None:
+        remove_remains(Path(tempfile.gettempdir()))
+        super().__init__(prefix=".weightvid-", suffix=".tmp", ignore_cleanup_errors=True)
+        self._let_go: Any = None
+        if sys.platform != "win32":
+            descriptor = os.open(self.name, os.O_RDONLY)
+            self._let_go = weakref.finalize(self, os.close, descriptor)
+            hold(descriptor, Path(self.name))
+
+    def cleanup(self) -> None:
+        """Remove the folder."""
+        super().cleanup()
+        if self._let_go is not None:
+            self._let_go()
 
 
 def refuse_address(shown: str) -> None:

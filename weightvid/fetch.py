@@ -10,23 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
+import socket
 import ssl
 import threading
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from queue import Empty, Full, Queue
 from time import monotonic, perf_counter, sleep
 from typing import Any, BinaryIO, Final, cast
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from weightvid import loader
 from weightvid.atomic import output_error
-from weightvid.checkpoint.remote import WEB, scheme, shown
+from weightvid.checkpoint.remote import (
+    CONTENT_RANGE,
+    LEAST_BYTES,
+    WEB,
+    content_length,
+    scheme,
+    shown,
+    without_secrets,
+)
 from weightvid.errors import CodecError, FormatError, OutputError, RemoteError, SignatureError
 from weightvid.progress import Progress, Report, quiet
 from weightvid.sign import open_signed
@@ -35,9 +45,15 @@ from weightvid.version import __version__
 _PIECE, _PIECES = 1 << 15, 4
 #: bytes that are asked for again when a download goes on, to see that it is the same file.
 _OVERLAP: Final = 1 << 10
-#: a server that sends less in the time of ``patience`` is given up.
-_LEAST_BYTES: Final = 1 << 12
-_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+#: what an archive has besides its tensors, at most, as far as a download is concerned.
+_MOST_BESIDES: Final = 1 << 28
+#: what must follow a box, and what follows no other.
+_NEXT: Final = {
+    b"": b"ftyp", b"ftyp": b"moov", b"moov": loader.HEADER_UUID,
+    loader.FRAME_UUID: b"moof", b"moof": b"mdat",
+}  # fmt: skip
+#: what is left as it is in an address.
+_QUOTED: Final = "%/:=&?~#+!$,;'@()*[]"
 #: statuses of servers that may answer otherwise a little later.
 _PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -57,7 +73,8 @@ class FetchOptions:
     key : str
         Path of a public key by which the archive must be signed; empty: none.
     patience : float
-        Seconds that a server may take to answer, and for the next 4 kB.
+        Seconds that a server may take to answer, and for the next 4 kB; one that does not answer
+        at all is given up within a minute.
     attempts : int
         How often in a row a server may fail without sending one whole frame.
     """
@@ -66,7 +83,7 @@ class FetchOptions:
     restart: bool = False
     sha256: str = ""
     key: str = ""
-    patience: float = 30.0
+    patience: float = 14.0
     attempts: int = 4
 
 
@@ -203,6 +220,12 @@ class _Arrived:
         self._sidecar: loader.Sidecar | None = None
         self._before = self._last = b""
 
+    @property
+    def most(self) -> int:
+        """Bytes that an archive of these tensors can have, whatever its server says."""
+        tensors = self._header.tensors if self._header else ()
+        return 2 * sum(spec.stored_bytes for spec in tensors) + _MOST_BESIDES
+
     def check(self, length: int) -> None:
         """Look at the boxes that are whole in so many bytes.
 
@@ -235,9 +258,8 @@ class _Arrived:
 
     def _box(self, kind: bytes, payload: bytes) -> None:
         what = f"the box at byte {self._at}"
-        wanted = {b"": b"ftyp", b"ftyp": b"moov", b"moov": loader.HEADER_UUID}
-        wanted |= {loader.FRAME_UUID: b"moof", b"moof": b"mdat"}
-        if kind != wanted.get(self._before, kind):
+        follows = _NEXT.get(self._before, kind)
+        if kind != follows or (kind in _NEXT.values() and self._before not in _NEXT):
             raise FormatError(f"{what} is {kind!r}", "order", self._at)
         if kind == b"ftyp" and loader.BRAND not in payload:
             raise FormatError("this is not a weightvid archive", "ftyp", 0)
@@ -278,9 +300,8 @@ class _Answer:
     def __init__(self, url: str, start: int, patience: float) -> None:
         self._url, self._start, self._patience = url, start, patience
         self._pieces: Queue[Any] = Queue(_PIECES)
-        self._left = threading.Event()
+        self._left, self._sockets = threading.Event(), list[Any]()
         threading.Thread(target=self._read, daemon=True).start()
-        self.status, self.headers = self._next()
 
     def _read(self) -> None:
         headers = {
@@ -288,8 +309,14 @@ class _Answer:
             "User-Agent": f"weightvid/{__version__}",
         }  # fmt: skip
         try:
-            request = urllib.request.Request(self._url, headers=headers)
-            with _opener().open(request, timeout=self._patience) as response:
+            parts = urlsplit(self._url)
+            user, _, host = parts.netloc.rpartition("@")
+            address = quote(urlunsplit(parts._replace(netloc=host)), _QUOTED)
+            request = urllib.request.Request(address, headers=headers)
+            if user:  # for this server alone, not for one that it redirects to
+                secret = b64encode(unquote(user).encode()).decode()
+                request.add_unredirected_header("Authorization", f"Basic {secret}")
+            with self._opener().open(request, timeout=self._patience) as response:
                 self._put((response.status, response.headers))
                 while piece := response.read1(_PIECE):
                     self._put(piece)
@@ -299,6 +326,34 @@ class _Answer:
         except Exception as error:
             with suppress(_LeftError):
                 self._put(error)
+
+    def _opener(self) -> urllib.request.OpenerDirector:
+        """What opens addresses of the web, and never follows one to a file or an FTP server."""
+
+        def watched(kind: Any) -> Any:
+            class Connection(kind):  # type: ignore[misc]
+                def connect(self, sockets: list[Any] = self._sockets) -> None:
+                    super().connect()
+                    sockets.append(self.sock)
+
+            return Connection
+
+        class Handler(urllib.request.HTTPHandler):
+            def http_open(self, req: urllib.request.Request) -> Any:
+                return self.do_open(watched(HTTPConnection), req)
+
+        class SecureHandler(urllib.request.HTTPSHandler):
+            def https_open(self, req: urllib.request.Request) -> Any:
+                return self.do_open(watched(HTTPSConnection), req)
+
+        opener = urllib.request.OpenerDirector()
+        for handler in (
+            urllib.request.ProxyHandler, urllib.request.UnknownHandler, Handler, SecureHandler,
+            urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPRedirectHandler,
+            urllib.request.HTTPErrorProcessor,
+        ):  # fmt: skip
+            opener.add_handler(handler())
+        return opener
 
     def _put(self, item: Any) -> None:
         while not self._left.is_set():
@@ -325,30 +380,27 @@ class _Answer:
             if not piece:
                 return
             yield piece
-            if got >= _LEAST_BYTES:
+            if got >= LEAST_BYTES:
                 waited, got = 0.0, 0
 
     def __enter__(self) -> _Answer:
+        try:
+            self.status, self.headers = self._next()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Leave the server, and wake the thread if it waits or is kept busy."""
         self._left.set()
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
 
 class _LeftError(Exception):
     """Nobody waits for the answer any more."""
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """What opens addresses of the web, and never follows one to a file or an FTP server."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler, urllib.request.UnknownHandler, urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler, urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
-    ):  # fmt: skip
-        opener.add_handler(handler())
-    return opener
 
 
 class _Download:
@@ -375,10 +427,11 @@ class _Download:
             before, url, useless = self._arrived.good, left[0], False
             try:
                 self._receive(url)
-            except (RemoteError, OSError, HTTPException, FormatError, CodecError) as error:
+            except (RemoteError, OSError, HTTPException, ValueError, CodecError) as error:
                 if isinstance(error, OutputError):
                     raise
-                why, useless = self._explain(url, error)
+                why, useless = self._explain(error)
+                why = without_secrets(why, url)
                 interruptions += 1
                 left = left[1:] if useless else [*left[1:], url]
                 failures = 0 if self._arrived.good > before else failures + 1
@@ -420,8 +473,9 @@ class _Download:
                 )
                 if self._arrived.complete:
                     return
-                if self._length > total > 0:
-                    raise _UselessError(f"it sends more than the {total} bytes that it announced")
+                most = total or self._arrived.most
+                if self._length > most:
+                    raise _UselessError(f"it sends more than the {most} bytes that it may have")
         if self._length == total:
             raise _UselessError(f"its {total} bytes end before the archive does")
         raise ConnectionError(
@@ -447,9 +501,9 @@ class _Download:
         headers, place = answer.headers, shown(url)
         if headers.get("Content-Encoding", "identity") != "identity":
             raise _UselessError(f"it sends {headers['Content-Encoding']} instead of the file")
-        total = int(headers.get("Content-Length") or 0)
+        total = content_length(headers)
         if answer.status == 206:
-            match = _RANGE.fullmatch(headers.get("Content-Range", ""))
+            match = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
             if match is None or int(match[1]) != start:
                 raise _UselessError(f"it answers {headers.get('Content-Range')} to bytes={start}-")
             total = int(match[3])
@@ -466,7 +520,7 @@ class _Download:
         self.state.save()
         return total
 
-    def _explain(self, url: str, error: Exception) -> tuple[str, bool]:
+    def _explain(self, error: Exception) -> tuple[str, bool]:
         """What went wrong, and whether the same server would do it again."""
         if isinstance(error, urllib.error.HTTPError):
             error.close()

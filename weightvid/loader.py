@@ -322,8 +322,10 @@ def read_records(body: bytes, what: str, known: Sequence[int]) -> list[list[Fiel
             found[kind].append(Fields(data, what))
         elif not kind & 1:
             raise fields.bad(f"record {kind} needs a newer reader", "version")
-    if len(found[known[0]]) > 1 or (known[0] < FRAMES and not found[known[0]]):
-        raise fields.bad(f"there is not one record of type {known[0]}")
+    for kind, records in found.items():
+        required = kind == known[0] and kind < FRAMES
+        if len(records) < required or (len(records) > 1 and kind not in (PART, END)):
+            raise fields.bad(f"there are {len(records)} records of type {kind}, not one")
     return list(found.values())
 
 
@@ -944,8 +946,7 @@ class Assembler:
         self._open: list[tuple[Part, Bytes, int]] = []
         #: of tensors being built: elements, how many there are, whether a layer is added to them.
         self._arrays: dict[int, tuple[Array, int, bool]] = {}
-        self._whole: dict[int, Array] = {}
-        self._layer: dict[int, int] = {}
+        self._whole, self._layer = dict[int, Array](), dict[int, int]()
 
     def left(self, number: int) -> int:
         """Layers of a tensor that are still to come."""
@@ -1085,6 +1086,7 @@ class Archive(Mapping[str, Array]):
         self.source, self._opened = Source(file), list[Archive]()
         self.base: Archive | None = None
         self._last: list[tuple[Sidecar, Array]] = []
+        self._packet: tuple[int, tuple[Sidecar, bytes]] | None = None
         self._box: tuple[int, dict[int, list[tuple[int, int, Array]]], FormatError | None]
         self._box = -1, {}, None
         self._decoder, self._threads, self._check = decoder, threads, check_tensors
@@ -1106,6 +1108,10 @@ class Archive(Mapping[str, Array]):
             self.source.box(self.header.files[-1].offset)
         self._start = self.source.at
         self.index = self._read_index() if self.source.seekable else None
+        self._boxes: dict[int, list[int]] = {}
+        for at, numbers in self.index.boxes if self.index else ():
+            for number in numbers:
+                self._boxes.setdefault(number, []).append(at)
 
     def __enter__(self) -> Archive:
         return self
@@ -1210,15 +1216,13 @@ class Archive(Mapping[str, Array]):
         tensors = self._assembler(number)
         if not tensors.left(number) and self.header.mask(number) & 1:
             return self._of_base(number)
-        spans, boxes = self.index.spans.get(number, ()), self.index.boxes
-        places = [(self.index.frames[span.start][0], span) for span in spans if span]
-        for at, place in sorted(
-            [*places, *((at, range(0)) for at, numbers in boxes if number in numbers)],
-            key=lambda entry: entry[0],
-        ):
+        spans, frames = self.index.spans.get(number, ()), self.index.frames
+        places = [(frames[span.start][0], span) for span in spans if span]
+        places += [(at, range(0)) for at in self._boxes.get(number, ())]
+        for at, place in sorted(places, key=lambda entry: entry[0]):
             exact = () if place else self._exact(at).get(number, ())
-            frames = (found for frame in self.frames(place) for found in tensors.add(*frame))
-            for _, array in frames if place else tensors.add_elements(exact):
+            decoded = (found for frame in self.frames(place) for found in tensors.add(*frame))
+            for _, array in decoded if place else tensors.add_elements(exact):
                 if not tensors.left(number):
                     return array
         raise _defect(spec, "is not where the index says", "index")
@@ -1306,9 +1310,12 @@ class Archive(Mapping[str, Array]):
                 yield frame
 
     def packet(self, number: int) -> tuple[Sidecar, bytes]:
-        """Sidecar and coded picture of one frame."""
+        """Sidecar and coded picture of one frame; kept until another one is read."""
         at = self._indexed().frames[number][0]
-        return self._frame(self._payload(at, FRAME_UUID, f"frame {number}"), number)
+        if self._packet is None or self._packet[0] != at:
+            payload = self._payload(at, FRAME_UUID, f"frame {number}")
+            self._packet = at, self._frame(payload, number)
+        return self._packet[1]
 
     def _frame(self, payload: bytes, number: int) -> tuple[Sidecar, bytes]:
         sidecar = parse_sidecar(open_body(payload, f"sidecar {number}"), self.header)
@@ -1356,9 +1363,7 @@ class Archive(Mapping[str, Array]):
                 ahead[(mask & -mask).bit_length() - 1] -= 1
             if not later:
                 del left[number]
-            complete = next(
-                (n for n, tensor_count in enumerate(ahead) if tensor_count), self.layers
-            )
+            complete = next((n for n, to_come in enumerate(ahead) if to_come), self.layers)
             return Arrival(specs[number], array, layer, later, complete)
 
         for number in [number for number, mask in enumerate(masks) if not mask]:
@@ -1375,11 +1380,8 @@ class Archive(Mapping[str, Array]):
         except TruncatedError as error:
             missing = [s.name for n, s in left.items() if tensors.left(n) == masks[n].bit_count()]
             shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-            coarse = (
-                f"; {len(left) - len(missing)} tensors are coarse"
-                if len(left) > len(missing)
-                else ""
-            )
+            behind = len(left) - len(missing)
+            coarse = f"; {behind} tensors are coarse" if behind else ""
             why = f"the archive is cut short; missing: {shown or 'its index'}{coarse}"
             raise TruncatedError(why, error.offset, missing) from None
         for spec in left.values():
@@ -1420,10 +1422,12 @@ class Archive(Mapping[str, Array]):
 
     def items(self) -> Iterator[tuple[str, Array]]:  # type: ignore[override]
         """All tensors in file order as their frames arrive; each alias follows its target."""
+        names = {spec.name: [spec.name] for spec in self.header.tensors}
+        for alias, number in self.header.aliases.items():
+            names[self.header.tensors[number].name].append(alias)
         for spec, stored in self.stored_items():
             array = to_float32(stored, "BF16") if spec.dtype == "BF16" else stored
-            names = [a for a, n in self.header.aliases.items() if n == self._numbers[spec.name]]
-            yield from ((name, array) for name in (spec.name, *names))
+            yield from ((name, array) for name in names[spec.name])
 
     def read_file(self, path: str) -> bytes:
         """One of the small files that travel with the model (``header.files`` lists them)."""

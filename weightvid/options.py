@@ -37,7 +37,8 @@ class PackOptions:
     evaluation : Evaluation or None
         Search the step factor for a bound of the user's own measure.
     prune : float or None
-        Set weights to zero that are smaller than the mean magnitude of their tensor times this.
+        Set weights to zero that are smaller than the mean magnitude of their tensor times this;
+        with a calibration the others make up for them.
     keep : tuple of str
         Shell-style patterns of tensor names that are kept exactly.
     first : tuple of str
@@ -97,8 +98,8 @@ class PackOptions:
             raise QuantizationError(
                 f"the factor of pruning must be a positive number, not {self.prune}"
             )
-        if self.prune is not None and (self.calibration is not None or self.video.qp is not None):
-            raise QuantizationError("pruning and a calibration or a QP exclude each other")
+        if self.prune is not None and self.video.qp is not None:
+            raise QuantizationError("pruning and a QP exclude each other")
         searched = [
             name
             for name, value in (

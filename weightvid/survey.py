@@ -140,20 +140,26 @@ class Survey:
         """Whether a tensor that is not quantized is kept bit for bit."""
         return name in self.apart or any(fnmatchcase(name, p) for p in self.options.keep)
 
+    def plan(self, number: int, step: float, moments: Moments | None = None) -> TensorPlan | None:
+        """Plan of a tensor at a step, as `plan_tensor` makes it, and pruned if that is asked for.
+
+        A transform would fill the zeros.
+        """
+        options, stats = self.options, self.stats[number]
+        if options.prune is None:
+            return plan_tensor(stats, step, options.fidelity, moments=moments)
+        plan = plan_tensor(stats, step, "integers")
+        return plan and replace(plan, threshold=options.prune * stats.mean_magnitude)
+
     def plans(self, factor: float) -> dict[int, TensorPlan]:
         """Plan of each tensor that is quantized, at a step factor."""
         found = {}
         for number, stats in self.stats.items():
-            unit, fidelity = self.units[number], self.options.fidelity
+            unit = self.units[number]
             if self.options.video.qp is not None:
                 plan = plan_tensor(stats, sample_step(unit, stats), "integers")
-            elif self.options.prune is not None:
-                plan = plan_tensor(stats, factor * unit, "integers")
-                if plan is not None:
-                    plan = replace(plan, threshold=self.options.prune * stats.mean_magnitude)
             else:
-                moments = self.moments.get(number)
-                plan = plan_tensor(stats, factor * unit, fidelity, moments=moments)
+                plan = self.plan(number, factor * unit, self.moments.get(number))
             if plan is not None:
                 found[number] = plan
         return found

@@ -136,6 +136,11 @@ class _Merge:
                 "limit",
             )
         self._first = [sum(counts[:k]) for k in range(len(chain))]
+        self._names = [
+            {spec.name: n for n, spec in enumerate(archive.header.tensors)}
+            | dict(archive.header.aliases)
+            for archive in chain
+        ]
         #: new numbers of what is kept.
         self._numbers: dict[_Place, int] = {}
         self._masks = [
@@ -147,10 +152,10 @@ class _Merge:
 
     def _trace(self, place: int, name: str, number: int) -> int:
         """Layers of a tensor of one of the archives, all told."""
-        header = self._chain[place].header
-        names = {spec.name: n for n, spec in enumerate(header.tensors)} | dict(header.aliases)
-        there = names[name]
-        mask = header.mask(there)
+        there = self._names[place].get(name)
+        if there is None:
+            raise FormatError(f"tensor {name!r} is not in the base as it should be", "base")
+        mask = self._chain[place].header.mask(there)
         self._numbers[_Place(place, there)] = number
         own = (mask >> 1) << (1 + self._first[place])
         return own | (self._trace(place - 1, name, number) if mask & 1 else 0)

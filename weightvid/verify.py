@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf, log10
 from time import perf_counter
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from weightvid.archives import Defect, Location, Salvage, open_anywhere
 from weightvid.calibrate.evaluation import Function, Judge, load_function, natural_tensor
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
-from weightvid.errors import EvaluationError, TensorNotFoundError
+from weightvid.errors import EvaluationError, FormatError, TensorNotFoundError
 from weightvid.levels.code import compare_rows
 from weightvid.levels.transform import view_of
 from weightvid.loader import Archive, Array, TensorSpec
@@ -211,7 +212,14 @@ def _compare(
                 f"{spec.name}: {spec.dtype} {list(spec.shape)} in the archive, "
                 f"{other.dtype} {list(other.shape)} in the checkpoint"
             )
-    rows = [_comparison(archive, spec, sums) for spec, sums in compared]
+    claims = _claims(archive)
+    rows = [
+        TensorComparison(
+            spec.name, spec.dtype, spec.size, sums.equal, sums.sqnr_db, claims.get(spec.name),
+            sums.largest if spec.dtype in PACKABLE else None,
+        )
+        for spec, sums in compared
+    ]  # fmt: skip
     # Of a pipe, nobody knows any more which tensors were in the pictures.
     spans = archive.index.spans if archive.index else {}
     video = {archive.header.tensors[number].name for number in spans}
@@ -271,12 +279,14 @@ class _Sums:
         return sums
 
 
-def _comparison(archive: Archive, spec: TensorSpec, sums: _Sums) -> TensorComparison:
-    end = archive.info(spec.name).end if archive.index else None
-    return TensorComparison(
-        spec.name, spec.dtype, spec.size, sums.equal, sums.sqnr_db, end and end.sqnr_db,
-        sums.largest if spec.dtype in PACKABLE else None,
-    )  # fmt: skip
+def _claims(archive: Archive) -> dict[str, float | None]:
+    """What the archive says of the SQNR of each tensor, as far as its sidecars are whole."""
+    found, tensors = dict[str, float | None](), archive.header.tensors
+    for number in range(len(archive.index.frames) if archive.index else 0):
+        with suppress(FormatError):
+            ends = archive.packet(number)[0].ends
+            found.update((tensors[end.tensor].name, end.sqnr_db) for end in ends)
+    return found
 
 
 def _below(rows: list[TensorComparison], least_db: float | None, archive: Archive) -> Iterator[str]:

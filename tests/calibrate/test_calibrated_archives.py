@@ -113,6 +113,35 @@ def test_outputs_are_nearer_at_the_same_bytes(net: Any, example: Any, tmp_path: 
 
 
 @images
+def test_other_weights_make_up_for_pruned_ones(net: Any, example: Any, tmp_path: Path) -> None:
+    before, path = arrays(net), tmp_path / "m.mp4"
+    ways = (None, Calibration(example.stats), example)
+    made = [pack(net, path, way, prune=0.6)[1] for way in ways]
+    losses = [loss(net, restored)[0] for restored in made]
+    assert losses[1] < 0.5 * losses[0]
+    assert losses[2] < losses[1]
+    for name in ("0.weight", "5.weight", "11.weight"):
+        small = np.abs(before[name]) < 0.6 * np.abs(before[name]).mean()
+        assert all((restored[name][small] == 0).all() for restored in made[:2])
+        # Layer by layer, weights that are fitted anew are pruned.
+        assert (made[2][name] == 0).mean() > 0.2
+
+
+@images
+def test_zeros_of_a_pruned_network_stay_zeros(net: Any, tmp_path: Path) -> None:
+    pruned, path = Images().eval(), tmp_path / "m.mp4"
+    state, names = arrays(net), ("0.weight", "5.weight", "11.weight")
+    for name in names:
+        state[name][np.abs(state[name]) < 1.2 * np.abs(state[name]).mean()] = 0
+    pruned.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    plain, known = (
+        pack(pruned, path, way)[1] for way in (None, Calibration(examples(pruned).stats))
+    )
+    assert all((known[name][state[name] == 0] == 0).all() for name in names)
+    assert loss(pruned, known)[0] < 0.6 * loss(pruned, plain)[0]
+
+
+@images
 def test_steps_follow_the_data(net: Any, example: Any) -> None:
     found = []
     for calibration in (Calibration(example.stats), None):

@@ -19,6 +19,7 @@ from weightvid.calibrate import Calibration, CalibrationConfig, CalibrationStats
 from weightvid.calibrate.stats import KEY, TensorMoments, load_stats, model_hash
 from weightvid.checkpoint import from_mapping
 from weightvid.errors import CheckpointError, OutputError, QuantizationError
+from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 
 torch = pytest.importorskip("torch", reason="needs the extra: weightvid[torch]")
@@ -126,6 +127,28 @@ def test_tables_know_what_the_output_sees() -> None:
     seen = np.diagonal(found.tensors["0.weight"].moment[0])
     np.testing.assert_allclose(seen, [25, 0.25, 0], rtol=0.2)
     assert all(p.requires_grad and p.grad is None for p in module.parameters())
+
+
+def test_rows_that_are_used_often_have_finer_steps(tmp_path: Path) -> None:
+    """Of words as frequent as in text; not of positions, whatever came most."""
+    torch.manual_seed(0)
+    words, places = nn.Embedding(64, 16), nn.Embedding(64, 16)
+    net = nn.Sequential(words, nn.Linear(16, 8, bias=False))
+    shares = 1 / (1 + torch.arange(64).roll(32).float())
+    batches = torch.multinomial(shares, 2000, True).reshape(10, 10, 20)
+    stats = calibrate(net, list(batches), CalibrationConfig(trust_inputs=True))
+    stats.save(tmp_path / "stats")
+    steps = load_stats(tmp_path / "stats").tensors["0.weight"].row_steps
+    assert steps is not None
+    assert steps[32:36].max() < 0 < steps[:32].mean()
+    arrays = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    report = packed(tmp_path / "m.mp4", stats, arrays, step_factor=0.3)
+    assert report.coded_weights == 64 * 16
+    with open_archive(tmp_path / "m.mp4") as archive:
+        errors = np.square(archive["0.weight"] - arrays["0.weight"]).mean(1)
+    assert 2 * errors[32:36].mean() < errors[:32].mean()
+    found = calibrate(nn.Sequential(places, net[1]), [torch.arange(40).expand(3, 40)] * 6)
+    assert found.tensors["0.weight"].row_steps is None
 
 
 def test_what_the_outputs_care_for() -> None:

@@ -181,11 +181,12 @@ def test_shards_of_a_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ((), "no weights; weightvid looks for"),
-        (("m-q4.gguf", "readme.md"), r"name one, as .*m-q4\.gguf"),
-        (("onnx/model.onnx",), r"pack each: .*onnx"),
+        ((), "no weights that weightvid looks for"),
+        (("m-q4.gguf", "readme.md"), r"one by one: .*/m-q4\.gguf$"),
+        (("onnx/model.onnx", "m.mlpackage/Manifest.json"),
+         r"one by one: .*/m.mlpackage, .*/onnx/model\.onnx$"),
         (("model_index.json", "unet/model.safetensors", "vae/model.safetensors"),
-         r"folders of models; pack each: .*unet, .*vae"),
+         r"pack them one by one: .*/unet, .*/vae$"),
         ((".metadata", "__0_0.distcp"), r"torch\.distributed.*dcp_to_torch"),
     ],
 )  # fmt: skip

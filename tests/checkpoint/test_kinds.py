@@ -19,7 +19,7 @@ from weightvid.checkpoint import (
     kind_of_file,
     open_checkpoint,
 )
-from weightvid.errors import CheckpointError
+from weightvid.errors import CheckpointError, OutputError
 
 
 def zipped(*names: str) -> bytes:
@@ -41,6 +41,7 @@ def zipped(*names: str) -> bytes:
         (b"\x80\x04N.", "torch"),
         (b"GGUF\x03\0\0\0", "gguf"),
         (b"\x08\x07\x12\x07pytorch", "onnx"),
+        (b"\x1c\0\0\0TFL3", "tflite"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".bin", ".npz", ".safetensors", ".anything", ""])
@@ -57,7 +58,6 @@ def test_content_decides(tmp_path: Path, content: bytes, kind: str, suffix: str)
         ("m.bin", b"GGUF\x01\0\0\0" + bytes(50), "GGUF versions 2 and 3"),
         ("m.gguf", b"garbage and more garbage", "named like a GGUF file"),
         ("m.h5", b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5.*not supported"),
-        ("m.tflite", b"\x1c\0\0\0TFL3", "TensorFlow Lite"),
         ("m.pt", zipped("m/data.pkl", "m/constants.pkl"), "TorchScript.*state_dict"),
         ("m.npy", b"\x93NUMPY\x01\0", "single NumPy array"),
         ("m.mp4", b"\0\0\0\x20ftypisom", "MP4"),
@@ -66,9 +66,11 @@ def test_content_decides(tmp_path: Path, content: bytes, kind: str, suffix: str)
         ("m.pt.gz", b"\x1f\x8b\x08", "gzip"),
         ("m.tar", bytes(257) + b"ustar", "tar"),
         ("m.zip", zipped("readme.txt"), "zip archive with neither"),
+        ("m.task", zipped("hand.tflite"), r"bundle of LiteRT models; extract.* hand\.tflite"),
         ("m.npz", zipped("a.npy")[:-10], "cut short"),
         ("m.safetensors", b"\x08\0\0", "named like a safetensors file"),
         ("__0_0.distcp", zipped("a/data.pkl"), "torch.distributed; name its folder"),
+        (".metadata", b"\x80\x02", "torch.distributed; name its folder"),
         ("m.txt", b"hello", r"no checkpoint of a known kind.*\.safetensors"),
         ("m.safetensors", b"\xff" * 7 + b"\x7f{", "no valid safetensors file.*header too large"),
     ],
@@ -82,11 +84,30 @@ def test_what_it_is_not(tmp_path: Path, name: str, content: bytes, said: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_places_that_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    contents = from_mapping({"w": np.ones(3, np.float32)}).contents
+    for path in ("-", "pipe", "/dev/null"):
+        with pytest.raises(OutputError, match="cannot go into a pipe"):
+            create_checkpoint(path, contents)
+    with pytest.raises(CheckpointError, match="from a file, not from a pipe"):
+        open_checkpoint("-")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OutputError, match=r"cannot write .*sub: Permission denied"):
+        create_checkpoint(tmp_path / "sub", contents)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, said in (
         (tmp_path / "missing.pt", "No such file"),
-        (tmp_path, "folder"),
+        (tmp_path, "the folder has nothing"),
         ("a\0b", "null"),
         (tmp_path / "pipe", "regular file"),
     ):

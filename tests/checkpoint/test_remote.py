@@ -15,19 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import normal
+from hostile import HOSTILE, server
 from safetensors.numpy import save, save_file
 from serving import Site, serve
 
 import weightvid
-from weightvid.checkpoint import (
-    check_upload,
-    file_name,
-    is_url,
-    open_checkpoint,
-    open_remote,
-    upload,
-)
-from weightvid.checkpoint.remote import shown
+from weightvid.checkpoint import is_url, open_checkpoint
+from weightvid.checkpoint.remote import check_upload, file_name, open_remote, shown, upload
 from weightvid.errors import CheckpointError, OutputError, RemoteError
 
 pytest.importorskip("fsspec")
@@ -99,6 +93,25 @@ def test_refusals_show_no_secrets(site: Site, opener: Any, status: int, said: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("opener", [open_remote, open_checkpoint])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_servers(opener: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One error, which shows nothing of the address that is secret; `spool` stays empty."""
+    pytest.importorskip("aiohttp")
+    for limit, value in (("PATIENCE_S", 0.3), ("UNSAID_S", 0.3), ("UNSAID_BYTES", 1 << 20)):
+        monkeypatch.setattr(f"weightvid.checkpoint.remote._{limit}", value)
+    with (
+        server(HOSTILE[name]) as url,
+        pytest.raises(RemoteError, match=url) as caught,
+        opener(url.replace("//", "//me:password@") + "?sig=hidd)en&exp=1") as file,
+    ):
+        file.read(2_000_000)
+    said = str(caught.value)
+    assert len(said) < 500
+    assert said.isprintable()
+    assert not any(secret in said for secret in ("hidd", "en&exp", "password"))
+
+
 def test_a_server_that_is_not_there(site: Site) -> None:
     with pytest.raises(RemoteError, match=r"cannot read http://127\.0\.0\.1:1/m"):
         open_remote("http://127.0.0.1:1/m")
@@ -151,8 +164,8 @@ def test_folders_and_uploads(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     graph = onnx.helper.make_graph([], "g", [], [], [onnx.numpy_helper.from_array(WEIGHTS, "w")])
     path, model = tmp_path / "m.onnx", onnx.helper.make_model(graph)
-    onnx.save(model, path, save_as_external_data=True, location="m.data", size_threshold=0)
-    for name in ("m.onnx", "m.data"):
+    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    for name in ("m.onnx", "w.bin"):
         files.pipe(f"/bucket/onnx/{name}", (tmp_path / name).read_bytes())
     with open_checkpoint("memory://bucket/onnx/m.onnx") as reader:
         assert np.array_equal(reader.read("w"), WEIGHTS)
@@ -226,7 +239,8 @@ def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 #: opens what the hub has; importing its client takes a while, so all of it in one process.
 SCRIPT = """
 import sys
-from weightvid.checkpoint import open_checkpoint, open_remote
+from weightvid.checkpoint import open_checkpoint
+from weightvid.checkpoint.remote import open_remote
 from weightvid.errors import WeightvidError
 with open_checkpoint("hf://org/model@v1") as reader:
     print([s.name for s in reader.contents.tensors], [f.path for f in reader.contents.files])

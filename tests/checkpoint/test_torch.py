@@ -106,11 +106,19 @@ def test_a_small_file_that_would_fill_memory(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-def test_averages_of_the_weights(tmp_path: Path) -> None:
-    path = dump(tmp_path / "m.pth", {"params": {"w": W}, "params_ema": {"w": W + 1}})
+@pytest.mark.parametrize(("name", "average"), [("params", "params_ema"), ("model", "ema")])
+def test_averages_of_the_weights(tmp_path: Path, name: str, average: str) -> None:
+    path = dump(tmp_path / "m.pth", {name: {"w": W}, average: {"w": W + 1}})
     with open_checkpoint(path) as reader:
         assert reader.read("w").tolist() == [[2, 2], [2, 2]]
-        assert reader.contents.skipped == ("params (dict with 1 tensor)",)
+        assert reader.contents.skipped == (f"{name} (dict with 1 tensor)",)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_name_that_says_something_else(tmp_path: Path, protocol: int) -> None:
+    path = dump(tmp_path / "m.safetensors", {"w": W}, pickle_protocol=protocol)
+    with open_checkpoint(path) as reader:
+        assert reader.read("w").tolist() == [[1, 1], [1, 1]]
 
 
 def test_what_we_write_loads_strictly_and_tied(tmp_path: Path) -> None:
@@ -188,7 +196,7 @@ def test_tangled_dicts(tmp_path: Path) -> None:
         dump(tmp_path / "deep.pt", deep)
     finally:
         sys.setrecursionlimit(limit)
-    with pytest.raises(CheckpointError, match="nested too deep"):
+    with pytest.raises(CheckpointError, match="dicts in dicts without end"):
         open_checkpoint(tmp_path / "deep.pt")
 
 

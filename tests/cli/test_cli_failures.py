@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import schemas
 from running import ROOT, Run, Start
+from safetensors.numpy import save_file
+from small_models import weights
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,19 @@ def test_failure_is_one_line_and_one_object(
     schemas.check(record, "failure")
     assert (record["ok"], record["status"]) == (False, status)
     assert record["message"].split() == result.stderr.removeprefix("error: ").split()
+
+
+def test_long_names_make_no_long_message(run: Run, run_json: Run, tmp_path: Path) -> None:
+    path, arrays = tmp_path / "m.mp4", {c * 4000: weights(k, 40, 50) for k, c in enumerate("abc")}
+    save_file(arrays, tmp_path / "m.safetensors")
+    run("pack", tmp_path / "m.safetensors", "-o", path)
+    path.write_bytes(path.read_bytes()[:-900])
+    for target in ("m.npz", "m.safetensors"):
+        done = run("unpack", path, "-o", tmp_path / target, "-f", "--tensor", "a*", status=3)
+        assert "aaa" in done.stderr
+        assert len(done.stderr) < 1100
+    record = run_json("unpack", path, "-o", tmp_path / "m.npz", status=3)
+    assert len(record["message"]) <= 1000
 
 
 def test_wrong_usage_is_one_object_too(run_json: Run, archive: Path) -> None:

@@ -64,6 +64,11 @@ def test_closed_streams(folder: Path, closed: str) -> None:
     assert shell(f"weightvid inspect {name} --json {closed}", folder).returncode == 0
     with open_archive(folder / name) as archive:
         assert archive["w"].shape == (64, 64)
+    if closed == ">&-":
+        for place in ("-", "/dev/stdout"):
+            lost = shell(f"weightvid pack Qwen2.5-0.5B -o {place} {closed}", folder)
+            assert lost.returncode == 1, "the archive went nowhere"
+            assert b"it is closed" in lost.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")

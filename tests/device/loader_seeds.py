@@ -9,6 +9,7 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,9 +31,9 @@ def stored(*records: bytes) -> bytes:
 
 def write_seeds(folder: Path) -> None:
     """Archives of all kinds, and the golden ones."""
-    with patch("weightvid.writer.close_body", stored):
-        for number, data in enumerate(fuzz.seeds()):
-            (folder / f"seed{number}").write_bytes(data)
+    with TemporaryDirectory() as made, patch("weightvid.writer.close_body", stored):
+        for number, seed in enumerate(fuzz.seeds(Path(made))):
+            (folder / f"seed{number}").write_bytes(fuzz.join_boxes(seed.boxes))
         sources.write_random(folder / "random", 1)
         with from_mapping(sources.typed(), dtypes=sources.TYPED) as reader:
             pack_checkpoint(reader, folder / "lossless", PackOptions(lossless=True, jobs=1))

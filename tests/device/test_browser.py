@@ -1,4 +1,4 @@
-"""The browser's module in headless Chromium: every tensor by stream, from memory and by ranges."""
+"""The browser's module in headless Chromium and in Node: streams, memory, ranges, layers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from weightvid.pack import PackOptions, pack_checkpoint
 ROOT = Path(__file__).parents[2]
 DEVICE, GOLDEN = ROOT / "weightvid" / "device", ROOT / "data" / "golden"
 CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+    "",
 )
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 
 PAGE = """<!doctype html><script type="module">
 import {{ open }} from "./weightvid.js";
@@ -47,6 +48,33 @@ for (const name of {names}) {{
 }}
 await fetch("found", {{ method: "POST", body: JSON.stringify(found) }});
 </script>"""
+#: reads archives of layers by a function `open` and one that says where a file is; gives `found`.
+LAYERED = """
+const hex = async ({ data }) => [...new Uint8Array(await crypto.subtle.digest("SHA-256", data))]
+  .map((byte) => byte.toString(16).padStart(2, "0")).join("");
+const loaded = async (archive) => {
+  const found = {};
+  for (const name of archive.names) found[name] = await hex(await archive.tensor(name));
+  return found;
+};
+const streamed = async (archive) => {
+  const found = {}, coarse = {};
+  let error = "";
+  try {
+    for await (const each of archive) (each.coarse ? coarse : found)[each.name] = await hex(each);
+  } catch (failure) { error = failure.message; }
+  return [found, coarse, error];
+};
+const layers = [], onLayer = (...numbers) => layers.push(numbers);
+const whole = await open(await source("progressive.mp4"), { onLayer });
+const first = await open(await source("progressive.mp4"), { layers: 1, onLayer });
+const update = await open(await source("update.mp4"), { base: whole });
+const cut = await open(await source("cut.mp4"));
+const found = [await loaded(whole), await loaded(first), await loaded(update),
+  await streamed(whole), await streamed(first), await streamed(update), await streamed(cut),
+  layers, whole.layers];
+for (const archive of [update, whole, first, cut]) archive.close();
+"""
 FOUND: Queue[Any] = Queue()
 
 
@@ -116,6 +144,7 @@ def expected(archive: Archive) -> dict[str, str]:
     return found
 
 
+@needs_chromium
 def test_every_tensor(site: tuple[Path, str], tmp_path: Path) -> None:
     folder, address = site
     names = ["example", "fields", "hard", "layers", "types", "weights"]
@@ -136,11 +165,68 @@ def test_every_tensor(site: tuple[Path, str], tmp_path: Path) -> None:
         assert here == wanted, file
 
 
+def folder_of_layers(folder: Path) -> list[Any]:
+    """Files for `LAYERED`, and what it should find."""
+    wanted = []
+    for name in ("progressive", "update"):
+        shutil.copy(GOLDEN / f"{name}.mp4", folder)
+    path, cut = folder / "progressive.mp4", folder / "cut.mp4"
+    with open_archive(path) as archive:
+        assert archive.index is not None
+        start = archive.index.frames[-1][0]  # of the last layer's only frame
+        wanted.append(expected(archive))
+    with open_archive(path, layers=1) as archive:
+        wanted.append(expected(archive))
+    with open_archive(folder / "update.mp4", base=path) as archive:
+        wanted.append(expected(archive))
+    with open_archive(path, layers=2) as archive:
+        lower = expected(archive)
+    cut.write_bytes(path.read_bytes()[: start + 100])
+    complete = {name: sha for name, sha in lower.items() if sha == wanted[0][name]}
+    coarse = {name: sha for name, sha in lower.items() if name not in complete}
+    assert complete
+    assert coarse
+    early = [complete, coarse, "the file ends early"]
+    layers = [[3, 3], [1, 3]]  # the file comes in one piece
+    return [*wanted, *([each, {}, ""] for each in wanted), early, layers, 3]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node")
+def test_layers_in_node(tmp_path: Path) -> None:
+    wanted = folder_of_layers(tmp_path)
+    for name in ("weightvid.js", "weightvid.wasm"):
+        shutil.copy(DEVICE / name, tmp_path / name.replace(".js", ".mjs"))
+    (tmp_path / "read.mjs").write_text(
+        'import { webcrypto as crypto } from "node:crypto";'
+        'import { readFile as source } from "node:fs/promises";'
+        'import { open, prepare } from "./weightvid.mjs";'
+        f'prepare(await source("weightvid.wasm")); {LAYERED} console.log(JSON.stringify(found));'
+    )
+    command = ["node", "read.mjs"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == wanted
+
+
+@needs_chromium
+def test_layers_in_chromium(site: tuple[Path, str], tmp_path: Path) -> None:
+    folder, address = site
+    wanted = folder_of_layers(folder)
+    (folder / "layers.html").write_text(
+        '<!doctype html><script type="module">import { open } from "./weightvid.js";'
+        f"const source = async (name) => name; {LAYERED}"
+        'await fetch("found", { method: "POST", body: JSON.stringify(found) });</script>'
+    )
+    assert posted(f"{address}/layers.html", tmp_path) == wanted
+
+
+@needs_chromium
 def test_demo_reads_digits(site: tuple[Path, str], tmp_path: Path) -> None:
     folder, address = site
     sample = ROOT / "data" / "digits"
     pack_checkpoint(
-        sample / "digits_cnn.safetensors", folder / "digits.mp4", PackOptions(force=True, jobs=1)
+        sample / "digits_cnn.safetensors",
+        folder / "digits.mp4",
+        PackOptions(force=True, jobs=1),
     )
     with np.load(sample / "digits_holdout.npz") as data:
         images = data["images"][:20]
@@ -160,7 +246,8 @@ def test_demo_reads_digits(site: tuple[Path, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    not (shutil.which("clang") and shutil.which("wasm-ld")), reason="needs clang and wasm-ld"
+    not (shutil.which("clang") and shutil.which("wasm-ld")),
+    reason="needs clang and wasm-ld",
 )
 def test_the_wasm_is_what_its_sources_make(tmp_path: Path) -> None:
     version = subprocess.run(["clang", "--version"], capture_output=True, text=True, check=True)

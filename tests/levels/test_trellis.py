@@ -103,6 +103,14 @@ def test_company_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         assert np.array_equal(one, third)
 
 
+def test_tables_of_a_few_weights_are_parts_of_whole_ones() -> None:
+    weights = (np.random.default_rng(3).standard_normal((9, 30)) * 50).astype(np.float32)
+    weights[4, 5:7] = 500, -3000  # beyond the tables
+    model, many = RateModel.laplacian(2.0), np.tile(weights, (80, 1))
+    few = trellis_many([weights], models=[model])[0]
+    assert np.array_equal(trellis_many([many], models=[model])[0], np.tile(few, (80, 1)))
+
+
 def test_blocks_of_rows_change_nothing() -> None:
     matrix = np.random.default_rng(3).laplace(0, 2, (300, 120)).astype(np.float32)
     matrix[7, 7] = 500.0

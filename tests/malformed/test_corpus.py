@@ -20,6 +20,7 @@ from weightvid import container, exact, loader
 from weightvid.container import record, text, uint
 from weightvid.errors import FormatError
 from weightvid.loader import (
+    ABOUT,
     ALIASES,
     BASES,
     BOXES,
@@ -272,6 +273,11 @@ CORPUS: dict[str, tuple[Mutation, str]] = {
     "number cut short": (body(HEADER_UUID, 0, 1, b"\x82"), "record"),
     "no tensors": (without(HEADER_UUID, TENSORS), "record"),
     "tensors twice": (twice(HEADER_UUID, TENSORS), "record"),
+    "aliases twice": (twice(HEADER_UUID, ALIASES), "record"),
+    "metadata twice": (twice(HEADER_UUID, METADATA), "record"),
+    "files twice": (twice(HEADER_UUID, FILES), "record"),
+    "bases twice": (twice(HEADER_UUID, BASES), "record"),
+    "about twice": (twice(HEADER_UUID, ABOUT), "record"),
     "more tensors than listed": (data_of(HEADER_UUID, TENSORS, put(0, b"\x01")), "record"),
     "fewer tensors than listed": (data_of(HEADER_UUID, TENSORS, put(0, b"\x7f")), "record"),
     "names alike": (tensor_list(spec(b"a"), spec(b"a")), "record"),
@@ -347,6 +353,7 @@ INDEX_CORPUS: dict[str, tuple[Mutation, str]] = {
     "index not deflated": (body(INDEX_UUID, 1, 3, b"abc"), "deflate"),
     "unknown record": (added(INDEX_UUID, 72), "version"),
     "frames twice": (twice(INDEX_UUID, FRAMES), "record"),
+    "spans twice": (twice(INDEX_UUID, SPANS), "record"),
     "no spans": (without(INDEX_UUID, SPANS), "index"),
     "no exact boxes": (without(INDEX_UUID, BOXES), "index"),
     "span of nothing": (data_of(INDEX_UUID, SPANS, put(1, b"\x7f")), "limit"),

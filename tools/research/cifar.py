@@ -1,20 +1,31 @@
-"""CIFAR-10 for the scripts of this folder: networks, images, training; no method of its own."""
+"""What the scripts of this folder share: networks, images, training, judging, results."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import json
 import os
 import tarfile
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
+from weightvid import torch as archives
+from weightvid.pack import PackOptions
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 Batch = tuple[torch.Tensor, torch.Tensor]
+State = Mapping[str, torch.Tensor]
+Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -24,6 +35,15 @@ def evaluation_folder() -> Path:
     if not named:
         raise SystemExit("WEIGHTVID_EVAL is not set: it names the folder of the evaluation data")
     return Path(named)
+
+
+def evaluation_script(folder: Path) -> Any:
+    """``eval.py`` of a model's folder, as a module."""
+    spec = importlib.util.spec_from_file_location("eval_script", folder / "eval.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def training_images() -> Batch:
@@ -73,14 +93,21 @@ def batches(data: Batch, generator: torch.Generator, size: int = 125) -> Iterato
         yield normalized(augmented(images[rows], generator)), labels[rows]
 
 
-def train(net: nn.Module, data: Batch, epochs: int, peak: float, path: Path) -> None:
+def cross_entropy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of the classes."""
+    return nn.functional.cross_entropy(net(images).float(), labels)
+
+
+def train(
+    net: nn.Module, data: Batch, epochs: int, peak: float, path: Path, loss_of: Loss = cross_entropy
+) -> None:
     """SGD with Nesterov's momentum under a one-cycle schedule, in bfloat16.
 
-    What is needed to go on is kept at ``path`` after each epoch.
+    What is needed to go on is kept at ``path`` after each epoch. In eval mode BatchNorms keep their
+    statistics.
     """
     began, generator = time.process_time(), torch.Generator().manual_seed(20)
     torch.set_num_threads(1)
-    net.train()
     net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
     steps = epochs * -(-len(data[0]) // 125)
@@ -96,8 +123,7 @@ def train(net: nn.Module, data: Batch, epochs: int, peak: float, path: Path) -> 
     for epoch in range(first, epochs):
         for images, labels in batches(data, generator):
             with torch.autocast("cpu", torch.bfloat16):
-                logits = net(images.contiguous(memory_format=torch.channels_last))
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+                loss = loss_of(net, images.contiguous(memory_format=torch.channels_last), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -123,6 +149,35 @@ def logits_of(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def accuracy(net: nn.Module, data: Batch) -> float:
     """Per cent of images whose largest logit is their class."""
     return float((logits_of(net, data[0]).argmax(1) == data[1]).float().mean() * 100)
+
+
+def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean KL divergence, in nats, of what logits say from what was wanted."""
+    target, other = (torch.log_softmax(logits.double(), 1) for logits in (wanted, found))
+    return float((target.exp() * (target - other)).sum(1).mean())
+
+
+def archived(state: State, **options: Any) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes of an archive of a network, and what comes out of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.mp4"
+        size = archives.save_file(state, path, options=PackOptions(**options)).file_bytes
+        return size, archives.load_file(path)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    first, *others = ("| " + " | ".join(map(str, row)) + " |" for row in (heads, *rows))
+    return [first, "|" + "---|" * len(heads), *others]
+
+
+def write_results(name: str, lines: Sequence[str], found: object = None) -> None:
+    """Keep the results of a script: what people read, and all that was found."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    (RESULTS / f"research_{name}.md").write_text(text)
+    if found is not None:
+        (RESULTS / f"research_{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 class Pad(nn.Module):
@@ -185,3 +240,11 @@ class ResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: torch.Tensor = self.linear(x.mean((2, 3)))
         return logits
+
+
+def pretrained() -> ResNet:
+    """ResNet-20 of the evaluation data."""
+    net = ResNet()
+    net.load_state_dict(load_file(evaluation_folder() / "cifar10_resnet20" / "model.safetensors"))
+    net.eval()
+    return net

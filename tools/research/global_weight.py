@@ -9,25 +9,30 @@ both are packed. Two processes, one for each network, take two cores:
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from cifar import ResNet, accuracy, plain_convolution, stored_images, train, training_images
+from cifar import (
+    ResNet,
+    accuracy,
+    archived,
+    plain_convolution,
+    stored_images,
+    table,
+    train,
+    training_images,
+    write_results,
+)
 from torch import nn
 
-from weightvid.pack import PackOptions
-from weightvid.torch import GlobalWeightBank, GlobalWeightConv2d, load_file, save_file
+from weightvid.torch import GlobalWeightBank, GlobalWeightConv2d
 
-WIDTHS, BLOCKS, STEM_STRIDE = (32, 64, 128), 2, 4
-BANK = (144, 144, 3, 3)
-EPOCHS, PEAK = 10, 0.2
+WIDTHS, BLOCKS, STEM_STRIDE = (32, 64, 128), 2, 2
+BANK = (147, 147, 3, 3)
+EPOCHS, PEAK = 12, 0.2
 FACTORS = (0.13, 0.18, 0.25, 0.36, 0.5, 0.7)
-KINDS = ("bank", "twin")
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+KINDS = ("twin", "bank")
 
 
 def network(kind: str) -> ResNet:
@@ -45,42 +50,27 @@ def network(kind: str) -> ResNet:
 
 def report(folder: Path) -> None:
     """Pack both at several steps, judge each archive, write the results."""
-    test, found = stored_images("test"), {}
+    test, found = stored_images("test"), []
     for kind in KINDS:
-        net = network(kind)
+        net, restored = network(kind), network(kind)
         saved = torch.load(folder / f"{kind}.pt", weights_only=False)
         net.load_state_dict(saved["state"])
         weights = sum(parameter.numel() for parameter in net.parameters())
-        entry: dict[str, Any] = {
-            "weights": weights, "fp32_bytes": 4 * weights, "top1": round(accuracy(net, test), 2),
-            "processor_seconds": round(saved["seconds"]), "epochs": saved["epochs"], "archives": [],
-        }  # fmt: skip
+        told = {"network": kind, "weights": weights, "seconds": round(saved["seconds"])}
+        top1 = round(accuracy(net, test), 2)
+        found.append(told | {"step_factor": "fp32", "bytes": 4 * weights, "top1": top1})
         for factor in FACTORS:
-            with tempfile.TemporaryDirectory() as name:
-                path = Path(name) / "model.mp4"
-                size = save_file(net, path, options=PackOptions(step_factor=factor)).file_bytes
-                restored = network(kind)
-                restored.load_state_dict(load_file(path))
+            size, state = archived(net.state_dict(), step_factor=factor)
+            restored.load_state_dict(state)
             top1 = round(accuracy(restored, test), 2)
-            entry["archives"].append({"step_factor": factor, "bytes": size, "top1": top1})
-        found[kind] = entry
-    twin = found["twin"]["fp32_bytes"]
-    lines = [
-        "| network | weights | step factor | bytes | against the twin in fp32 | top-1 % |",
-        "|---|---|---|---|---|---|",
-    ]
-    for kind, entry in found.items():
-        rows = [{"step_factor": "fp32", "bytes": entry["fp32_bytes"], "top1": entry["top1"]}]
-        for row in rows + entry["archives"]:
-            size = row["bytes"]
-            name = f"{kind}, {entry['epochs']} epochs"
-            lines.append(
-                f"| {name} | {entry['weights']:,} | {row['step_factor']} | {size:,} | "
-                f"{twin / size:.2f}x | {row['top1']} |"
-            )
-    (RESULTS / "research_global_weight.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "research_global_weight.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+            found.append(told | {"step_factor": factor, "bytes": size, "top1": top1})
+    twin = found[0]["bytes"]
+    heads = ("network", "weights", "step factor", "bytes", "of the twin in fp32", "top-1 %")
+    rows = [
+        (r["network"], f"{r['weights']:,}", r["step_factor"], f"{r['bytes']:,}",
+         f"1/{twin / r['bytes']:.1f}", r["top1"]) for r in found
+    ]  # fmt: skip
+    write_results("global_weight", table(heads, rows), found)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,19 @@ and with rows and columns of each layer in the order of their energies, which ma
 
 from __future__ import annotations
 
-import json
 import sys
 from fractions import Fraction
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from cifar import table, write_results
 
 from weightvid.checkpoint import open_checkpoint
 from weightvid.compare.model import load_model
 from weightvid.levels.transform import view_of, whole_basis
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 COMMON = "lossless=1:log-level=none:info=0:pools=none:frame-threads=1:no-sao=1:"
 #: types of NAL units from here on are no slices.
 FIRST_PARAMETER_SET = 32
@@ -87,19 +85,13 @@ def main(model: str, factor: float) -> None:
                     if len(layers) > 1:
                         sizes[mode] += encoded([picture(x, ordered) for x in layers], mode)
             found.append({"dct": dct, "ordered": ordered, **sizes})
-    lines = [
-        "| levels | order | every picture alone | inter | difference |",
-        "|---|---|---|---|---|",
-    ]
-    for row in found:
-        change = 100 * (row["inter"] / row["intra"] - 1)
-        lines.append(
-            f"| {'DCT' if row['dct'] else 'spatial'} | {'energies' if row['ordered'] else 'file'} "
-            f"| {row['intra']:,} | {row['inter']:,} | {change:+.1f} % |"
-        )
-    (RESULTS / "research_hevc_inter.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "research_hevc_inter.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    rows = [
+        ("DCT" if r["dct"] else "spatial", "energies" if r["ordered"] else "file",
+         f"{r['intra']:,}", f"{r['inter']:,}", f"{100 * (r['inter'] / r['intra'] - 1):+.1f} %")
+        for r in found
+    ]  # fmt: skip
+    heads = ("levels", "order", "every picture alone", "inter", "difference")
+    write_results("hevc_inter", table(heads, rows), found)
 
 
 if __name__ == "__main__":

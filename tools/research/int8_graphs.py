@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from cifar import evaluation_folder, normalized, stored_images
+from cifar import evaluation_folder, evaluation_script, normalized, stored_images
 from safetensors.torch import load_file
 
 from weightvid.int8 import export_int8
@@ -49,10 +49,7 @@ def run(path: Path | bytes, images: Any) -> tuple[Any, float]:
 def evaluated(name: str, path: Path) -> Any:
     """Export a model of the evaluation folder; its script."""
     folder = evaluation_folder() / name
-    spec = importlib.util.spec_from_file_location(name, folder / "eval.py")
-    assert spec is not None and spec.loader is not None
-    script: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = evaluation_script(folder)
     net = script.Net().eval()
     net.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     with warnings.catch_warnings():

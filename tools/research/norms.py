@@ -7,25 +7,24 @@ nothing where a BatchNorm follows: it goes into that one's weights.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from cifar import evaluation_folder
-from safetensors.torch import load_file
+from cifar import (
+    State,
+    archived,
+    divergence,
+    logits_of,
+    pretrained,
+    stored_images,
+    table,
+    write_results,
+)
 
-from weightvid import torch as archives
-from weightvid.pack import PackOptions
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 FACTORS = (0.25, 0.36, 0.5, 0.7)
 IMAGES = 500
 EPSILON = 1e-5
-State = dict[str, Any]
 
 
 def pairs(state: State) -> list[tuple[str, str]]:
@@ -34,7 +33,7 @@ def pairs(state: State) -> list[tuple[str, str]]:
     return [(name, name.removesuffix("weight").replace("conv", "bn")) for name in names]
 
 
-def folded(state: State) -> State:
+def folded(state: State) -> dict[str, Any]:
     """The same network with BatchNorms that only add."""
     found = dict(state)
     for weight, norm in pairs(state):
@@ -47,7 +46,7 @@ def folded(state: State) -> State:
     return found
 
 
-def rescaled(state: State, restored: State) -> State:
+def rescaled(state: State, restored: State) -> dict[str, Any]:
     """A restored network whose rows have the scale of least squared error."""
     found = dict(restored)
     for weight, norm in pairs(state):
@@ -60,56 +59,34 @@ def rescaled(state: State, restored: State) -> State:
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder = evaluation_folder() / "cifar10_resnet20"
-    spec = importlib.util.spec_from_file_location("eval_script", folder / "eval.py")
-    assert spec is not None and spec.loader is not None
-    script: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    state = load_file(folder / "model.safetensors")
+    net, images = pretrained(), stored_images("test")[0][:IMAGES]
+    state, wanted = dict(net.state_dict()), logits_of(net, images)
 
-    def log_probabilities(network: State) -> Any:
-        return torch.log_softmax(script.logits(network, IMAGES)[0].double(), 1)
-
-    wanted = log_probabilities(state)
-
-    def divergence(network: State) -> float:
-        return float((wanted.exp() * (wanted - log_probabilities(network))).sum(1).mean())
+    def harm(network: State) -> float:
+        other = pretrained()
+        other.load_state_dict(network)
+        return divergence(wanted, logits_of(other, images))
 
     rows: list[dict[str, Any]] = []
     for name, source in (("plain", state), ("folded", folded(state))):
         for factor in FACTORS:
-            with tempfile.TemporaryDirectory() as place:
-                path = Path(place) / "model.mp4"
-                made = archives.save_file(source, path, options=PackOptions(step_factor=factor))
-                restored = archives.load_file(path)
-            row = {
-                "network": name, "step_factor": factor, "bytes": made.file_bytes,
-                "kl": divergence(restored), "kl_rescaled": divergence(rescaled(source, restored)),
-            }  # fmt: skip
-            rows.append(row)
-            print(row, flush=True)
-    lines = [
-        "| network | step factor | bytes | KL | KL with rows rescaled |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['network']} | {r['step_factor']} | {r['bytes']:,} | {r['kl']:.4f} "
-        f"| {r['kl_rescaled']:.4f} |"
-        for r in rows
-    ]
+            size, restored = archived(source, step_factor=factor)
+            row = {"network": name, "step_factor": factor, "bytes": size, "kl": harm(restored)}
+            rows.append(row | {"kl_rescaled": harm(rescaled(source, restored))})
+    heads = ("network", "step factor", "bytes", "KL", "KL with rows rescaled")
+    lines = table(heads, (
+        (r["network"], r["step_factor"], f"{r['bytes']:,}", f"{r['kl']:.4f}",
+         f"{r['kl_rescaled']:.4f}") for r in rows
+    ))  # fmt: skip
     for column in ("kl", "kl_rescaled"):
         sizes = {}
         for name in ("plain", "folded"):
             own = [r for r in rows if r["network"] == name]
             logs = [np.log(r[column]) for r in own]
             sizes[name] = np.exp(np.interp(np.log(0.03), logs, [np.log(r["bytes"]) for r in own]))
-        lines.append(
-            f"\nBytes at a KL of 0.03 ({column}): "
-            + ", ".join(f"{n} {v:,.0f}" for n, v in sizes.items())
-        )
-    (RESULTS / "research_norms.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (RESULTS / "research_norms.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        said = ", ".join(f"{n} {v:,.0f}" for n, v in sizes.items())
+        lines.append(f"\nBytes at a KL of 0.03 ({column}): {said}")
+    write_results("norms", lines, rows)
 
 
 if __name__ == "__main__":

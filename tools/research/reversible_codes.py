@@ -10,17 +10,16 @@ size of a table: code lengths, as canonical codes need them, or the words themse
 from __future__ import annotations
 
 import heapq
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from cifar import table, write_results
 
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 LENGTH_BITS = 4
 LONGEST = 20
 
@@ -166,13 +165,10 @@ def main(model: str, factor: float) -> None:
         ):  # fmt: skip
             sums[name] += bits
     count = sums.pop("levels")
-    lines = [f"{count:,.0f} levels of {len(levels)} tensors, step factor {factor}", "",
-             "| what | bits a level | bytes |", "|---|---|---|"]  # fmt: skip
-    lines += [f"| {name} | {bits / count:.4f} | {bits / 8:,.0f} |" for name, bits in sums.items()]
-    name = "research_reversible_codes"
-    (RESULTS / f"{name}.json").write_text(json.dumps({"levels": count, **sums}, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    lines = [f"{count:,.0f} levels of {len(levels)} tensors, step factor {factor}", ""]
+    rows = [(name, f"{bits / count:.4f}", f"{bits / 8:,.0f}") for name, bits in sums.items()]
+    lines += table(("what", "bits a level", "bytes"), rows)
+    write_results("reversible_codes", lines, {"levels": count, **sums})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from weightvid.calibrate.layers import Examples
+    from weightvid.checkpoint import CheckpointReader
     from weightvid.pack import Encoder, Written
     from weightvid.survey import Survey
 
@@ -75,6 +76,42 @@ class Calibration:
 
         examples = Examples(module, inputs, config or CalibrationConfig())
         return cls(examples.statistics(progress), examples)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        reader: CheckpointReader,
+        module: torch.nn.Module | None = None,
+        config: CalibrationConfig | None = None,
+        progress: Report = quiet,
+    ) -> Calibration:
+        """As `from_examples`, on inputs that the network makes itself: no data is needed.
+
+        Parameters
+        ----------
+        reader : CheckpointReader
+            Its weights are loaded into the module.
+        module : torch.nn.Module, optional
+            The network, with any weights; default: what transformers builds from the checkpoint's
+            folder.
+        config : CalibrationConfig, optional
+        progress : callable
+            Also told about the stage ``inputs``.
+
+        Raises
+        ------
+        CheckpointError
+            The weights don't fit the network.
+        EvaluationError
+            Nothing says how the network is built, or transformers cannot.
+        QuantizationError
+            No inputs can be made for such a network.
+        """
+        from weightvid.calibrate.synthesis import build, fill, own_inputs
+
+        module = build(reader.location) if module is None else module
+        fill(module, reader)
+        return cls.from_examples(module, own_inputs(module, progress), config, progress)
 
     def __str__(self) -> str:
         way = "" if self.examples is None else ", layer by layer"
@@ -153,8 +190,7 @@ class Calibration:
 def _loss(examples: Examples, encoder: Encoder) -> tuple[float, str]:
     """Of the archive that the encoder's file holds, really decoded."""
     encoder.file.seek(0)
-    items = open_archive(encoder.file).stored_items()
-    return examples.loss({spec.name: array for spec, array in items})
+    return examples.loss(open_archive(encoder.file).stored_items())
 
 
 def with_statistics(
@@ -208,6 +244,8 @@ def packing_moments(known: TensorMoments, spec: TensorSpec, bias: int | None) ->
     if bias is not None:
         moment = moment - mean[:, :, None] * mean[:, None, :]
     made = Moments(moment, known.damping, known.axis, mean, bias, known.bias_sign)
+    if known.row_steps is not None and len(known.row_steps) == view.rows:
+        made = replace(made, row_steps=known.row_steps)
     if not view.kernel or known.axis == 0:
         return made
     parts = forward_moment(moment, view.kernel)

@@ -29,8 +29,8 @@ from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats
 from weightvid.calibrate.trial import Check, Coded, sample_rows, values_of
 from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch
 from weightvid.levels.code import CodedPart, quality_of
-from weightvid.levels.steps import Moments, TensorPlan, plan_tensor
-from weightvid.loader import Array, Floats, from_float32
+from weightvid.levels.steps import Moments, TensorPlan
+from weightvid.loader import Array, Floats, TensorSpec, from_float32
 from weightvid.progress import Progress, Report
 from weightvid.survey import Survey
 
@@ -73,12 +73,12 @@ class Examples:
             sequence = _Sequence(state, survey, factor)
             return sequence.run(self._batches, self._config.memory_bytes, progress)
 
-    def loss(self, tensors: dict[str, Array]) -> tuple[float, str]:
+    def loss(self, tensors: Iterable[tuple[TensorSpec, Array]]) -> tuple[float, str]:
         """Squared change of the outputs on held-back inputs, and that and the KL in words."""
         with running(self._module) as state:
             self._expected = self._expected or state.outputs(self._checks)
-            for name, stored in tensors.items():
-                state.put(name, stored)
+            for spec, stored in tensors:
+                state.put(spec, stored)
             with state.quantized():
                 found = state.outputs(self._checks)
         change = change_of(self._expected, found) / max(1, sum(map(samples_of, self._checks)))
@@ -262,7 +262,7 @@ class _Sequence:
         if pairs is None or moments is None:
             way, coded = Way("plain"), Coded(plan, number, elements, moments)
         else:
-            rival = plan_tensor(survey.stats[number], plan.step, survey.options.fidelity)
+            rival = survey.plan(number, plan.step)
             layer = Layer(elements, plan, rival or plan, moments, *pairs)
             way = layer.choose()
             coded = layer.code(way, number)

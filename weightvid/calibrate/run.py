@@ -19,9 +19,10 @@ from weightvid.calibrate.stats import (
     model_hash,
 )
 from weightvid.calibrate.trial import choose_damping, sensitivities, whole_gain_db
-from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch
+from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch, nats_apart
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import QuantizationError
+from weightvid.levels.steps import steps_from_counts
 from weightvid.loader import Floats
 from weightvid.progress import Progress, Report, quiet
 
@@ -185,6 +186,8 @@ class _Pass:
         self._watch = Watch(state.tensors, self._add, gradients, self._see_norm, names)
         self._sums: dict[tuple[str, bool], Sums] = defaultdict(Sums)
         self._direct: set[str] = set()
+        #: how often each row of a table is looked up.
+        self._uses: dict[tuple[str, bool], torch.Tensor] = {}
         #: by the memory of the running mean: it and the variance; sums of inputs, squares, ones.
         self._norms: dict[int, list[Any]] = {}
 
@@ -202,11 +205,21 @@ class _Pass:
     def _add(self, seen: Seen) -> None:
         # Gradients of a table that is an output layer too (tied weights) are no part of its
         # statistics, as its rows matter wherever they are looked up.
+        if seen.axis < 0:
+            self._count(seen)
         if seen.axis < 0 or (seen.gradient and seen.name in self._direct):
             return
         if not seen.gradient:
             self._direct.add(seen.name)
         self._sums[seen.name, self._back].add(seen)
+
+    def _count(self, seen: Seen) -> None:
+        # Rows in order are positions, of which those of longer inputs are seen too rarely.
+        if seen.inputs.ndim and bool((seen.inputs.diff() > 0).all()):
+            return
+        rows = len(self._state.tensors[seen.name])
+        uses = seen.inputs.flatten().cpu().remainder(rows).bincount(minlength=rows)
+        self._uses[seen.name, self._back] = self._uses.get((seen.name, self._back), 0) + uses
 
     def _see_norm(self, inputs: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
         known = torch.stack([mean, variance]).detach().cpu().double()
@@ -222,10 +235,8 @@ class _Pass:
         found = []
         for known, sums, count in self._norms.values():
             mean, square = sums / max(count, 1)
-            variance = known[1] + 1e-5
-            ratio = ((square - mean**2).clamp(min=0.0) + 1e-5) / variance
-            apart = (mean - known[0]) ** 2 / variance
-            found.append(float((0.5 * (ratio + apart - 1.0 - ratio.log())).median()))
+            variance = (square - mean**2).clamp(min=0.0)
+            found.append(float(nats_apart(mean, variance, *known).median()))
         return median(found) if found else None
 
     def statistics(
@@ -240,6 +251,9 @@ class _Pass:
         bias, sign = self._watch.bias_of(name) or (None, 1)
         fitted = sums.means()
         known = TensorMoments(*_rounded(fitted), sums.form[0], dampings[0], None, bias, sign)
+        uses = [self._uses.pop((name, back), None) for back in (False, True)]
+        if uses[0] is not None and uses[1] is not None:
+            known = replace(known, row_steps=steps_from_counts(uses[0].numpy(), uses[1].numpy()))
         if held is None:
             return known, known
         means = fitted, held.means()

@@ -10,7 +10,7 @@ import torch
 
 from weightvid.checkpoint.base import ArrayReader
 from weightvid.checkpoint.torch_file import from_stored, stored_arrays
-from weightvid.loader import Array
+from weightvid.loader import Array, TensorSpec
 
 Outputs = Sequence[torch.Tensor | None]
 
@@ -26,13 +26,12 @@ class State:
         self.reader = ArrayReader(*stored_arrays(self.tensors))
         self._quantized: dict[str, torch.Tensor] = {}
 
-    def put(self, name: str, stored: Array) -> None:
+    def put(self, spec: TensorSpec, stored: Array) -> None:
         """Give a tensor the elements of an archive, in the quantized model; others are ignored."""
-        known = self.reader.contents.aliases.get(name, name)
+        known = self.reader.contents.aliases.get(spec.name, spec.name)
         tensor = self.tensors.get(known)
         if tensor is not None and tuple(tensor.shape) == stored.shape:
-            value = from_stored(stored.copy(), self.reader.spec(known).dtype)
-            self._quantized[known] = value.to(tensor.device)
+            self._quantized[known] = from_stored(stored.copy(), spec.dtype).to(tensor)
 
     def forget(self) -> None:
         """Let the quantized model be the original one again."""

@@ -1,6 +1,7 @@
 """Calibration statistics: what the layers of a model see at their inputs, and their file.
 
-That is a safetensors file with ``NAME#moment`` and ``NAME#mean`` of each tensor ``NAME``; the rest
+That is a safetensors file with ``NAME#moment`` and ``NAME#mean`` of each tensor ``NAME``, for some
+also ``NAME#row_steps``; the rest
 is JSON in its metadata. It carries a hash of the tensors that it speaks of.
 """
 
@@ -14,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from weightvid.checkpoint import CheckpointReader, Contents, create_checkpoint, open_checkpoint
 from weightvid.checkpoint.base import raw_bytes, shorten
 from weightvid.errors import CheckpointError, QuantizationError, TensorNotFoundError
-from weightvid.loader import Floats, TensorSpec
+from weightvid.loader import Array, Floats, TensorSpec, to_float32
 
 KEY: Final = "weightvid.calibration"
 VERSION: Final = 1
@@ -75,7 +77,8 @@ class TensorMoments:
     ``damping``, a part of the mean diagonal, worked best on samples held back; 0: the tensor is
     better off without its moment. ``gain_db`` is what the output error gains there; None: not
     measured. ``bias`` names what is added to the layer's output or, where ``bias_sign`` is -1,
-    subtracted from it, as the running mean of a BatchNorm is.
+    subtracted from it, as the running mean of a BatchNorm is. ``row_steps`` are quarter octaves by
+    which the steps of a table's rows are larger, by how often they are looked up.
     """
 
     moment: Floats
@@ -85,6 +88,7 @@ class TensorMoments:
     gain_db: float | None = None
     bias: str | None = None
     bias_sign: int = 1
+    row_steps: npt.NDArray[np.int8] | None = None
 
     @property
     def useful(self) -> bool:
@@ -150,14 +154,19 @@ class CalibrationStats:
         OutputError
             The file exists or cannot be written.
         """
-        arrays: dict[str, Floats] = {}
+        arrays: dict[str, Array] = {}
         records: dict[str, Any] = {}
         for name, tensor in sorted(self.tensors.items()):
             arrays[f"{name}#moment"], arrays[f"{name}#mean"] = tensor.moment, tensor.mean
+            if tensor.row_steps is not None:
+                arrays[f"{name}#row_steps"] = tensor.row_steps
             records[name] = {key: getattr(tensor, key) for key in _RECORDED}
         record = {"version": VERSION, "tensors": records, "sensitivity": dict(self.sensitivity)}
         record |= {key: getattr(self, key) for key in _WHOLE}
-        specs = [TensorSpec(name, "F32", array.shape) for name, array in arrays.items()]
+        specs = [
+            TensorSpec(name, "F32" if array.dtype == np.float32 else "I8", array.shape)
+            for name, array in arrays.items()
+        ]
         contents = Contents(tuple(specs), metadata={KEY: json.dumps(record)})
         with create_checkpoint(path, contents, force=force, kind="safetensors") as writer:
             for name, array in arrays.items():
@@ -202,8 +211,12 @@ def load_stats(path: str | os.PathLike[str]) -> CalibrationStats:
 
 def _read_tensor(reader: CheckpointReader, name: str, entry: Mapping[str, Any]) -> TensorMoments:
     moment, mean = (cast(Floats, reader.read(f"{name}#{part}")) for part in ("moment", "mean"))
-    found = TensorMoments(moment, mean, **{key: entry[key] for key in _RECORDED})
+    known = {spec.name for spec in reader.contents.tensors}
+    steps = reader.read(f"{name}#row_steps") if f"{name}#row_steps" in known else None
+    entries = {key: entry[key] for key in _RECORDED}
+    found = TensorMoments(moment, mean, **entries, row_steps=cast(npt.NDArray[np.int8], steps))
     good = found.axis in (0, 1) and found.bias_sign in (1, -1) and 0.0 <= found.damping < np.inf
+    good = good and (steps is None or (steps.dtype == np.int8 and steps.ndim == 1))
     good = good and moment.dtype == mean.dtype == np.float32 and mean.ndim == 2
     if not good or moment.shape != (*mean.shape, mean.shape[-1]):
         raise ValueError(f"tensor {name!r}")
@@ -211,15 +224,15 @@ def _read_tensor(reader: CheckpointReader, name: str, entry: Mapping[str, Any]) 
 
 
 def model_hash(reader: CheckpointReader, names: Iterable[str]) -> str:
-    """SHA-256 of tensors: for each, in order of its name, name, dtype, shape and stored bytes.
+    """SHA-256 of tensors: for each, in order of its name, name, shape and values as float32.
 
     Buffers such as batch counters differ between a file and the module that was loaded from it, so
-    only tensors that have statistics are taken.
+    only tensors that have statistics are taken. Their types may differ, too: halves run as float32.
     """
     digest = hashlib.sha256()
     for name in sorted(names):
         spec = reader.spec(name)
-        head = json.dumps([name, spec.dtype, list(spec.shape)]).encode()
+        head = json.dumps([name, list(spec.shape)]).encode()
         digest.update(len(head).to_bytes(4, "little") + head)
-        digest.update(raw_bytes(reader.read(name)).data)
+        digest.update(raw_bytes(to_float32(reader.read(name).reshape(-1), spec.dtype)).data)
     return digest.hexdigest()

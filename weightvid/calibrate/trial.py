@@ -68,14 +68,14 @@ class Coded:
 
     def put(self, state: State, survey: Survey) -> None:
         """Give it to the quantized model, with the bias that makes up for its shift."""
-        state.put(self._spec.name, self.stored)
+        state.put(self._spec, self.stored)
         shifts = [part.shift for part in self.parts if part.shift is not None]
         moments = survey.moments.get(self._number)
         if moments is not None and moments.bias is not None and np.isfinite(shifts).all():
             spec = survey.specs[moments.bias]
             values = values_of(survey.reader.read(spec.name), spec)
             values = values + moments.bias_sign * sum(shifts)
-            state.put(spec.name, from_float32(values, spec.dtype))
+            state.put(spec, from_float32(values, spec.dtype))
 
 
 def values_of(stored: Array, spec: TensorSpec) -> Floats:

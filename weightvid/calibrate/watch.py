@@ -33,6 +33,8 @@ _CHUNK_ELEMENTS: Final = 1 << 23
 _DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: rows of inputs multiplied at once in float32 before they are added up in float64.
 _ROWS: Final = 4096
+#: of BatchNorm, as it is by default.
+_EPSILON: Final = 1e-5
 #: factors of the sums of products: x' x', x x', x x.
 _PRODUCTS: Final = ((0, 0), (1, 0), (1, 1))
 _ATTENTION: Final = inspect.signature(fn.multi_head_attention_forward)
@@ -280,6 +282,15 @@ _CALLS: Final[dict[Any, tuple[Callable[[Watch, _Given, Any], Any], Sequence[str]
     **dict.fromkeys((fn.conv_transpose1d, fn.conv_transpose2d, fn.conv_transpose3d),
                     (_transposed, (*_CONVOLVED, "output_padding", "groups"))),
 }  # fmt: skip
+
+
+def nats_apart(
+    mean: torch.Tensor, variance: torch.Tensor, known: torch.Tensor, known_variance: torch.Tensor
+) -> torch.Tensor:
+    """Kullback-Leibler divergence of normal distributions from known ones, by channel."""
+    ratio = (variance + _EPSILON) / (known_variance + _EPSILON)
+    apart = (mean - known).square() / (known_variance + _EPSILON)
+    return 0.5 * (ratio + apart - 1.0 - ratio.log())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

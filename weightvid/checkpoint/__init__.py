@@ -14,16 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
+from typing import Final, TypeGuard, cast
 
-from weightvid.checkpoint.base import ArrayReader, CheckpointReader, CheckpointWriter, Contents
-from weightvid.errors import CheckpointError
+from weightvid.checkpoint.base import (
+    ArrayReader,
+    CheckpointReader,
+    CheckpointWriter,
+    Contents,
+    explained,
+    shorten,
+)
+from weightvid.errors import CheckpointError, OutputError
 from weightvid.loader import Array
 from weightvid.progress import Report, quiet
 from weightvid.spec import TensorSpec
-
-if TYPE_CHECKING:
-    from weightvid.checkpoint.remote import check_upload, file_name, open_remote, upload
 
 __all__ = [
     "KINDS",
@@ -32,15 +36,11 @@ __all__ = [
     "Contents",
     "Kind",
     "TensorSpec",
-    "check_upload",
     "create_checkpoint",
-    "file_name",
     "from_mapping",
     "is_url",
     "kind_for_output",
     "open_checkpoint",
-    "open_remote",
-    "upload",
 ]
 
 _HEAD_BYTES: Final = 512
@@ -70,7 +70,8 @@ class Kind:
     def open(self, path: Path) -> CheckpointReader:
         """Open a file of this kind."""
         module = import_module(f"weightvid.checkpoint.{self.module}")
-        return cast(CheckpointReader, module.Reader(path))
+        with explained(f"cannot read {path}"):
+            return cast(CheckpointReader, module.Reader(path))
 
     def create(self, path: Path, contents: Contents, *, force: bool) -> CheckpointWriter:
         """Start writing a file of this kind."""
@@ -85,6 +86,10 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("npz", "NumPy npz", (".npz",), "npz"),
     Kind("gguf", "GGUF", (".gguf",), "gguf", ("gguf-metadata",)),
     Kind("onnx", "ONNX", (".onnx",), "onnx_file", ("onnx-graph",)),
+    Kind("tflite", "LiteRT", (".tflite",), "tflite_file", ("tflite-graph",)),
+    Kind(
+        *("coreml", "Core ML package", (".mlpackage",), "coreml"), ("coreml-file", "coreml-weights")
+    ),
     Kind("nnc", "MPEG NNC", (".nnc",), "nnc"),
     Kind("folder", "Hugging Face folder", (), "folder", ("file", "weights")),
     Kind("gguf-f32", "GGUF", (), "gguf", ("gguf-metadata",), "F32"),
@@ -94,7 +99,6 @@ KINDS: Final[tuple[Kind, ...]] = (
 #: offset, first bytes there in lower case, what the file is and what to do about it.
 _FOREIGN: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"\x89hdf\r\n\x1a\n", "an HDF5 (Keras) file; this kind is not supported (yet)"),
-    (4, b"tfl3", "a TensorFlow Lite file; this kind is not supported"),
     (0, b"\x93numpy", "a single NumPy array without a name; save it with numpy.savez"),
     (4, b"ftyp", "an MP4 file; weightvid archives are read by weightvid.loader and `unpack`"),
     (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
@@ -153,7 +157,11 @@ def create_checkpoint(
     CheckpointError, OutputError
         Contents that the kind cannot hold; a destination that exists or cannot be written.
     """
-    return kind_for_output(Path(path), kind).create(Path(path), contents, force=force)
+    place = Path(path)
+    if str(path) == "-" or (place.exists() and not (place.is_file() or place.is_dir())):
+        said = "it is no regular file; a checkpoint cannot go into a pipe"
+        raise OutputError(f"cannot write {os.fspath(path)}: {said}")
+    return kind_for_output(place, kind).create(place, contents, force=force)
 
 
 def from_mapping(
@@ -186,13 +194,6 @@ def from_mapping(
     return ArrayReader(arrays, dtypes, metadata)
 
 
-def __getattr__(name: str) -> Any:
-    """Import what deals with addresses when it is asked for."""
-    if name not in __all__:
-        raise AttributeError(f"module 'weightvid.checkpoint' has no attribute {name!r}")
-    return getattr(import_module("weightvid.checkpoint.remote"), name)
-
-
 def is_url(source: object) -> TypeGuard[str]:
     """Whether a source is an address rather than a path.
 
@@ -213,7 +214,8 @@ def kind_of_file(path: Path) -> Kind:
         Missing, unreadable, or not a checkpoint that we understand: the message says what it is.
     """
     if path.is_dir():
-        return kind_for_output(path, "folder")
+        package = (path / "Manifest.json").is_file() and (path / "Data").is_dir()
+        return kind_for_output(path, "coreml" if package else "folder")
     if path.exists() and not path.is_file():
         raise CheckpointError(f"cannot read {path}: it is no regular file, but a pipe or a device")
     try:
@@ -221,8 +223,10 @@ def kind_of_file(path: Path) -> Kind:
             head = file.read(_HEAD_BYTES)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
+        if str(path) == "-":
+            reason = "a checkpoint is read from a file, not from a pipe"
         raise CheckpointError(f"cannot read {os.fspath(path)!r}: {reason}") from None
-    if path.suffix == ".distcp":
+    if path.suffix == ".distcp" or path.name == ".metadata":
         said = "a part of a checkpoint of torch.distributed; name its folder"
         raise CheckpointError(f"cannot read {path}: it is {said}")
     members = _zip_members(path) if head.startswith(_ZIP_STARTS) else None
@@ -242,7 +246,8 @@ def kind_for_output(path: Path, name: str | None = None) -> Kind:
     """
     suffix = path.suffix.lower()
     # A name such as Qwen2.5-0.5B has no suffix, though it has dots.
-    if name is None and (path.is_dir() or not suffix or suffix[1:2].isdigit()):
+    is_folder = path.is_dir() and suffix != ".mlpackage"
+    if name is None and (is_folder or not suffix or suffix[1:2].isdigit()):
         name = "folder"
     for kind in KINDS:
         if (kind.name == name) if name is not None else (suffix in kind.suffixes):
@@ -252,7 +257,7 @@ def kind_for_output(path: Path, name: str | None = None) -> Kind:
         raise CheckpointError(f"unknown checkpoint kind {name!r}; known are {names}")
     raise CheckpointError(
         f"cannot tell from the name {path.name!r} what kind of checkpoint to write; "
-        f"use one of {_understood()}, where a folder has no suffix"
+        f"use one of {_understood()}; a folder has no suffix, or ends in a slash"
     )
 
 
@@ -281,6 +286,8 @@ def _recognise(suffix: str, head: bytes, members: tuple[str, ...] | None) -> str
         return "torch"
     if head[:4] == b"GGUF":
         return "gguf"
+    if head[4:8] == b"TFL3":
+        return "tflite"
     # A protobuf message that starts with ``ir_version``, and is named so or names its producer.
     if head[:1] == b"\x08" and (suffix == ".onnx" or head[2:3] == b"\x12"):
         return "onnx"
@@ -317,6 +324,8 @@ def _explain(path: Path, head: bytes, members: tuple[str, ...] | None) -> str:
         if head[offset : offset + len(magic)].lower() == magic:
             return f"it is {what}"
     if members is not None:
+        if models := [name for name in members if name.endswith(".tflite")]:
+            return f"it is a bundle of LiteRT models; extract it first: it holds {shorten(models)}"
         return f"it is a zip archive with neither PyTorch's data.pkl nor .npy arrays ({known})"
     if head.startswith(_ZIP_STARTS):
         return "it is a zip archive (npz or PyTorch) that is cut short or damaged"

@@ -11,14 +11,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 from types import ModuleType
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 
 from weightvid.atomic import AtomicFile, output_error
-from weightvid.errors import CheckpointError, OutputError, TensorNotFoundError
+from weightvid.errors import CheckpointError, OutputError, TensorNotFoundError, WeightvidError
 from weightvid.loader import Array, Bytes
 from weightvid.spec import SIDE_FILE_BYTES, SideFile, TensorSpec, name_of, stored_dtype
+
+_MESSAGE_LETTERS: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class CheckpointReader(ABC):
         TensorNotFoundError, CheckpointError
             No such tensor; or the file is damaged there, or the reader is closed.
         """
-        with self._lock:
+        with self._lock, explained(f"tensor {name!r} is damaged"):
             return self._read(self._wanted(name))
 
     def read_range(self, name: str, first: int, count: int) -> Array:
@@ -97,7 +99,7 @@ class CheckpointReader(ABC):
             raise CheckpointError(
                 f"tensor {name!r} has {spec.size} elements, not {first} .. {first + count}"
             )
-        with self._lock:
+        with self._lock, explained(f"tensor {name!r} is damaged"):
             return self._read_range(spec, first, count)
 
     def _wanted(self, name: str) -> TensorSpec:
@@ -403,6 +405,22 @@ def as_side_file(path: str, data: bytes, role: str) -> tuple[tuple[SideFile, ...
     return (SideFile(path, data, role),), ()
 
 
+def unique(name: str, taken: dict[str, int]) -> str:
+    """A name that is not taken yet: the one wanted, or with a number; from now on it is taken.
+
+    Examples
+    --------
+    >>> taken = {}
+    >>> [unique("w", taken) for _ in range(3)]
+    ['w', 'w.1', 'w.2']
+    """
+    made = name
+    while made in taken:
+        made, taken[name] = f"{name}.{taken[name]}", taken[name] + 1
+    taken[made] = 1
+    return made
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a file really lies in a folder, or where the hub's cache keeps what it links to."""
     real, root = path.resolve(), folder.resolve()
@@ -432,8 +450,26 @@ def shorten(items: Iterable[object], limit: int = 8) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """First line of an error's message, if not too long, or its type if it has none."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_MESSAGE_LETTERS]
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Make one line of whatever error a damaged file brings out of a library: ``what: why``.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    try:
+        yield
+    except WeightvidError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what}: {first_line(error)}") from None
 
 
 def tied_note(aliases: Collection[str]) -> tuple[str, ...]:

@@ -12,11 +12,11 @@ import os
 import re
 import shutil
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from weightvid.atomic import (
     hold,
@@ -30,7 +30,8 @@ from weightvid.checkpoint.base import (
     CheckpointReader,
     CheckpointWriter,
     Contents,
-    first_line,
+    FileWriter,
+    explained,
     is_inside,
     shorten,
 )
@@ -64,7 +65,7 @@ _WEIGHTS: Final = ("model.safetensors", "diffusion_pytorch_model.safetensors", "
 _LONE: Final = ((".safetensors",), (".bin", ".pt", ".pth"))
 _INDEX: Final = re.compile(r"(.+)\.(safetensors|bin)\.index((?:\.[\w-]+)?)\.json")
 #: checkpoints that are files, which a folder may hold nothing else of.
-FILES: Final = (".gguf", ".onnx", ".npz")
+FILES: Final = (".gguf", ".onnx", ".npz", ".tflite")
 _DISTRIBUTED: Final = (
     "a checkpoint of torch.distributed; make one file of it: python -m "
     "torch.distributed.checkpoint.format_utils dcp_to_torch {} model.pt"
@@ -103,6 +104,11 @@ def find_weights(names: Sequence[str]) -> list[str]:
     return []
 
 
+def is_model(names: Sequence[str]) -> bool:
+    """Whether a folder of these files can be packed: weights, or a package of Core ML."""
+    return bool(find_weights(names)) or "Manifest.json" in names
+
+
 def is_index(name: str) -> bool:
     """Whether a file says which shards the tensors are in."""
     return _INDEX.fullmatch(name) is not None
@@ -127,7 +133,10 @@ class Reader(CheckpointReader):
         specs: list[TensorSpec] = []
         aliases: dict[str, str] = {}
         metadata: dict[str, str] = {}
-        files, left_out = gather(self._folder)
+        path = self._folder / "modules.json"
+        fits = path.is_file() and path.stat().st_size <= SIDE_FILE_BYTES
+        modules = _modules(path.read_bytes() if fits else b"")
+        files, left_out = gather(self._folder, lambda name: _foreign(name, modules))
         files = (*_weights_name(weights), *files)
         skipped = [entry for entry in left_out if entry.rpartition(" (")[0] not in placed]
         taken = {name for listed in placed.values() for name in listed or ()}
@@ -189,33 +198,44 @@ class Reader(CheckpointReader):
 class Writer(CheckpointWriter):
     """Shards and side files in a hidden folder next to the destination, renamed at the end."""
 
+    weights_writer: ClassVar[type[FileWriter]] = safetensors.Writer
+
     def __init__(self, path: Path, contents: Contents, *, force: bool = False) -> None:
         super().__init__(path, contents)
         self._target = Path(os.path.realpath(path))
         self._merge = _check_target(self._target, os.fspath(path), force)
-        self._files, left_out = _restored(contents.files)
-        if left_out:
-            self.notes += (f"side files that are not restored: {shorten(left_out)}",)
+        self._files = self._side_files()
         self.contents = replace(
             contents, files=tuple(SideFile(name, data) for name, data in self._files.items())
         )
         self._writers: dict[str, CheckpointWriter] = {}
         self._weight_map: dict[str, str] = {}
         self._stem = self._name_weights(contents.files)
+        self._make_folder()
         with self._removed_on_error():
-            self._make_folder()
             self._check_places(self._files)
             for shard, inside in self._plan_shards().items():
-                self._writers[shard] = safetensors.Writer(self._folder / shard, inside)
+                (self._folder / shard).parent.mkdir(parents=True, exist_ok=True)
+                self._writers[shard] = self.weights_writer(self._folder / shard, inside)
                 self._weight_map |= {name: shard for name, _ in inside.rows()}
                 self.notes += self._writers[shard].notes
+
+    def _side_files(self) -> dict[str, bytes]:
+        """Files besides the weights, by their paths."""
+        files, left_out = _restored(self.contents.files)
+        if left_out:
+            self.notes += (f"side files that are not restored: {shorten(left_out)}",)
+        return files
 
     def _make_folder(self) -> None:
         """Make the hidden folder, which stays marked as in use while its descriptor is open."""
         remove_remains(self._target.parent)
         while True:
             self._folder = temporary_path(self._target.parent)
-            self._folder.mkdir()
+            try:
+                self._folder.mkdir()
+            except OSError as error:
+                raise output_error(self._path, error) from None
             held = os.open(self._folder, os.O_RDONLY) if os.name == "posix" else None
             self._cleanup = weakref.finalize(self, _remove, self._folder, os.getpid(), held)
             if held is None or hold(held, self._folder):
@@ -260,17 +280,20 @@ class Writer(CheckpointWriter):
     def _finish(self) -> None:
         for writer in self._writers.values():
             writer.commit()
-        files = dict(self._files)
-        if len(self._writers) > 1:
-            size = sum(safetensors.file_bytes(spec) for _, spec in self.contents.rows())
-            record = {"metadata": {"total_size": size}, "weight_map": self._weight_map}
-            text = json.dumps(record, indent=2, ensure_ascii=False)
-            name, dot, variant = self._stem.partition(".")
-            files[f"{name}.safetensors.index{dot}{variant}.json"] = text.encode()
-        for name, data in files.items():
+        for name, data in (self._files | self._index()).items():
             path = self._folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+
+    def _index(self) -> dict[str, bytes]:
+        """The file that says which shard holds what, if there is more than one."""
+        if len(self._writers) < 2:
+            return {}
+        size = sum(safetensors.file_bytes(spec) for _, spec in self.contents.rows())
+        record = {"metadata": {"total_size": size}, "weight_map": self._weight_map}
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        name, dot, variant = self._stem.partition(".")
+        return {f"{name}.safetensors.index{dot}{variant}.json": text.encode()}
 
     def _publish(self) -> None:
         if not self._merge:
@@ -325,26 +348,21 @@ class Writer(CheckpointWriter):
 
 def _placed(folder: Path) -> tuple[str, Mapping[str, set[str] | None]]:
     """The weights or their index, and files with the names of the tensors that it places there."""
-    try:
-        names = [entry.name for entry in folder.iterdir() if entry.is_file()]
-        weights = find_weights(names)
-        if len(weights) != 1:
-            said = f"several weights and no index of them ({shorten(weights)}); name one"
-            raise CheckpointError(
-                f"the folder {folder} holds {said if weights else _advice(folder, names)}"
-            )
-        if not is_index(weights[0]):
-            return weights[0], {weights[0]: None}
-        index = folder / weights[0]
-        pairs = list(_read_json(index)["weight_map"].items())
+    names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    weights = find_weights(names)
+    if len(weights) > 1:
+        said = f"{folder} holds several weights and no index of them ({shorten(weights)}); name one"
+        raise CheckpointError(said)
+    if not weights:
+        inner = [f"{sub.parent.name}/{sub.name}" for sub in folder.glob("*/*") if sub.is_file()]
+        raise CheckpointError(advice(str(folder), names + inner))
+    if not is_index(weights[0]):
+        return weights[0], {weights[0]: None}
+    index = folder / weights[0]
+    with explained(f"{index} is no index of shards"):
+        pairs = list(read_json(index)["weight_map"].items())
         if not pairs:
             raise ValueError("its weight_map is empty")
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of shards: {first_line(error)}") from None
     shards: dict[str, set[str]] = {}
     for tensor, shard in sorted(pairs, key=lambda pair: str(pair[1])):
         if not isinstance(shard, str) or "/" in shard or not is_safe_path(shard):
@@ -355,29 +373,28 @@ def _placed(folder: Path) -> tuple[str, Mapping[str, set[str] | None]]:
     return weights[0], shards
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """A small regular file; some editors of Windows put a byte order mark before it."""
     if not path.is_file() or path.stat().st_size > SIDE_FILE_BYTES:
         raise ValueError("it is no file, or too large")
     return json.loads(path.read_text("utf-8-sig"))
 
 
-def _advice(folder: Path, names: Sequence[str]) -> str:
-    """What else a folder without weights holds, and what to do about it."""
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        return _DISTRIBUTED.format(folder)
-    if files := sorted(name for name in names if name.lower().endswith(FILES)):
-        return (
-            f"no weights of a folder, but files that are models: name one, as {folder / files[0]}"
-        )
-    inner = []
-    for sub in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        inside = [entry.name for entry in sub.iterdir() if entry.is_file()]
-        if find_weights(inside) or any(name.lower().endswith(FILES) for name in inside):
-            inner.append(str(sub))
-    if inner:
-        return f"no weights of its own, but folders of models; pack each: {shorten(inner)}"
-    return f"no weights; weightvid looks for {shorten(_WEIGHTS)} or their {INDEX}"
+def advice(where: str, names: Collection[str]) -> str:
+    """What a folder holds that has no weights (files of it and of its folders), and what to do."""
+    if any(name == ".metadata" or name.endswith(".distcp") for name in names):
+        return f"the folder {where} holds {_DISTRIBUTED.format(where)}"
+    inside: dict[str, list[str]] = {}
+    for name in names:
+        inside.setdefault(name.rpartition("/")[0], []).append(name.rpartition("/")[2])
+    models = [name for name in names if name.lower().endswith(FILES)]
+    models += [sub for sub in inside if sub and ".mlpackage/" not in sub and is_model(inside[sub])]
+    if models:
+        listed = shorten(f"{where}/{name}" for name in sorted(models))
+        return f"the folder {where} has no weights but models; pack them one by one: {listed}"
+    known = f"{shorten(_WEIGHTS)}, or their {INDEX}"
+    found = shorten(sorted(names)) or "nothing"
+    return f"{where} holds no weights that weightvid looks for ({known}); the folder has {found}"
 
 
 def _weights_name(name: str) -> tuple[SideFile, ...]:
@@ -435,29 +452,29 @@ def _is_startup(name: str) -> bool:
     return any(part.startswith(".") or part.lower() in _STARTUP for part in name.split("/"))
 
 
-def gather(folder: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+def gather(
+    folder: Path, foreign: Callable[[PurePosixPath], str]
+) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     """Small files of a model folder, and what is left out as ``"path (why)"``.
 
-    Hidden files, weights and their index files are not side files; weights of a further module of
-    sentence-transformers (named in ``modules.json``) are, if small enough.
+    Hidden files and index files of weights are not side files; ``foreign`` says of others why they
+    are not, or nothing.
 
     Raises
     ------
     CheckpointError
         A file cannot be read.
     """
-    listed = folder / "modules.json"
-    small = listed.is_file() and listed.stat().st_size <= SIDE_FILE_BYTES
-    modules = _modules(listed.read_bytes() if small else b"")
     files: list[SideFile] = []
     skipped: list[str] = []
     total = 0
     seen: set[str] = set()
     for path in _walk(folder):
         name = path.relative_to(folder).as_posix()
-        try:
+        reason = foreign(PurePosixPath(name))
+        with explained(f"cannot read {path}"):
             size = path.stat().st_size
-            if reason := _foreign(PurePosixPath(name), modules):
+            if reason:
                 pass
             elif not is_inside(path, folder):
                 reason = "a link that leads out of the folder"
@@ -472,8 +489,6 @@ def gather(folder: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
                 seen.add(name.casefold())
                 total += size
                 continue
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
         skipped.append(f"{name} ({reason})")
     return tuple(files), tuple(skipped)
 

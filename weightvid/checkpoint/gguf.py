@@ -55,15 +55,10 @@ class Reader(base.CheckpointReader):
         if tensor.tensor_type.name in _PLAIN:
             flat: Array = np.asarray(tensor.data).reshape(-1).view(stored_dtype(spec.dtype))
             return flat.reshape(spec.shape)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                made: Array = _library().quants.dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            raise CheckpointError(
-                f"the gguf package cannot dequantize {tensor.tensor_type.name} of tensor "
-                f"{spec.name!r}: {base.first_line(error)}"
-            ) from None
+        failed = f"gguf cannot dequantize {tensor.tensor_type.name} of tensor {spec.name!r}"
+        with base.explained(failed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made: Array = _library().quants.dequantize(tensor.data, tensor.tensor_type)
         return made.reshape(spec.shape)
 
     def close(self) -> None:
@@ -149,13 +144,10 @@ def _parse(path: Path) -> Any:
                 raise ValueError("it is cut short, or its header is damaged")
             return super()._get(offset, dtype, count, *more, **named)
 
-    try:
-        with path.open("rb") as file:
-            if file.read(8) not in _VERSIONS:
-                raise ValueError("GGUF versions 2 and 3 are read, little-endian")
+    with base.explained(f"cannot read {path}"), path.open("rb") as file:
+        if file.read(8) not in _VERSIONS:
+            raise ValueError("GGUF versions 2 and 3 are read, little-endian")
         return Bounded(path)
-    except (ValueError, KeyError, IndexError, OverflowError, OSError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {base.first_line(error)}") from None
 
 
 def _head(source: Any) -> bytes:

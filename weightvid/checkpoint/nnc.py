@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from weightvid.atomic import ScratchFolder
 from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError
 from weightvid.loader import Array
@@ -30,7 +30,7 @@ class Reader(base.ArrayReader):
     """A bitstream, decoded when it is opened: floats as F32, integers as I32."""
 
     def __init__(self, path: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="weightvid-") as name:
+        with ScratchFolder() as name:
             folder = Path(name)
             (folder / "stream.nnc").write_bytes(path.read_bytes())
             _run(folder, f"{path} cannot be read", "decode")
@@ -57,7 +57,7 @@ class Writer(base.FileWriter):
             self._arrays[name] = values
 
     def _finish(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="weightvid-") as name:
+        with ScratchFolder() as name:
             folder = Path(name)
             # Members of the file are numbers: names may hold what a path may not.
             arrays: dict[str, Any] = {str(n): a for n, a in enumerate(self._arrays.values())}

@@ -33,10 +33,7 @@ class Reader(base.CheckpointReader):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._archive = zipfile.ZipFile(path)
-        except Exception as error:
-            raise CheckpointError(f"{path} is no valid npz file: {error}") from None
+        self._archive = zipfile.ZipFile(path)
         self._members: dict[str, zipfile.ZipInfo] = {}
         specs: list[TensorSpec] = []
         skipped: list[str] = []
@@ -61,12 +58,9 @@ class Reader(base.CheckpointReader):
             return "no .npy array"
         if info.compress_type not in _COMPRESSIONS:
             raise CheckpointError(f"{what} has an unknown compression")
-        try:
-            with self._archive.open(info) as member:
-                shape, dtype = _read_header(member)
-                data_bytes = info.file_size - member.tell()
-        except Exception as error:
-            raise CheckpointError(f"{what} is damaged: {base.first_line(error)}") from None
+        with base.explained(f"{what} is damaged"), self._archive.open(info) as member:
+            shape, dtype = _read_header(member)
+            data_bytes = info.file_size - member.tell()
         if dtype.hasobject:
             return "array of Python objects or records"
         try:
@@ -81,16 +75,12 @@ class Reader(base.CheckpointReader):
         return spec
 
     def _read(self, spec: TensorSpec) -> Array:
-        try:
-            with warnings.catch_warnings(), self._archive.open(self._members[spec.name]) as file:
-                warnings.simplefilter("ignore")
-                array: Array = _FORMAT.read_array(file, allow_pickle=False)
-                # The checksum is compared only when the reader meets the end.
-                if file.read(1):
-                    raise EOFError("more bytes than its header says")
-        except Exception as error:
-            what = f"array {spec.name!r} in {self._path}"
-            raise CheckpointError(f"{what} is damaged: {base.first_line(error)}") from None
+        with warnings.catch_warnings(), self._archive.open(self._members[spec.name]) as file:
+            warnings.simplefilter("ignore")
+            array: Array = _FORMAT.read_array(file, allow_pickle=False)
+            # The checksum is compared only when the reader meets the end.
+            if file.read(1):
+                raise EOFError("more bytes than its header says")
         return array.astype(stored_dtype(spec.dtype), "C", copy=False)
 
     def close(self) -> None:

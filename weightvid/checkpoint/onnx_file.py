@@ -63,16 +63,12 @@ class Reader(base.ArrayReader):
                 continue
             spec = TensorSpec(name, _NAMES[tensor.data_type], tuple(tensor.dims))
             dtypes[name] = spec.dtype
-            try:
+            with base.explained(f"tensor {name!r} of {path} cannot be read"):
                 arrays[name] = _elements(path, spec, tensor, outside)
-                own = tensor.name
-                tensor.Clear()
-                tensor.name, tensor.data_type = own, DTYPES[spec.dtype]
-                tensor.dims.extend(spec.shape)
-            except (ValueError, TypeError, OverflowError, MemoryError, OSError) as error:
-                raise CheckpointError(
-                    f"tensor {name!r} of {path} cannot be read: {base.first_line(error)}"
-                ) from None
+            own = tensor.name
+            tensor.Clear()
+            tensor.name, tensor.data_type = own, DTYPES[spec.dtype]
+            tensor.dims.extend(spec.shape)
         helper = _library().external_data_helper
         if any(map(helper.uses_external_data, helper._get_all_tensors(model))):
             raise CheckpointError(
@@ -145,11 +141,8 @@ def _library() -> Any:
 def _load(source: Path | BytesIO, what: str) -> Any:
     """A model without its external data."""
     library = _library()
-    try:
+    with base.explained(f"{what} is no valid ONNX model"):
         model = library.load_model(source, "protobuf", load_external_data=False)
-    except Exception as error:
-        # The exceptions of protobuf have no common base that is public.
-        raise CheckpointError(f"{what} is no valid ONNX model: {base.first_line(error)}") from None
     if not model.HasField("graph"):
         raise CheckpointError(f"{what} is no valid ONNX model: it has no graph")
     return model
@@ -165,15 +158,7 @@ def places(model: Any) -> Iterator[tuple[str, Any]]:
     CheckpointError
         Two initializers of one graph have one name.
     """
-    taken: set[str] = set()
-
-    def named(name: str) -> str:
-        number, made = 1, name
-        while made in taken:
-            made, number = f"{name}.{number}", number + 1
-        taken.add(made)
-        return made
-
+    taken: dict[str, int] = {}
     bodies = [model.graph, *model.functions]
     for graph in (graph for body in bodies for graph in _graphs(body)):
         own = [tensor.name for tensor in getattr(graph, "initializer", ())]
@@ -181,10 +166,11 @@ def places(model: Any) -> Iterator[tuple[str, Any]]:
             raise CheckpointError(f"two tensors are named {twice[0]!r} in one graph of the model")
         for tensor in getattr(graph, "initializer", ()):
             if tensor.name:
-                yield named(tensor.name), tensor
+                yield base.unique(tensor.name, taken), tensor
     for function in model.functions:
         for node in filter(_is_weight, function.node):
-            yield named(f"{function.name}.{node.output[0]}"), node.attribute[0].t
+            name = f"{function.name}.{node.output[0]}"
+            yield base.unique(name, taken), node.attribute[0].t
 
 
 def _graphs(body: Any) -> Iterator[Any]:
@@ -204,12 +190,7 @@ def _elements(path: Path, spec: TensorSpec, tensor: Any, outside: dict[str, Arra
     if not library.external_data_helper.uses_external_data(tensor):
         flat = np.ascontiguousarray(library.numpy_helper.to_array(tensor)).reshape(-1)
         return flat.view(stored).reshape(spec.shape)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of keys that it does not know
-        info = library.external_data_helper.ExternalDataInfo(tensor)
-    location = info.location
-    while location.startswith("./"):
-        location = location[2:]
+    info, location = _outside(tensor)
     if not is_safe_path(location):
         raise ValueError(f"{location[:80]!r} does not lie in the model's folder")
     if (info.length or spec.stored_bytes) != spec.stored_bytes:
@@ -228,6 +209,24 @@ def _elements(path: Path, spec: TensorSpec, tensor: Any, outside: dict[str, Arra
     if at < 0 or len(found) != spec.stored_bytes:
         raise ValueError(f"{beside} ends before it: the file is cut short")
     return found.view(stored).reshape(spec.shape)
+
+
+def _outside(tensor: Any) -> tuple[Any, str]:
+    """Where the data of a tensor lies, and the file that it is in."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that it does not know
+        info = _library().external_data_helper.ExternalDataInfo(tensor)
+    location: str = info.location
+    while location.startswith("./"):
+        location = location[2:]
+    return info, location
+
+
+def files_beside(path: Path) -> list[str]:
+    """Names of the files that hold a model's data."""
+    helper, model = _library().external_data_helper, _load(path, str(path))
+    outside = filter(helper.uses_external_data, helper._get_all_tensors(model))
+    return sorted({_outside(tensor)[1] for tensor in outside})
 
 
 def _constants_to_initializers(graph: Any) -> None:

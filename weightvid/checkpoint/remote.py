@@ -2,25 +2,32 @@
 
 Archives are read and written where they are. Checkpoints are downloaded first: those of the hub to
 huggingface_hub's cache, where they stay; others to a temporary folder (of ``TMPDIR``).
+
+Of a web server, which may be anybody's, each wait has an end here, and each number a limit.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from concurrent.futures import wait
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path, PurePosixPath
+from time import monotonic
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote, urlsplit
 
+from weightvid.atomic import ScratchFolder
 from weightvid.checkpoint import open_checkpoint
 from weightvid.checkpoint.base import CheckpointReader, shorten
-from weightvid.checkpoint.folder import FILES, WEIGHTS, find_weights, is_index
+from weightvid.checkpoint.folder import WEIGHTS, advice, find_weights, is_index
 from weightvid.errors import CheckpointError, OutputError, RemoteError
 from weightvid.progress import Progress, Report
 from weightvid.spec import SIDE_FILE_BYTES, is_safe_path
@@ -30,8 +37,14 @@ if TYPE_CHECKING:
 
 WEB: Final = ("http", "https")
 _BLOCK_BYTES: Final = 1 << 22
-#: seconds that a server may take to answer, and to send the next byte.
-_CONNECT_S, _SILENCE_S = 30.0, 60.0
+#: seconds that a web server may take to answer, and for the next ``LEAST_BYTES``.
+_PATIENCE_S: Final = 25.0
+LEAST_BYTES: Final = 1 << 12
+#: of a file whose size a web server does not say: bytes, and seconds until it ends.
+_UNSAID_BYTES, _UNSAID_S = 1 << 30, 60.0
+#: sizes in the heads of answers have this many digits at most.
+CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
+_LENGTH: Final = re.compile(r"\d{1,18}", re.ASCII)
 #: our extras that bring a driver, by scheme, and what to do where access is refused.
 _EXTRAS: Final = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
 _LOGIN: Final = {
@@ -44,7 +57,10 @@ _LOGIN: Final = {
 _NO_ACCESS: Final = re.compile("Credential|Authentication|Permission|Gated|Token|Profile|Refresh")
 _ABSENT: Final = re.compile("(File|Repository|Entry)NotFound|NotADirectory|NoSuchBucket")
 #: what may be secret in a text with addresses: user and password, and the query.
-_SECRETS: Final = re.compile(r"(?<=://)[^/\s@]*@|\?[^\s'\")]*")
+_SECRETS: Final = re.compile(r"(?<=://)[^/\s@]*@|\?\S*")
+#: a shorter part of an address is no secret.
+_SECRET_LETTERS: Final = 4
+_MESSAGE_LETTERS: Final = 300
 _HUB: Final = re.compile(
     r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
     r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?"
@@ -65,6 +81,28 @@ def scheme(url: str) -> str:
 def shown(url: str) -> str:
     """An address as messages may show it: without password and query, which may hold secrets."""
     return url if scheme(url) == "hf" else _SECRETS.sub("", url).partition("#")[0]
+
+
+def without_secrets(text: str, url: str) -> str:
+    """One line of at most 300 letters about an address, without anything of it that may be secret.
+
+    What a server says may hold the address that it was asked for, or parts of it, in any form.
+
+    Examples
+    --------
+    >>> without_secrets("no /m?sig=a1b2)c for 'me%40a'", "https://me%40a:x@b.org/m?sig=a1b2)c")
+    "no /m for '...'"
+    """
+    known = set[str]()
+    with suppress(ValueError):  # of a host that is none
+        parts = urlsplit(url)
+        known = {parts.query, parts.fragment, *(value for _, value in parse_qsl(parts.query))}
+        known |= set(parts.netloc.rpartition("@")[0].split(":"))
+    said = _SECRETS.sub("", " ".join(text.split()))
+    for secret in sorted(known | set(map(unquote, known)), key=len, reverse=True):
+        if len(secret) >= _SECRET_LETTERS:
+            said = said.replace(secret, "...")
+    return said[:_MESSAGE_LETTERS]
 
 
 def file_name(url: str) -> str:
@@ -90,17 +128,8 @@ def open_remote(url: str) -> BinaryIO:
     """
     files, path = find_driver(url)
     with explained(url):
-        file = files.open(path, "rb", block_size=_BLOCK_BYTES)
-        try:
-            # Not every server that tells a size has ranges.
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            file.read(1)
-            file.seek(0)
-        except (ValueError, TypeError, io.UnsupportedOperation):
-            file.close()
-            file = tempfile.TemporaryFile(prefix="weightvid-")  # noqa: SIM115 - it is returned
-            files.get_file(path, file)
-            file.seek(0)
+        web = scheme(url) in WEB
+        file = _open_web(files, path) if web else files.open(path, block_size=_BLOCK_BYTES)
     return cast(BinaryIO, io.BufferedReader(_RemoteFile(file, url), _BLOCK_BYTES))
 
 
@@ -131,6 +160,116 @@ class _RemoteFile(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+class _NoRangesError(Exception):
+    """A web server gives whole files alone."""
+
+
+def _open_web(files: Any, url: str) -> Any:
+    """A file of a web server, in a temporary copy where there are no ranges."""
+    try:
+        return _Ranges(files, url, _receive(files, url, lambda _: None, range(1)))
+    except _NoRangesError:
+        with ExitStack() as stack:
+            file = stack.enter_context(tempfile.TemporaryFile(prefix="weightvid-"))
+            _receive(files, url, file.write)
+            file.seek(0)
+            stack.pop_all()
+        return file
+
+
+class _Ranges:
+    """What `_RemoteFile` needs of a file of a web server that has ranges."""
+
+    def __init__(self, files: Any, url: str, size: int) -> None:
+        self._files, self._url, self._size, self._at = files, url, size, 0
+
+    def seek(self, offset: int, whence: int) -> int:
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def read(self, count: int) -> bytes:
+        span, found = range(self._at, min(self._at + count, self._size)), io.BytesIO()
+        size = _receive(self._files, self._url, found.write, span) if span else self._size
+        if size != self._size or found.tell() != len(span):
+            raise RemoteError(f"{shown(self._url)} changes while it is read, or ends early")
+        self._at += len(span)
+        return found.getvalue()
+
+    def close(self) -> None:
+        pass
+
+
+def _receive(
+    files: Any, url: str, sink: Callable[[bytes], object], span: range | None = None
+) -> int:
+    """Give bytes of a web server's file to a sink; the size of the file, 0 if nobody says it.
+
+    Raises
+    ------
+    RemoteError
+        The server is slow, silent, endless, or contradicts itself.
+    _NoRangesError
+        It does not give the part that ``span`` asks for.
+    """
+    got, stopped = 0, False
+    settings = dict(files.kwargs)
+    headers = {**settings.pop("headers", {}), "Accept-Encoding": "identity"}
+    if span is not None:
+        headers["Range"] = f"bytes={span.start}-{span.stop - 1}"
+
+    async def receive() -> int:
+        nonlocal got
+        session, began = await files.set_session(), monotonic()
+        async with session.get(files.encode_url(url), headers=headers, **settings) as answer:
+            answer.raise_for_status()
+            size, most = _announced(answer.status, answer.headers, span)
+            async for piece in answer.content.iter_any():
+                got += len(piece)
+                if got > most or (not size and monotonic() - began > _UNSAID_S):
+                    why = f"it sends more than {most} bytes, or for ever"
+                    raise RemoteError(f"cannot read {shown(url)}: {why}")
+                if stopped:
+                    break
+                sink(piece)
+        return size
+
+    task = asyncio.run_coroutine_threadsafe(receive(), files.loop)
+    try:
+        while not task.done():
+            before = got
+            wait([task], _PATIENCE_S)
+            if not task.done() and got - before < LEAST_BYTES:
+                why = f"only {got - before} bytes in {_PATIENCE_S:g} seconds"
+                raise RemoteError(f"cannot read {shown(url)}: {why}")
+        return task.result()
+    finally:
+        stopped = True
+        task.cancel()
+
+
+def _announced(status: int, headers: Mapping[str, str], span: range | None) -> tuple[int, int]:
+    """Size of a file as the head of an answer says it (0: it doesn't), and most bytes to follow."""
+    if headers.get("Content-Encoding", "identity") != "identity":
+        raise ConnectionError("it sends something compressed instead of the file")
+    if span is not None:
+        match = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+        if status != 206 or match is None or int(match[1]) != span.start:
+            raise _NoRangesError
+        return int(match[3]), len(span)
+    if status != 200:
+        raise ConnectionError(f"it answers {status} where the whole file is asked for")
+    size = content_length(headers)
+    if size > shutil.disk_usage(tempfile.gettempdir()).free:
+        raise OSError(errno.ENOSPC, f"it announces {size} bytes")
+    return size, size or _UNSAID_BYTES
+
+
+def content_length(headers: Mapping[str, str]) -> int:
+    """How long the body of an answer will be; 0 if the server does not say, or says nonsense."""
+    said = _LENGTH.fullmatch(headers.get("Content-Length") or "")
+    return int(said[0]) if said else 0
 
 
 def check_upload(url: str, *, force: bool) -> None:
@@ -168,7 +307,7 @@ def open_downloaded(url: str, progress: Report) -> CheckpointReader:
     RemoteError, CheckpointError
         It cannot be reached or read, or is no checkpoint.
     """
-    folder = tempfile.TemporaryDirectory(prefix="weightvid-", ignore_cleanup_errors=True)
+    folder = ScratchFolder()
     path = Path(folder.name)
     try:
         path = _bring(url, path, progress)
@@ -198,6 +337,11 @@ def _bring(url: str, folder: Path, progress: Report) -> Path:
         tell(None, 0)
         local = fetch(name, tell)
         done += local.stat().st_size
+        if name == path and name.endswith(".onnx"):
+            from weightvid.checkpoint.onnx_file import files_beside
+
+            beside = (str(PurePosixPath(name).parent / other) for other in files_beside(local))
+            names += [other for other in beside if other in sizes]
     # All lie below one folder.
     return local.parents[name.count("/")] / path
 
@@ -243,6 +387,10 @@ def _store(url: str, folder: Path) -> tuple[Mapping[str, int], str, _Fetch]:
     def fetch(wanted: str, tell: Callable[..., None]) -> Path:
         local = folder / wanted
         local.parent.mkdir(parents=True, exist_ok=True)
+        if scheme(url) in WEB:
+            with local.open("wb") as file:
+                _receive(files, place, lambda piece: tell(None, file.tell() + file.write(piece)))
+            return local
         source = place if wanted == name else f"{root}/{wanted}"
         files.get_file(source, os.fspath(local), callback=callback(hooks={"progress": tell}))
         return local
@@ -253,20 +401,16 @@ def _store(url: str, folder: Path) -> tuple[Mapping[str, int], str, _Fetch]:
 def _wanted(url: str, path: str, sizes: Mapping[str, int]) -> list[str]:
     """Files of a listing that a path in it means: one, those of a folder, or of all."""
     if path in sizes:
-        data = (".data", ".onnx_data") if path.endswith(".onnx") else ()
-        folder = PurePosixPath(path).parent
-        return [path, *(n for n in sizes if n.endswith(data) and PurePosixPath(n).parent == folder)]
+        return [path]
     prefix = f"{path}/" if path else ""
     inside = {n.removeprefix(prefix): s for n, s in sizes.items() if n.startswith(prefix)}
     if not inside:
         raise RemoteError(f"there is no {url}; the model has {shorten(sizes)}")
+    if "Manifest.json" in inside and any(name.startswith("Data/") for name in inside):
+        return [prefix + name for name in inside if is_safe_path(name)]
     weights = find_weights([name for name in inside if "/" not in name])
     if not weights:
-        named = [name for name in inside if name.lower().endswith(FILES)] or list(inside)
-        raise CheckpointError(
-            f"{shown(url)} holds no weights that weightvid looks for; name a file of it, as "
-            f"{shown(url).rstrip('/')}/{named[0]}; it has {shorten(named)}"
-        )
+        raise CheckpointError(advice(shown(url).rstrip("/"), inside))
     if is_index(weights[0]):
         start, end = weights[0].split(".index.")[0].rsplit(".", 1)
         weights += [n for n in inside if n.startswith(start) and n.endswith(end) and "/" not in n]
@@ -288,9 +432,7 @@ def find_driver(url: str) -> tuple[Any, str]:
         fsspec: Any = import_module("fsspec")
         if scheme(url) in WEB:
             # aiohttp's own limit is five minutes for a whole file.
-            patience = import_module("aiohttp").ClientTimeout(
-                total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S
-            )
+            patience = import_module("aiohttp").ClientTimeout(total=None)
             settings = fsspec.config.conf.get(scheme(url), {}).get("client_kwargs", {})
             options["client_kwargs"] = {"trust_env": True, "timeout": patience, **settings}
             # What is quoted already stays as it is: signatures are of the very characters.
@@ -318,7 +460,7 @@ def explain(url: str, error: BaseException, verb: str = "read") -> RemoteError:
     where, extra = shown(url), _EXTRAS.get(scheme(url), "")
     names = " ".join(cls.__name__ for cls in type(error).__mro__)
     status = getattr(error, "status", getattr(getattr(error, "response", 0), "status_code", 0))
-    said = _SECRETS.sub("", " ".join(str(error).split()) or type(error).__name__)[:300]
+    said = without_secrets(str(error) or type(error).__name__, url)
     if isinstance(error, ImportError):
         made = f"a package is missing for {scheme(url)}:// addresses ({said}): "
         return RemoteError(f"{made}pip install 'weightvid[{extra or 'remote'}]'")

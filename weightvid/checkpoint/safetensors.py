@@ -76,11 +76,8 @@ class Reader(CheckpointReader):
         return self._elements(self._offsets[spec.name] + first * dtype.itemsize, dtype, count)
 
     def _elements(self, offset: int, dtype: np.dtype[np.generic], count: int) -> Array:
-        try:
-            self._file.seek(offset)
-            data: Array = np.fromfile(self._file, dtype, count)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self._file.name}: {error}") from None
+        self._file.seek(offset)
+        data: Array = np.fromfile(self._file, dtype, count)
         if data.size != count:
             raise CheckpointError(f"{self._file.name} was cut short while it was open")
         return data

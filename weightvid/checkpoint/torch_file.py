@@ -45,7 +45,7 @@ _TORCH_NAMES: Final = {
 #: customary names of the entry that holds the weights, the most telling first.
 _WRAPPERS: Final = (
     # Averages of the weights are what inference takes where there are both.
-    *("state_dict_ema", "model_ema", "params_ema"),
+    *("state_dict_ema", "model_ema", "params_ema", "ema_state_dict", "ema_model", "ema"),
     *("state_dict", "model_state_dict", "model_state", "model", "module"),
     *("net", "network", "weights", "params"),
 )
@@ -165,10 +165,8 @@ class Reader(base.ArrayReader):
         except Exception as error:
             said = str(error) if isinstance(error, CheckpointError) else _refusal(error)
             raise CheckpointError(f"cannot read {path}: {said}") from None
-        try:
+        with base.explained(f"cannot read {path}: dicts in dicts without end"):
             found = StateDict(root, torch.Tensor)
-        except RecursionError:
-            raise CheckpointError(f"cannot read {path}: its dicts are nested too deep") from None
         limit = _EXPANSION * path.stat().st_size + _EXPANSION_FLOOR_BYTES
         tensors = {}
         for name, tensor in found.tensors.items():
@@ -228,9 +226,15 @@ class Writer(base.FileWriter):
 def _load(path: Path) -> Any:
     """What torch reads of a file, without running any code of it."""
     torch = import_torch()
-    settings = {"map_location": "cpu", "mmap": _can_map(path)}
+    # torch takes this suffix for what the file is.
+    misnamed = path.suffix.lower() == ".safetensors"
+
+    def source() -> Any:
+        return io.BytesIO(path.read_bytes()) if misnamed else os.fspath(path)
+
+    settings = {"map_location": "cpu", "mmap": _can_map(path) and not misnamed}
     try:
-        return torch.load(os.fspath(path), weights_only=True, **settings)
+        return torch.load(source(), weights_only=True, **settings)
     except Exception as error:
         if "Unsupported operand 149" not in str(error):
             raise
@@ -245,7 +249,7 @@ def _load(path: Path) -> Any:
         return Unpickler(file, **options).load()
 
     module = SimpleNamespace(Unpickler=Unpickler, load=load, __name__=restricted.__name__)
-    return torch.load(os.fspath(path), weights_only=False, pickle_module=module, **settings)
+    return torch.load(source(), weights_only=False, pickle_module=module, **settings)
 
 
 def protocol_2(file: BinaryIO) -> bytes:

@@ -85,7 +85,7 @@ def _hub_folder() -> str | None:
 
 def _left_behind() -> Iterator[Path]:
     """Our own entries of the temporary folder that nobody has touched for an hour."""
-    for path in sorted(Path(tempfile.gettempdir()).glob("weightvid-*")):
+    for path in sorted(Path(tempfile.gettempdir()).glob("*weightvid-*")):
         with suppress(OSError):
             whole = (path, *path.rglob("*")) if path.is_dir() else (path,)
             newest = max(item.lstat().st_mtime for item in whole)

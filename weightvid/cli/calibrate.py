@@ -39,6 +39,8 @@ def calibrate(
     if path.exists() and not force:
         usage_error(f"{path} exists; --force replaces it", "--output")
     module, inputs = load_examples(script, "SCRIPT:FUNCTION")
+    if inputs is None:
+        usage_error("the function must return inputs, too; pack makes some", "SCRIPT:FUNCTION")
     from weightvid.calibrate import CalibrationConfig
     from weightvid.calibrate import calibrate as run
 
@@ -69,7 +71,7 @@ def calibrate(
 
 
 def load_examples(script: str, name: str) -> tuple[Any, Any]:
-    """The module and the inputs that a function of a script returns.
+    """The module and the inputs that a function of a script returns; None for inputs it lacks.
 
     Raises
     ------
@@ -78,19 +80,17 @@ def load_examples(script: str, name: str) -> tuple[Any, Any]:
     """
     check_function(script, name)
     from weightvid.calibrate.evaluation import load_function
-    from weightvid.errors import EvaluationError, WeightvidError
+    from weightvid.checkpoint.torch_file import import_torch
+    from weightvid.errors import EvaluationError
 
     function: Any = load_function(script)[0]
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise WeightvidError(
-            f"calibrating needs PyTorch ({error}); install it with: pip install 'weightvid[torch]'"
-        ) from None
+    torch = import_torch()
     try:
         given = function()
     except (Exception, SystemExit) as error:
         raise EvaluationError(f"{script} failed: {type(error).__name__}: {error}") from error
+    if isinstance(given, torch.nn.Module):
+        return given, None
     if not isinstance(given, tuple) or len(given) != 2:
         usage_error("the function must return two things: a module and its inputs", name)
     return given

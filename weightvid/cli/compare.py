@@ -85,7 +85,7 @@ def compare(
     options = CompareOptions(
         **chosen,
         fidelities=_names(fidelities),
-        calibration=load_calibration(calibrate) if calibrate else None,
+        calibration=load_calibration(calibrate, model) if calibrate else None,
         calibration_name=calibrate,
         codecs=_names(codecs),
         presets=_names(presets),

@@ -17,7 +17,7 @@ def fetch(
     sha256: str = option("", "What the whole file must have.", metavar="HEX"),
     key: str = option("", "Public key by which the archive must be signed.", metavar="KEY"),
     patience: float = option(
-        30.0, "Seconds that a server may take to answer, and for the next 4 kB.",
+        14.0, "Seconds that a server may take to answer, and for the next 4 kB.",
         metavar="SECONDS", min=0.1,
     ),
     restart: bool = option(False, "Forget what an earlier attempt left.", "--restart"),

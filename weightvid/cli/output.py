@@ -29,8 +29,11 @@ FAILED, USAGE, DAMAGED, MISSING, INTERRUPTED = 1, 2, 3, 4, 130
 SCHEMA_VERSION: Final = 1
 #: width of a table that goes to a file or a pipe.
 _PLAIN_WIDTH: Final = 160
+#: letters of a message.
+_LINE: Final = 1000
 _SUFFIXES: Final = frozenset(
-    {".safetensors", ".pt", ".pth", ".th", ".bin", ".npz", ".gguf", ".onnx", ".mp4", ".json"}
+    {".safetensors", ".pt", ".pth", ".th", ".bin", ".npz", ".gguf", ".onnx", ".tflite"}
+    | {".mlpackage", ".mp4", ".json"}
 )
 
 
@@ -63,9 +66,11 @@ def named_after(source: str, ending: str) -> Path:
     >>> named_after("hf://org/model-v1.5", ".mp4").as_posix()
     'model-v1.5.mp4'
     """
-    from weightvid.checkpoint import file_name, is_url
+    from weightvid.checkpoint import is_url
 
     if is_url(source):
+        from weightvid.checkpoint.remote import file_name
+
         name = file_name(source) or "model"
         # What a hub address or a folder names has no suffix, though it may have dots.
         known = Path(name).suffix.lower() in _SUFFIXES
@@ -73,7 +78,8 @@ def named_after(source: str, ending: str) -> Path:
     path = Path(source)
     if path.is_dir():
         folder = Path(os.path.abspath(path))  # noqa: PTH100 - links stay as they are named
-        return folder.with_name(f"{folder.name or 'model'}{ending}")
+        name = folder.name.removesuffix(".mlpackage")
+        return folder.with_name(f"{name or 'model'}{ending}")
     return path.with_name(f"{path.stem}{ending}")
 
 
@@ -116,7 +122,8 @@ def emit_json(record: Any, **more: Any) -> None:
 def emit_failure(error: BaseException, message: str, status: int) -> None:
     """Print the JSON object of a verb that failed."""
     code = getattr(error, "code", None)
-    failure = {"ok": False, "status": status, "error": type(error).__name__, "message": message}
+    name, said = type(error).__name__, brief(message)
+    failure = {"ok": False, "status": status, "error": name, "message": said}
     emit_json(failure, code=code if isinstance(code, str) else None)
 
 
@@ -188,14 +195,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def brief(message: str) -> str:
+    """A message as one line of at most 1,000 letters: names in it may be thousands long."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= _LINE else f"{line[: _LINE - 305]} ... {line[-300:]}"
+
+
 def warn(message: str) -> None:
     """One line on stderr."""
-    typer.echo(f"warning: {printable(message)}", err=True)
+    typer.echo(f"warning: {brief(message)}", err=True)
 
 
 def note(message: str) -> None:
     """One line on stderr about how far the work is."""
-    typer.echo(printable(message), err=True)
+    typer.echo(brief(message), err=True)
 
 
 def on_terminal() -> bool:
@@ -205,7 +218,7 @@ def on_terminal() -> bool:
 
 def error(message: str) -> None:
     """One line on stderr about what makes the verb fail."""
-    typer.echo(f"error: {printable(' '.join(message.split()))}", err=True)
+    typer.echo(f"error: {brief(message)}", err=True)
 
 
 @contextmanager

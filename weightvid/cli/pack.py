@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -28,8 +27,8 @@ _DELIVERY = "Delivery"
 def pack(
     model: str = argument(
         "MODEL",
-        "A .safetensors, .pt/.pth, .npz, .gguf or .onnx file, a Hugging Face folder, or an "
-        "address: hf://org/model, https://, s3://.",
+        "A .safetensors, .pt/.pth, .npz, .gguf, .onnx or .tflite file, a Hugging Face folder, "
+        "a .mlpackage, or an address: hf://org/model, https://, s3://.",
     ),
     archive: str = option(
         "", "A file, an address in an object store, or -: a pipe. Default: MODEL's name, .mp4.",
@@ -80,9 +79,10 @@ def pack(
         metavar="SHARE", group=_DELIVERY,
     ),
     calibrate: str = option(
-        "", "Statistics that [bold]weightvid calibrate[/bold] wrote for this very model; or "
-        "SCRIPT:FUNCTION, as there, to quantize layer by layer, too.",
-        metavar="STATS", group=_DATA,
+        "", "Statistics that [bold]weightvid calibrate[/bold] wrote for this very model; "
+        "SCRIPT:FUNCTION, as there, to quantize layer by layer, too; or, without any data, a "
+        "function that returns the network alone, or auto: as transformers builds a folder's.",
+        metavar="STATS|auto", group=_DATA,
     ),
     evaluate: str = option(
         "", "Judges a dict of tensors: returns a number, logits, (logits, labels) or unit "
@@ -131,6 +131,8 @@ def pack(
     [bold]weightvid pack model.pt --recipe small --keep "head.*"[/bold]
     [bold]weightvid pack model.pt --target 12MB[/bold]
     [bold]weightvid pack model.pt --calibrate stats.safetensors[/bold]
+    [bold]weightvid pack folder --calibrate auto[/bold]
+    [bold]weightvid pack resnet18.pt --calibrate torchvision.models:resnet18[/bold]
     [bold]weightvid pack model.pt --eval script.py:logits --max-drop 0.5%[/bold]
     [bold]weightvid pack v2.safetensors --base v1.mp4 -o v1-v2.mp4[/bold]
     [bold]weightvid pack model.safetensors --layers 2[/bold]
@@ -152,7 +154,7 @@ def pack(
             fidelity="integers" if integer else fidelity or "outputs",
             target=parse_target(target) if target else None,
             evaluation=_evaluation(evaluate, max_drop, max_kl, lower),
-            calibration=load_calibration(calibrate) if calibrate else None,
+            calibration=load_calibration(calibrate, model) if calibrate else None,
             prune=prune,
             keep=tuple(keep),
             lossless=lossless,
@@ -212,16 +214,25 @@ def parse_target(text: str) -> Target:
     return Target("size", parse_size(text))
 
 
-def load_calibration(text: str) -> Calibration:
-    """Statistics in a file, or a model with example inputs that a function of a script gives."""
+def load_calibration(text: str, model: str) -> Calibration:
+    """Statistics in a file, or of the network that a function or the model's folder gives.
+
+    If the function gives no example inputs, the network makes them.
+    """
     from weightvid.calibrate import Calibration
+    from weightvid.checkpoint import open_checkpoint
+    from weightvid.checkpoint.torch_file import import_torch
     from weightvid.cli.calibrate import load_examples
 
-    if Path(text).exists() or ":" not in text:
+    if text != "auto" and (Path(text).exists() or ":" not in text):
         return Calibration.from_file(text)
-    module, inputs = load_examples(text, "--calibrate")
+    import_torch()
+    module, inputs = load_examples(text, "--calibrate") if text != "auto" else (None, None)
     with output.progress_bars() as report:
-        return Calibration.from_examples(module, inputs, progress=report)
+        if module is not None and inputs is not None:
+            return Calibration.from_examples(module, inputs, progress=report)
+        with open_checkpoint(model, report) as reader:
+            return Calibration.from_checkpoint(reader, module, progress=report)
 
 
 def _share(text: str, option: str) -> float:
@@ -251,8 +262,14 @@ def _evaluation(
 def _pack(model: str, destination: str, options: PackOptions, layering: Layering) -> PackReport:
     """Pack into a file, or into one that is then uploaded."""
     from weightvid import checkpoint
+    from weightvid.atomic import ScratchFolder
+    from weightvid.errors import OutputError
     from weightvid.layers import Layering, pack_layers
     from weightvid.pack import pack_checkpoint
+
+    # What stands in for a closed stream has a number for a name.
+    if destination in _STDOUT and isinstance(getattr(sys.stdout, "name", ""), int):
+        raise OutputError("cannot write to the standard output: it is closed")
 
     def pack_into(path: Path | str) -> PackReport:
         if layering == Layering():
@@ -261,15 +278,17 @@ def _pack(model: str, destination: str, options: PackOptions, layering: Layering
 
     remote = checkpoint.is_url(destination)
     if remote:
-        checkpoint.check_upload(destination, force=options.force)
+        from weightvid.checkpoint.remote import check_upload, upload
+
+        check_upload(destination, force=options.force)
     with output.progress_bars() as report, checkpoint.open_checkpoint(model, report) as reader:
         _check_keeps(reader, options)
         if not remote and destination not in _STDOUT:
             return pack_into(destination)
-        with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
+        with ScratchFolder() as folder:
             made = pack_into(Path(folder) / "archive.mp4")
             if remote:
-                checkpoint.upload(Path(folder) / "archive.mp4", destination)
+                upload(Path(folder) / "archive.mp4", destination)
             else:
                 with (Path(folder) / "archive.mp4").open("rb") as file:
                     shutil.copyfileobj(file, sys.stdout.buffer)

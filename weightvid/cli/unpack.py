@@ -15,8 +15,9 @@ from weightvid.cli.output import ARCHIVE_OR_PIPE, DAMAGED, FORCE, JSON, option, 
 def unpack(
     archive: str = ARCHIVE_OR_PIPE,
     destination: str = option(
-        ..., "The suffix decides the kind: .safetensors, .pt/.pth/.bin, .npz, .gguf, .onnx; none, "
-        "or a slash at the end: a folder.", "--output", "-o", metavar="MODEL",
+        ..., "The suffix decides the kind: .safetensors, .pt/.pth/.bin, .npz, .gguf, .onnx, "
+        ".tflite, .mlpackage; none, or a slash at the end: a folder.",
+        "--output", "-o", metavar="MODEL",
     ),
     tensor: list[str] = option([], "Only these tensors. May be repeated.", metavar="GLOB"),
     dtype: str = option(
@@ -60,7 +61,7 @@ def unpack(
 
     if dtype and dtype.upper() not in OUTPUT_DTYPES:
         usage_error(f"{dtype!r} is none of {', '.join(OUTPUT_DTYPES)}", "--dtype")
-    if destination.endswith(("/", os.sep)) and not kind:
+    if destination.endswith(("/", os.sep)) and not (kind or ".mlpackage" in destination[-12:]):
         kind = "folder"
     try:
         kind_for_output(Path(destination), kind or None)

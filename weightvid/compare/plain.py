@@ -6,6 +6,7 @@ own sizes do count.
 
 from __future__ import annotations
 
+import ctypes
 import lzma
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from math import sqrt
 from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -27,8 +28,10 @@ from weightvid.exact import exact_elements
 _ZSTD_LEVEL: Final = 19
 #: mantissa bits that 1-D floats keep next to a global step, as in weightvid's own recipes.
 _MANTISSA_BITS: Final = 8
-#: weights that share a scale in GGUF.
-_GGUF_BLOCK: Final = 32
+#: weights of a block with a scale of its own.
+_BLOCK: Final = 64
+#: kinds of GGUF that the gguf package cannot make.
+_K_QUANTS: Final = ("Q6_K", "Q5_K", "Q4_K")
 #: octaves of the global step, in units of the root mean square of all weights.
 _GLOBAL_FACTORS: Final = tuple(round(0.35 * 2 ** (i / 2), 3) for i in range(-4, 4))
 
@@ -57,7 +60,7 @@ _PACKERS: Final[Mapping[str, tuple[Callable[[bytes], bytes], Callable[[bytes], b
 
 
 class _Integers(NamedTuple):
-    """A tensor as integers times scales; scales are float32 and spread over the integers."""
+    """A tensor as integers times scales, which are spread over the integers."""
 
     levels: Array
     scales: Array
@@ -67,36 +70,45 @@ def plain_methods() -> Iterator[Method]:
     """Every plain way: the smallest of each kind at several rates."""
     depends = ("compare/plain",)
     zstd = _lacks("zstandard", "pip install 'weightvid[compare]'")
-    for name in _PACKERS:
+    for name, block in (*((name, 0) for name in _PACKERS), ("xz", _BLOCK)):
         missing = zstd if name == "zstd" else ""
+        per = f"block of {block}" if block else "channel"
         yield Method(
-            f"integers per channel + {name}", "plain", partial(_per_channel, name), "bits",
+            f"integers per {per} + {name}", "plain", partial(_rounded, name, block), "bits",
             (8, 6, 5, 4), missing, depends=depends,
         )  # fmt: skip
     name = "one global step + xz"
     yield Method(name, "plain", _global_step, "step factor", _GLOBAL_FACTORS, depends=depends)
     yield Method("float16 + zstd", "plain", _half, missing=zstd, depends=depends)
     missing = _lacks("gguf", "pip install 'weightvid[gguf]'")
-    for kind in ("Q8_0", "Q5_0", "Q4_0"):
+    k_quants = missing or _lacks("xllamacpp", "pip install xllamacpp")
+    for kind in ("Q8_0", "Q5_0", "Q4_0", *_K_QUANTS):
+        lacking = k_quants if kind in _K_QUANTS else missing
         code = partial(_gguf, kind)
-        yield Method(f"GGUF {kind}", "plain", code, missing=missing, depends=depends)
+        yield Method(f"GGUF {kind}", "plain", code, missing=lacking, depends=depends)
 
 
 def _lacks(module: str, install: str) -> str:
     return "" if find_spec(module) else f"{module} is missing: {install}"
 
 
-def _per_channel(packer: str, model: Model, bits: float) -> Coded:
-    """Integers of so many bits, one scale per output channel by its largest magnitude."""
+def _rounded(packer: str, block: int, model: Model, bits: float) -> Coded:
+    """Integers of so many bits, a scale by the largest magnitude of each output channel or block.
+
+    The scales of blocks are float16.
+    """
     began = perf_counter()
     top = 2 ** (round(bits) - 1) - 1
 
     def quantized(tensor: Array) -> _Integers:
         values = tensor.astype(np.float32)
+        blocks = block and tensor.size % block == 0
+        values = values.reshape(-1, block) if blocks else values
         within = tuple(range(1, values.ndim))
         scales = np.abs(values).max(axis=within, initial=0, keepdims=True) / np.float32(top)
+        scales = scales.astype(np.float16 if blocks else np.float32)
         levels = np.rint(values / np.where(scales > 0, scales, np.float32(1)))
-        return _Integers(levels.clip(-top, top), scales.astype(np.float32))
+        return _Integers(levels.clip(-top, top), scales)
 
     integers = {name: quantized(tensor) for name, tensor in model.matrices().items()}
     return _stored(model, integers, model.tensors, packer, began)
@@ -137,7 +149,9 @@ def _stored(
     if unpack(data) != b"".join(chunks):
         raise CodecError("the compressor gave other bytes back than it was given")
     restored = {
-        name: np.multiply(*integers[name], dtype=np.float32).astype(tensor.dtype)
+        name: np.multiply(*integers[name], dtype=np.float32)
+        .astype(tensor.dtype)
+        .reshape(tensor.shape)
         if name in integers
         else kept[name].astype(tensor.dtype)
         for name, tensor in model.tensors.items()
@@ -166,12 +180,34 @@ def _to_half(tensor: Array) -> Array:
     return half if bool(np.isfinite(half).all()) else tensor
 
 
+def _gguf_blocks(rows: Array, kind: Any) -> Array:
+    """Blocks of a GGUF file; K-quants are made by llama.cpp itself."""
+    import gguf
+
+    if kind.name not in _K_QUANTS:
+        return np.asarray(gguf.quants.quantize(rows, kind))
+    from xllamacpp import xllamacpp
+
+    values = np.ascontiguousarray(rows, np.float32)
+    blocks = np.empty(gguf.quants.quant_shape_to_byte_shape(values.shape, kind), np.uint8)
+    quantize = ctypes.CDLL(xllamacpp.__file__).ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (values, blocks)]
+    sizes = [ctypes.c_int64(size) for size in (0, *values.shape)]
+    quantize(ctypes.c_int(kind.value), *pointers, *sizes, None)
+    return blocks
+
+
 def _gguf(kind: str, model: Model, _: float) -> Coded:
-    """A GGUF file: rows of a multiple of 32 weights in the kind, others in float16."""
+    """A GGUF file of one kind; what is no whole number of blocks is in float16.
+
+    Rows that are none are laid end to end. llama.cpp itself would keep those in float16.
+    """
     import gguf
 
     began = perf_counter()
     wanted = gguf.GGMLQuantizationType[kind]
+    block = gguf.GGML_QUANT_SIZES[wanted][0]
     with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
         path = Path(folder) / "model.gguf"
         writer = gguf.GGUFWriter(path, "weightvid")
@@ -184,11 +220,11 @@ def _gguf(kind: str, model: Model, _: float) -> Coded:
                     writer.add_tensor(str(number), raw.view(np.int8))
                 continue
             rows = tensor.reshape(len(tensor), -1).astype(np.float32)
-            if rows.shape[1] % _GGUF_BLOCK:
+            rows = rows if rows.shape[1] % block == 0 else rows.reshape(1, -1)
+            if rows.size % block:
                 writer.add_tensor(str(number), _to_half(rows))
             else:
-                blocks = gguf.quants.quantize(rows, wanted)
-                writer.add_tensor(str(number), blocks, raw_dtype=wanted)
+                writer.add_tensor(str(number), _gguf_blocks(rows, wanted), raw_dtype=wanted)
         for write in ("header", "kv_data", "tensors"):
             getattr(writer, f"write_{write}_to_file")()
         writer.close()

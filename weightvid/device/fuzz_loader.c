@@ -120,6 +120,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         wv_use_base(update, archive);
         for (size_t at = 0; at < size; at += 1000)
             wv_push(update, data + at, size - at < 1000 ? size - at : 1000);
+        uint32_t layers;
+        wv_layers(update, &layers);
         wv_finish(update);
         wv_close(update);
     }

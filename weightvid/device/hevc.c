@@ -28,13 +28,17 @@ enum {
 enum { ABOVE_RIGHT = 1, BELOW_LEFT = 2 };
 typedef struct { unsigned x, y, log2, there; } block;
 
-struct wv_hevc {
-    /* Payload of a NAL unit. The lowest `spare` bits of `value` were read ahead; above them is the
-       offset of arithmetic decoding. Zeros behind the end may be read ahead, but not used. */
-    const uint8_t *at, *end;
-    unsigned zeros, past; /* zero bytes in a row before `at`; bytes read behind the end */
+/* A NAL unit that is read. The lowest `spare` bits of `value` were read ahead; above them is the
+   offset of arithmetic decoding. Zeros behind the end may be read ahead, but not used. */
+typedef struct {
+    const uint8_t *at, *stop, *end; /* stop: a byte to leave out (7.4.2), or the end */
+    unsigned past;                  /* bytes read behind the end */
     uint32_t value, range;
     unsigned spare;
+} reader;
+
+struct wv_hevc {
+    reader in;
     int refused; /* damaged, or outside the profile */
     /* of the parameter sets; sides of blocks as binary logarithms */
     uint32_t width, height;
@@ -42,7 +46,7 @@ struct wv_hevc {
     int qp;
     /* of the picture at hand */
     uint8_t *luma, contexts[END_OF_SLICE + 1];
-    size_t stride;
+    size_t stride, places[16]; /* distances of samples in blocks of 4 x 4 from the first one */
     /* Of the last block in every column of the picture and in every row of the coding tree block:
        mode, and above it depth in the coding quadtree. Blocks come in an order in which the last
        one of a column is the one right above the current one. */
@@ -51,36 +55,43 @@ struct wv_hevc {
     unsigned modes[4], mode, quartered, log2;
 };
 
+/* The next byte that prevents emulation of start codes: a 3 behind two zeros (7.4.2). */
+static const uint8_t *find_stop(const uint8_t *from, const uint8_t *end) {
+    const size_t size = (size_t)(end - from);
+    for (size_t i = 2; i < size; i += from[i] > 3 ? 3 : 1)
+        if (from[i] == 3 && !(from[i - 1] | from[i - 2]))
+            return from + i;
+    return end;
+}
+
 static void open_unit(wv_hevc *hevc, const uint8_t *data, size_t size) {
-    hevc->at = data;
-    hevc->end = data + size;
-    hevc->zeros = hevc->past = hevc->spare = 0;
+    memset(&hevc->in, 0, sizeof hevc->in);
+    hevc->in.at = data;
+    hevc->in.end = data + size;
+    hevc->in.stop = find_stop(data, hevc->in.end);
     hevc->refused = 0;
 }
 
-static unsigned next_byte(wv_hevc *hevc) {
-    if (hevc->at < hevc->end && *hevc->at == 3 && hevc->zeros >= 2) {
-        hevc->at++; /* emulation prevention (7.4.2) */
-        hevc->zeros = 0;
-    }
-    if (hevc->at >= hevc->end) {
-        hevc->past++;
-        return 0;
-    }
-    hevc->zeros = *hevc->at ? 0 : hevc->zeros + 1;
-    return *hevc->at++;
-}
-
 /* Reads ahead until 16 to 23 bits are spare. */
-static void refill(wv_hevc *hevc) {
-    for (; hevc->spare < 16; hevc->spare += 8)
-        hevc->value = hevc->value << 8 | next_byte(hevc);
+static inline void refill(reader *in) {
+    for (; in->spare < 16; in->spare += 8) {
+        if (in->at == in->stop && in->at < in->end) {
+            in->at++;
+            in->stop = find_stop(in->at, in->end);
+        }
+        in->value <<= 8;
+        if (in->at < in->end)
+            in->value |= *in->at++;
+        else
+            in->past++;
+    }
 }
 
 static unsigned read_bits(wv_hevc *hevc, unsigned count) {
-    refill(hevc);
-    hevc->spare -= count;
-    return hevc->value >> hevc->spare & ((1u << count) - 1);
+    reader *const in = &hevc->in;
+    refill(in);
+    in->spare -= count;
+    return in->value >> in->spare & ((1u << count) - 1);
 }
 
 /* ue(v) of 9.2; no number that matters has more than 17 bits */
@@ -126,51 +137,57 @@ static const uint8_t less_likely_range[64 * 4] = {
     13, 7, 9, 11, 12, 7, 9, 10, 12, 7, 8, 10, 11, 6, 8, 9, 11, 6, 7, 9, 10, 6, 7, 8, 9, 2, 2, 2, 2
 };
 
-/* Table 9-47: the state after the less likely value. */
-static const uint8_t less_likely_next[64] = {
-    0, 0, 1, 2, 2, 4, 4, 5, 6, 7, 8, 9, 9, 11, 11, 12, 13, 13, 15, 15, 16, 16, 18, 18, 19, 19, 21,
-    21, 22, 22, 23, 24, 24, 25, 26, 26, 27, 27, 28, 29, 29, 30, 30, 30, 31, 32, 32, 33, 33, 33, 34,
-    34, 35, 35, 35, 36, 36, 36, 37, 37, 37, 38, 38, 63
+/* Table 9-47, of both values: the state after the less likely value. */
+static const uint8_t less_likely_next[128] = {
+    1, 0, 0, 1, 2, 3, 4, 5, 4, 5, 8, 9, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 18, 19, 22,
+    23, 22, 23, 24, 25, 26, 27, 26, 27, 30, 31, 30, 31, 32, 33, 32, 33, 36, 37, 36, 37, 38, 39, 38,
+    39, 42, 43, 42, 43, 44, 45, 44, 45, 46, 47, 48, 49, 48, 49, 50, 51, 52, 53, 52, 53, 54, 55, 54,
+    55, 56, 57, 58, 59, 58, 59, 60, 61, 60, 61, 60, 61, 62, 63, 64, 65, 64, 65, 66, 67, 66, 67, 66,
+    67, 68, 69, 68, 69, 70, 71, 70, 71, 70, 71, 72, 73, 72, 73, 72, 73, 74, 75, 74, 75, 74, 75, 76,
+    77, 76, 77, 126, 127
 };
 
-static inline unsigned decode_bin(wv_hevc *hevc, unsigned context) {
-    const unsigned state = hevc->contexts[context];
-    const uint32_t less = less_likely_range[(state >> 1) * 4 + (hevc->range >> 6 & 3)];
-    unsigned bin = state & 1;
-    if (hevc->spare < 8) /* no bin takes more than 7 */
-        refill(hevc);
-    hevc->range -= less;
-    if (hevc->value < hevc->range << hevc->spare) {
-        hevc->contexts[context] = (uint8_t)(state < 124 ? state + 2 : state);
-    } else {
-        hevc->value -= hevc->range << hevc->spare;
-        hevc->range = less;
-        hevc->contexts[context] = (uint8_t)(less_likely_next[state >> 1] * 2 + (bin ^ (state < 2)));
-        bin ^= 1;
+static inline unsigned next_bin(reader *in, uint8_t *context) {
+    const unsigned state = *context, likely = state & 1;
+    const uint32_t less = less_likely_range[(size_t)(state & 126) * 2 + (in->range >> 6) - 4];
+    if (in->spare < 8) /* no bin takes more than 7 */
+        refill(in);
+    in->range -= less;
+    if (in->value < in->range << in->spare) {
+        *context = (uint8_t)(state < 124 ? state + 2 : state);
+        if (in->range < 256) {
+            in->range <<= 1;
+            in->spare--;
+        }
+        return likely;
     }
-    while (hevc->range < 256) {
-        hevc->range <<= 1;
-        hevc->spare--;
-    }
-    return bin;
+    in->value -= in->range << in->spare;
+    *context = less_likely_next[state];
+    for (in->range = less; in->range < 256; in->range <<= 1)
+        in->spare--;
+    return likely ^ 1;
+}
+
+static unsigned decode_bin(wv_hevc *hevc, unsigned context) {
+    return next_bin(&hevc->in, hevc->contexts + context);
 }
 
 /* The next 16 bins if all of them were bypass bins: bins of even chances are the digits of a
    quotient. take_bypass() takes the first `count` of them. */
-static uint32_t peek_bypass(wv_hevc *hevc) {
-    refill(hevc);
-    return (hevc->value >> (hevc->spare - 16)) / hevc->range;
+static inline uint32_t peek_bypass(reader *in) {
+    refill(in);
+    return (in->value >> (in->spare - 16)) / in->range;
 }
 
-static uint32_t take_bypass(wv_hevc *hevc, uint32_t peeked, unsigned count) {
+static inline uint32_t take_bypass(reader *in, uint32_t peeked, unsigned count) {
     const uint32_t bins = peeked >> (16 - count);
-    hevc->spare -= count;
-    hevc->value -= bins * hevc->range << hevc->spare;
+    in->spare -= count;
+    in->value -= bins * in->range << in->spare;
     return bins;
 }
 
 static uint32_t decode_bypass(wv_hevc *hevc, unsigned count) {
-    return count ? take_bypass(hevc, peek_bypass(hevc), count) : 0;
+    return count ? take_bypass(&hevc->in, peek_bypass(&hevc->in), count) : 0;
 }
 
 /* --- parameter sets and slice header (7.3.2, 7.3.6) ------------------------------------------- */
@@ -226,7 +243,7 @@ static void read_slice_header(wv_hevc *hevc) {
     expect(hevc, read_ue(hevc), 2); /* I */
     qp = hevc->qp + read_se(hevc);
     expect(hevc, read_bits(hevc, 1), 1);
-    expect(hevc, read_bits(hevc, hevc->spare % 8), 0);
+    expect(hevc, read_bits(hevc, hevc->in.spare % 8), 0);
     qp = qp < 0 ? 0 : qp > 51 ? 51 : qp; /* from here on the start of the arithmetic code: 9.3.2 */
     for (unsigned i = 0; i < END_OF_SLICE; i++) {
         const int slope = (context_init[i] >> 4) * 5 - 45, offset = (context_init[i] & 15) * 8 - 16;
@@ -235,10 +252,10 @@ static void read_slice_header(wv_hevc *hevc) {
         hevc->contexts[i] = (uint8_t)(state < 64 ? (63 - state) << 1 : (state - 64) << 1 | 1);
     }
     hevc->contexts[END_OF_SLICE] = 126;
-    refill(hevc);
-    hevc->value &= (1u << hevc->spare) - 1;
-    hevc->spare -= 9;
-    hevc->range = 510;
+    refill(&hevc->in);
+    hevc->in.value &= (1u << hevc->in.spare) - 1;
+    hevc->in.spare -= 9;
+    hevc->in.range = 510;
 }
 
 size_t wv_hevc_memory(uint32_t width, uint32_t height) {
@@ -271,7 +288,7 @@ wv_hevc *wv_hevc_open(const uint8_t *config, size_t config_size, uint32_t width,
             read_sps(hevc);
         if (type == 34)
             read_pps(hevc);
-        if (hevc->refused || hevc->past * 8 > hevc->spare)
+        if (hevc->refused || hevc->in.past * 8 > hevc->in.spare)
             return NULL;
     }
     return hevc;
@@ -280,7 +297,7 @@ wv_hevc *wv_hevc_open(const uint8_t *config, size_t config_size, uint32_t width,
 /* --- intra prediction (8.4.4.2) --------------------------------------------------------------- */
 
 static uint8_t clip(int sample) {
-    return (uint8_t)(sample < 0 ? 0 : sample > 255 ? 255 : sample);
+    return (uint8_t)(!(sample & ~255) ? sample : sample < 0 ? 0 : 255);
 }
 
 /* A border is the row of samples around a block, from the lowest on the left, corner[-2 n], to the
@@ -406,44 +423,59 @@ static void decode_last(wv_hevc *hevc, unsigned log2, unsigned *last) {
 }
 
 /* coeff_abs_level_remaining */
-static unsigned decode_remaining(wv_hevc *hevc, unsigned rice) {
-    const uint32_t peeked = peek_bypass(hevc);
+static inline unsigned decode_remaining(wv_hevc *hevc, reader *in, unsigned rice) {
+    const uint32_t peeked = peek_bypass(in);
     unsigned prefix = 0;
-    while (prefix <= MAX_PREFIX && peeked >> (15 - prefix) & 1)
+    for (uint32_t bit = 1u << 15; peeked & bit; bit >>= 1)
         prefix++;
-    hevc->refused |= prefix > MAX_PREFIX;
+    if (prefix > MAX_PREFIX) {
+        hevc->refused = 1;
+        return 0;
+    }
     const unsigned base = prefix < 4 ? prefix : (1u << (prefix - 3)) + 2;
     const unsigned count = prefix < 4 ? rice : prefix - 3 + rice, all = prefix + 1 + count;
     if (all <= 16) /* nearly always */
-        return (base << rice) + (take_bypass(hevc, peeked, all) & ((1u << count) - 1));
-    take_bypass(hevc, peeked, prefix + 1);
-    return (base << rice) + decode_bypass(hevc, count);
+        return (base << rice) + (take_bypass(in, peeked, all) & ((1u << count) - 1));
+    take_bypass(in, peeked, prefix + 1);
+    return (base << rice) + take_bypass(in, peek_bypass(in), count);
 }
 
 /* Adds the coefficients at `count` places of a sub-block to the samples there. `set` is the set of
    contexts for flags of greater ones. Returns whether there was a flag set. */
-static unsigned decode_levels(wv_hevc *hevc, const uint8_t *places, unsigned count, unsigned set,
-                              uint8_t *luma) {
+static inline unsigned decode_levels(wv_hevc *hevc, reader *in, const uint8_t *places, unsigned count,
+                                     unsigned set, uint8_t *luma) {
     const unsigned flags = count < 8 ? count : 8;
-    unsigned first = 16, greater = 0, context = 1, rice = 0, second, signs;
-    for (unsigned i = 0; i < flags; i++) {
-        const unsigned is_greater = decode_bin(hevc, GREATER_1 + 4 * set + context);
-        first = is_greater && !greater ? i : first;
-        greater |= is_greater << i;
-        context = greater ? 0 : context < 3 ? context + 1 : 3;
-    }
-    second = greater && decode_bin(hevc, GREATER_2 + set);
-    signs = decode_bypass(hevc, count) << (16 - count);
-    for (unsigned i = 0; i < count; i++, signs <<= 1) {
-        uint8_t *const sample = luma + places[i] / 4 * hevc->stride + places[i] % 4;
-        unsigned level = 1 + (greater >> i & 1) + (i == first && second);
-        if (level == (i == first ? 3u : i < flags ? 2u : 1u)) {
-            level += decode_remaining(hevc, rice);
-            rice += rice < 4 && level > 3u << rice;
+    unsigned greater = 0, context = 1, rice = 0;
+    for (unsigned i = 0; i < flags; i++)
+        if (next_bin(in, hevc->contexts + GREATER_1 + 4 * set + context)) {
+            greater |= 1u << i;
+            context = 0;
+        } else if (context) {
+            context += context < 3;
         }
-        *sample = clip(*sample + (signs & 1u << 15 ? -(int)level : (int)level));
+    const unsigned first = greater & (0 - greater);
+    unsigned second = first && next_bin(in, hevc->contexts + GREATER_2 + set) ? first : 0;
+    unsigned open = (greater ^ first) | second | ~0u << flags; /* those that may be greater still */
+    uint32_t signs = take_bypass(in, peek_bypass(in), count) << (32 - count);
+    const unsigned found = greater;
+    int most = 3; /* larger ones need another Rice parameter */
+    for (unsigned i = 0; i < count; i++) {
+        uint8_t *const sample = luma + hevc->places[places[i]];
+        int level = (int)(1 + (greater & 1) + (second & 1));
+        if (open & 1) {
+            level += (int)decode_remaining(hevc, in, rice);
+            if (level > most) {
+                rice++;
+                most = rice < 4 ? 2 * most : 1 << 16;
+            }
+        }
+        *sample = clip(*sample + (signs >> 31 ? -level : level));
+        greater >>= 1;
+        second >>= 1;
+        open >>= 1;
+        signs <<= 1;
     }
-    return greater != 0;
+    return found != 0;
 }
 
 /* The differences of a transform block, which are added to the prediction. */
@@ -456,33 +488,35 @@ static void decode_residual(wv_hevc *hevc, unsigned log2, uint8_t *luma) {
     uint8_t coded[9] = {0}; /* sub-blocks with coefficients: a bit each, a byte a row */
     unsigned last[2], index = 16, is_last = 1, greater = 0;
     decode_last(hevc, log2, last);
+    reader in = hevc->in; /* here, where samples that are written cannot be it */
     unsigned x = last[scan == DOWN], y = last[scan != DOWN];
     while (order[--index] != y % 4 * 4 + x % 4)
         ;
     for (x /= 4, y /= 4;; is_last = 0, index = 16) { /* from here on those of the sub-block */
         const unsigned right = (unsigned)coded[y] >> (x + 1) & 1, is_first = !(x | y);
         const unsigned pattern = ((unsigned)coded[y + 1] >> x & 1) * 2 + right;
-        if (is_last || is_first || decode_bin(hevc, CODED_SUB_BLOCK + (pattern != 0))) {
+        if (is_last || is_first || next_bin(&in, hevc->contexts + CODED_SUB_BLOCK + (pattern != 0))) {
             const uint8_t *const by_place = place_context[log2 == 2 ? 4 : pattern];
-            const unsigned contexts = SIGNIFICANT + by_size + (is_first ? 0 : 3);
+            uint8_t *const contexts = hevc->contexts + SIGNIFICANT + by_size + (is_first ? 0 : 3);
             uint8_t places[16];
             unsigned count = 0;
             coded[y] |= (uint8_t)(1u << x);
             if (is_last)
                 places[count++] = order[index];
-            while (index > 1)
-                if (decode_bin(hevc, contexts + by_place[order[--index]]))
-                    places[count++] = order[index];
+            while (index > 1) {
+                places[count] = order[--index];
+                count += next_bin(&in, contexts + by_place[places[count]]);
+            }
             /* That at place 0 goes without saying where a coded sub-block has no other one. */
             if (index && ((!count && !is_first) ||
-                          decode_bin(hevc, is_first ? SIGNIFICANT : contexts + by_place[0])))
+                          next_bin(&in, is_first ? hevc->contexts + SIGNIFICANT : contexts + by_place[0])))
                 places[count++] = 0;
             if (count)
-                greater = decode_levels(hevc, places, count, (is_first ? 0u : 2u) + greater,
+                greater = decode_levels(hevc, &in, places, count, (is_first ? 0u : 2u) + greater,
                                         luma + (y * hevc->stride + x) * 4);
         }
         if (is_first)
-            return;
+            break;
         if (scan == ACROSS) { /* to the sub-block before this one */
             y -= !x;
             x = !x;
@@ -492,6 +526,7 @@ static void decode_residual(wv_hevc *hevc, unsigned log2, uint8_t *luma) {
             y = diagonal - x;
         }
     }
+    hevc->in = in;
 }
 
 /* --- coding tree (7.3.8.4 to 7.3.8.10) -------------------------------------------------------- */
@@ -585,6 +620,8 @@ int wv_hevc_decode(wv_hevc *hevc, const uint8_t *packet, size_t size, uint8_t *l
     read_slice_header(hevc);
     hevc->luma = luma;
     hevc->stride = stride;
+    for (unsigned i = 0; i < 16; i++)
+        hevc->places[i] = i / 4 * stride + i % 4;
     memset(hevc->above, DC, sizeof hevc->above);
     for (unsigned y = 0; y < hevc->height; y += side) {
         memset(hevc->left, DC, sizeof hevc->left);
@@ -592,7 +629,7 @@ int wv_hevc_decode(wv_hevc *hevc, const uint8_t *packet, size_t size, uint8_t *l
             const unsigned is_right = x + side == hevc->width, is_lowest = y + side == hevc->height;
             const block tree = {x, y, hevc->ctb, y && !is_right ? ABOVE_RIGHT : 0u};
             decode_quadtree(hevc, tree);
-            hevc->refused |= hevc->past * 8 > hevc->spare; /* now: the flag reads too far */
+            hevc->refused |= hevc->in.past * 8 > hevc->in.spare; /* now: the flag reads too far */
             expect(hevc, decode_bin(hevc, END_OF_SLICE), is_right & is_lowest);
         }
     }

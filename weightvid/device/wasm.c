@@ -129,7 +129,7 @@ typedef struct piece { /* of the file, or a picture by the hash of its packet */
 typedef struct arrived {
     const wv_tensor *tensor;
     void *room;
-    size_t bytes;
+    size_t bytes, coarse;
     struct arrived *next;
 } arrived;
 
@@ -160,12 +160,12 @@ static void *begin(void *user, const wv_tensor *tensor, size_t bytes)
 static void end(void *user, const wv_tensor *tensor, void *room, wv_status status)
 {
     session *s = user;
-    arrived *made = status ? NULL : malloc(sizeof *made);
+    arrived *made = status && status != WV_COARSE ? NULL : malloc(sizeof *made);
     if (!made) {
         free(room);
         return;
     }
-    *made = (arrived){tensor, room, wv_bytes(tensor, s->sink.type), NULL};
+    *made = (arrived){tensor, room, wv_bytes(tensor, s->sink.type), status == WV_COARSE, NULL};
     if (!made->bytes)
         made->bytes = wv_bytes(tensor, WV_STORED);
     if (s->last)
@@ -271,6 +271,24 @@ EXPORT("start") wv_status js_start(session *s, int external)
     return wv_open_reader(&s->archive, &reader, &options);
 }
 
+EXPORT("use_base") wv_status js_use_base(session *s, session *base)
+{
+    return wv_use_base(s->archive, base->archive);
+}
+
+EXPORT("use_layers") wv_status js_use_layers(session *s, uint32_t layers)
+{
+    return wv_use_layers(s->archive, layers);
+}
+
+/* Two numbers: layers of the archive, and those that have arrived of a stream. */
+EXPORT("layers") const uint32_t *js_layers(session *s)
+{
+    static uint32_t found[2];
+    found[0] = wv_layers(s->archive, found + 1);
+    return found;
+}
+
 EXPORT("push") wv_status js_push(session *s, const uint8_t *data, size_t bytes)
 {
     return wv_push(s->archive, data, bytes);
@@ -281,7 +299,7 @@ EXPORT("finish") wv_status js_finish(session *s)
     return wv_finish(s->archive);
 }
 
-/* The next tensor that has arrived: tensor, room, bytes. The room is the caller's to release. */
+/* The next tensor that has arrived: tensor, room, bytes, whether it is coarse. The room is the caller's to release. */
 EXPORT("next") arrived *js_next(session *s)
 {
     arrived *found = s->first;
@@ -303,6 +321,7 @@ EXPORT("give") int js_give(session *s, int kind, double at, uint8_t *data, size_
     uint64_t key = kind == 1 ? (uint64_t)at : hash_of(s->packet, s->wanted_bytes);
     *made = (piece){key, bytes, data, *list};
     *list = made;
+    s->wanted = 0;
     return 1;
 }
 

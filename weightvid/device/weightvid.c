@@ -23,8 +23,9 @@
 #define MAX_ELEMENTS ((uint64_t)1 << 38)
 #define MAX_SAMPLES 2228224u
 enum { BAND = 64, MAX_TENSORS = 1 << 20, MAX_FRAMES = 1 << 24, MAX_ENERGY = 63, MAX_KERNEL = 1024,
-       MAX_NAME = 4096, MAX_AXES = 32, MAX_GAIN = 32767, MAX_LAYERS = 16 };
-enum { R_TENSORS = 2, R_ALIASES = 4, R_METADATA = 6, R_FILES = 8, R_BASES = 10, R_LAYERS = 12,
+       MAX_NAME = 4096, MAX_AXES = 32, MAX_GAIN = 32767, MAX_LAYERS = 16, MAX_FILES = 4096,
+       MAX_BASES = 256 };
+enum { R_TENSORS = 2, R_ALIASES = 4, R_METADATA = 6, R_FILES = 8, R_BASES = 10, R_LAYERS = 12, R_ABOUT = 13,
        R_FRAME = 32, R_PART = 34, R_END = 36, R_ITEMS = 48, R_DATA = 50, R_FLOATS = 54,
        R_FRAMES = 64, R_SPANS = 66, R_BOXES = 68, R_STAGES = 70, R_ROOT = 73 };
 enum { HAS_FREQUENCY_STEPS = 1, HAS_ROW_STEPS = 2, HAS_ENERGIES = 4, HAS_ESCAPES = 8 };
@@ -86,26 +87,23 @@ static void sha_block(uint32_t *state, const uint8_t *block)
         0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
         0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
         0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
-    uint32_t w[16], s[8];
-    memcpy(s, state, sizeof s);
-    for (int i = 0; i < 64; i++) {
+    uint32_t w[64], window[64 + 8], *s = window + 64; /* it moves, so that its words need not */
+    memcpy(s, state, 8 * sizeof *s);
 #define TURN(x, n) ((x) >> (n) | (x) << (32 - (n)))
-        if (i < 16) {
-            w[i] = be32(block + 4 * i);
-        } else {
-            uint32_t a = w[(i + 1) & 15], b = w[(i + 14) & 15];
-            w[i & 15] += (TURN(a, 7) ^ TURN(a, 18) ^ a >> 3) + w[(i + 9) & 15]
-                       + (TURN(b, 17) ^ TURN(b, 19) ^ b >> 10);
-        }
+    for (int i = 0; i < 16; i++)
+        w[i] = be32(block + 4 * i);
+    for (int i = 16; i < 64; i++)
+        w[i] = w[i - 16] + (TURN(w[i - 15], 7) ^ TURN(w[i - 15], 18) ^ w[i - 15] >> 3)
+             + w[i - 7] + (TURN(w[i - 2], 17) ^ TURN(w[i - 2], 19) ^ w[i - 2] >> 10);
+    for (int i = 0; i < 64; i++) {
         uint32_t t1 = s[7] + (TURN(s[4], 6) ^ TURN(s[4], 11) ^ TURN(s[4], 25))
-                    + (s[6] ^ (s[4] & (s[5] ^ s[6]))) + k[i] + w[i & 15];
+                    + (s[6] ^ (s[4] & (s[5] ^ s[6]))) + k[i] + w[i];
         uint32_t t2 = (TURN(s[0], 2) ^ TURN(s[0], 13) ^ TURN(s[0], 22))
                     + ((s[0] & s[1]) | (s[2] & (s[0] | s[1])));
-#undef TURN
-        memmove(s + 1, s, 7 * sizeof *s);
-        s[4] += t1;
-        s[0] = t1 + t2;
+        s[3] += t1;
+        *--s = t1 + t2;
     }
+#undef TURN
     for (int i = 0; i < 8; i++)
         state[i] += s[i];
 }
@@ -221,16 +219,13 @@ static void read_codes(inflater *z, int fixed, code *literals, code *distances)
     static const uint8_t order[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
     uint8_t lengths[320] = {0};
     int literal = 288, distance = 30;
-    if (fixed) {
-        memset(lengths, 8, 144);
-        memset(lengths + 144, 9, 112);
-        memset(lengths + 256, 7, 24);
-        memset(lengths + 280, 8, 8);
-        memset(lengths + 288, 5, 30);
-    } else {
+    for (int i = 0; i < 318; i++) /* the fixed codes */
+        lengths[i] = i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : i < 288 ? 8 : 5;
+    if (!fixed) {
         literal = (int)bits_from(z, 5) + 257;
         distance = (int)bits_from(z, 5) + 1;
         int few = (int)bits_from(z, 4) + 4;
+        memset(lengths, 0, sizeof lengths);
         for (int i = 0; i < few; i++)
             lengths[order[i]] = (uint8_t)bits_from(z, 3);
         if (literal > 286 || distance > 30 || make_code(literals, lengths, 19))
@@ -269,16 +264,11 @@ static int inflate(const uint8_t *data, size_t size, uint8_t *out, size_t room)
         if (kind == 0) {
             z.bits = 0;
             z.count = 0;
-            if (z.end - z.in < 4)
+            uint32_t some = bits_from(&z, 16);
+            if ((some ^ bits_from(&z, 16)) != 0xFFFF || some > room - have)
                 return -1;
-            size_t some = (size_t)z.in[0] | (size_t)z.in[1] << 8;
-            size_t check = (size_t)z.in[2] | (size_t)z.in[3] << 8;
-            z.in += 4;
-            if ((some ^ check) != 0xFFFF || some > (size_t)(z.end - z.in) || some > room - have)
-                return -1;
-            memcpy(out + have, z.in, some);
-            z.in += some;
-            have += some;
+            for (; some && !z.bad; some--)
+                out[have++] = (uint8_t)bits_from(&z, 8);
             continue;
         }
         if (kind == 3)
@@ -320,25 +310,42 @@ typedef struct fields {
     wv_status bad;
 } fields;
 
-typedef struct tensor {
-    wv_tensor is;
-    uint8_t *room;       /* to be filled; NULL: not begun, or skipped */
-    uint8_t *into;       /* where layers are summed: the room, or memory of our own */
-    uint64_t have;       /* elements of the layer that are there */
-    sha256 *sha;         /* of a quantized layer that is checked */
-    uint32_t mask;       /* section 3.1 */
-    uint8_t layer, left; /* layers that are there, and to come */
-    uint8_t begun;       /* what the layer that has begun is: a NOTHING, PARTS, ITEMS */
-    uint8_t added, done;
-} tensor;
+typedef struct buffer {
+    uint8_t *data;
+    size_t room;
+} buffer;
 
 enum { NOTHING, PARTS, ITEMS };
+
+/* What a tensor needs while it arrives. */
+typedef struct work {
+    uint8_t *room;       /* to be filled; NULL: skipped */
+    uint8_t *into;       /* where layers are summed: the room, or memory of our own */
+    uint8_t *below;      /* what was there before a layer that comes in pieces: the file may end */
+    uint64_t have;       /* elements of the layer that are there */
+    sha256 sha;          /* of a quantized layer, if it is `hashed` */
+    int hashed;
+} work;
+
+typedef struct tensor {
+    wv_tensor is;
+    work *work;          /* NULL: not begun, or done */
+    uint32_t mask;       /* section 3.1 */
+    uint8_t layer, left; /* layers that are there, and to come */
+    uint8_t begun;       /* what the layer that has begun is: NOTHING, PARTS, ITEMS */
+    uint8_t added, done;
+} tensor;
 
 typedef struct side_file {
     const char *path;
     uint64_t offset;
     uint32_t bytes;
 } side_file;
+
+typedef struct basis {
+    const uint8_t *numbers;
+    uint32_t size;
+} basis;
 
 /* Escapes of a part that are to come. */
 typedef struct escapes {
@@ -349,27 +356,26 @@ typedef struct escapes {
 
 /* A part (section 4) and the state of its arrival. */
 typedef struct part {
-    uint8_t *memory, *record; /* tables; copy of its record if it goes on in the next frame */
     tensor *of;
     uint64_t first;           /* element */
-    uint32_t column, rows, columns, channels, kernel, size, have;
-    uint32_t axes, bases[4];
+    uint32_t column, rows, columns, channels, kernel, size, have, axes;
+    const basis *bases[4];
     uint8_t method, shift;
     float step;
     const uint8_t *frequency_steps, *row_steps, *energies;
     escapes escapes;
-    uint8_t *levels;          /* row by row: at the end of the part's room, or behind the tables */
-    uint32_t *row_order, *column_order, row_start[MAX_ENERGY + 2], column_start[2 * MAX_ENERGY + 2];
+    uint8_t *levels;          /* as samples, row by row: at the end of the part's room, or in `memory` */
+    uint8_t *memory;
     int class_, row_energy;   /* rectangle being filled, and the place in it */
     uint32_t row, at_column;
 } part;
 
-enum { AT_FTYP, AT_MOOV, AT_HEADER, AT_BODY, AT_MOOF, AT_MDAT, AT_END };
+/* Rows and columns of a part by falling energy, and where each energy starts in that order. */
+typedef struct sorted {
+    uint32_t *rows, *columns, row_start[2 * MAX_ENERGY + 2], column_start[2 * MAX_ENERGY + 2];
+} sorted;
 
-typedef struct buffer {
-    uint8_t *data;
-    size_t room;
-} buffer;
+enum { AT_FTYP, AT_MOOV, AT_HEADER, AT_BODY, AT_MOOF, AT_MDAT, AT_END };
 
 struct wv_archive {
     wv_allocator memory;
@@ -379,60 +385,78 @@ struct wv_archive {
     const uint8_t *data;     /* all of the file, if it is in memory */
     int stage, decoder_open, stream;
     uint32_t width, height;
-    uint32_t tensors, names, found_files, found_pairs, found_bases, frame;
     uint32_t shown;          /* number of the frame that the built-in decoder shows, and 1 */
-    tensor *all;             /* tensors, then aliases */
-    uint32_t *table, table_size; /* of names: place + 1, by hash */
-    uint8_t *header, *index; /* bodies */
-    uint64_t *shapes;
-    char *texts;
+    /* of the header */
+    uint32_t tensors, names, found_files, found_pairs, found_bases, table_size;
+    tensor *all;             /* tensors, then aliases; in the same memory: */
     side_file *files;
     const char **pairs;
-    const uint8_t **bases;   /* K first */
+    basis *bases;
+    uint32_t *table;         /* of names: place + 1, by hash */
     wv_archive *base;        /* what an update adds to, and its root in the header */
     const uint8_t *base_root, *root;
-    uint32_t layers, all_layers, switches; /* read, of all; times that frames came after exact boxes */
-    uint64_t body;
+    uint32_t layers, all_layers; /* read, of all */
+    uint64_t body;           /* where it begins, behind side files */
     fields lists[4];         /* of the index: frames, spans, boxes, stages */
+    buffer header, index;    /* bodies */
+    /* Of the box at hand. What a packet was read into is free for work once it is decoded. */
     buffer packet, sidecar;
     fields sidecar_body;
-    part *open;
-    const wv_sink *sink;
-    tensor *only;
-    wv_dtype only_type;
-    int levels;              /* the wanted tensor is wanted as integers */
-    float levels_step;
-    size_t scratch;
-    uint8_t head[8];         /* of a stream's box */
+    const uint8_t *frame_hash;
+    uint8_t head[8];
     uint32_t head_have;
     size_t box_have, box_size;
-    wv_status failed;
+    /* of what is read */
+    const wv_sink *sink;
+    tensor *only;            /* that is wanted; NULL: all are */
+    int levels;              /* it is wanted as integers */
+    float levels_step;
+    part *open;              /* goes on in the next frame */
+    uint32_t frame, switches; /* times that frames came after exact boxes */
     int exact_seen;
     uint32_t missing;        /* the first tensor that is not done */
+    wv_status failed;
+    size_t scratch;
     uint8_t *luma;           /* of the built-in decoder */
-    void *hevc, *hevc_memory;
+    void *hevc;
 };
 
-static void *take_memory(wv_archive *a, size_t bytes)
+static void *take_from(const wv_allocator *from, size_t bytes)
 {
-    return a->memory.alloc(a->memory.user, bytes ? bytes : 1);
+    return from->alloc ? from->alloc(from->user, bytes ? bytes : 1) : malloc(bytes ? bytes : 1);
 }
 
-static void give_memory(wv_archive *a, void *memory)
+static void *take_memory(const wv_archive *a, size_t bytes)
 {
-    if (memory)
+    return take_from(&a->memory, bytes);
+}
+
+static void give_memory(const wv_archive *a, void *memory)
+{
+    if (memory && a->memory.alloc)
         a->memory.free(a->memory.user, memory);
+    else
+        free(memory);
 }
 
-static wv_status grow(wv_archive *a, buffer *b, size_t bytes)
+/* Gives a buffer more room, if it has less; so many of its bytes stay. */
+static wv_status grow(wv_archive *a, buffer *b, size_t kept, size_t bytes)
 {
-    if (b->room >= bytes)
+    if (b->data && b->room >= bytes)
         return WV_OK;
-    give_memory(a, b->data);
-    b->room = 0;
-    b->data = take_memory(a, bytes);
-    if (!b->data)
+    if (!kept) {
+        give_memory(a, b->data);
+        b->data = NULL;
+        b->room = 0;
+    }
+    uint8_t *data = take_memory(a, bytes);
+    if (!data)
         return WV_MEMORY;
+    if (kept) {
+        memcpy(data, b->data, kept);
+        give_memory(a, b->data);
+    }
+    b->data = data;
     b->room = bytes;
     return WV_OK;
 }
@@ -522,7 +546,7 @@ size_t wv_bytes(const wv_tensor *t, wv_dtype type)
     return bytes > SIZE_MAX ? 0 : (size_t)bytes;
 }
 
-/* The next record; data of unknown types are refused or skipped by their parity (section 2). */
+/* The next record (section 2). */
 static int record(fields *body, uint64_t *type, fields *data)
 {
     if (body->bad || body->at == body->end)
@@ -532,39 +556,75 @@ static int record(fields *body, uint64_t *type, fields *data)
     return !body->bad;
 }
 
+/* Records of unknown types are refused or skipped by their parity. */
 static wv_status unknown(uint64_t type)
 {
     return type & 1 ? WV_OK : WV_VERSION;
 }
 
-/* Body of a box of ours (section 2). A deflated one goes to *room, which grows; so does one that is
-   kept, as the box goes. */
-static wv_status open_body(wv_archive *a, const uint8_t *payload, size_t size, buffer *room, int keep,
-                           fields *body)
+/* Finds the records of a body, of which each comes once at most: found[0] is that of the first type,
+   and so on; `known` has a bit for each type that there is. */
+static wv_status collect(fields body, uint32_t first, uint32_t known, fields *found)
 {
-    if (size < 9 || !MATCHES(crc32_of(payload + 4, size - 4) == le32(payload)))
+    uint64_t type;
+    fields data;
+    while (record(&body, &type, &data)) {
+        const uint64_t place = type - first;
+        if (place > 31 || !(known >> place & 1)) {
+            RETURN_IF(unknown(type));
+        } else {
+            if (found[place].at)
+                return WV_FORMAT;
+            found[place] = data;
+        }
+    }
+    return body.bad;
+}
+
+/* The number of entries that begins a record; of one that is not there, 0. No entry is empty. */
+static uint32_t entries(fields *f, uint64_t limit)
+{
+    const uint64_t count = f->at ? leb(f, limit) : 0;
+    if (f->bad || !count || count <= (uint64_t)(f->end - f->at))
+        return (uint32_t)count;
+    f->bad = WV_FORMAT;
+    return 0;
+}
+
+/* A box, and where its payload lies (of ours behind the extended type). */
+typedef struct box {
+    const uint8_t *kind, *payload;
+    size_t size;
+    int ours;
+} box;
+
+enum { OTHER, HEADER, FILE_BOX, FRAME, EXACT, INDEX };
+
+/* Body of a box of ours (section 2). A deflated one goes to *room, which grows, behind so many bytes
+   that stay, the last of which are the box; so does one that is copied, as the box goes. */
+static wv_status open_body(wv_archive *a, const box *b, buffer *room, size_t kept, int copied, fields *body)
+{
+    const uint8_t *from = b->payload;
+    if (b->size < 9 || !MATCHES(crc32_of(from + 4, b->size - 4) == le32(from)))
         return WV_DIGEST;
-    uint32_t bytes = le32(payload + 5);
-    if (payload[4] > 1 || bytes > MAX_BODY)
+    const uint32_t bytes = le32(from + 5), form = from[4];
+    if (form > 1 || bytes > MAX_BODY)
         return WV_LIMIT;
-    body->at = payload + 9;
-    body->bad = WV_OK;
-    if (payload[4] == 1) {
-        if (bytes / 1032 > size) /* deflate makes no more of a byte */
-            return WV_FORMAT;
-        RETURN_IF(grow(a, room, bytes));
-        if (inflate(payload + 9, size - 9, room->data, bytes))
-            return WV_FORMAT;
-        body->at = room->data;
-    } else if (bytes != size - 9) {
+    if (form ? bytes / 1032 > b->size : bytes != b->size - 9) /* deflate makes no more of a byte */
         return WV_FORMAT;
-    } else if (keep) {
-        RETURN_IF(grow(a, room, bytes));
-        if (bytes)
-            memcpy(room->data, body->at, bytes);
-        body->at = room->data;
+    if (form || copied) {
+        RETURN_IF(grow(a, room, kept, kept + bytes));
+        from = kept ? room->data + kept - b->size : from;
+        body->at = room->data + kept;
+        if (!form)
+            memcpy(room->data + kept, from + 9, bytes);
+        else if (inflate(from + 9, b->size - 9, room->data + kept, bytes))
+            return WV_FORMAT;
+    } else {
+        body->at = from + 9;
     }
     body->end = body->at + bytes;
+    body->bad = WV_OK;
     return WV_OK;
 }
 
@@ -590,68 +650,35 @@ static uint32_t *slot_of(const wv_archive *a, const char *name, size_t bytes)
     }
 }
 
-static const char *copy_text(char **to, const fields *from)
+/* A text of the header, as one of C: it moves over its length, which gives room for a zero byte. */
+static const char *c_text(wv_archive *a, fields *f, uint64_t limit, size_t *bytes)
 {
-    const char *made = *to;
-    size_t bytes = (size_t)(from->end - from->at);
-    memcpy(*to, from->at, bytes);
-    (*to)[bytes] = 0;
-    *to += bytes + 1;
-    return made;
+    const fields found = text(f, limit);
+    if (f->bad)
+        return NULL;
+    *bytes = (size_t)(found.end - found.at);
+    uint8_t *to = a->header.data + (found.at - a->header.data) - 1;
+    memmove(to, found.at, *bytes);
+    to[*bytes] = 0;
+    return (const char *)to;
 }
 
-static wv_status add_name(wv_archive *a, uint32_t place)
+/* Type and shape of a tensor; its sizes go to `sizes`. Returns where those of the next one go. */
+static uint64_t *read_shape(wv_tensor *t, fields *f, uint64_t *sizes)
 {
-    uint32_t *slot = slot_of(a, a->all[place].is.name, a->all[place].is.name_bytes);
-    if (*slot)
-        return WV_FORMAT;
-    *slot = place + 1;
-    return WV_OK;
-}
-
-static wv_status read_tensors(wv_archive *a, fields f, char **texts, uint64_t *shapes)
-{
-    leb(&f, MAX_TENSORS);
-    for (uint32_t i = 0; i < a->tensors; i++) {
-        wv_tensor *t = &a->all[i].is;
-        fields name = text(&f, MAX_NAME);
-        t->dtype = (wv_dtype)leb(&f, WV_BOOL);
-        t->axes = (uint32_t)leb(&f, MAX_AXES);
-        t->number = i;
-        t->elements = 1;
-        t->shape = shapes;
-        uint64_t product = 1;
-        for (uint32_t axis = 0; axis < t->axes; axis++) {
-            uint64_t size = *shapes++ = leb(&f, MAX_ELEMENTS);
-            t->elements *= size; /* 0, or checked below */
-            if (size > MAX_ELEMENTS / product)
-                return WV_LIMIT;
-            product *= size ? size : 1;
-        }
-        if (f.bad)
-            return f.bad;
-        t->name_bytes = (size_t)(name.end - name.at);
-        t->name = copy_text(texts, &name);
-        RETURN_IF(add_name(a, i));
+    uint64_t product = 1;
+    t->dtype = (wv_dtype)leb(f, WV_BOOL);
+    t->axes = (uint32_t)leb(f, MAX_AXES);
+    t->shape = sizes;
+    t->elements = 1;
+    for (uint32_t axis = 0; axis < t->axes && !f->bad; axis++) {
+        const uint64_t size = *sizes++ = leb(f, MAX_ELEMENTS);
+        if (size > MAX_ELEMENTS / product)
+            f->bad = WV_LIMIT;
+        product *= size ? size : 1;
+        t->elements *= size;
     }
-    return ends(&f);
-}
-
-static wv_status read_aliases(wv_archive *a, fields f, char **texts)
-{
-    leb(&f, MAX_TENSORS);
-    for (uint32_t i = a->tensors; i < a->names; i++) {
-        fields name = text(&f, MAX_NAME);
-        uint64_t number = leb(&f, a->tensors - 1);
-        if (f.bad)
-            return f.bad;
-        a->all[i].is = a->all[number].is;
-        a->all[i].is.alias = 1;
-        a->all[i].is.name_bytes = (size_t)(name.end - name.at);
-        a->all[i].is.name = copy_text(texts, &name);
-        RETURN_IF(add_name(a, i));
-    }
-    return ends(&f);
+    return sizes;
 }
 
 /* Whether the base, if one was given, is the one that the header names, with all its layers. */
@@ -668,113 +695,104 @@ static uint32_t mask_of(const wv_archive *a, const tensor *t)
     return t->mask & ((2u << a->layers) - 1);
 }
 
-static wv_status read_header(wv_archive *a, fields body)
+static wv_status read_layers(wv_archive *a, fields f)
 {
-    fields kinds[7] = {{0}}, data;
-    uint64_t type, counts[7] = {0}, axes = 0;
-    while (record(&body, &type, &data)) {
-        if (type > R_LAYERS || type < R_TENSORS || type & 1) {
-            RETURN_IF(unknown(type));
-            continue;
-        }
-        fields *kind = kinds + type / 2;
-        if (kind->at)
-            return WV_FORMAT;
-        *kind = data;
-        counts[type / 2] = leb(&data, type == R_BASES ? 256 : type == R_FILES ? 4096 : MAX_TENSORS);
-        /* An entry takes two bytes or more. */
-        if (data.bad || counts[type / 2] > (uint64_t)(data.end - data.at))
-            return data.bad ? data.bad : WV_FORMAT;
-        if (type == R_TENSORS)
-            for (uint64_t i = 0; i < counts[1] && !data.bad; i++) {
-                sub(&data, MAX_NAME);
-                leb(&data, WV_BOOL);
-                uint64_t few = leb(&data, MAX_AXES);
-                for (uint64_t axis = 0; axis < few; axis++)
-                    leb(&data, MAX_ELEMENTS);
-                axes += few;
-            }
-        if (data.bad)
-            return data.bad;
-    }
-    if (body.bad || !kinds[1].at)
-        return body.bad ? body.bad : WV_FORMAT;
-    a->tensors = (uint32_t)counts[1];
-    a->names = (uint32_t)(counts[1] + counts[2]);
-    a->found_pairs = (uint32_t)counts[3];
-    a->found_files = (uint32_t)counts[4];
-    a->found_bases = (uint32_t)counts[5];
-    if (counts[2] && !a->tensors)
-        return WV_LIMIT;
-    for (a->table_size = 2; a->table_size < 2 * a->names;)
-        a->table_size *= 2;
-    /* A copied text takes no more than it does here, with its length. */
-    size_t text_bytes = (size_t)(body.end - a->header) + 2 * a->found_pairs + a->names;
-    size_t sizes[7] = {a->names * sizeof *a->all, a->table_size * sizeof *a->table, (size_t)axes * 8,
-                       text_bytes, a->found_pairs * 2 * sizeof *a->pairs,
-                       a->found_files * sizeof *a->files, a->found_bases * sizeof *a->bases};
-    void *rooms[7];
-    int failed = 0;
-    for (int i = 0; i < 7; i++) {
-        rooms[i] = take_memory(a, sizes[i]);
-        a->scratch += sizes[i];
-        failed |= !rooms[i];
-        if (rooms[i])
-            memset(rooms[i], 0, sizes[i]);
-    }
-    a->all = rooms[0];
-    a->table = rooms[1];
-    a->shapes = rooms[2];
-    a->texts = rooms[3];
-    a->pairs = rooms[4];
-    a->files = rooms[5];
-    a->bases = rooms[6];
-    if (failed) {
-        a->tensors = 0; /* there are none to end */
-        return WV_MEMORY;
-    }
-    char *texts = a->texts;
-    RETURN_IF(read_tensors(a, kinds[1], &texts, a->shapes));
-    if (kinds[2].at)
-        RETURN_IF(read_aliases(a, kinds[2], &texts));
-    leb(&kinds[3], MAX_TENSORS);
-    for (uint32_t i = 0; i < 2 * a->found_pairs; i++) {
-        fields found = text(&kinds[3], MAX_BODY);
-        if (kinds[3].bad)
-            return kinds[3].bad;
-        a->pairs[i] = copy_text(&texts, &found);
-    }
-    leb(&kinds[4], 4096);
-    for (uint32_t i = 0; i < a->found_files; i++) {
-        fields path = text(&kinds[4], 1024);
-        text(&kinds[4], 64);
-        a->files[i].bytes = (uint32_t)leb(&kinds[4], MAX_BODY);
-        a->files[i].offset = a->body;
-        a->body += leb(&kinds[4], MAX_BODY);
-        if (kinds[4].bad)
-            return kinds[4].bad;
-        a->files[i].path = copy_text(&texts, &path);
-    }
-    leb(&kinds[5], 256);
-    for (uint32_t i = 0; i < a->found_bases; i++) {
-        a->bases[i] = kinds[5].at;
-        uint64_t size = leb(&kinds[5], MAX_KERNEL);
-        take(&kinds[5], 4 * size * size);
-    }
-    a->all_layers = kinds[6].at ? (uint32_t)leb(&kinds[6], MAX_LAYERS) : 1;
-    fields root = kinds[6].at ? sub(&kinds[6], 32) : kinds[6];
+    a->all_layers = f.at ? (uint32_t)leb(&f, MAX_LAYERS) : 1;
+    const fields root = f.at ? sub(&f, 32) : f;
     a->base_root = root.at == root.end ? NULL : root.at;
     for (uint32_t i = 0; i < a->tensors; i++) {
-        uint32_t mask = kinds[6].at ? (uint32_t)leb(&kinds[6], (2u << a->all_layers) - 1) : 2;
-        if (!mask || (mask & 1 && !a->base_root))
-            kinds[6].bad = kinds[6].bad ? kinds[6].bad : WV_FORMAT;
-        a->all[i].mask = mask;
+        const uint32_t mask = a->all[i].mask = f.at ? (uint32_t)leb(&f, (2u << a->all_layers) - 1) : 2;
+        if (!f.bad && (!mask || (mask & 1 && !a->base_root)))
+            f.bad = WV_FORMAT;
     }
-    if (!a->all_layers || (a->base_root && root.end - root.at != 32))
-        return kinds[6].bad ? kinds[6].bad : WV_FORMAT;
-    for (int i = 3; i < 7; i++)
-        if (kinds[i].at)
-            RETURN_IF(ends(&kinds[i]));
+    if (!f.bad && (!a->all_layers || (a->base_root && root.end - root.at != 32)))
+        f.bad = WV_FORMAT;
+    return ends(&f);
+}
+
+/* Memory for all that the header lists. */
+static wv_status make_lists(wv_archive *a, uint64_t axes, uint64_t **sizes)
+{
+    for (a->table_size = 2; a->table_size < 2 * a->names;)
+        a->table_size *= 2;
+    const size_t bytes = a->names * sizeof *a->all + (size_t)axes * sizeof **sizes
+        + a->found_files * sizeof *a->files + 2 * a->found_pairs * sizeof *a->pairs
+        + a->found_bases * sizeof *a->bases + a->table_size * sizeof *a->table;
+    a->all = take_memory(a, bytes);
+    if (!a->all)
+        return WV_MEMORY;
+    memset(a->all, 0, bytes);
+    a->scratch += bytes;
+    *sizes = (uint64_t *)(void *)(a->all + a->names);
+    a->files = (side_file *)(void *)(*sizes + axes);
+    a->pairs = (const char **)(void *)(a->files + a->found_files);
+    a->bases = (basis *)(void *)(a->pairs + 2 * a->found_pairs);
+    a->table = (uint32_t *)(void *)(a->bases + a->found_bases);
+    return WV_OK;
+}
+
+static wv_status read_header(wv_archive *a, fields body)
+{
+    fields found[R_ABOUT - R_TENSORS + 1] = {{0}};
+    fields *tensors = found, *aliases = found + (R_ALIASES - R_TENSORS), *pairs = found + (R_METADATA - R_TENSORS),
+           *files = found + (R_FILES - R_TENSORS), *bases = found + (R_BASES - R_TENSORS);
+    uint64_t axes = 0, *sizes;
+    size_t bytes = 0;
+    RETURN_IF(collect(body, R_TENSORS, 0xD55, found));
+    a->tensors = entries(tensors, MAX_TENSORS);
+    a->names = a->tensors + entries(aliases, MAX_TENSORS);
+    a->found_pairs = entries(pairs, MAX_TENSORS);
+    a->found_files = entries(files, MAX_FILES);
+    a->found_bases = entries(bases, MAX_BASES);
+    fields ahead = *tensors;
+    for (uint32_t i = 0; i < a->tensors && !ahead.bad; i++) {
+        sub(&ahead, MAX_NAME);
+        leb(&ahead, WV_BOOL);
+        for (uint64_t few = leb(&ahead, MAX_AXES); few; few--, axes++)
+            leb(&ahead, MAX_ELEMENTS);
+    }
+    for (int i = 0; i < 5; i++)
+        RETURN_IF(i ? found[2 * i].bad : ahead.bad);
+    if (!tensors->at || (a->names && !a->tensors))
+        return tensors->at ? WV_LIMIT : WV_FORMAT;
+    RETURN_IF(make_lists(a, axes, &sizes));
+    for (uint32_t i = 0; i < a->names; i++) {
+        wv_tensor *t = &a->all[i].is;
+        fields *f = i < a->tensors ? tensors : aliases;
+        const char *name = c_text(a, f, MAX_NAME, &bytes);
+        if (f == tensors) {
+            sizes = read_shape(t, f, sizes);
+            t->number = i;
+        } else {
+            *t = a->all[leb(f, a->tensors - 1)].is;
+            t->alias = 1;
+        }
+        RETURN_IF(f->bad);
+        t->name = name;
+        t->name_bytes = bytes;
+        uint32_t *slot = slot_of(a, name, bytes);
+        if (*slot)
+            return WV_FORMAT;
+        *slot = i + 1;
+    }
+    for (uint32_t i = 0; i < 2 * a->found_pairs; i++)
+        a->pairs[i] = c_text(a, pairs, MAX_BODY, &bytes);
+    for (uint32_t i = 0; i < a->found_files; i++) {
+        side_file *file = a->files + i;
+        file->path = c_text(a, files, 1024, &bytes);
+        text(files, 64);
+        file->bytes = (uint32_t)leb(files, MAX_BODY);
+        file->offset = a->body;
+        a->body += leb(files, MAX_BODY);
+    }
+    for (uint32_t i = 0; i < a->found_bases; i++) {
+        basis *made = a->bases + i;
+        made->size = (uint32_t)leb(bases, MAX_KERNEL);
+        made->numbers = take(bases, 4 * (uint64_t)made->size * made->size);
+    }
+    for (int i = 0; i < 5; i++)
+        RETURN_IF(ends(found + 2 * i));
+    RETURN_IF(read_layers(a, found[R_LAYERS - R_TENSORS]));
     return check_base(a);
 }
 
@@ -840,13 +858,9 @@ static uint16_t half_of(float value)
         return (uint16_t)(sign | 0x7C00 | (low >> 13 & 0x3FF) | ((low >> 13 & 0x3FF) ? 0 : 0x200));
     if (low >= 0x477FF000)
         return (uint16_t)(sign | 0x7C00);
-    if (low < 0x38800000) { /* subnormal: 2^-24 is 1 */
-        float scaled = float_of(low) * 16777216.0f;
-        uint32_t whole = (uint32_t)scaled;
-        float rest = scaled - (float)whole;
-        return (uint16_t)(sign | (whole + (rest > 0.5f || (rest == 0.5f && (whole & 1)))));
-    }
-    return (uint16_t)(sign | (((low + 0xFFF + (low >> 13 & 1)) >> 13) - 0x1C000));
+    /* An addition of 2^13 times its power of two rounds to the places that a half has. */
+    const uint32_t exponent = low < 0x38800000 ? 113 : low >> 23, large = (exponent + 13) << 23;
+    return (uint16_t)(sign | (((exponent - 113) << 10) + bits_of(float_of(low) + float_of(large)) - large));
 }
 
 static float float_of_half(uint32_t half)
@@ -921,41 +935,43 @@ static void put_row(const tensor *t, wv_dtype as, float *row, uint32_t count, ui
 {
     const wv_dtype type = t->is.dtype;
     const uint32_t size = size_of(type), wide = size_of(as);
+    for (uint32_t i = 0; t->added && i < count; i++) {
+        const float below = float_from(type, get_bits(type, size, to + (size_t)i * size));
+        row[i] = row[i] + below;
+    }
     if (type == WV_F32 && as == WV_F32 && !byte_at(type, 4, 0)) {
-        for (uint32_t i = 0; t->added && i < count; i++) {
-            float below;
-            memcpy(&below, to + 4 * (size_t)i, 4);
-            row[i] = row[i] + below;
-        }
         memcpy(to, row, 4 * (size_t)count);
-        if (t->sha)
-            sha_add(t->sha, to, 4 * (size_t)count);
+        if (t->work->hashed)
+            sha_add(&t->work->sha, to, 4 * (size_t)count);
         return;
     }
     for (uint32_t i = 0; i < count; i++, to += wide) {
+        const uint64_t bits = bits_from_float(type, row[i]);
         uint8_t element[8];
-        float value = row[i];
-        if (t->added)
-            value = value + float_from(type, get_bits(type, size, to));
-        uint64_t bits = bits_from_float(type, value);
         for (uint32_t byte = 0; byte < size; byte++)
             element[byte] = (uint8_t)(bits >> 8 * byte);
-        if (t->sha)
-            sha_add(t->sha, element, size);
+        if (t->work->hashed)
+            sha_add(&t->work->sha, element, size);
         put_element(t, as, bits, to);
     }
 }
 
-/* Type in which a tensor's elements lie while it is read: layers are added in its own. */
+/* Type in which a tensor is wanted. */
+static wv_dtype wanted_type(const wv_archive *a, const tensor *t)
+{
+    const wv_dtype type = a->sink->type;
+    return type == WV_STORED || !size_as(&t->is, type) ? t->is.dtype : type;
+}
+
+/* Type in which its elements lie while it is read: layers are added in its own. */
 static wv_dtype type_of(const wv_archive *a, const tensor *t)
 {
-    const wv_dtype wanted = a->only ? a->only_type : a->sink->type;
-    return t->into != t->room || !size_as(&t->is, wanted) || wanted == WV_STORED ? t->is.dtype : wanted;
+    return t->work->into != t->work->room ? t->is.dtype : wanted_type(a, t);
 }
 
 /* The kernel matrix M (section 5.4): what a level of frequency f adds to position i. Two positions
    share a number, low + 2^32 high: one multiplication and one addition do both. */
-static wv_status kernel_matrix(const wv_archive *a, const part *p, int64_t *matrix)
+static wv_status kernel_matrix(const part *p, int64_t *matrix)
 {
     const float scale = (float)(1u << p->shift);
     const uint32_t pairs = (p->kernel + 1) / 2;
@@ -965,11 +981,9 @@ static wv_status kernel_matrix(const wv_archive *a, const part *p, int64_t *matr
             uint32_t block = p->kernel, u = f, v = i;
             float product = 1;
             for (uint32_t axis = 0; axis < p->axes; axis++) {
-                fields basis = {a->bases[p->bases[axis]], NULL, WV_OK};
-                basis.end = basis.at + 10;
-                uint32_t size = (uint32_t)leb(&basis, MAX_KERNEL);
-                block /= size;
-                product = product * float_of(le32(basis.at + 4 * (u / block * size + v / block)));
+                const basis *b = p->bases[axis];
+                block /= b->size;
+                product = product * float_of(le32(b->numbers + 4 * (u / block * b->size + v / block)));
                 u %= block;
                 v %= block;
             }
@@ -1011,119 +1025,128 @@ static int next_escape(escapes *e, uint64_t end, uint64_t *place, float *number)
     return 1;
 }
 
+/* Numbers of a row of samples, escapes aside (section 5.2), and so many units as values. */
+static void numbers_of(const part *p, const uint8_t *samples, float unit, int16_t *n, float *values)
+{
+    uint32_t state = 0; /* its higher bits don't matter */
+    for (uint32_t j = 0; j < p->columns; j++) {
+        const int32_t sample = samples[j]; /* odd where the level is */
+        int32_t number = sample - 128;
+        if (p->method) {
+            number = 4 * sample - 512 + (int32_t)(state & 2);
+            state = state << 1 | (((uint32_t)sample ^ state ^ state >> 2) & 1);
+        }
+        n[j] = (int16_t)number;
+        values[j] = (float)number * unit;
+    }
+}
+
+/* Sums of a row, escapes aside (section 5.4). */
+static void transform(const part *p, const int64_t *matrix, const int16_t *n, int64_t *sums, float *values)
+{
+    const uint32_t pairs = (p->kernel + 1) / 2;
+    for (uint32_t c = 0; c < p->channels; c++, values += p->kernel) {
+        memset(sums, 0, pairs * sizeof *sums);
+        for (uint32_t f = 0; f < p->kernel; f++) {
+            const int64_t level = n[(size_t)f * p->channels + c], *weights = matrix + (size_t)f * pairs;
+            for (uint32_t i = 0; level && i < pairs; i++)
+                sums[i] += level * weights[i];
+        }
+        for (uint32_t i = 0; i < p->kernel; i++)
+            values[i] = (float)of_pair(sums, i);
+    }
+}
+
+static wv_status put_integers(const float *numbers, uint32_t count, uint8_t *to)
+{
+    for (uint32_t i = 0; i < count; i++, to += 4) {
+        if (!(numbers[i] > -2147483648.0f && numbers[i] < 2147483648.0f))
+            return WV_LEVELS;
+        const int32_t whole = (int32_t)numbers[i];
+        memcpy(to, &whole, 4);
+    }
+    return WV_OK;
+}
+
 /* Weights of a part from its levels, from the first row to the last: a row is written where the
    levels of later rows don't lie. */
 static wv_status dequantize(wv_archive *a, part *p)
 {
-    typedef union { int32_t integer; float real; } value;
-    const uint32_t columns = p->columns, channels = p->channels, kernel = p->kernel;
-    const uint32_t pairs = p->axes ? (kernel + 1) / 2 : 0;
+    const uint32_t columns = p->columns, pairs = p->axes ? (p->kernel + 1) / 2 : 0;
     const wv_dtype as = type_of(a, p->of);
-    const int trellis = p->method, integers = a->levels;
-    const uint32_t wide = integers ? 4 : size_of(as);
-    int64_t *sums = take_memory(a, 8 * (size_t)pairs * (1 + kernel) + 6 * (size_t)columns);
-    if (!sums)
-        return WV_MEMORY;
-    int64_t *matrix = sums + pairs;
-    value *values = (value *)(void *)(matrix + (size_t)kernel * pairs);
+    const uint32_t wide = a->levels ? 4 : size_of(as);
+    RETURN_IF(grow(a, &a->packet, 0, 8 * (size_t)pairs * (1 + p->kernel) + 6 * (size_t)columns));
+    int64_t *sums = (int64_t *)(void *)a->packet.data, *matrix = sums + pairs;
+    float *values = (float *)(void *)(matrix + (size_t)pairs * p->kernel);
     int16_t *n = (int16_t *)(void *)(values + columns);
-    wv_status status = p->axes ? kernel_matrix(a, p, matrix) : WV_OK;
-    const float unit = p->step * float_of((127u - p->shift - (p->method ? 2 : 0)) << 23);
-    escapes late = p->escapes;
-    uint8_t *out = p->of->into + p->first * wide;
-    for (uint32_t row = 0; row < p->rows && !status; row++, out += (size_t)columns * wide) {
-        const int8_t *levels = (const int8_t *)(p->levels + (size_t)row * columns);
-        const uint64_t begin = (uint64_t)row * columns;
-        uint32_t state = 0;
+    if (pairs)
+        RETURN_IF(kernel_matrix(p, matrix));
+    const float step = p->step * float_of((127u - p->shift - (p->method ? 2 : 0)) << 23);
+    const float unit = a->levels ? 1 : step;
+    uint8_t *out = p->of->work->into + p->first * wide;
+    for (uint32_t row = 0; row < p->rows; row++, out += (size_t)columns * wide) {
+        const uint64_t begin = (uint64_t)row * columns, end = begin + columns;
+        escapes again = p->escapes;
         uint64_t place;
         float number;
-        for (uint32_t j = 0; j < columns && !trellis; j++)
-            n[j] = levels[j];
-        for (uint32_t j = 0; j < columns && trellis; j++) {
-            const int k = levels[j];
-            n[j] = (int16_t)(4 * k + (int)(state & 2)); /* higher bits of the state don't matter */
-            state = state << 1 | (((uint32_t)k ^ state ^ state >> 2) & 1);
-        }
-        while (next_escape(&p->escapes, begin + columns, &place, &number))
+        numbers_of(p, p->levels + begin, unit, n, values);
+        while (next_escape(&p->escapes, end, &place, &number))
             n[place - begin] = 0;
-        for (uint32_t j = 0; j < columns && !pairs; j++)
-            if (integers)
-                values[j].integer = n[j];
-            else
-                values[j].real = (float)n[j];
-        for (uint32_t c = 0; c < channels && pairs; c++) {
-            memset(sums, 0, pairs * sizeof *sums);
-            for (uint32_t f = 0; f < kernel; f++) {
-                const int64_t level = n[(size_t)f * channels + c], *weights = matrix + (size_t)f * pairs;
-                if (level)
-                    for (uint32_t i = 0; i < pairs; i++)
-                        sums[i] += level * weights[i];
+        if (pairs)
+            transform(p, matrix, n, sums, values);
+        while (next_escape(&again, end, &place, &number)) {
+            const uint32_t at = (uint32_t)(place - begin);
+            if (!pairs)
+                values[at] = number * unit;
+            for (uint32_t i = 0; i < p->kernel && pairs; i++) {
+                float *to = values + (size_t)(at % p->channels) * p->kernel + i;
+                const float product = number * (float)of_pair(matrix + (size_t)(at / p->channels) * pairs, i);
+                *to = *to + product;
             }
-            for (uint32_t i = 0; i < kernel; i++)
-                values[(size_t)c * kernel + i].real = (float)of_pair(sums, i);
         }
-        while (next_escape(&late, begin + columns, &place, &number)) {
-            const uint32_t at = (uint32_t)(place - begin), f = at / channels;
-            if (integers && !(number > -2147483648.0f && number < 2147483648.0f))
-                status = WV_LEVELS;
-            else if (integers)
-                values[at].integer = (int32_t)number;
-            else if (!p->axes)
-                values[at].real = number;
-            else
-                for (uint32_t i = 0; i < kernel; i++) {
-                    float *to = &values[(size_t)(at % channels) * kernel + i].real;
-                    const float product = number * (float)of_pair(matrix + (size_t)f * pairs, i);
-                    *to = *to + product;
-                }
-        }
-        if (integers) {
-            memcpy(out, values, 4 * (size_t)columns);
+        for (uint32_t j = 0; j < columns && pairs; j++)
+            values[j] = values[j] * unit;
+        const float factor = p->row_steps ? quarter_octaves(p->row_steps[row]) : 1;
+        for (uint32_t j = 0; j < columns && p->row_steps; j++)
+            values[j] = values[j] * factor;
+        if (a->levels) {
+            RETURN_IF(put_integers(values, columns, out));
             continue;
         }
-        const float factor = p->row_steps ? quarter_octaves(p->row_steps[row]) : 1;
-        for (uint32_t j = 0; j < columns; j++) {
-            const float product = values[j].real * unit;
-            values[j].real = product * factor; /* a factor of 1 changes nothing */
-        }
-        put_row(p->of, as, &values[0].real, columns, out);
+        put_row(p->of, as, values, columns, out);
     }
-    give_memory(a, sums);
-    p->of->have += p->size;
-    return status;
+    p->of->work->have += p->size;
+    return WV_OK;
 }
 
 /* --- parts and frames (sections 4 and 5.1) ---------------------------------------------------- */
 
-static wv_status parse_part(wv_archive *a, fields f, part *p)
+static wv_status parse_part(const wv_archive *a, fields f, part *p)
 {
     memset(p, 0, sizeof *p);
     if (!a->tensors)
         return WV_LIMIT;
-    uint64_t number = leb(&f, a->tensors - 1);
+    p->of = a->all + leb(&f, a->tensors - 1);
     p->column = 4 * (uint32_t)leb(&f, MAX_SAMPLES);
-    uint64_t first = leb(&f, MAX_ELEMENTS);
+    const uint64_t first = leb(&f, MAX_ELEMENTS);
     p->rows = (uint32_t)leb(&f, MAX_PART);
     p->columns = (uint32_t)leb(&f, MAX_PART);
     p->method = *take(&f, 1);
-    uint32_t has = *take(&f, 1);
+    const uint32_t has = *take(&f, 1);
     p->step = float_of(le32(take(&f, 4)));
     p->axes = (uint32_t)leb(&f, 4);
     p->kernel = 1;
     for (uint32_t axis = 0; axis < p->axes && !f.bad; axis++) {
         if (!a->found_bases)
             return WV_LIMIT;
-        p->bases[axis] = (uint32_t)leb(&f, a->found_bases - 1);
-        fields basis = {a->bases[p->bases[axis]], NULL, WV_OK};
-        basis.end = basis.at + 10;
-        p->kernel *= (uint32_t)leb(&basis, MAX_KERNEL);
+        p->bases[axis] = a->bases + leb(&f, a->found_bases - 1);
+        p->kernel *= p->bases[axis]->size;
         if (!p->kernel || p->kernel > MAX_KERNEL)
             return WV_FORMAT;
     }
     p->shift = p->axes ? *take(&f, 1) : 0;
-    if (f.bad)
-        return f.bad;
-    const wv_tensor *t = &a->all[number].is;
+    RETURN_IF(f.bad);
+    const wv_tensor *t = &p->of->is;
     const uint64_t size = (uint64_t)p->rows * p->columns;
     if (!size || size > MAX_PART || p->columns % p->kernel || t->dtype > WV_BF16
         || (first + p->rows) > t->elements / p->columns || t->elements % p->columns)
@@ -1133,7 +1156,6 @@ static wv_status parse_part(wv_archive *a, fields f, part *p)
     if (p->shift > 24 || (has & HAS_FREQUENCY_STEPS && !p->axes)
         || !(p->step >= 7.7037197775489434e-34f && p->step <= 1.2980742146337069e33f))
         return WV_FORMAT;
-    p->of = a->all + number;
     p->size = (uint32_t)size;
     p->first = first * p->columns;
     p->channels = p->columns / p->kernel;
@@ -1165,9 +1187,10 @@ static wv_status parse_part(wv_archive *a, fields f, part *p)
 }
 
 /* Places of energies by falling energy, equal ones in their own order; where each energy starts. */
-static void sort_falling(uint32_t *order, uint32_t *start, int top, uint32_t count,
-                         const uint8_t *inner, uint32_t inner_count, const uint8_t *outer)
+static void sort_falling(uint32_t *order, uint32_t *start, uint32_t count, const uint8_t *inner,
+                         uint32_t inner_count, const uint8_t *outer)
 {
+    const int top = 2 * MAX_ENERGY;
     uint32_t next[2 * MAX_ENERGY + 1] = {0}, at = 0;
     for (uint32_t i = 0; i < count; i++)
         next[inner[i % inner_count] + (outer ? outer[i / inner_count] : 0)]++;
@@ -1183,7 +1206,7 @@ static void sort_falling(uint32_t *order, uint32_t *start, int top, uint32_t cou
 }
 
 /* Goes to the next rectangle that has elements. */
-static void next_rectangle(part *p)
+static void next_rectangle(part *p, const sorted *by)
 {
     for (;; p->row_energy--) {
         if (p->row_energy < 0 || p->class_ - p->row_energy > 2 * MAX_ENERGY) {
@@ -1192,57 +1215,61 @@ static void next_rectangle(part *p)
             p->row_energy = p->class_ < MAX_ENERGY ? p->class_ : MAX_ENERGY;
         }
         int e = p->row_energy, c = p->class_ - e;
-        if (c > 2 * MAX_ENERGY || p->row_start[e] == p->row_start[e + 1]
-            || p->column_start[c] == p->column_start[c + 1])
+        if (c > 2 * MAX_ENERGY || by->row_start[e] == by->row_start[e + 1]
+            || by->column_start[c] == by->column_start[c + 1])
             continue;
-        p->row = p->row_start[e + 1];
-        p->at_column = p->column_start[c + 1];
+        p->row = by->row_start[e + 1];
+        p->at_column = by->column_start[c + 1];
         return;
     }
 }
 
-/* Takes the next levels of a part, in coding order. */
-static void scatter(part *p, const uint8_t *levels, uint32_t count)
-{
-    if (!p->energies) {
-        memcpy(p->levels + p->have, levels, count);
-        p->have += count;
-        return;
-    }
-    p->have += count;
-    while (count) {
-        const int e = p->row_energy, c = p->class_ - e;
-        uint32_t end = p->column_start[c], some = end - p->at_column;
-        uint8_t *row = p->levels + (size_t)p->row_order[p->row] * p->columns;
-        const uint32_t *order = p->column_order + p->at_column;
-        some = some < count ? some : count;
-        for (uint32_t i = 0; i < some; i++)
-            row[order[i]] = levels[i];
-        levels += some;
-        count -= some;
-        p->at_column += some;
-        if (p->at_column < end)
-            return;
-        p->at_column = p->column_start[c + 1];
-        if (++p->row == p->row_start[e]) {
-            p->row_energy--;
-            next_rectangle(p);
-        }
-    }
-}
-
-/* Takes a part's samples from a picture, from a ribbon column on, as far as there are. */
-static void gather(const wv_archive *a, part *p, uint32_t column, const uint8_t *luma, size_t stride)
+/* Takes a part's levels from a picture, from a ribbon column on, as far as there are; whole parts
+   become weights. */
+static wv_status gather(wv_archive *a, part *p, uint32_t column, const uint8_t *luma, size_t stride)
 {
     const uint32_t capacity = a->height / BAND * a->width;
+    sorted by;
+    if (p->energies) {
+        const uint8_t *channels = p->energies + p->rows;
+        RETURN_IF(grow(a, &a->packet, 0, 4 * ((size_t)p->rows + p->columns)));
+        by.rows = (uint32_t *)(void *)a->packet.data;
+        by.columns = by.rows + p->rows;
+        sort_falling(by.rows, by.row_start, p->rows, p->energies, p->rows, NULL);
+        sort_falling(by.columns, by.column_start, p->columns, channels, p->channels, channels + p->channels);
+        if (!p->have) {
+            p->class_ = 3 * MAX_ENERGY;
+            p->row_energy = MAX_ENERGY;
+            next_rectangle(p, &by);
+        }
+    }
     for (; p->have < p->size && column < capacity; column++) {
         const uint8_t *from = luma + (size_t)(column / a->width) * BAND * stride + column % a->width;
-        uint8_t levels[BAND];
-        uint32_t count = p->size - p->have < BAND ? p->size - p->have : BAND;
-        for (uint32_t i = 0; i < count; i++)
-            levels[i] = from[i * stride] ^ 0x80;
-        scatter(p, levels, count);
+        uint32_t left = p->size - p->have < BAND ? p->size - p->have : BAND, some;
+        for (; left; left -= some, p->have += some) {
+            if (!p->energies) {
+                some = left;
+                for (uint32_t i = 0; i < some; i++, from += stride)
+                    p->levels[p->have + i] = *from;
+                continue;
+            }
+            const int e = p->row_energy, c = p->class_ - e;
+            const uint32_t *order = by.columns + p->at_column, end = by.column_start[c];
+            uint8_t *row = p->levels + (size_t)by.rows[p->row] * p->columns;
+            some = end - p->at_column < left ? end - p->at_column : left;
+            for (uint32_t i = 0; i < some; i++, from += stride)
+                row[order[i]] = *from;
+            p->at_column += some;
+            if (p->at_column < end)
+                continue;
+            p->at_column = by.column_start[c + 1];
+            if (++p->row == by.row_start[e]) {
+                p->row_energy--;
+                next_rectangle(p, &by);
+            }
+        }
     }
+    return p->have == p->size ? dequantize(a, p) : WV_OK;
 }
 
 /* Elements that a tensor of an update has in the base. */
@@ -1258,28 +1285,39 @@ static wv_status from_base(wv_archive *a, const tensor *t, wv_dtype as, void *to
     return wv_load(a->base, b, as, to, wv_bytes(b, as));
 }
 
+static void end_layer(wv_archive *a, tensor *t)
+{
+    give_memory(a, t->work->below);
+    t->work->below = NULL;
+    t->work->hashed = 0;
+    t->begun = NOTHING;
+}
+
 static void finish_tensor(wv_archive *a, tensor *t, wv_status status)
 {
-    uint8_t *room = t->room;
-    if (t->into != room) {
-        const wv_dtype type = t->is.dtype, as = a->only ? a->only_type : a->sink->type;
-        const uint32_t size = size_of(type), wide = size_of(as);
-        for (uint64_t i = 0; (!status || status == WV_COARSE) && i < t->is.elements; i++)
-            put_element(t, as, get_bits(type, size, t->into + i * size), room + i * wide);
-        give_memory(a, t->into);
-    }
-    give_memory(a, t->sha);
-    t->sha = NULL;
-    t->room = t->into = NULL;
-    t->begun = NOTHING;
     t->done = 1;
-    if (room && !a->only)
-        a->sink->end(a->sink->user, &t->is, room, status);
+    if (!t->work)
+        return;
+    const work w = *t->work;
+    const wv_dtype type = t->is.dtype, as = wanted_type(a, t);
+    const uint32_t size = size_of(type), wide = size_of(as);
+    if (w.below && status == WV_COARSE)
+        memcpy(w.into, w.below, (size_t)t->is.elements * size);
+    if (w.into != w.room) {
+        for (uint64_t i = 0; (!status || status == WV_COARSE) && i < t->is.elements; i++)
+            put_element(t, as, get_bits(type, size, w.into + i * size), w.room + i * wide);
+        give_memory(a, w.into);
+    }
+    end_layer(a, t);
+    give_memory(a, t->work);
+    t->work = NULL;
+    if (w.room && !a->only)
+        a->sink->end(a->sink->user, &t->is, w.room, status);
 }
 
 static void finish_layer(wv_archive *a, tensor *t)
 {
-    t->begun = NOTHING;
+    end_layer(a, t);
     t->layer++;
     if (!--t->left)
         finish_tensor(a, t, WV_OK);
@@ -1289,27 +1327,28 @@ static void finish_layer(wv_archive *a, tensor *t)
 static wv_status begin_tensor(wv_archive *a, tensor *t)
 {
     const uint32_t mask = mask_of(a, t), added = mask & (mask - 1);
-    const wv_dtype wanted = a->only ? a->only_type : a->sink->type;
-    const wv_dtype as = size_as(&t->is, wanted) && wanted != WV_STORED ? wanted : t->is.dtype;
+    const wv_dtype as = wanted_type(a, t);
     const uint64_t bytes = t->is.elements * size_of(as), own = t->is.elements * size_of(t->is.dtype);
     if (bytes > SIZE_MAX || own > SIZE_MAX)
         return WV_MEMORY;
-    if (!a->only)
-        t->room = a->sink->begin(a->sink->user, &t->is, (size_t)bytes);
-    t->into = t->room;
-    if (!t->room)
+    work *w = t->work = take_memory(a, sizeof *w);
+    if (!w)
+        return WV_MEMORY;
+    memset(w, 0, sizeof *w);
+    w->into = w->room = a->only ? a->sink->user : a->sink->begin(a->sink->user, &t->is, (size_t)bytes);
+    if (!w->room)
         return WV_OK;
     if (!t->left)
-        return from_base(a, t, as, t->room);
-    if (added && as != t->is.dtype && !(t->into = take_memory(a, (size_t)own))) {
-        t->into = t->room;
+        return from_base(a, t, as, w->room);
+    if (added && as != t->is.dtype && !(w->into = take_memory(a, (size_t)own))) {
+        w->into = w->room;
         return WV_MEMORY;
     }
-    return t->mask & 1 ? from_base(a, t, WV_STORED, t->into) : WV_OK;
+    return t->mask & 1 ? from_base(a, t, WV_STORED, w->into) : WV_OK;
 }
 
-/* Begins a layer of a tensor, or goes on with it. */
-static wv_status begin(wv_archive *a, tensor *t, int kind, int *wanted)
+/* Begins a layer of a tensor, or goes on with it, by so many elements. */
+static wv_status begin(wv_archive *a, tensor *t, int kind, uint64_t some, int *wanted)
 {
     *wanted = 0;
     if (a->only && a->only != t)
@@ -1321,47 +1360,40 @@ static wv_status begin(wv_archive *a, tensor *t, int kind, int *wanted)
             RETURN_IF(begin_tensor(a, t));
         t->begun = (uint8_t)kind;
         t->added = t->layer || t->mask & 1;
-        t->have = 0;
+        work *w = t->work;
+        w->have = 0;
+        /* A layer that comes in pieces may end early; then those below it are wanted. */
+        const size_t bytes = (size_t)t->is.elements * size_of(t->is.dtype);
+        if (w->room && t->layer && some < t->is.elements && !a->only) {
+            w->below = take_memory(a, bytes);
+            if (!w->below)
+                return WV_MEMORY;
+            memcpy(w->below, w->into, bytes);
+        }
     }
-    *wanted = t->room != NULL;
+    *wanted = t->work->room != NULL;
     return t->begun == kind ? WV_OK : WV_FORMAT;
 }
 
 static wv_status start_part(wv_archive *a, part *p)
 {
     tensor *t = p->of;
-    if (p->first != t->have)
+    const uint32_t wide = a->levels ? 4 : size_of(type_of(a, t));
+    if (p->first != t->work->have)
         return WV_FORMAT;
     if (a->levels && (p->method || p->axes || p->row_steps))
         return WV_LEVELS;
     if (a->levels && !p->first)
         a->levels_step = p->step;
     if (!p->first && !a->levels && (t->added || a->checks == WV_CHECK_ALL)) {
-        t->sha = take_memory(a, sizeof *t->sha);
-        if (!t->sha)
-            return WV_MEMORY;
-        sha_start(t->sha);
+        t->work->hashed = 1;
+        sha_start(&t->work->sha);
     }
-    const uint32_t wide = a->levels ? 4 : size_of(type_of(a, t));
-    const size_t orders = p->energies ? 4 * ((size_t)p->rows + p->columns) : 0;
-    p->levels = t->into + (p->first + p->size) * wide - p->size;
-    if (orders || t->added) {
-        p->memory = take_memory(a, orders + (t->added ? p->size : 0));
+    p->levels = t->work->into + (p->first + p->size) * wide - p->size;
+    if (t->added) {
+        p->levels = p->memory = take_memory(a, p->size);
         if (!p->memory)
             return WV_MEMORY;
-    }
-    if (t->added)
-        p->levels = p->memory + orders;
-    if (p->energies) {
-        const uint8_t *channels = p->energies + p->rows;
-        p->row_order = (uint32_t *)(void *)p->memory;
-        p->column_order = p->row_order + p->rows;
-        sort_falling(p->row_order, p->row_start, MAX_ENERGY, p->rows, p->energies, p->rows, NULL);
-        sort_falling(p->column_order, p->column_start, 2 * MAX_ENERGY, p->columns, channels,
-                     p->channels, channels + p->channels);
-        p->class_ = 3 * MAX_ENERGY;
-        p->row_energy = MAX_ENERGY;
-        next_rectangle(p);
     }
     return WV_OK;
 }
@@ -1370,22 +1402,19 @@ static wv_status start_part(wv_archive *a, part *p)
 static wv_status keep_part(wv_archive *a, const part *from, fields record_data)
 {
     const size_t bytes = (size_t)(record_data.end - record_data.at);
-    part *p = a->open = take_memory(a, sizeof *p);
+    part *p = a->open = take_memory(a, sizeof *p + bytes);
     if (!p) {
         give_memory(a, from->memory);
         return WV_MEMORY;
     }
     *p = *from;
-    p->record = take_memory(a, bytes);
-    if (!p->record)
-        return WV_MEMORY;
-    memcpy(p->record, record_data.at, bytes);
+    memcpy(p + 1, record_data.at, bytes);
     const uint8_t **pointers[7] = {&p->frequency_steps, &p->row_steps, &p->energies,
                                    &p->escapes.gaps.at, &p->escapes.gaps.end,
                                    &p->escapes.numbers.at, &p->escapes.numbers.end};
     for (int i = 0; i < 7; i++)
         if (*pointers[i])
-            *pointers[i] = p->record + (*pointers[i] - record_data.at);
+            *pointers[i] = (const uint8_t *)(p + 1) + (*pointers[i] - record_data.at);
     return WV_OK;
 }
 
@@ -1393,7 +1422,6 @@ static void drop_part(wv_archive *a)
 {
     if (a->open) {
         give_memory(a, a->open->memory);
-        give_memory(a, a->open->record);
         give_memory(a, a->open);
         a->open = NULL;
     }
@@ -1409,51 +1437,48 @@ static wv_status take_end(wv_archive *a, fields f)
     RETURN_IF(ends(&f));
     if (a->levels || (a->only && a->only != t))
         return WV_OK;
-    if (t->begun != PARTS || (t->room && t->have != t->is.elements))
+    if (t->begun != PARTS || (t->work->room && t->work->have != t->is.elements))
         return WV_FORMAT;
-    const int right = !t->sha || MATCHES(sha_is(t->sha, head, 8));
-    give_memory(a, t->sha);
-    t->sha = NULL;
-    if (right)
-        finish_layer(a, t);
-    else
+    if (t->work->hashed && !MATCHES(sha_is(&t->work->sha, head, 8))) {
         finish_tensor(a, t, WV_DIGEST);
-    return right ? WV_OK : WV_DIGEST;
+        return WV_DIGEST;
+    }
+    finish_layer(a, t);
+    return WV_OK;
+}
+
+/* Decodes a frame and compares its hash. */
+static wv_status decode(wv_archive *a, const uint8_t *packet, size_t bytes, const uint8_t **luma, size_t *stride)
+{
+    sha256 sha;
+    a->shown = 0;
+    RETURN_IF(a->decoder.decode(a->decoder.user, packet, bytes, luma, stride));
+    sha_start(&sha);
+    for (uint32_t y = 0; y < a->height && a->checks != WV_CHECK_NONE; y++)
+        sha_add(&sha, *luma + y * *stride, a->width);
+    if (a->checks != WV_CHECK_NONE && !MATCHES(sha_is(&sha, a->frame_hash, 32)))
+        return WV_DIGEST;
+    a->shown = a->hevc ? a->frame + 1 : 0;
+    return WV_OK;
 }
 
 /* Takes a frame; without its packet the one that the built-in decoder shows. */
-static wv_status take_frame(wv_archive *a, uint32_t number, const uint8_t *packet, size_t bytes)
+static wv_status take_frame(wv_archive *a, const uint8_t *packet, size_t bytes)
 {
     const uint8_t *luma = a->luma;
     size_t stride = a->width;
     const uint32_t capacity = a->height / BAND * a->width;
-    fields all = a->sidecar_body, data;
-    uint64_t type;
-    if (packet) {
-        a->shown = 0;
-        RETURN_IF(a->decoder.decode(a->decoder.user, packet, bytes, &luma, &stride));
-        if (a->checks != WV_CHECK_NONE) {
-            sha256 sha;
-            sha_start(&sha);
-            for (uint32_t y = 0; y < a->height; y++)
-                sha_add(&sha, luma + y * stride, a->width);
-            while (record(&all, &type, &data) && type != R_FRAME)
-                ;
-            leb(&data, MAX_FRAMES);
-            if (!MATCHES(sha_is(&sha, take(&data, 32), 32)))
-                return WV_DIGEST;
-        }
-        a->shown = a->hevc ? number + 1 : 0;
-    }
-    uint64_t free = 0;
+    fields all, data;
+    uint64_t type, free = 0;
+    if (packet)
+        RETURN_IF(decode(a, packet, bytes, &luma, &stride));
     if (a->open) {
-        free = (a->open->size - a->open->have + BAND - 1) / BAND;
-        gather(a, a->open, 0, luma, stride);
-        if (a->open->have == a->open->size) {
-            wv_status status = dequantize(a, a->open);
+        part *p = a->open;
+        free = (p->size - p->have + BAND - 1) / BAND;
+        const wv_status status = gather(a, p, 0, luma, stride);
+        if (status || p->have == p->size)
             drop_part(a);
-            RETURN_IF(status);
-        }
+        RETURN_IF(status);
     }
     for (all = a->sidecar_body; record(&all, &type, &data);) {
         part p;
@@ -1464,19 +1489,15 @@ static wv_status take_frame(wv_archive *a, uint32_t number, const uint8_t *packe
         if (p.column < free || p.column >= capacity)
             return WV_FORMAT;
         free = p.column + (p.size + BAND - 1) / BAND;
-        RETURN_IF(begin(a, p.of, PARTS, &wanted));
+        RETURN_IF(begin(a, p.of, PARTS, p.size, &wanted));
         if (!wanted)
             continue;
         wv_status status = start_part(a, &p);
-        if (!status) {
-            gather(a, &p, p.column, luma, stride);
-            if (p.have < p.size) {
-                RETURN_IF(keep_part(a, &p, data));
-                continue;
-            }
-            status = dequantize(a, &p);
-        }
-        give_memory(a, p.memory);
+        status = status ? status : gather(a, &p, p.column, luma, stride);
+        if (!status && p.have < p.size)
+            status = keep_part(a, &p, data);
+        else
+            give_memory(a, p.memory);
         RETURN_IF(status);
     }
     for (all = a->sidecar_body; record(&all, &type, &data);)
@@ -1516,10 +1537,10 @@ static wv_status next_item(const wv_archive *a, fields *list, item *next)
 static wv_status begin_item(wv_archive *a, item *one)
 {
     tensor *t = one->of;
-    RETURN_IF(begin(a, t, ITEMS, &one->wanted));
+    RETURN_IF(begin(a, t, ITEMS, one->count, &one->wanted));
     if (one->wanted && a->levels)
         return WV_LEVELS;
-    if ((!a->only || a->only == t) && (one->first != t->have || (t->added && t->is.dtype == WV_C128)))
+    if ((!a->only || a->only == t) && (one->first != t->work->have || (t->added && t->is.dtype == WV_C128)))
         return WV_FORMAT;
     one->as = one->wanted ? type_of(a, t) : WV_STORED;
     return WV_OK;
@@ -1530,18 +1551,18 @@ static void end_item(wv_archive *a, const item *one)
     tensor *t = one->of;
     if (t->begun != ITEMS)
         return;
-    t->have += one->count;
-    if (t->have == t->is.elements)
+    t->work->have += one->count;
+    if (t->work->have == t->is.elements)
         finish_layer(a, t);
 }
 
-static wv_status take_planes(wv_archive *a, fields items, uint64_t left, fields data)
+static wv_status take_planes(wv_archive *a, fields items, uint32_t left, fields data)
 {
     while (left) {
         /* A group: items of elements of one size, whose bytes lie in planes. */
         fields ahead = items;
-        uint64_t count = 0, group = 0, at = 0;
-        uint32_t size = 0;
+        uint64_t count = 0, at = 0;
+        uint32_t size = 0, group = 0;
         item one;
         for (; group < left; group++) {
             RETURN_IF(next_item(a, &ahead, &one));
@@ -1553,8 +1574,7 @@ static wv_status take_planes(wv_archive *a, fields items, uint64_t left, fields 
         if (count > MAX_BODY)
             return WV_FORMAT;
         const uint8_t *planes = take(&data, count * size);
-        if (data.bad)
-            return data.bad;
+        RETURN_IF(data.bad);
         for (left -= group; group; group--, at += one.count) {
             RETURN_IF(next_item(a, &items, &one));
             RETURN_IF(begin_item(a, &one));
@@ -1564,7 +1584,7 @@ static wv_status take_planes(wv_archive *a, fields items, uint64_t left, fields 
                     uint64_t bits = 0;
                     for (uint32_t byte = 0; byte < piece; byte++)
                         bits |= (uint64_t)planes[(from + byte) * count + at + i] << 8 * byte;
-                    uint8_t *to = one.of->into + (one.first + i) * size_of(one.as) + from;
+                    uint8_t *to = one.of->work->into + (one.first + i) * size_of(one.as) + from;
                     if (size > 8)
                         put_bits(WV_U64, 8, bits, to);
                     else
@@ -1593,7 +1613,7 @@ static wv_status read_plane(wv_archive *a, fields *data, uint64_t size, const ui
 
 /* Bit-exact floats (section 6). Rows are read in their own order: where their bytes lie in the planes
    is counted by key. `planes`: keys, top, middle, low ones. */
-static wv_status take_floats(wv_archive *a, const fields items, uint64_t left, fields data, void *memory[5])
+static wv_status take_floats(wv_archive *a, const fields items, uint32_t left, fields data, void *memory[5])
 {
     const uint8_t *planes[5];
     uint64_t total = 0, rows = 0, place[96] = {0}, lows[3] = {0}, sum = 0;
@@ -1601,7 +1621,7 @@ static wv_status take_floats(wv_archive *a, const fields items, uint64_t left, f
     item one = {NULL, 0, 0, WV_STORED, 0};
     wv_dtype type = WV_STORED;
     fields lengths = data;
-    for (uint64_t i = 0; i < left; i++) {
+    for (uint32_t i = 0; i < left; i++) {
         RETURN_IF(next_item(a, &ahead, &one));
         uint64_t length = leb(&data, MAX_BODY);
         length += !length;
@@ -1626,7 +1646,7 @@ static wv_status take_floats(wv_archive *a, const fields items, uint64_t left, f
         fields list = items, length_list = lengths;
         uint64_t row = 0;
         uint32_t low_scale = 0;
-        for (uint64_t i = 0; i < left; i++) {
+        for (uint32_t i = 0; i < left; i++) {
             RETURN_IF(next_item(a, &list, &one));
             uint64_t length = leb(&length_list, MAX_BODY), here;
             length += !length;
@@ -1649,7 +1669,7 @@ static wv_status take_floats(wv_archive *a, const fields items, uint64_t left, f
                         if (zeros < 8 * (k + 1))
                             bits |= (uint32_t)planes[3 + k][j] << 8 * k;
                     put_exact(one.of, one.as, bits,
-                              one.of->into + (one.first + done + (j - *at)) * size_of(one.as));
+                              one.of->work->into + (one.first + done + (j - *at)) * size_of(one.as));
                 }
                 *at += here;
             }
@@ -1671,53 +1691,29 @@ static wv_status take_floats(wv_archive *a, const fields items, uint64_t left, f
     return WV_OK;
 }
 
-static wv_status take_exact(wv_archive *a, const uint8_t *payload, size_t size)
+static wv_status take_exact(wv_archive *a, const box *b)
 {
-    fields body, found[3] = {{0}}, one; /* items, data, floats */
-    uint64_t type;
-    /* The body goes behind the payload where there is room: that of packets is mostly larger. */
-    const size_t used = a->data ? a->packet.room : (size_t)(payload - a->packet.data) + size;
-    buffer rest = {a->packet.data, 0}, *room = &a->sidecar;
-    if (size >= 9 && a->packet.room - used >= le32(payload + 5) && used < a->packet.room) {
-        rest.data += used;
-        rest.room = a->packet.room - used;
-        room = &rest;
-    }
-    RETURN_IF(open_body(a, payload, size, room, 0, &body));
-    while (record(&body, &type, &one)) {
-        if (type != R_ITEMS && type != R_DATA && type != R_FLOATS) {
-            RETURN_IF(unknown(type));
-            continue;
-        }
-        fields *to = found + (type == R_FLOATS ? 2 : (type - R_ITEMS) / 2);
-        if (to->at)
-            return WV_FORMAT;
-        *to = one;
-    }
-    if (body.bad || !found[0].at || !found[1].at == !found[2].at)
-        return body.bad ? body.bad : WV_FORMAT;
-    const uint64_t count = leb(&found[0], MAX_TENSORS);
-    if (count && !a->tensors)
-        return WV_LIMIT;
-    if (found[1].at)
-        return take_planes(a, found[0], count, found[1]);
+    fields body, found[R_FLOATS - R_ITEMS + 1] = {{0}};
+    fields *items = found, *data = found + (R_DATA - R_ITEMS), *floats = found + (R_FLOATS - R_ITEMS);
+    /* The body goes behind the box where that was read into the memory of packets. */
+    const size_t kept = a->data ? 0 : (size_t)(b->payload - a->packet.data) + b->size;
+    RETURN_IF(open_body(a, b, &a->packet, kept, 0, &body));
+    RETURN_IF(collect(body, R_ITEMS, 0x45, found));
+    if (!items->at || !data->at == !floats->at)
+        return WV_FORMAT;
+    const uint32_t count = entries(items, MAX_TENSORS);
+    if (items->bad || (count && !a->tensors))
+        return items->bad ? items->bad : WV_LIMIT;
+    if (data->at)
+        return take_planes(a, *items, count, *data);
     void *memory[5] = {NULL, NULL, NULL, NULL, NULL};
-    wv_status status = take_floats(a, found[0], count, found[2], memory);
+    wv_status status = take_floats(a, *items, count, *floats, memory);
     for (int i = 0; i < 5; i++)
         give_memory(a, memory[i]);
     return status;
 }
 
 /* --- boxes, in the order of the file ---------------------------------------------------------- */
-
-enum { OTHER, HEADER, FILE_BOX, FRAME, EXACT, INDEX };
-
-/* A box, and where its payload lies (of ours behind the extended type). */
-typedef struct box {
-    const uint8_t *kind, *payload;
-    size_t size;
-    int ours;
-} box;
 
 static void open_box(box *b, const uint8_t *kind, const uint8_t *payload, size_t size)
 {
@@ -1736,37 +1732,25 @@ static void open_box(box *b, const uint8_t *kind, const uint8_t *payload, size_t
         }
 }
 
-static wv_status take_sidecar(wv_archive *a, const box *b, uint32_t number)
+static wv_status take_sidecar(wv_archive *a, const box *b)
 {
     fields body, data;
     uint64_t type;
     uint32_t frames = 0;
-    RETURN_IF(open_body(a, b->payload, b->size, &a->sidecar, !a->data, &body));
+    RETURN_IF(open_body(a, b, &a->sidecar, 0, !a->data, &body));
     a->sidecar_body = body;
     while (record(&body, &type, &data)) {
         if (type == R_FRAME) {
             frames++;
-            if (leb(&data, (uint64_t)1 << 32) != number && !data.bad)
+            if (leb(&data, (uint64_t)1 << 32) != a->frame && !data.bad)
                 return WV_FORMAT;
-            take(&data, 32);
+            a->frame_hash = take(&data, 32);
             RETURN_IF(ends(&data));
         } else if (type != R_PART && type != R_END) {
             RETURN_IF(unknown(type));
         }
     }
     return body.bad ? body.bad : frames == 1 ? WV_OK : WV_FORMAT;
-}
-
-static wv_status check_moof(const box *b, uint32_t number)
-{
-    size_t size;
-    const uint8_t *head = memcmp(b->kind, "moof", 4) ? NULL : child(b->payload, b->size, "mfhd", &size);
-    return head && size == 8 && be32(head) == 0 && be32(head + 4) == number + 1 ? WV_OK : WV_FORMAT;
-}
-
-static wv_status take_mdat(wv_archive *a, const box *b, uint32_t number)
-{
-    return memcmp(b->kind, "mdat", 4) || !b->size ? WV_FORMAT : take_frame(a, number, b->payload, b->size);
 }
 
 /* Before the first frame: tensors that have no layer in this file are those of the base. */
@@ -1779,7 +1763,6 @@ static wv_status start_all(wv_archive *a)
     for (uint32_t i = 0; i < a->tensors; i++) {
         tensor *t = a->all + i;
         t->layer = t->left = t->done = 0;
-        t->have = 0;
         for (uint32_t mask = mask_of(a, t) >> 1; mask; mask &= mask - 1)
             t->left++;
     }
@@ -1796,66 +1779,70 @@ static wv_status start_all(wv_archive *a)
 /* Whether what is wanted is there before the end of the file. */
 static int has_all(wv_archive *a)
 {
+    if (a->stage != AT_BODY)
+        return 0;
     while (a->missing < a->tensors && a->all[a->missing].done)
         a->missing++;
-    return a->stage == AT_BODY && a->missing == a->tensors && a->layers < a->all_layers;
+    return a->missing == a->tensors && a->layers < a->all_layers;
 }
 
 /* Takes one whole box. Its payload may lie in a->packet. */
 static wv_status take_box(wv_archive *a, const box *b)
 {
     fields body;
-    int wanted = 0;
+    int known = 0;
+    size_t size;
     switch (a->stage) {
     case AT_FTYP:
-        for (size_t i = 0; i + 4 <= b->size; i += 4)
-            wanted |= i != 4 && !memcmp(b->payload + i, "wvid", 4);
-        if (memcmp(b->kind, "ftyp", 4) || !wanted)
-            return WV_NO_ARCHIVE;
         a->stage = AT_MOOV;
-        return WV_OK;
+        for (size_t i = 0; i + 4 <= b->size; i += 4)
+            known |= i != 4 && !memcmp(b->payload + i, "wvid", 4);
+        return memcmp(b->kind, "ftyp", 4) || !known ? WV_NO_ARCHIVE : WV_OK;
     case AT_MOOV:
         a->stage = AT_HEADER;
         return memcmp(b->kind, "moov", 4) ? WV_FORMAT : read_moov(a, b->payload, b->size);
-    case AT_HEADER: {
-        buffer room = {NULL, 0};
+    case AT_HEADER:
         if (b->ours != HEADER)
             return WV_FORMAT;
-        wv_status status = open_body(a, b->payload, b->size, &room, 1, &body);
-        a->header = room.data;
-        a->scratch += room.room;
-        RETURN_IF(status);
+        RETURN_IF(open_body(a, b, &a->header, 0, 1, &body));
+        a->scratch += a->header.room;
         RETURN_IF(read_header(a, body));
         a->stage = AT_BODY;
         return a->stream ? start_all(a) : WV_OK;
-    }
     case AT_BODY:
-        switch (b->ours) {
-        case FILE_BOX:
+        if (b->ours == FILE_BOX)
             return a->frame ? WV_FORMAT : WV_OK;
-        case FRAME:
+        if (b->ours == EXACT) {
+            a->exact_seen = 1;
+            return take_exact(a, b);
+        }
+        if (b->ours == FRAME) {
             a->stage = AT_MOOF;
             /* Frames come after exact boxes where a layer ends. */
             a->switches += (uint32_t)a->exact_seen;
             a->exact_seen = 0;
-            return a->switches < a->all_layers ? take_sidecar(a, b, a->frame) : WV_FORMAT;
-        case EXACT:
-            a->exact_seen = 1;
-            return take_exact(a, b->payload, b->size);
-        default:
-            a->stage = AT_END;
-            return b->ours == INDEX ? WV_OK : WV_FORMAT;
+            return a->switches < a->all_layers ? take_sidecar(a, b) : WV_FORMAT;
         }
-    case AT_MOOF:
+        a->stage = AT_END;
+        return b->ours == INDEX ? WV_OK : WV_FORMAT;
+    case AT_MOOF: {
         a->stage = AT_MDAT;
-        return check_moof(b, a->frame);
-    case AT_MDAT:
+        const uint8_t *head = memcmp(b->kind, "moof", 4) ? NULL : child(b->payload, b->size, "mfhd", &size);
+        return head && size == 8 && !be32(head) && be32(head + 4) == a->frame + 1 ? WV_OK : WV_FORMAT;
+    }
+    case AT_MDAT: {
         a->stage = AT_BODY;
-        return take_mdat(a, b, a->frame++);
+        const int right = !memcmp(b->kind, "mdat", 4) && b->size;
+        const wv_status status = right ? take_frame(a, b->payload, b->size) : WV_FORMAT;
+        a->frame++;
+        return status;
+    }
     default:
         return WV_OK;
     }
 }
+
+/* --- files, in memory or behind a reader ------------------------------------------------------ */
 
 static wv_status box_bytes(const uint8_t *head, size_t *payload)
 {
@@ -1887,46 +1874,43 @@ static wv_status read_box(wv_archive *a, uint64_t *at, box *b)
     *at += 8;
     if (size > a->reader.size - *at)
         return WV_TRUNCATED;
-    const uint8_t *payload;
-    if (a->data) {
-        payload = a->data + *at;
-    } else {
-        RETURN_IF(grow(a, &a->packet, size));
+    if (!a->data) {
+        RETURN_IF(grow(a, &a->packet, 0, size));
         RETURN_IF(read_bytes(a, *at, a->packet.data, size));
-        payload = a->packet.data;
     }
+    open_box(b, a->head + 4, a->data ? a->data + *at : a->packet.data, size);
     *at += size;
-    open_box(b, a->head + 4, payload, size);
     return WV_OK;
 }
 
-/* Reads a box that must be one of ours. */
-static wv_status read_ours(wv_archive *a, uint64_t *at, int ours, box *b)
+static wv_status next_box(wv_archive *a, uint64_t *at)
 {
-    RETURN_IF(read_box(a, at, b));
-    return b->ours == ours ? WV_OK : WV_FORMAT;
+    box b;
+    RETURN_IF(read_box(a, at, &b));
+    return take_box(a, &b);
 }
 
 /* --- the index (section 7) -------------------------------------------------------------------- */
 
 static wv_status load_frame(wv_archive *a, uint64_t at, uint32_t number)
 {
-    box b;
-    RETURN_IF(read_ours(a, &at, FRAME, &b));
-    RETURN_IF(take_sidecar(a, &b, number));
-    if (a->shown == number + 1) /* tensors that are read one by one share frames */
-        return take_frame(a, number, NULL, 0);
-    RETURN_IF(read_box(a, &at, &b));
-    RETURN_IF(check_moof(&b, number));
-    RETURN_IF(read_box(a, &at, &b));
-    return take_mdat(a, &b, number);
+    a->frame = number;
+    RETURN_IF(next_box(a, &at));
+    if (a->stage != AT_MOOF)
+        return WV_FORMAT;
+    if (a->shown == number + 1) { /* tensors that are read one by one share frames */
+        a->stage = AT_BODY;
+        return take_frame(a, NULL, 0);
+    }
+    RETURN_IF(next_box(a, &at));
+    return next_box(a, &at);
 }
 
 static wv_status load_box(wv_archive *a, uint64_t at)
 {
-    box b;
-    RETURN_IF(read_ours(a, &at, EXACT, &b));
-    return take_exact(a, b.payload, b.size);
+    a->exact_seen = 0;
+    RETURN_IF(next_box(a, &at));
+    return a->exact_seen ? WV_OK : WV_FORMAT;
 }
 
 /* Walks over the index, and reads what it lists of a tensor. Without one: checks it. */
@@ -1984,33 +1968,12 @@ static wv_status walk_index(wv_archive *a, const tensor *t)
     return frames_left || boxes_left ? WV_FORMAT : WV_OK;
 }
 
-static wv_status parse_index(wv_archive *a, fields body)
-{
-    fields one;
-    uint64_t type;
-    while (record(&body, &type, &one)) {
-        if (type == R_ROOT) {
-            a->root = take(&one, 32);
-            RETURN_IF(one.bad);
-        } else if (type < R_FRAMES || type > R_STAGES || type & 1) {
-            RETURN_IF(unknown(type));
-        } else if (a->lists[type / 2 - 32].at) {
-            return WV_FORMAT;
-        } else {
-            a->lists[type / 2 - 32] = one;
-        }
-    }
-    RETURN_IF(body.bad);
-    return walk_index(a, NULL);
-}
-
 /* Finds the index; a file without one is cut short, and can be read front to back alone. */
 static wv_status read_index(wv_archive *a)
 {
     uint8_t tail[16];
     box b;
-    fields body;
-    buffer room = {NULL, 0};
+    fields body, found[R_ROOT - R_FRAMES + 1] = {{0}};
     const uint64_t size = a->reader.size;
     if (size < a->body + 20)
         return WV_OK;
@@ -2023,46 +1986,39 @@ static wv_status read_index(wv_archive *a)
     if (le32(tail) > at - a->body)
         return WV_OK;
     at -= le32(tail);
-    wv_status status = read_ours(a, &at, INDEX, &b);
+    const wv_status status = read_box(a, &at, &b);
     if (status == WV_READ || status == WV_MEMORY)
         return status;
-    if (status || b.size < 4)
+    if (status || b.ours != INDEX || b.size < 4)
         return WV_OK;
-    status = open_body(a, b.payload, b.size - 4, &room, 1, &body);
-    a->index = room.data;
-    a->scratch += room.room;
-    return status ? status : parse_index(a, body);
+    b.size -= 4;
+    RETURN_IF(open_body(a, &b, &a->index, 0, 1, &body));
+    a->scratch += a->index.room;
+    RETURN_IF(collect(body, R_FRAMES, 0x255, found));
+    for (int i = 0; i < 4; i++)
+        a->lists[i] = found[2 * i];
+    fields *root = found + (R_ROOT - R_FRAMES);
+    a->root = root->at ? take(root, 32) : NULL;
+    return root->bad ? root->bad : walk_index(a, NULL);
 }
 
 /* --- the interface ---------------------------------------------------------------------------- */
 
-static void *standard_alloc(void *user, size_t bytes)
-{
-    (void)user;
-    return malloc(bytes);
-}
-
-static void standard_free(void *user, void *memory)
-{
-    (void)user;
-    free(memory);
-}
-
 #ifndef WEIGHTVID_NO_HEVC
-static wv_status hevc_open(void *user, const char entry[4], const uint8_t *config, size_t bytes,
+static wv_status hevc_open(void *user, const char entry[4], const uint8_t *config, size_t size,
                            uint32_t width, uint32_t height)
 {
     wv_archive *a = user;
     size_t memory = wv_hevc_memory(width, height);
     if (memcmp(entry, "hvc1", 4) || !memory)
         return WV_CODEC;
-    a->luma = take_memory(a, (size_t)width * height);
-    a->hevc_memory = take_memory(a, memory + 15);
-    if (!a->luma || !a->hevc_memory)
+    const size_t samples = (size_t)width * height, bytes = samples + memory + 15;
+    a->luma = take_memory(a, bytes);
+    if (!a->luma)
         return WV_MEMORY;
-    a->scratch += (size_t)width * height + memory + 15;
-    uint8_t *aligned = (uint8_t *)a->hevc_memory + (16 - ((uintptr_t)a->hevc_memory & 15)) % 16;
-    a->hevc = wv_hevc_open(config, bytes, width, height, aligned, memory);
+    a->scratch += bytes;
+    uint8_t *behind = a->luma + samples;
+    a->hevc = wv_hevc_open(config, size, width, height, behind + (16 - ((uintptr_t)behind & 15)) % 16, memory);
     return a->hevc ? WV_OK : WV_CODEC;
 }
 
@@ -2074,61 +2030,41 @@ static wv_status hevc_decode(void *user, const uint8_t *packet, size_t bytes, co
     *stride = a->width;
     return wv_hevc_decode(a->hevc, packet, bytes, a->luma, a->width) ? WV_CODEC : WV_OK;
 }
-
-static void hevc_close(void *user)
-{
-    (void)user;
-}
 #endif
 
 static wv_status make(wv_archive **made, const wv_options *options)
 {
-    wv_options chosen = {{NULL, NULL, NULL}, NULL, WV_CHECK_FRAMES};
+    const wv_options standard = {{NULL, NULL, NULL}, NULL, WV_CHECK_FRAMES};
+    const wv_options *chosen = options ? options : &standard;
     if (!made)
         return WV_ARGUMENT;
     *made = NULL;
-    if (options)
-        chosen = *options;
-    if (!chosen.allocator.alloc) {
-        chosen.allocator.alloc = standard_alloc;
-        chosen.allocator.free = standard_free;
-    }
-    wv_archive *a = chosen.allocator.alloc(chosen.allocator.user, sizeof *a);
+#ifdef WEIGHTVID_NO_HEVC
+    if (!chosen->decoder)
+        return WV_ARGUMENT;
+#endif
+    wv_archive *a = *made = take_from(&chosen->allocator, sizeof *a);
     if (!a)
         return WV_MEMORY;
     memset(a, 0, sizeof *a);
-    a->memory = chosen.allocator;
-    a->checks = chosen.checks;
+    a->memory = chosen->allocator;
+    a->checks = chosen->checks;
     a->layers = MAX_LAYERS;
     a->scratch = sizeof *a;
-    *made = a;
-    if (chosen.decoder) {
-        a->decoder = *chosen.decoder;
-        return WV_OK;
-    }
-#ifdef WEIGHTVID_NO_HEVC
-    wv_close(a);
-    *made = NULL;
-    return WV_ARGUMENT;
-#else
-    a->decoder.user = a;
-    a->decoder.open = hevc_open;
-    a->decoder.decode = hevc_decode;
-    a->decoder.close = hevc_close;
-    return WV_OK;
+#ifndef WEIGHTVID_NO_HEVC
+    a->decoder = (wv_decoder){a, hevc_open, hevc_decode, NULL};
 #endif
+    if (chosen->decoder)
+        a->decoder = *chosen->decoder;
+    return WV_OK;
 }
 
 static wv_status open_file(wv_archive **archive)
 {
     wv_archive *a = *archive;
     wv_status status = WV_OK;
-    for (int i = 0; i < 3 && !status; i++) {
-        box b;
-        status = read_box(a, &a->body, &b);
-        if (!status)
-            status = take_box(a, &b);
-    }
+    for (int i = 0; i < 3 && !status; i++)
+        status = next_box(a, &a->body);
     if (!status)
         status = read_index(a);
     if (status) {
@@ -2170,7 +2106,7 @@ wv_status wv_open_stream(wv_archive **archive, const wv_sink *sink, const wv_opt
 /* Whether it can be used now: it is no stream, or one that has not begun, and in no other call. */
 static int is_ready(const wv_archive *a)
 {
-    return a && !a->only && (a->stream ? !a->stage && !a->head_have : a->reader.size && !a->sink);
+    return a && (a->stream ? !a->stage && !a->head_have : a->reader.size && !a->sink);
 }
 
 wv_status wv_use_base(wv_archive *a, wv_archive *base)
@@ -2207,18 +2143,12 @@ wv_status wv_push(wv_archive *a, const void *data, size_t size)
                 ? WV_NO_ARCHIVE : box_bytes(a->head, &a->box_size);
             a->box_have = 0;
         }
-        /* A box that claims more than comes takes no more memory than twice what has come. */
         size_t some = a->box_size - a->box_have < size ? a->box_size - a->box_have : size;
-        if (!a->failed && a->box_have + some > a->packet.room) {
-            buffer larger = {NULL, 0};
-            size_t twice = 2 * (a->box_have + some) + 4096;
-            a->failed = grow(a, &larger, twice < a->box_size ? twice : a->box_size);
-            if (!a->failed && a->box_have)
-                memcpy(larger.data, a->packet.data, a->box_have);
-            if (!a->failed) {
-                give_memory(a, a->packet.data);
-                a->packet = larger;
-            }
+        /* A box that claims more than a picture has takes no more memory than twice what has come. */
+        if (!a->failed && (!a->box_have || a->box_have + some > a->packet.room)) {
+            const size_t picture = (size_t)a->width * a->height + 65536, twice = 2 * (a->box_have + some);
+            const size_t most = picture < twice ? twice : picture;
+            a->failed = grow(a, &a->packet, a->box_have, a->box_size < most ? a->box_size : most);
         }
         if (a->failed)
             break;
@@ -2246,9 +2176,9 @@ static wv_status end_all(wv_archive *a, wv_status status)
         status = WV_TRUNCATED;
     else if (!status && a->missing < a->tensors)
         status = WV_FORMAT;
-    for (uint32_t i = 0; i < a->tensors; i++) {
+    for (uint32_t i = 0; a->all && i < a->tensors; i++) {
         tensor *t = a->all + i;
-        if (t->room || t->begun)
+        if (t->work)
             finish_tensor(a, t, status == WV_TRUNCATED && t->layer ? WV_COARSE : status);
     }
     drop_part(a);
@@ -2269,15 +2199,12 @@ void wv_close(wv_archive *a)
         return;
     if (a->stream)
         wv_finish(a);
-    if (a->decoder_open)
+    if (a->decoder_open && a->decoder.close)
         a->decoder.close(a->decoder.user);
-    void *all[] = {a->all, a->table, a->shapes, a->texts, (void *)a->pairs, a->files, (void *)a->bases,
-                   a->header, a->index, a->packet.data, a->sidecar.data,
-                   a->luma, a->hevc_memory};
+    void *all[] = {a->all, a->header.data, a->index.data, a->packet.data, a->sidecar.data, a->luma};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         give_memory(a, all[i]);
-    wv_allocator memory = a->memory;
-    memory.free(memory.user, a);
+    give_memory(a, a);
 }
 
 uint32_t wv_count(const wv_archive *a)
@@ -2326,10 +2253,10 @@ wv_status wv_read_file(wv_archive *a, uint32_t place, void *out, size_t bytes)
         return WV_ARGUMENT;
     uint64_t at = a->files[place].offset;
     buffer room = {out, bytes};
-    RETURN_IF(read_ours(a, &at, FILE_BOX, &b));
-    if (b.size < 9 || le32(b.payload + 5) != bytes)
+    RETURN_IF(read_box(a, &at, &b));
+    if (b.ours != FILE_BOX || b.size < 9 || le32(b.payload + 5) != bytes)
         return WV_FORMAT;
-    return open_body(a, b.payload, b.size, &room, 1, &body);
+    return open_body(a, &b, &room, 0, 1, &body);
 }
 
 size_t wv_scratch_bytes(const wv_archive *a)
@@ -2337,33 +2264,46 @@ size_t wv_scratch_bytes(const wv_archive *a)
     return a ? a->scratch : 0;
 }
 
+uint32_t wv_layers(const wv_archive *a, uint32_t *arrived)
+{
+    *arrived = 0;
+    if (!wv_count(a))
+        return 0;
+    *arrived = a->layers < a->all_layers ? a->layers : a->all_layers;
+    for (uint32_t i = 0; i < a->tensors; i++) {
+        uint32_t missing = mask_of(a, a->all + i) >> 1, next = 0;
+        for (uint32_t n = 0; n < a->all[i].layer; n++)
+            missing &= missing - 1;
+        while (next < *arrived && !(missing >> next & 1))
+            next++;
+        *arrived = next;
+    }
+    return a->all_layers;
+}
+
 /* Reads boxes front to back, as far as there is something that is wanted. */
 static wv_status read_all(wv_archive *a)
 {
     wv_status status = start_all(a);
     uint64_t at = a->body;
-    while (!status && a->stage != AT_END && !has_all(a)) {
-        box b;
-        status = read_box(a, &at, &b);
-        if (!status)
-            status = take_box(a, &b);
-    }
+    while (!status && a->stage != AT_END && !has_all(a))
+        status = next_box(a, &at);
     return status;
 }
 
-static wv_status load_one(wv_archive *a, const wv_tensor *wanted, void *out)
+static wv_status load_one(wv_archive *a, const wv_tensor *wanted, wv_dtype type, void *out)
 {
-    tensor *t = a->all + wanted->number;
-    if (wanted->number >= a->tensors || wanted->elements != t->is.elements)
+    const wv_sink sink = {out ? out : a, type, NULL, NULL}; /* the room itself: none is written to `a` */
+    if (wanted->number >= a->tensors || wanted->elements != a->all[wanted->number].is.elements)
         return WV_ARGUMENT;
-    if (!a->index)
+    if (!a->index.data)
         return WV_TRUNCATED;
-    a->only = t;
-    t->room = t->into = out;
+    tensor *t = a->only = a->all + wanted->number;
+    a->sink = &sink;
     wv_status status = start_all(a);
     if (!status && !t->done)
         status = walk_index(a, t);
-    if (!status && a->levels && (!t->begun || t->have != t->is.elements))
+    if (!status && a->levels && (!t->begun || t->work->have != t->is.elements))
         status = t->begun ? WV_FORMAT : WV_LEVELS;
     else if (!status && !a->levels && !t->done)
         status = WV_FORMAT;
@@ -2371,17 +2311,16 @@ static wv_status load_one(wv_archive *a, const wv_tensor *wanted, void *out)
         finish_tensor(a, t, status);
     drop_part(a);
     a->only = NULL;
+    a->sink = NULL;
     return status;
 }
 
 wv_status wv_load(wv_archive *a, const wv_tensor *wanted, wv_dtype type, void *out, size_t bytes)
 {
-    static uint8_t empty;
     if (!wanted || !is_ready(a) || a->stream || (!out && bytes) || !size_as(wanted, type)
         || bytes != wanted->elements * size_as(wanted, type))
         return WV_ARGUMENT;
-    a->only_type = type;
-    return load_one(a, wanted, out ? out : &empty);
+    return load_one(a, wanted, type, out);
 }
 
 wv_status wv_levels(wv_archive *a, const wv_tensor *wanted, int32_t *out, size_t bytes, float *step)
@@ -2391,9 +2330,8 @@ wv_status wv_levels(wv_archive *a, const wv_tensor *wanted, int32_t *out, size_t
         return WV_ARGUMENT;
     if (wanted->dtype > WV_BF16 || a->all[wanted->number].mask != 2)
         return WV_LEVELS;
-    a->only_type = WV_STORED;
     a->levels = 1;
-    wv_status status = load_one(a, wanted, out);
+    wv_status status = load_one(a, wanted, WV_STORED, out);
     a->levels = 0;
     *step = a->levels_step;
     return status;

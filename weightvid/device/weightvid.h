@@ -8,16 +8,17 @@
    a time. All memory comes from the caller's allocator. Beside the tensors that are returned, the
    peak is
 
-     the header and the index, inflated      + 130 bytes a name, 8 an axis
+     the header and the index, inflated      + 90 bytes a name, 8 an axis
      + one picture (width x height bytes)    + the built-in decoder's lines (wv_hevc_memory)
      + the largest packet and sidecar        from memory: packets are not copied
-     + what one part needs                   4 bytes a row, 10 a column, 4 K^2 for kernels of K
-                                             positions, and its record if it goes on in a next frame
+     + the record of a part that goes on in the next frame
 
-   wv_scratch_bytes() tells the first two lines. There is more only where an archive has it: the
-   elements of an exact box that is larger, inflated, than the largest packet; up to 4 bytes an
-   element of a box of bit-exact floats; in a layer that is added a byte a level of a part, and, where
-   another type than the tensor's own is wanted, the tensor in its own. */
+   wv_scratch_bytes() tells the first two lines. The packet's memory is used again once its picture is
+   decoded. It is larger where that is not enough: a part needs 4 bytes a row and a column, then 6 a
+   column and 4 K^2 for kernels of K positions; a box of exact tensors lies in it as it is and inflated.
+   There is more only where an archive has it: up to 4 bytes an element of a box of bit-exact floats;
+   in a layer that is added a byte a level of a part; and the elements of a tensor once more while a
+   layer is added to it in several parts or boxes, or if another type than its own is wanted. */
 #ifndef WEIGHTVID_H
 #define WEIGHTVID_H
 
@@ -75,7 +76,8 @@ typedef struct wv_allocator {
 
 /* Decoder of the track. `open` gets the sample entry ("hvc1", "av01", "avc1") and the payload of
    its configuration box. `decode` gets one sample (hvc1, avc1: NAL units behind 4-byte lengths) and
-   returns the luma of its picture, valid until the next call, and the distance of its rows. Each
+   returns the luma of its picture, valid until the next call and not in the packet's memory, and the
+   distance of its rows. Each
    picture's SHA-256 is compared: a decoder that is not exact is noticed. */
 typedef struct wv_decoder {
     void *user;
@@ -83,7 +85,7 @@ typedef struct wv_decoder {
                       uint32_t width, uint32_t height);
     wv_status (*decode)(void *user, const uint8_t *packet, size_t bytes, const uint8_t **luma,
                         size_t *stride);
-    void (*close)(void *user);
+    void (*close)(void *user); /* NULL: there is nothing to close */
 } wv_decoder;
 
 typedef enum wv_checks {
@@ -125,8 +127,7 @@ wv_status wv_open_reader(wv_archive **archive, const wv_reader *reader, const wv
 wv_status wv_open_stream(wv_archive **archive, const wv_sink *sink, const wv_options *options);
 wv_status wv_push(wv_archive *archive, const void *data, size_t size);
 /* WV_OK: the whole archive has arrived. WV_TRUNCATED: tensors that came out are right; those whose
-   lower layers alone are there come out with WV_COARSE (rows that the next layer had begun with
-   may be finer than the others). */
+   lower layers alone are there come out with WV_COARSE, as the sum of these. */
 wv_status wv_finish(wv_archive *archive);
 void wv_close(wv_archive *archive);
 /* Before tensors are read, or the first byte is pushed. What an update adds to: an archive that is
@@ -145,6 +146,8 @@ wv_status wv_metadata(const wv_archive *archive, uint32_t place, const char **ke
 wv_status wv_file(const wv_archive *archive, uint32_t place, const char **path, uint64_t *bytes);
 wv_status wv_read_file(wv_archive *archive, uint32_t place, void *out, size_t bytes);
 size_t wv_scratch_bytes(const wv_archive *archive);
+/* Layers of the archive; and how many of them, at the start, have arrived of a stream for all tensors. */
+uint32_t wv_layers(const wv_archive *archive, uint32_t *arrived);
 
 /* --- tensors, from memory or a reader; wv_load and wv_levels need the index, at the end of the file */
 size_t wv_bytes(const wv_tensor *tensor, wv_dtype type); /* of a tensor in a type; 0: impossible */

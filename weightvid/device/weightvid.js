@@ -5,6 +5,8 @@
  *     const archive = await open("model.mp4");
  *     for await (const { name, dtype, shape, data } of archive) ...   // as the file arrives
  *     const { data } = await archive.tensor("layer1.weight");         // by HTTP ranges
+ *     const coarse = await open("model.mp4", { layers: 1 });          // of a progressive archive
+ *     const later = await open("update.mp4", { base: archive });      // of an update
  *
  * F64, F32, F16 and BF16 come as Float32Array; integers in their own arrays; all other types as the
  * bytes of their elements. HEVC is decoded by weightvid.wasm, AV1 and H.264 by WebCodecs where the
@@ -36,16 +38,22 @@ async function fetched(url, options) {
 
 /** An archive; made by `open`. Its names and metadata are known once its header has arrived. */
 export class Archive {
-  #wasm; #session; #source; #external; #queue = Promise.resolve();
+  #wasm; #session; #source; #options; #external;
+  #queue; // of calls: an update and its base take turns
 
-  constructor(wasm, source) {
+  constructor(wasm, source, options) {
     this.#wasm = wasm;
     this.#source = source;
+    this.#options = options;
+    this.#queue = options.base?.#queue ?? { last: Promise.resolve() };
     this.size = source.size;
   }
 
-  static async open(wasm, source) {
-    const archive = new Archive(wasm, source);
+  /** An update lies in the memory of its base. */
+  static async open(source, options) {
+    const made = options.base?.#wasm
+      ?? (await WebAssembly.instantiate(await (compiled ?? prepare()), {})).exports;
+    const archive = new Archive(made, source, options);
     await archive.#start(0);
     return archive;
   }
@@ -63,6 +71,9 @@ export class Archive {
     return found;
   }
 
+  /** How many layers the archive has. */
+  get layers() { return this.#layers(this.#session)[0]; }
+
   /** Name, element type and shape of a tensor. */
   info(name) {
     const found = this.#tensors().find((tensor) => tensor.name === name);
@@ -72,19 +83,25 @@ export class Archive {
 
   /** One tensor: {name, dtype, shape, data}; only its part of the file is fetched. */
   tensor(name) {
-    const made = this.#queue.then(() => this.#load(this.info(name)));
-    this.#queue = made.catch(() => {});
+    const made = this.#queue.last.then(() => this.#load(this.info(name)));
+    this.#queue.last = made.catch(() => {});
     return made;
   }
 
-  /** All tensors in the order of the file; those of a stream as they arrive. */
+  /**
+   * All tensors in the order of the file; those of a stream as they arrive. Of a file that ends early
+   * those come at last of which lower layers are there, with `coarse` true; then there is an error.
+   */
   async* [Symbol.asyncIterator]() {
-    if (this.#external || !this.#source.stream) {
+    if (this.#external || this.#options.base) {
       for (const { name } of this.#tensors()) yield await this.tensor(name);
       return;
     }
+    const { layers = Infinity, onLayer } = this.#options, wanted = Math.min(layers, this.layers);
     const wasm = this.#wasm, session = wasm.open(0, 0, F32), names = this.#tensors();
+    let arrived = 0;
     try {
+      this.#check(wasm.use_layers(session, wanted));
       for await (const bytes of this.#source.stream()) {
         for (let at = 0; at < bytes.length; at += RANGE) {
           const some = bytes.subarray(at, at + RANGE), room = this.#copy(some);
@@ -93,8 +110,13 @@ export class Archive {
           yield* this.#arrived(session, names);
           this.#check(status);
         }
+        const [of, now] = this.#layers(session);
+        if (now > arrived) onLayer?.(arrived = now, of);
+        if (now === wanted && wanted < of) break; // the rest need not come
       }
-      this.#check(wasm.finish(session));
+      const status = wasm.finish(session);
+      yield* this.#arrived(session, names);
+      this.#check(status);
     } finally {
       wasm.close(session);
     }
@@ -117,26 +139,44 @@ export class Archive {
     }
     this.#check(status);
     wasm.forget(this.#session);
+    const { base, layers } = this.#options;
+    if (base) this.#check(wasm.use_base(this.#session, base.#session));
+    if (layers !== undefined) this.#check(wasm.use_layers(this.#session, layers));
   }
 
-  /** Calls until nothing that it wants is missing. */
+  /** Calls until nothing is missing that it wants of this archive or its bases. */
   async #answered(call) {
     for (;;) {
       const status = call();
       if (status !== READ && status !== CODEC) return status;
-      const [wanted, bytes, , packet] = new Uint32Array(this.#wasm.memory.buffer, this.#wasm.fields(this.#session), 8);
-      if (!wanted) return status;
-      if (wanted === 1) {
-        const at = this.#wasm.wanted_at(this.#session);
-        const found = await this.#source.range(at, Math.min(Math.max(bytes, RANGE), this.size - at));
-        if (found.length < bytes) throw new Error("the file is shorter than it was");
-        this.#wasm.give(this.#session, 1, at, this.#copy(found), found.length);
-      } else {
-        const luma = await this.#decode(new Uint8Array(this.#wasm.memory.buffer, packet, bytes).slice());
-        this.#wasm.give(this.#session, 2, 0, this.#copy(luma), luma.length);
-      }
+      let one = this;
+      while (one && !(await one.#gave())) one = one.#options.base;
+      if (!one) return status;
     }
   }
+
+  /** Gets what the last call missed of this archive; false: it missed nothing. */
+  async #gave() {
+    const wasm = this.#wasm, session = this.#session;
+    const [wanted, bytes, , packet] = new Uint32Array(wasm.memory.buffer, wasm.fields(session), 8);
+    if (wanted === 1) {
+      const at = wasm.wanted_at(session);
+      const found = await this.#source.range(at, Math.min(Math.max(bytes, RANGE), this.size - at));
+      if (found.length < bytes) throw new Error("the file is shorter than it was");
+      wasm.give(session, 1, at, this.#copy(found), found.length);
+    } else if (wanted) {
+      const luma = await this.#decode(new Uint8Array(wasm.memory.buffer, packet, bytes).slice());
+      wasm.give(session, 2, 0, this.#copy(luma), luma.length);
+    }
+    return wanted > 0;
+  }
+
+  #forget() {
+    this.#wasm.forget(this.#session);
+    this.#options.base?.#forget();
+  }
+
+  #layers(session) { return new Uint32Array(this.#wasm.memory.buffer, this.#wasm.layers(session), 2); }
 
   async #load(info) {
     const wasm = this.#wasm, type = DTYPES.indexOf(info.dtype) < 4 ? F32 : STORED;
@@ -147,7 +187,7 @@ export class Archive {
       return this.#made(info, room, bytes);
     } finally {
       wasm.release(room);
-      wasm.forget(this.#session);
+      this.#forget();
     }
   }
 
@@ -181,9 +221,9 @@ export class Archive {
 
   * #arrived(session, infos) {
     for (let place; (place = this.#wasm.next(session));) {
-      const [tensor, room, bytes] = new Uint32Array(this.#wasm.memory.buffer, place, 3);
+      const [tensor, room, bytes, coarse] = new Uint32Array(this.#wasm.memory.buffer, place, 4);
       const number = new Uint32Array(this.#wasm.memory.buffer, tensor, 10)[8];
-      for (const info of infos.filter((one) => one.number === number)) yield this.#made(info, room, bytes);
+      for (const info of infos.filter((one) => one.number === number)) yield { ...this.#made(info, room, bytes), coarse: !!coarse };
       this.#wasm.release(room);
       this.#wasm.release(place);
     }
@@ -242,13 +282,16 @@ async function fromAddress(url, onProgress) {
       return new Uint8Array(await response.arrayBuffer());
     },
     async* stream() {
-      let have = 0;
-      for (const reader = (await fetched(url)).body.getReader(); ;) {
-        const { done, value } = await reader.read();
-        if (done) return;
-        have += value.length;
-        onProgress?.(have, size);
-        yield value;
+      const reader = (await fetched(url)).body.getReader();
+      try {
+        for (let have = 0; ;) {
+          const { done, value } = await reader.read();
+          if (done) return;
+          onProgress?.(have += value.length, size);
+          yield value;
+        }
+      } finally {
+        await reader.cancel();
       }
     },
   };
@@ -264,13 +307,16 @@ async function read(response, onProgress) {
  * Opens an archive.
  *
  * @param {string|URL|ArrayBuffer|Uint8Array|Response} source
- * @param {{onProgress?: (bytes: number, of: number) => void}} options called while a stream arrives
+ * @param {{onProgress?: (bytes: number, of: number) => void, base?: Archive, layers?: number,
+ *          onLayer?: (arrived: number, of: number) => void}} options
+ *   onProgress, onLayer: called while a stream arrives, of how many bytes and whole layers are there;
+ *   base: what an update adds to, which stays open; layers: so many of the first ones alone.
  * @returns {Promise<Archive>}
  */
-export async function open(source, { onProgress } = {}) {
-  const instance = await WebAssembly.instantiate(await (compiled ?? prepare()), {});
+export async function open(source, options = {}) {
+  const { onProgress } = options;
   const bytes = source instanceof ArrayBuffer ? new Uint8Array(source)
     : source instanceof Response ? new Uint8Array(await read(source, onProgress))
       : ArrayBuffer.isView(source) ? new Uint8Array(source.buffer, source.byteOffset, source.byteLength) : null;
-  return Archive.open(instance.exports, bytes ? fromBytes(bytes) : await fromAddress(source, onProgress));
+  return Archive.open(bytes ? fromBytes(bytes) : await fromAddress(source, onProgress), options);
 }

@@ -120,8 +120,7 @@ def code_part(
     rows = slice(first_row, first_row + len(weights))
     outliers = outlier_mask(weights, plan.row_scales[rows])
     quiet = np.where(outliers, np.float32(0), weights) if outliers.any() else weights
-    pruned = np.where(np.abs(quiet) < plan.threshold, np.float32(0), quiet)
-    levels = quantize(pruned, plan, rows, moments)
+    levels = quantize(quiet, plan, rows, moments)
     if plan.sign:  # feedback may cross zero
         levels = plan.sign * np.maximum(plan.sign * levels, 0)
     samples, escapes = _escapes(levels, weights, outliers, plan, rows)
@@ -161,6 +160,8 @@ def quantize(
     weights: Floats, plan: TensorPlan, rows: slice, moments: Moments | None = None
 ) -> npt.NDArray[np.int32]:
     """Levels of some rows without outliers, in the columns of the transform."""
+    if moments is None:  # else feedback knows what was pruned
+        weights = np.where(np.abs(weights) < plan.threshold, np.float32(0), weights)
     coefficients = forward(weights, plan.kernel) if plan.kernel else weights
     steps = plan.column_steps()
     scaled = coefficients / steps
@@ -187,7 +188,7 @@ def _fed_back(
     row_factors: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.int32]:
     """Levels with error feedback; rows and columns in steps."""
-    config = FeedbackConfig(damping=moments.damping)
+    config = FeedbackConfig(damping=moments.damping, dead=plan.threshold / plan.step)
     method: Method = "trellis" if plan.method == TRELLIS else "uniform"
 
     def fed_back(

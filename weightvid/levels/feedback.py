@@ -59,11 +59,15 @@ class FeedbackConfig:
         Price of a bit, in squared steps at the mean c_j; >= 0.
     by_energy : bool
         Take the columns in descending order of input energy; the trellis never does.
+    dead : float
+        Weights of a smaller magnitude, in steps, become zero, which the others make up for. Not
+        with the trellis.
     """
 
     damping: float = DAMPING
     lam: float = LAM
     by_energy: bool = True
+    dead: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.damping < np.inf:
@@ -100,11 +104,14 @@ class Fitted:
         Of the trellis.
     factors : tuple of Factor
         One for each group of rows.
+    dead : float
+        As in `FeedbackConfig`.
     """
 
     price: Floats
     table: CostTables | None
     factors: tuple[Factor, ...]
+    dead: float
 
 
 def feedback(
@@ -157,7 +164,7 @@ def fit(
 
     def fitted(model: RateModel) -> Fitted:
         table = CostTables.build(model, chosen.lam, peak) if method == "trellis" else None
-        return Fitted((chosen.lam * model.bits).astype(np.float32), table, factors)
+        return Fitted((chosen.lam * model.bits).astype(np.float32), table, factors, chosen.dead)
 
     shift = MEAN_POINT if method == "trellis" else 0.0
     first = fitted(_model(np.rint(rows - np.float32(shift)) for _, rows in sample))
@@ -181,7 +188,7 @@ def quantize_rows(scaled: Floats, fitted: Fitted, group: int = 0) -> Integers:
         if fitted.table is not None:
             found = search(weight, factor.feedback, factor.cost, fitted.table)
         else:
-            found = _feed_back(weight, factor, fitted.price)
+            found = _feed_back(weight, factor, fitted.price, fitted.dead)
         levels[first : first + len(rows), factor.order] = found[:, : len(rows)].T
     return levels
 
@@ -240,7 +247,7 @@ def _model(samples: Iterable[npt.NDArray[Any]]) -> RateModel:
     )
 
 
-def _feed_back(weight: Floats, factor: Factor, price: Floats) -> Integers:
+def _feed_back(weight: Floats, factor: Factor, price: Floats, dead: float) -> Integers:
     """Plain levels, shape (C, rows), of weights whose rows are the columns in order."""
     error = np.empty_like(weight)
     chosen = np.empty(weight.shape, np.int32)
@@ -251,6 +258,7 @@ def _feed_back(weight: Floats, factor: Factor, price: Floats) -> Integers:
             target = block[column - start]
             target += factor.feedback[column, start:column] @ error[start:column]
             level = _cheapest(target, price / np.float32(factor.cost[column]))
+            level[np.abs(weight[column]) < dead] = 0
             chosen[column] = level
             error[column] = weight[column] - level
     return chosen

@@ -31,6 +31,9 @@ FREQUENCY_GROWTH: Final = 1.7
 #: smaller tensors are kept exactly: a place on a frame and in a sidecar would cost more.
 MIN_WEIGHTS: Final = 256
 _EXPONENTS: Final = (-110, 110)
+#: by which steps of rows differ from the middle at most; bits that they must save for each weight.
+_MOST_OCTAVES: Final = 2.0
+_LEAST_BITS: Final = 0.05
 #: largest level of int8.
 INT8: Final = 127
 
@@ -56,6 +59,8 @@ class Moments:
         1: it is added to the outputs; -1: subtracted, as the running mean of a BatchNorm is.
     frequency_steps : ndarray of int8, shape (K,), or None
         Quarter octaves by which the step of each frequency is larger.
+    row_steps : ndarray of int8, shape (rows,), or None
+        The same for rows.
     """
 
     moment: npt.NDArray[np.floating]
@@ -65,6 +70,7 @@ class Moments:
     bias: int | None = None
     bias_sign: int = 1
     frequency_steps: Steps | None = None
+    row_steps: Steps | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,6 +142,10 @@ def round_step(step: float, mantissa_bits: int = 8) -> float:
     return ldexp(round(mantissa * scale) / scale, exponent)
 
 
+#: zeros alone are smaller.
+_LEAST: Final = float(np.finfo(np.float32).tiny)
+
+
 def is_codable(spec: TensorSpec, stats: TensorStats) -> bool:
     """Whether a tensor is worth quantizing, and its rows fit parts."""
     fits = spec.size >= MIN_WEIGHTS and stats.view.columns <= MAX_PART
@@ -171,7 +181,7 @@ def plan_tensor(
     """
     spec, view = stats.spec, stats.view
     scale = stats.scale if fidelity == "outputs" else stats.sigma
-    if stats.sign or (stats.sparse and fidelity == "outputs" and moments is None):
+    if stats.sign or (stats.sparse and fidelity == "outputs"):
         # A transform would fill the zeros of a pruned tensor, and a trellis does not keep them;
         # both would give the other sign to a tensor that has one, such as variances.
         fidelity = "integers"
@@ -190,6 +200,8 @@ def plan_tensor(
     transformed = bool(view.kernel) and fidelity != "integers" and not stats.outliers
     if has_row_steps(stats) and fidelity == "outputs":
         row_steps = _row_steps(stats)
+    elif moments is not None and fidelity == "outputs":
+        row_steps = moments.row_steps
     if transformed and fidelity == "outputs" and growth != 1.0:
         frequency_steps = steps_by_frequency(view.kernel, growth)
     convolution = fidelity == "outputs" and (transformed or is_pointwise(spec))
@@ -201,7 +213,7 @@ def plan_tensor(
     method = UNIFORM if uniform else TRELLIS
     return TensorPlan(
         spec, view, method, step, transformed, stats.row_scales, convolution,
-        frequency_steps, row_steps, sign=stats.sign,
+        frequency_steps, row_steps, threshold=_LEAST if stats.sparse else 0.0, sign=stats.sign,
     )  # fmt: skip
 
 
@@ -248,6 +260,37 @@ def steps_from_costs(costs: npt.NDArray[np.float64], kernel: Sequence[int]) -> S
     """
     octaves = np.log2(costs).reshape(len(costs), prod(kernel), -1).mean(axis=(0, 2)) / -2
     made: Steps = np.clip(np.rint(4 * (octaves - octaves.mean())), -40, 40).astype(np.int8)
+    return made
+
+
+def steps_from_counts(counts: npt.NDArray[np.int64], held: npt.NDArray[np.int64]) -> Steps | None:
+    """Quarter octaves by row of a table, by how often the rows are used; None if they don't help.
+
+    Harm goes with the share of a row and the square of its step, so steps would go with the root of
+    one over the share; bits of coarse steps fall less than that asks for, and the cube root does
+    better. Vocabularies are mostly in the order of frequency, which half a use for every row on
+    average is spread by: shares fall as one over the place. The harm stays what it is, and bits are
+    saved. ``held`` are uses that nothing is fitted to, to see whether so many are.
+
+    Parameters
+    ----------
+    counts, held : ndarray of int64, shape (rows,)
+
+    Examples
+    --------
+    >>> uses = np.array([900, 900, 30, 30])
+    >>> steps_from_counts(uses, uses).tolist(), steps_from_counts(uses, uses[::-1])
+    ([-1, -1, 6, 6], None)
+    """
+    rows = len(counts)
+    expected = 1 / (np.arange(rows) + rows / 100)
+    shares = counts + rows / 2 * expected / expected.sum()
+    shares /= shares.sum()
+    octaves = np.clip(np.log2(shares * rows) / -3, -_MOST_OCTAVES, _MOST_OCTAVES)
+    octaves -= np.log2(shares @ 4**octaves) / 2
+    if not held.sum() or octaves.mean() - np.log2(held @ 4**octaves / held.sum()) / 2 < _LEAST_BITS:
+        return None
+    made: Steps = np.rint(4 * octaves).astype(np.int8)
     return made
 
 

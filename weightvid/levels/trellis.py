@@ -265,18 +265,29 @@ class CostTables:
         ``lam * bits`` of that level; that and the squared error.
     middle : int
         Cell of weight 0.
+    used : ndarray of int32, or None
+        The only cells that there are, in ascending order; None: all.
     """
 
     level: npt.NDArray[np.int16]
     price: Floats
     cost: Floats
     middle: int
+    used: Integers | None = None
 
     @classmethod
-    def build(cls, model: RateModel, lam: float, peak: float) -> CostTables:
-        """Tables for magnitudes up to ``peak``; longer ones start and end with more cells."""
+    def build(
+        cls, model: RateModel, lam: float, peak: float, weights: Floats | None = None
+    ) -> CostTables:
+        """Tables for magnitudes up to ``peak``; longer ones start and end with more cells.
+
+        Of a few ``weights``, only their own cells are made.
+        """
         reach = int(min(peak + 1.0, _REACH))
-        weight = np.arange(-reach * CELLS, reach * CELLS + 1) / CELLS
+        middle, used = reach * CELLS, None
+        if weights is not None and weights.size < middle:
+            used = np.unique(_cells(weights, middle)[0])
+        weight = (np.arange(2 * middle + 1) if used is None else used) / CELLS - reach
         subset = np.arange(_SUBSETS)[:, None]
         parity, offset = subset & 1, 0.5 * (subset >> 1)
         # Candidates: the members nearest to the weight, and those nearest to level 0.
@@ -287,19 +298,26 @@ class CostTables:
         level = np.choose(best, candidates)
         price = (lam * model.of(level)).astype(np.float32)
         cost = ((weight - level - offset) ** 2).astype(np.float32) + price
-        return cls(level.astype(np.int16), price, cost, reach * CELLS)
+        return cls(level.astype(np.int16), price, cost, middle, used)
 
     def cells(self, weights: Floats) -> tuple[Integers, Floats | None]:
         """Cell of each weight, and the even number of steps that it was moved by, if any was."""
-        reach = np.float32(self.middle // CELLS)
-        moved = None
-        if max(weights.max(), -weights.min()) > reach:
-            beyond = np.maximum(np.abs(weights) - reach, 0) * np.float32(0.5)
-            moved = np.copysign(2 * np.ceil(beyond), weights)
-            weights = weights - moved
-        position = weights * np.float32(CELLS)
-        position += np.float32(self.middle + 0.5)
-        return position.astype(np.int32), moved
+        cells, moved = _cells(weights, self.middle)
+        if self.used is not None:
+            cells = np.searchsorted(self.used, cells).astype(np.int32)
+        return cells, moved
+
+
+def _cells(weights: Floats, middle: int) -> tuple[Integers, Floats | None]:
+    """`CostTables.cells` where all cells are made."""
+    reach, moved = np.float32(middle // CELLS), None
+    if weights.size and max(weights.max(), -weights.min()) > reach:
+        beyond = np.maximum(np.abs(weights) - reach, 0) * np.float32(0.5)
+        moved = np.copysign(2 * np.ceil(beyond), weights)
+        weights = weights - moved
+    position = weights * np.float32(CELLS)
+    position += np.float32(middle + 0.5)
+    return position.astype(np.int32), moved
 
 
 def _plan(shapes: Iterable[tuple[int, ...]], lanes: int) -> list[_Batch]:
@@ -328,7 +346,10 @@ def _search_all(
     matrices: Sequence[Floats], models: Sequence[RateModel], peaks: Sequence[float], lam: float
 ) -> list[Integers]:
     found = [np.zeros(matrix.shape, np.int32) for matrix in matrices]
-    tables = [CostTables.build(m, lam, peak) for m, peak in zip(models, peaks, strict=True)]
+    tables = [
+        CostTables.build(model, lam, peak, matrix)
+        for model, peak, matrix in zip(models, peaks, matrices, strict=True)
+    ]
     longest = max((matrix.shape[1] for matrix in matrices), default=1)
     lanes = min(_LANES, max(_LANES // 8, _DECISION_BYTES // (STATES * max(longest, 1))))
     for batch in _plan((matrix.shape for matrix in matrices), lanes):

@@ -1,0 +1,206 @@
+"""Example inputs that a network makes itself, for models that nobody has data of.
+
+- BatchNorm layers remember the means and variances of what they saw in training. Images begin as
+  noise with the spectrum of photographs, and descend until the layers see what they remember.
+- A causal language model writes text, one token after another from its own distribution.
+- Any other transformer reads random tokens, in sentences of usual lengths.
+
+Sources: Cai et al., "ZeroQ", 2020, and Jeon et al., "Genie", 2023, for the images; Liu et al.,
+"LLM-QAT", 2023, for the text.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from weightvid.calibrate.evaluation import one_line
+from weightvid.calibrate.state import State, running
+from weightvid.calibrate.watch import Watch, nats_apart
+from weightvid.checkpoint import CheckpointReader
+from weightvid.checkpoint.base import shorten
+from weightvid.checkpoint.torch_file import from_stored
+from weightvid.errors import CheckpointError, EvaluationError, QuantizationError
+from weightvid.progress import Progress, Report, quiet
+
+_BATCH: Final = 16
+#: images; those of a descent, which match the statistics together; its steps.
+_IMAGES: Final = 384
+_TOGETHER: Final = 32
+_STEPS: Final = 25
+_RATE: Final = 0.25
+#: sizes of images that are tried, and what the last feature map should come near to.
+_SIZES: Final = (*range(8, 64, 4), *range(64, 257, 32), 299, 384)
+_LAST_MAP: Final = 8
+#: sequences, and their lengths in turn; written text has the longest.
+_SEQUENCES: Final = 384
+_LENGTHS: Final = (8, 12, 16, 24, 32, 48, 64, 128)
+_TEXTS: Final = 96
+_TEXT_TOKENS: Final = 256
+_CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def build(folder: str | None) -> nn.Module:
+    """The network that a Hugging Face folder describes, without its weights.
+
+    Raises
+    ------
+    EvaluationError
+        There is no such folder, or transformers cannot build the network.
+    """
+    if folder is None or not (Path(folder) / "config.json").is_file():
+        raise EvaluationError(
+            f"{folder or 'the checkpoint'} is no folder with a config.json that says how the "
+            "network is built: give the folder, or MODULE:FUNCTION, which returns the network"
+        )
+    try:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder)
+        kind = (config.architectures or ["AutoModel"])[0]
+        if kind == "AutoModel":
+            return transformers.AutoModel.from_config(config).eval()
+        return getattr(transformers, kind)(config).eval()
+    except Exception as error:
+        raise EvaluationError(f"transformers cannot build {folder}: {one_line(error)}") from error
+
+
+def fill(module: nn.Module, reader: CheckpointReader) -> None:
+    """Give a module the weights of a checkpoint, by name.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint lacks weights, or has them in another shape.
+    """
+    wanted, aliases = module.state_dict(), State(module).reader.contents.aliases
+    rows = [row for row in reader.contents.rows() if row[0] in wanted]
+    state = {name: from_stored(reader.read(name), spec.dtype) for name, spec in rows}
+    try:
+        missing = module.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:
+        raise CheckpointError(f"the network is not that of this checkpoint: {error}") from None
+    given = {aliases.get(name, name) for name in state}
+    lost = [name for name in missing if aliases.get(name, name) not in given]
+    lost = [name for name in lost if not name.endswith("num_batches_tracked")]
+    if lost:
+        raise CheckpointError(
+            f"the network is not that of this checkpoint, which lacks {shorten(lost)}"
+        )
+
+
+def own_inputs(module: nn.Module, progress: Report = quiet) -> list[Any]:
+    """Batches that a module makes itself; the same for the same weights.
+
+    Raises
+    ------
+    QuantizationError
+        It has neither BatchNorm nor a vocabulary, or takes no usual size of image.
+    """
+    vocabulary = getattr(getattr(module, "config", None), "vocab_size", None)
+    with running(module) as state, torch.random.fork_rng():
+        torch.manual_seed(0)
+        if isinstance(vocabulary, int):
+            return _texts(state, vocabulary, progress)
+        return _images(state, progress)
+
+
+def _texts(state: State, vocabulary: int, progress: Report) -> list[Any]:
+    """Text that a model writes; random tokens where it doesn't write."""
+    module: Any = state.module
+    config = module.config
+    longest = getattr(config, "max_position_embeddings", None) or _TEXT_TOKENS
+    both = getattr(config, "is_encoder_decoder", False)
+    batches: list[dict[str, torch.Tensor]] = []
+    if both or not module.can_generate():
+        shares = 1 / (torch.arange(vocabulary) + vocabulary / 100)
+        for place in range(_SEQUENCES // _BATCH):
+            length = min(_LENGTHS[place % len(_LENGTHS)], longest)
+            # As frequent as they are in text, as vocabularies are mostly in that order.
+            tokens = torch.multinomial(shares, _BATCH * length, True).reshape(_BATCH, length)
+            more = {"decoder_input_ids": tokens} if both else {}
+            batches.append({"input_ids": tokens, **more})
+        return batches
+    length = min(_TEXT_TOKENS, longest)
+    for place in range(_TEXTS // _BATCH):
+        start = torch.randint(vocabulary, (_BATCH, 1)).to(module.device)
+        text = module.generate(
+            start, attention_mask=torch.ones_like(start), pad_token_id=0, do_sample=True,
+            top_k=0, top_p=1.0, temperature=1.0, min_length=length, max_length=length,
+        )  # fmt: skip
+        batches += [{"input_ids": part} for part in text.split(_BATCH // 2)]
+        progress(Progress("inputs", place + 1, _TEXTS // _BATCH, unit="batches"))
+    return batches
+
+
+def _images(state: State, progress: Report) -> list[Any]:
+    """Images whose statistics match those that BatchNorm layers remember."""
+    shape = _shape(state)
+    apart: list[torch.Tensor] = []
+
+    def look(inputs: torch.Tensor, *known: torch.Tensor) -> None:
+        variance, mean = torch.var_mean(inputs.transpose(0, 1).flatten(1), 1, correction=0)
+        apart.append(nats_apart(mean, variance, *known).mean())
+
+    found: list[torch.Tensor] = []
+    for _ in range(_IMAGES // _TOGETHER):
+        images = _pink((_TOGETHER, *shape)).requires_grad_()
+        descent = torch.optim.Adam([images], lr=_RATE)
+        slower = torch.optim.lr_scheduler.CosineAnnealingLR(descent, _STEPS)
+        with torch.enable_grad(), Watch({}, lambda _: None, norms=look):
+            for _ in range(_STEPS):
+                apart.clear()
+                state.run(images)
+                if not apart:
+                    raise QuantizationError(
+                        "inputs can be made for networks that remember their own, with BatchNorm, "
+                        "and for transformers that read tokens; this is neither: calibrate with "
+                        "example inputs"
+                    )
+                (images.grad,) = torch.autograd.grad(torch.stack(apart).sum(), [images])
+                descent.step()
+                slower.step()
+        found += images.detach().split(_BATCH)
+        progress(Progress("inputs", len(found) * _BATCH, _IMAGES, unit="images"))
+    return found
+
+
+def _shape(state: State) -> tuple[int, ...]:
+    """Shape of an image that a network takes, as usual ones do.
+
+    The first convolution tells channels and axes. Of the sizes that work, that is taken whose last
+    feature map comes nearest to 8 x 8, as with CIFAR and ImageNet networks alike.
+    """
+    layers = [m for m in state.module.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear))]
+    if not layers or isinstance(layers[0], nn.Linear):
+        return (layers[0].in_features if layers else 1,)
+    first, last = layers[0], [layer for layer in layers if isinstance(layer, _CONVOLUTIONS)][-1]
+    maps: list[int] = []
+    hook = last.register_forward_hook(lambda *call: maps.append(call[2].shape[-1]))
+    fitting = {}
+    for size in _SIZES:
+        shape = first.in_channels, *(size for _ in first.kernel_size)
+        with suppress(Exception):
+            maps.clear()
+            state.run(torch.zeros(1, *shape))
+            fitting[shape] = abs(maps[-1] - _LAST_MAP)
+    hook.remove()
+    if not fitting:
+        raise QuantizationError("no usual size of image works with this network; give inputs")
+    return min(fitting, key=lambda shape: fitting[shape])
+
+
+def _pink(shape: tuple[int, ...]) -> torch.Tensor:
+    """Noise whose amplitude falls as 1 / frequency, of variance 1."""
+    sizes = shape[2:]
+    if not sizes:
+        return torch.randn(shape)
+    axes = [torch.fft.fftfreq(size) for size in sizes]
+    frequency = sum(a.square() for a in torch.meshgrid(*axes, indexing="ij")).sqrt()
+    scale = 1 / frequency.clamp(min=1 / max(sizes))
+    noise = torch.fft.ifftn(torch.fft.fftn(torch.randn(shape), s=sizes) * scale, s=sizes).real
+    return noise / noise.std()
