@@ -96,6 +96,9 @@ def test_kinds_of_change(folder: Path) -> None:
             for name, array in second().items():
                 if name == "wide":
                     continue
+                if name == "bias":
+                    assert np.abs(update[name] / array - 1).max() <= 2**-8
+                    continue
                 error, usual = (
                     float(np.square(each[name] - array).mean()) for each in (update, alone)
                 )
@@ -131,7 +134,8 @@ def test_chain_and_merged_archives_are_one(folder: Path, tmp_path: Path) -> None
     apply_updates(paths[0], paths[1:2], tmp_path / "v2.mp4")
     apply_updates(tmp_path / "v2.mp4", paths[2:], tmp_path / "again.mp4")
     assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
-    assert (whole.layers, whole.coded) == (3, 0)
+    assert whole.layers == 3
+    assert whole.coded == 2  # each update has a frame of its own size
     assert before == [path.read_bytes() for path in paths]
     with (
         open_archive(paths[2], base=paths[:2]) as chain,

@@ -200,3 +200,28 @@ def test_no_frame_is_read_again_for_each_tensor(
         for name in archive:
             archive.info(name)
     assert len(parsed) == report.frames
+
+
+def test_a_damaged_frame_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = {f"block.{k}.weight": small_models.weights(k, 24, 20) for k in range(60)}
+    path = tmp_path / "m.mp4"
+    pack_checkpoint(save(source, tmp_path / "m.npz"), path, PackOptions(jobs=1))
+    data = bytearray(path.read_bytes())
+    with open_archive(path) as archive:
+        start, size = archive.index.frames[0] if archive.index else (0, 0)
+        spans = archive.index.spans if archive.index else {}
+        affected = {n for n, found in spans.items() if any(0 in span for span in found)}
+    data[start + size // 2] ^= 64
+    path.write_bytes(data)
+    decoded: list[int] = []
+
+    class Counting(loader.Decoder):
+        def decode(self, number: int, data: bytes | None) -> Any:
+            decoded.append(number)
+            return super().decode(number, data)
+
+    monkeypatch.setattr(loader, "Decoder", Counting)
+    report = verify_archive(path)
+    assert report.defect is not None
+    assert len(report.affected) == len(affected) > 5
+    assert decoded.count(0) <= 2

@@ -147,7 +147,7 @@ def pack(arrays: dict[str, Any], path: Path, options: PackOptions, layering: Lay
     with ExitStack() as stack:
         for module in ("pack", "layers"):
             name = f"weightvid.{module}.choose_frame_size"
-            stack.enter_context(patch(name, lambda _: FrameSize(192, 192)))
+            stack.enter_context(patch(name, lambda *_: FrameSize(192, 192)))
         if layering == Layering():
             pack_checkpoint(reader, path, options)
         else:

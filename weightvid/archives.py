@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -178,11 +178,25 @@ class Salvage:
             if self.defect is None:
                 code, offset = getattr(error, "code", "decode"), getattr(error, "offset", None)
                 self.defect = Defect(code, str(error), offset)
-            for name in tuple(left) if self.archive.index else ():
-                with suppress(FormatError, CodecError):
-                    array = self.archive.stored(name)
-                    yield left.pop(name), array
+            for name, array in self._one_by_one(set(left)):
+                yield left.pop(name), array
         self.missing = tuple(left)
+
+    def _one_by_one(self, names: Collection[str]) -> Iterator[tuple[str, Array]]:
+        """Tensors that can be read by the index; a damaged frame is decoded once, not for each."""
+        archive, bad = self.archive, set[int]()
+        for number, spec in enumerate(archive.header.tensors if archive.index else ()):
+            spans = archive.index.spans.get(number, ()) if archive.index else ()
+            frame = spans[0].start if [len(span) for span in spans] == [1] else -1
+            if spec.name in names and frame not in bad:
+                try:
+                    array = archive.stored(spec.name)
+                except (FormatError, CodecError) as error:
+                    # What is wrong with one tensor, or with the base, says nothing of the frame.
+                    if frame >= 0 and archive.base is None and not getattr(error, "tensor", ""):
+                        bad.add(frame)
+                else:
+                    yield spec.name, array
 
 
 def read_tensors(archive: Archive, names: Collection[str]) -> Iterator[tuple[TensorSpec, Array]]:

@@ -33,6 +33,29 @@ def difference(below: Array, array: Array) -> Array:
     return found.view(below.dtype)
 
 
+def approach(below: Floats, values: Floats, bits: int) -> Floats:
+    """Floats near others, whose bits differ from those below by a number with many zeros.
+
+    Parameters
+    ----------
+    below, values : ndarray of float32
+    bits : int
+        1..23; the relative error is at most 2**-bits.
+
+    Examples
+    --------
+    >>> approach(np.ones(2, np.float32), np.array([1.1, 1.001], np.float32), 4).tolist()
+    [1.125, 1.0]
+    """
+    step = 1 << (FULL_BITS - bits)
+    before, after = (each.view(np.int32).astype(np.int64) for each in (below, values))
+    moved = before + (after - before + step // 2) // step * step
+    found = moved.astype(np.int32).view(np.float32)
+    with np.errstate(invalid="ignore"):
+        near = np.abs(found - values) <= np.ldexp(np.abs(values), -bits)
+    return np.where(near, found, values)
+
+
 def exact_records(
     items: Sequence[tuple[int, int, Array]], specs: Sequence[TensorSpec]
 ) -> list[bytes]:

@@ -300,7 +300,7 @@ class _Answer:
     def __init__(self, url: str, start: int, patience: float) -> None:
         self._url, self._start, self._patience = url, start, patience
         self._pieces: Queue[Any] = Queue(_PIECES)
-        self._left, self._sockets = threading.Event(), list[Any]()
+        self._left, self._sockets, self._answers = threading.Event(), list[Any](), list[Any]()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -316,7 +316,8 @@ class _Answer:
             if user:  # for this server alone, not for one that it redirects to
                 secret = b64encode(unquote(user).encode()).decode()
                 request.add_unredirected_header("Authorization", f"Basic {secret}")
-            with self._opener().open(request, timeout=self._patience) as response:
+            # Whoever waits for the queue gives up first, and says so.
+            with self._opener().open(request, timeout=2 * self._patience) as response:
                 self._put((response.status, response.headers))
                 while piece := response.read1(_PIECE):
                     self._put(piece)
@@ -326,15 +327,23 @@ class _Answer:
         except Exception as error:
             with suppress(_LeftError):
                 self._put(error)
+        finally:
+            for each in self._answers:
+                each.close()
 
     def _opener(self) -> urllib.request.OpenerDirector:
         """What opens addresses of the web, and never follows one to a file or an FTP server."""
+        sockets, answers = self._sockets, self._answers
 
         def watched(kind: Any) -> Any:
             class Connection(kind):  # type: ignore[misc]
-                def connect(self, sockets: list[Any] = self._sockets) -> None:
+                def connect(self) -> None:
                     super().connect()
                     sockets.append(self.sock)
+
+                def getresponse(self) -> Any:
+                    answers.append(super().getresponse())
+                    return answers[-1]
 
             return Connection
 
@@ -523,7 +532,6 @@ class _Download:
     def _explain(self, error: Exception) -> tuple[str, bool]:
         """What went wrong, and whether the same server would do it again."""
         if isinstance(error, urllib.error.HTTPError):
-            error.close()
             if error.code == 416:
                 return "it is a smaller file than the one that arrived before", True
             if 300 <= error.code < 400:

@@ -31,11 +31,23 @@ from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.container import root_of
 from weightvid.errors import FormatError, QuantizationError
-from weightvid.exact import difference, exact_elements, likeness
+from weightvid.exact import (
+    FULL_BITS,
+    approach,
+    difference,
+    exact_elements,
+    likeness,
+    rounds_mantissas,
+)
 from weightvid.levels.code import CodedPart, mean_shift, part_rows
 from weightvid.levels.feedback import output_error
-from weightvid.levels.frames import FrameSize, choose_frame_size, lay_out, ribbon_columns
-from weightvid.levels.recipes import recipe
+from weightvid.levels.frames import (
+    FEWEST_FRAMES,
+    FrameSize,
+    choose_frame_size,
+    lay_out,
+    ribbon_columns,
+)
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.levels.transform import dct
 from weightvid.levels.trellis import sign_coded_bits
@@ -66,14 +78,17 @@ from weightvid.video import CODECS, hevc_level, open_encoder, with_level
 from weightvid.workers import Workers, open_workers
 from weightvid.writer import ArchiveWriter
 
-#: steps of a difference, in those that a whole tensor would have, and the price of a bit: where
-#: most levels are zeros, finer steps and fewer levels beside zero are better.
-UPDATE_STEP, UPDATE_PRICE = 0.68, 0.1
+#: steps of a difference, in those that a whole tensor would have, and the price of a bit; the price
+#: where a base errs little more than an archive of the model itself would: what is left there are
+#: the changes of the training, which point one way in all tensors and do more harm than noise.
+UPDATE_STEP, UPDATE_PRICE, NEAR_PRICE = 0.8, 0.076, 0.066
 #: steps of each layer but the last, in those of the layer above it.
 LAYER_RATIO: Final = 6.0
-#: a tensor whose base errs by at most this factor more than an archive of the model itself would,
-#: as squared errors go, is left as it is.
-_NEAR: Final = 1.1
+#: mantissa bits of differences of 1-D floats, where floats keep fewer than all.
+DIFFERENCE_BITS: Final = 8
+#: a base is near a tensor whose error it has less than this times as large as an archive of the
+#: model itself would, and as good at this times.
+_NEAR, _AS_GOOD = 1.4, 1.015
 
 Coded = list[CodedPart]
 
@@ -186,6 +201,7 @@ class _Pile:
     def __init__(self, survey: Survey, workers: Workers, progress: Report) -> None:
         self._survey, self._workers, self._progress = survey, workers, progress
         self._layers: list[_Layer] = []
+        self._mantissa_bits = survey.mantissa_bits(survey.first_factor)
         #: stored elements that a loader has by now, flat.
         self._below: dict[int, Array] = {}
         self._masks = [0] * len(survey.specs)
@@ -215,37 +231,39 @@ class _Pile:
                 self._below[number] = found[spec.name][1]
                 self._masks[number] = 1
         plans = self._survey.plans(self._survey.first_factor)
-        changes = {
-            number: replace(
-                plan.with_step(plan.step * UPDATE_STEP), method=UNIFORM, price=UPDATE_PRICE
-            )
-            for number, plan in plans.items()
-            if number in self._below
-        }
-        made = _Layer(dict(plans))
-        fresh = {number: plan for number, plan in plans.items() if number not in changes}
-        for number, coded in self._code(changes, added=True):
-            plan = plans[number]
-            elements = self._survey.reader.read(plan.spec.name).reshape(-1)
-            weights = to_float32(elements, plan.spec.dtype)
+        made, changes, steps = _Layer(dict(plans)), dict[int, TensorPlan](), _steps(base)
+        for number, plan in plans.items():
+            if number not in self._below:
+                continue
+            weights = self._weights(plan)
             error = weights - to_float32(self._below[number], plan.spec.dtype)
             spread = float(np.square(plan.column_steps().astype(np.float64)).mean()) / 12
-            near = float(np.square(error).mean(dtype=np.float64)) < 2 * _NEAR * spread
-            alone = dict(self._code({number: plan}, added=False)) if near else {}
-            if near and self._harm(error, plan, number) <= _NEAR * self._harm(
-                weights - _values(alone[number], plan), plan, number
-            ):
-                # The base is as near as an archive of the model itself.
-                self._shift(number, error.reshape(-1, plan.view.columns), plan)
-                continue
-            if _bits(coded) < _fresh_bits(weights, plan):
+            price = UPDATE_PRICE
+            if float(np.square(error).mean(dtype=np.float64)) < 2 * _NEAR * spread:
+                # With the base's own step, a tensor that was not trained gives the base again.
+                step = min(steps.get(plan.spec.name, plan.step), _NEAR * plan.step)
+                [(_, alone)] = self._code({number: plan.with_step(step)}, added=False)
+                usual = self._harm(weights - _values(alone, plan), plan, number)
+                harm = self._harm(error, plan, number)
+                if harm <= _AS_GOOD * usual:
+                    self._shift(number, error.reshape(-1, plan.view.columns), plan)
+                    continue
+                price = NEAR_PRICE if harm <= _NEAR * usual else UPDATE_PRICE
+            finer = plan.with_step(plan.step * UPDATE_STEP)
+            changes[number] = replace(finer, method=UNIFORM, price=price)
+        fresh = {number: plan for number, plan in plans.items() if number not in self._below}
+        for number, coded in self._code(changes, added=True):
+            if _bits(coded) < _fresh_bits(self._weights(plans[number]), plans[number]):
                 made.plans[number], made.coded[number] = changes[number], coded
             else:
-                fresh[number] = plan
+                fresh[number] = plans[number]
         made.coded |= dict(self._code(fresh, added=False))
         for number in fresh:
             self._masks[number] = 0
         self._add(made, keep=False)
+
+    def _weights(self, plan: TensorPlan) -> Floats:
+        return to_float32(self._survey.reader.read(plan.spec.name).reshape(-1), plan.spec.dtype)
 
     def _shift(self, number: int, error: Floats, plan: TensorPlan) -> None:
         """Have a bias make up for what a tensor that stays as it is takes from the mean outputs."""
@@ -306,7 +324,8 @@ class _Pile:
         arrays = self._exact(made.plans, self._shifts)
         self._shifts = {}
         for _, group in groupby(arrays, lambda item: likeness(survey.specs[item[0]])[:2]):
-            changed = [item for item in group if not self._has(*item)]
+            wanted = [(n, flat if keep else self._near(n, flat)) for n, flat in group]
+            changed = [item for item in wanted if not self._has(*item)]
             small = all(n in self._below and array.itemsize <= 8 for n, array in changed)
             items = changed
             if small:
@@ -319,6 +338,16 @@ class _Pile:
             made.exact += items
         self._layers.append(made)
 
+    def _near(self, number: int, flat: Array) -> Array:
+        """Elements of an exact tensor, or such near them that differ little from those so far."""
+        spec, bits = self._survey.specs[number], self._mantissa_bits
+        below = self._below.get(number)
+        if below is None or bits == FULL_BITS or not rounds_mantissas(spec):
+            return flat
+        if self._survey.keeps(spec.name):
+            return flat
+        return approach(below, flat, min(bits, DIFFERENCE_BITS))
+
     def _has(self, number: int, flat: Array) -> bool:
         """Whether a loader has these very elements by now."""
         return number in self._below and self._below[number].tobytes() == flat.tobytes()
@@ -327,8 +356,7 @@ class _Pile:
         self, plans: Mapping[int, TensorPlan], shifts: Mapping[int, Floats]
     ) -> Iterator[tuple[int, Array]]:
         """Exact tensors as they are to be."""
-        survey, options = self._survey, self._survey.options
-        bits = recipe(options.recipe).mantissa_bits
+        survey = self._survey
         left = [number for number in range(len(survey.specs)) if number not in plans]
         for number in sorted(left, key=lambda n: likeness(survey.specs[n])):
             spec = survey.specs[number]
@@ -337,7 +365,7 @@ class _Pile:
                 values = to_float32(array, spec.dtype) + shifts[number]
                 array = from_float32(values, spec.dtype)
             kept = survey.keeps(spec.name)
-            made = array if kept else exact_elements(array, spec, bits)
+            made = array if kept else exact_elements(array, spec, self._mantissa_bits)
             yield number, np.ascontiguousarray(made).reshape(-1)
 
     # --- the file
@@ -424,15 +452,28 @@ class _Pile:
         return next(matches, len(patterns))
 
     def _frame_size(self, base: Archive | None) -> FrameSize:
-        """That of the base, so that frames of both fit one track; or one that suits all layers."""
-        if base is not None and base.track.entry == CODECS[self._survey.options.video.codec].entry:
-            return FrameSize(base.track.width, base.track.height)
-        return choose_frame_size(
-            max(
-                sum(ribbon_columns(part.part.size) for own in layer.coded.values() for part in own)
-                for layer in self._layers
-            )
+        """One that suits all layers.
+
+        An update has one frame if that can be; else frames like those of its base, which fit one
+        track with them.
+        """
+        columns = max(
+            sum(ribbon_columns(part.part.size) for own in layer.coded.values() for part in own)
+            for layer in self._layers
         )
+        if base is None:
+            return choose_frame_size(columns, -(-FEWEST_FRAMES // len(self._layers)))
+        size = choose_frame_size(columns, 1)
+        same = base.track.entry == CODECS[self._survey.options.video.codec].entry
+        return FrameSize(*base.track[:2]) if same and columns > size.columns else size
+
+
+def _steps(archive: Archive) -> dict[str, float]:
+    """Step of each quantized tensor, by name."""
+    names = [spec.name for spec in archive.header.tensors]
+    frames = archive.index.frames if archive.index else ()
+    sidecars = (archive.packet(number)[0] for number in range(len(frames)))
+    return {names[part.tensor]: part.step for each in sidecars for part in each.parts}
 
 
 def _values(coded: Sequence[CodedPart], plan: TensorPlan) -> Floats:

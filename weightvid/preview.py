@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -168,7 +169,9 @@ def _choose_frames(archive: Archive, frames: range | None, tensor: str | None) -
     if not names:
         raise TensorNotFoundError(f"no tensor of the archive matches {tensor!r}")
     numbers = [n for n, spec in enumerate(archive.header.tensors) if spec.name in names]
-    found = sorted({frame for n in numbers for span in spans.get(n, ()) for frame in span})
+    found: list[int] = []
+    for span in sorted((s for n in numbers for s in spans.get(n, ())), key=lambda s: s.start):
+        found += range(max(span.start, found[-1] + 1 if found else 0), span.stop)
     if not found:
         raise TensorNotFoundError(
             f"no tensor that matches {tensor!r} lies in the pictures: exact ones don't"
@@ -299,8 +302,11 @@ def _label(image: Any, tile: Tile, zoom: int, font: Any) -> None:
         return
     text = _printable(tile.name)
     upright = font.getlength(text) > room and tall > room
-    while font.getlength(text) > (tall if upright else room):
-        text = "…" + text.lstrip("…")[1:]
+    limit = tall if upright else room
+    if font.getlength(text) > limit:
+        lengths = range(1, len(text) + 1)
+        end = bisect_right(lengths, limit, key=lambda n: font.getlength("…" + text[-n:]))
+        text = "…" + text[len(text) - end :]
     box = Image.new("RGB", (int(font.getlength(text)) + 6, line), _PAPER)
     ImageDraw.Draw(box).text((3, 1), text, fill=_INK, font=font)
     if upright:

@@ -120,7 +120,7 @@ class Survey:
         return forecast(factor, list(self.stats.values()), units, self.options.fidelity)
 
     def mantissa_bits(self, factor: float) -> int:
-        """What exact floats keep: with steps as coarse as those of ``small``, no more than there."""
+        """What exact floats keep: with steps as coarse as ``small`` has, no more than there."""
         own, small = recipe(self.options.recipe), recipe("small")
         coarse = own.name != "fine" and self.noise(factor) >= small.noise
         return small.mantissa_bits if coarse else own.mantissa_bits

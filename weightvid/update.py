@@ -1,7 +1,8 @@
-"""A chain of archives merged into one: frames are copied, nothing is quantized again.
+"""A chain of archives merged into one, without quantizing again.
 
-The layers of the base come first, then those of each update; what later archives replaced or left
-out is dropped. The tensors are those that the chain has, and so is the root.
+Frames are copied where they fit the base's track, and coded again without loss where not. The
+layers of the base come first, then those of each update; what later archives replaced or left out
+is dropped. The tensors are those that the chain has, and so is the root.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,10 @@ def test_what_cannot_be_done_is_said(net: Any, tmp_path: Path) -> None:
         Calibration.from_checkpoint(from_mapping(other), Images())
     with pytest.raises(QuantizationError, match="calibrate with example inputs"):
         synthesis.own_inputs(nn.Linear(3, 4))
+    odd = nn.Linear(3, 4)
+    odd.config = SimpleNamespace(vocab_size=50)
+    with pytest.raises(QuantizationError, match="does not run on tokens alone"):
+        synthesis.own_inputs(odd)
 
 
 def folder(path: Path, config: Any, model: Any) -> Path:
@@ -137,3 +142,7 @@ def test_transformers_read_tokens(
     seen = {name.rpartition(".")[0] for name in known.stats.tensors}
     layers = {name for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     assert {name for name in layers if "layer" in name} <= seen
+    call = ["pack", str(tmp_path / "model"), "-o", str(tmp_path / "m.mp4"), "--calibrate", "auto"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    assert "calibrat" in result.output

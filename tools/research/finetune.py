@@ -54,7 +54,10 @@ SEARCH_EVERY = 20
 KEPT = ("conv1", "linear")
 WAYS = ("plain", "pruned", "pulled")
 FACTORS = (0.36, 0.5, 0.7, 1.0, 1.4)
-QUANTIZERS = ("uniform", "kernel prediction", "uniform + DCT", "uniform + DCT, rate-aware")
+QUANTIZERS = (
+    "uniform", "kernel prediction", "uniform + DCT", "kernel prediction + DCT",
+    "uniform + DCT, rate-aware",
+)  # fmt: skip
 
 
 def kernels_of(net: nn.Module) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Global weight sharing: a residual network with one bank of kernels, and its ordinary twin.
 
 Both are trained alike on 20,000 training images of CIFAR-10 and judged on 1,000 test images; then
-both are packed. Two processes, one for each network, take two cores:
+both are packed. Two processes, one for each network, take two cores for five minutes:
 
     global_weight.py train bank FOLDER & global_weight.py train twin FOLDER; wait
     global_weight.py report FOLDER

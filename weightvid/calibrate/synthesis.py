@@ -116,7 +116,7 @@ def _texts(state: State, vocabulary: int, progress: Report) -> list[Any]:
     longest = getattr(config, "max_position_embeddings", None) or _TEXT_TOKENS
     both = getattr(config, "is_encoder_decoder", False)
     batches: list[dict[str, torch.Tensor]] = []
-    if both or not module.can_generate():
+    if both or not getattr(module, "can_generate", bool)():
         shares = 1 / (torch.arange(vocabulary) + vocabulary / 100)
         for place in range(_SEQUENCES // _BATCH):
             length = min(_LENGTHS[place % len(_LENGTHS)], longest)
@@ -124,6 +124,13 @@ def _texts(state: State, vocabulary: int, progress: Report) -> list[Any]:
             tokens = torch.multinomial(shares, _BATCH * length, True).reshape(_BATCH, length)
             more = {"decoder_input_ids": tokens} if both else {}
             batches.append({"input_ids": tokens, **more})
+        try:
+            state.run(batches[0])
+        except Exception as error:
+            raise QuantizationError(
+                f"the network does not run on tokens alone ({one_line(error)}): calibrate with "
+                "example inputs"
+            ) from error
         return batches
     length = min(_TEXT_TOKENS, longest)
     for place in range(_TEXTS // _BATCH):

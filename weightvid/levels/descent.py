@@ -19,12 +19,19 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.errors import QuantizationError
-from weightvid.levels.feedback import split_groups
+from weightvid.levels.feedback import FeedbackConfig, feedback, split_groups
 from weightvid.levels.rounding import MEAN_COUPLING, check_range
 from weightvid.levels.trellis import TABLE_MAX, RateModel
-from weightvid.loader import MAX_LEVEL, Floats
+from weightvid.loader import MAX_LEVEL, Bytes, Floats
 
 _SWEEPS: Final = 5
+#: price of a bit for the levels that the descent starts from, in that of its own; their damping.
+_START: Final = 1.7
+_LEAST_DAMPING: Final = 1e-4
+#: half octaves of expected magnitudes below 1 that have prices of their own; what a row or column
+#: counts for beside as many of its levels.
+_CLASSES: Final = 14
+_PRIOR: Final = 16.0
 #: columns whose gradients are kept up to date one by one.
 _BLOCK: Final = 32
 
@@ -60,44 +67,66 @@ def descend(
         except np.linalg.LinAlgError:
             why = "the second moment of the inputs is not positive semidefinite"
             raise QuantizationError(why) from None
-        made.append(_descend(rows, cost, price * free))
+        start = feedback(rows, own, FeedbackConfig(max(damping, _LEAST_DAMPING), _START * price))
+        made.append(_descend(rows, start, cost, price * free))
     return np.concatenate(made)
 
 
-def _descend(scaled: Floats, cost: Floats, price: float) -> npt.NDArray[np.int32]:
+def _descend(
+    scaled: Floats, start: npt.NDArray[np.int32], cost: Floats, price: float
+) -> npt.NDArray[np.int32]:
     # Transposed, so that a column of all rows lies together.
-    error = np.ascontiguousarray(scaled.T)
-    levels = np.zeros_like(error)
+    levels = np.ascontiguousarray(start.T, dtype=np.float32)
+    error = np.ascontiguousarray(scaled.T) - levels
     diagonal = np.diagonal(cost)
     for _ in range(_SWEEPS):
-        bits = RateModel.from_levels(np.clip(levels, -TABLE_MAX, TABLE_MAX).astype(np.int32)).bits
+        classes, bits = _class_bits(levels)
         prices = (price * bits).astype(np.float32)
         changed = False
-        for start in range(0, len(error), _BLOCK):
-            stop = min(len(error), start + _BLOCK)
-            gradient = cost[start:stop] @ error
-            for column in range(start, stop):
+        for first in range(0, len(error), _BLOCK):
+            last = min(len(error), first + _BLOCK)
+            gradient = cost[first:last] @ error
+            for column in range(first, last):
                 weight, now = diagonal[column], levels[column]
-                best = now + gradient[column - start] / weight
-                level = _cheapest(best, now, prices / weight)
+                best = now + gradient[column - first] / weight
+                level = _cheapest(best, now, prices / weight, classes[column])
                 moved = level - now
                 if moved.any():
                     changed = True
                     levels[column] = level
                     error[column] -= moved
-                    gradient -= cost[start:stop, column, None] * moved
+                    gradient -= cost[first:last, column, None] * moved
         if not changed:
             break
     return np.ascontiguousarray(levels.T).astype(np.int32)
 
 
-def _cheapest(best: Floats, now: Floats, prices: Floats) -> Floats:
+def _class_bits(levels: Floats) -> tuple[Bytes, npt.NDArray[np.float64]]:
+    """Class of each place by the mean magnitudes of its row and column; bits of levels by class.
+
+    A coder that meets a matrix in the order of its energies finds out about as much.
+    """
+    sizes = np.abs(levels)
+    mean = float(sizes.mean()) + 1e-6
+    by_row, by_column = (
+        (sizes.sum(axis=axis) + _PRIOR * mean) / (sizes.shape[axis] + _PRIOR) / mean
+        for axis in (0, 1)
+    )
+    octaves = np.log2(mean * by_row) + np.log2(by_column)[:, None]
+    classes = (np.clip(np.rint(2 * octaves), -_CLASSES, 0) + _CLASSES).astype(np.uint8)
+    whole = np.clip(levels, -TABLE_MAX, TABLE_MAX).astype(np.int32)
+    return classes, np.stack(
+        [RateModel.from_levels(whole[classes == kind]).bits for kind in range(_CLASSES + 1)]
+    )
+
+
+def _cheapest(best: Floats, now: Floats, prices: Floats, classes: Bytes) -> Floats:
     """Of four levels the one of least cost, where ``best`` would be no error at all."""
     nearest = np.rint(best)
     inner = nearest - np.sign(nearest)
     choices = np.stack([nearest, inner, np.zeros_like(best), now])
     places = (np.clip(choices, -TABLE_MAX, TABLE_MAX) + TABLE_MAX).astype(np.intp)
-    costs = np.square(best - choices) + prices[places]
+    costs = np.square(best - choices) + prices[classes, places]
     chosen: Floats = np.take_along_axis(choices, np.argmin(costs, axis=0)[None], axis=0)[0]
     return chosen
 

@@ -167,18 +167,20 @@ def ribbon_columns(size: int) -> int:
     return -(-size // (BAND * ALIGN)) * ALIGN
 
 
-def choose_frame_size(columns: int) -> FrameSize:
+def choose_frame_size(columns: int, fewest: int = FEWEST_FRAMES) -> FrameSize:
     """Frame size for a ribbon: about square, little left blank.
 
     Parameters
     ----------
     columns : int
         Length of the ribbon; 0 is allowed.
+    fewest : int
+        Frames that a small model gets, if it fills them.
     """
     blocks = max(1, -(-columns // BAND))
     low, high = MIN_FRAME // BAND, MAX_FRAME // BAND
     most = LARGEST_FRAME // BAND**2
-    frames = max(1, -(-blocks // most), min(FEWEST_FRAMES, blocks // low**2))
+    frames = max(1, -(-blocks // most), min(fewest, blocks // low**2))
     best: tuple[tuple[int, int, int], FrameSize] | None = None
     for wide in range(low, high + 1):
         tall = max(low, -(-blocks // (frames * wide)))

@@ -8,6 +8,7 @@ from and what was measured.
 from __future__ import annotations
 
 import lzma
+import struct
 from collections.abc import Iterator, Sequence
 from functools import partial
 from math import sqrt
@@ -19,7 +20,14 @@ import numpy as np
 from weightvid.compare.model import Array, Coded, Method, Model
 from weightvid.compare.research.kernels import Codebook, KernelPrediction
 from weightvid.compare.research.pyramid import Pyramid
-from weightvid.compare.research.scalar import FixedLength, Floats64, Lnq, Uniform, shape_of
+from weightvid.compare.research.scalar import (
+    FixedLength,
+    Floats64,
+    Lnq,
+    Matrix,
+    Uniform,
+    shape_of,
+)
 from weightvid.exact import exact_elements
 from weightvid.levels.transform import View, view_of
 
@@ -30,12 +38,12 @@ _MANTISSA_BITS: Final = 8
 
 
 class Scheme(Protocol):
-    """A quantizer; a matrix has the shape (rows, channels, kernel positions)."""
+    """A quantizer of matrices in steps, each of shape (rows, channels, kernel positions)."""
 
-    def encode(self, matrices: Sequence[Floats64], views: Sequence[View], step: float) -> bytes:
-        """Bytes of matrices at a step."""
+    def encode(self, matrices: Sequence[Floats64], views: Sequence[View]) -> bytes:
+        """Bytes of matrices."""
 
-    def decode(self, data: bytes, views: Sequence[View]) -> list[Floats64]:
+    def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:
         """Matrices of bytes."""
 
 
@@ -79,7 +87,7 @@ def _code(scheme: Scheme, model: Model, factor: float) -> Coded:
     ]
     count = max(1, sum(each.size for each in shaped))
     step = factor * sqrt(sum(float(np.square(x).sum()) for x in shaped) / count) or 1.0
-    data = scheme.encode(shaped, views, step)
+    data = struct.pack("<d", step) + scheme.encode([x / step for x in shaped], views)
     kept = {
         spec.name: exact_elements(model.tensors[spec.name], spec, _MANTISSA_BITS)
         for spec in model.specs
@@ -90,7 +98,7 @@ def _code(scheme: Scheme, model: Model, factor: float) -> Coded:
     restored: dict[str, Array] = {
         name: array.astype(model.tensors[name].dtype) for name, array in kept.items()
     }
-    for (name, tensor), found in zip(matrices.items(), scheme.decode(data, views), strict=True):
-        restored[name] = found.reshape(tensor.shape).astype(tensor.dtype)
+    for (name, tensor), found in zip(matrices.items(), scheme.decode(data[8:], views), strict=True):
+        restored[name] = (found * step).reshape(tensor.shape).astype(tensor.dtype)
     tensors = {name: restored[name] for name in model.tensors}
     return Coded(len(data) + len(other), tensors, coded - began, perf_counter() - coded)

@@ -15,6 +15,7 @@ from weightvid.compare.research.scalar import (
     SLOPE,
     Floats64,
     Integers,
+    Matrix,
     classes_of,
     coefficients,
     contexts_of,
@@ -41,9 +42,9 @@ class KernelPrediction(NamedTuple):
 
     dct: bool
 
-    def encode(self, matrices: Sequence[Floats64], views: Sequence[View], step: float) -> bytes:
+    def encode(self, matrices: Sequence[Floats64], views: Sequence[View]) -> bytes:
         """Bytes of matrices."""
-        levels = rounded(coefficients(matrices, views) if self.dct else matrices, step)
+        levels = rounded(coefficients(matrices, views) if self.dct else matrices)
         flags, references, residuals = [], [], []
         history: dict[int, Integers] = {}
         for view, own in zip(views, levels, strict=True):
@@ -64,15 +65,14 @@ class KernelPrediction(NamedTuple):
             references.append(chosen[predicted])
             residuals.append(residual)
         marks = flattened(flags)
-        data = struct.pack("<d", step) + encode(marks, self._flag_contexts(views))
+        data = encode(marks, self._flag_contexts(views))
         refs = flattened(references)
         data += encode(refs, np.zeros(len(refs), np.int64))
         return data + encode(flattened(residuals), self._contexts(views, marks))
 
-    def decode(self, data: bytes, views: Sequence[View]) -> list[Floats64]:
+    def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:
         """Matrices of bytes."""
-        (step,) = struct.unpack_from("<d", data)
-        marks, data = decode(data[8:], self._flag_contexts(views))
+        marks, data = decode(data, self._flag_contexts(views))
         refs, data = decode(data, np.zeros(int(marks.sum()), np.int64))
         residuals, _ = decode(data, self._contexts(views, marks))
         found = in_shapes(residuals, [shape_of(view) for view in views])
@@ -90,8 +90,7 @@ class KernelPrediction(NamedTuple):
                     every[place] += _scaled(every[place - 1 - back], _SCALES[scale])
             own[:] = every[len(before) :].reshape(own.shape)
             history[own.shape[2]] = every[-_WINDOW:]
-        values = [own * step for own in found]
-        return from_coefficients(values, views) if self.dct else values
+        return from_coefficients(found, views) if self.dct else found
 
     def _flag_contexts(self, views: Sequence[View]) -> Integers:
         counts = [view.rows * view.channels for view in views if view.kernel]
@@ -154,28 +153,26 @@ class Codebook(NamedTuple):
 
     entries: int
 
-    def encode(self, matrices: Sequence[Floats64], views: Sequence[View], step: float) -> bytes:
+    def encode(self, matrices: Sequence[Floats64], views: Sequence[View]) -> bytes:
         """Bytes of matrices; those without kernels are quantized as scalars."""
-        data = struct.pack("<d", step)
         pairs = list(zip(matrices, views, strict=True))
         scalar = [(x, view) for x, view in pairs if not view.kernel]
-        levels = rounded([x for x, _ in scalar], step)
-        data += encode(flattened(levels), contexts_of([view for _, view in scalar], dct=False))
+        levels = rounded([x for x, _ in scalar])
+        data = encode(flattened(levels), contexts_of([view for _, view in scalar], dct=False))
         for size in _kernel_sizes(views):
             vectors = np.concatenate([
                 x.reshape(-1, size) for x, view in pairs if view.kernel and x.shape[2] == size
             ])  # fmt: skip
-            book, chosen = _ecvq(vectors / step, min(self.entries, len(vectors) // 8 + 1))
+            book, chosen = _ecvq(vectors, min(self.entries, len(vectors) // 8 + 1))
             data += struct.pack("<I", len(book))
             data += encode(book.reshape(-1), np.zeros(book.size, np.int64))
             data += encode(chosen, np.zeros(len(chosen), np.int64))
         return data
 
-    def decode(self, data: bytes, views: Sequence[View]) -> list[Floats64]:
+    def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:
         """Matrices of bytes."""
-        (step,) = struct.unpack_from("<d", data)
         scalar = [view for view in views if not view.kernel]
-        levels, data = decode(data[8:], contexts_of(scalar, dct=False))
+        levels, data = decode(data, contexts_of(scalar, dct=False))
         flat = iter(in_shapes(levels, [shape_of(view) for view in scalar]))
         kernels: dict[int, Iterator[Integers]] = {}
         for size in _kernel_sizes(views):
@@ -186,7 +183,7 @@ class Codebook(NamedTuple):
             chosen, data = decode(data, np.zeros(total, np.int64))
             vectors = (book.reshape(count, size) / _BOOK_SCALE)[chosen]
             kernels[size] = iter(in_shapes(vectors.reshape(-1), [shape_of(view) for view in own]))
-        return [next(kernels[prod(view.kernel)] if view.kernel else flat) * step for view in views]
+        return [next(kernels[prod(view.kernel)] if view.kernel else flat) for view in views]
 
 
 #: entries of a codebook are integers over this, in steps.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from math import prod
 from typing import Final, NamedTuple
@@ -13,6 +12,7 @@ from weightvid.compare.rans import decode, encode
 from weightvid.compare.research.scalar import (
     Floats64,
     Integers,
+    Matrix,
     flattened,
     in_shapes,
     rounded,
@@ -36,27 +36,26 @@ class Pyramid(NamedTuple):
 
     taps: int
 
-    def encode(self, matrices: Sequence[Floats64], views: Sequence[View], step: float) -> bytes:
+    def encode(self, matrices: Sequence[Floats64], views: Sequence[View]) -> bytes:
         """Bytes of matrices."""
         bands: list[Integers] = []
-        for levels in rounded(matrices, step):
+        for levels in rounded(matrices):
             bands += self._bands(levels.reshape(len(levels), -1))
         shapes = [band.shape for band in bands]
         contexts = np.repeat(np.arange(len(bands)), [prod(shape) for shape in shapes])
-        return struct.pack("<d", step) + encode(flattened(bands), contexts)
+        return encode(flattened(bands), contexts)
 
-    def decode(self, data: bytes, views: Sequence[View]) -> list[Floats64]:
+    def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:
         """Matrices of bytes."""
-        (step,) = struct.unpack_from("<d", data)
         # Bands of zeros have the shapes of those that were coded.
         empty = [self._bands(np.zeros((v.rows, v.columns), np.int64)) for v in views]
         shapes = [band.shape for bands in empty for band in bands]
         contexts = np.repeat(np.arange(len(shapes)), [prod(shape) for shape in shapes])
-        bands = iter(in_shapes(decode(data[8:], contexts)[0], shapes))
+        bands = iter(in_shapes(decode(data, contexts)[0], shapes))
         found = []
         for view, own in zip(views, empty, strict=True):
             whole = self._whole([next(bands) for _ in own], (view.rows, view.columns))
-            found.append(whole.reshape(shape_of(view)) * step)
+            found.append(whole.reshape(shape_of(view)))
         return found
 
     def _bands(self, matrix: Integers) -> list[Integers]:

@@ -17,6 +17,8 @@ from weightvid.compare.rans import decode, encode
 from weightvid.levels.transform import View, whole_basis
 
 Integers = npt.NDArray[Any]
+#: in steps: integers, or not.
+Matrix = npt.NDArray[Any]
 Floats64 = npt.NDArray[np.float64]
 
 #: squared steps that a bit is worth: the slope of a uniform quantizer of fine steps, 2 ln 2 / 12.
@@ -40,9 +42,9 @@ def in_shapes(values: Integers, shapes: Sequence[tuple[int, ...]]) -> list[Integ
     return [cut.reshape(shape) for cut, shape in zip(cuts, shapes, strict=True)]
 
 
-def rounded(matrices: Sequence[Floats64], step: float) -> list[Integers]:
+def rounded(matrices: Sequence[Floats64]) -> list[Integers]:
     """The nearest levels."""
-    return [np.rint(x / step).astype(np.int64) for x in matrices]
+    return [np.rint(x).astype(np.int64) for x in matrices]
 
 
 def coefficients(matrices: Sequence[Floats64], views: Sequence[View]) -> list[Floats64]:
@@ -51,7 +53,7 @@ def coefficients(matrices: Sequence[Floats64], views: Sequence[View]) -> list[Fl
     return [np.asarray(x @ whole_basis(view.kernel).T) for x, view in pairs]
 
 
-def from_coefficients(found: Sequence[Floats64], views: Sequence[View]) -> list[Floats64]:
+def from_coefficients(found: Sequence[Matrix], views: Sequence[View]) -> list[Matrix]:
     """Kernels of their DCT."""
     pairs = zip(found, views, strict=True)
     return [np.asarray(x @ whole_basis(view.kernel)) for x, view in pairs]
@@ -91,19 +93,18 @@ class Uniform(NamedTuple):
     dct: bool
     rate_aware: bool = False
 
-    def encode(self, matrices: Sequence[Floats64], views: Sequence[View], step: float) -> bytes:
+    def encode(self, matrices: Sequence[Floats64], views: Sequence[View]) -> bytes:
         """Bytes of matrices."""
-        scaled = [x / step for x in (coefficients(matrices, views) if self.dct else matrices)]
-        levels, contexts = flattened(rounded(scaled, 1.0)), contexts_of(views, self.dct)
+        scaled = coefficients(matrices, views) if self.dct else matrices
+        levels, contexts = flattened(rounded(scaled)), contexts_of(views, self.dct)
         if self.rate_aware:
             levels = _cheapened(np.concatenate([x.reshape(-1) for x in scaled]), levels, contexts)
-        return struct.pack("<d", step) + encode(levels, contexts)
+        return encode(levels, contexts)
 
-    def decode(self, data: bytes, views: Sequence[View]) -> list[Floats64]:
+    def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:
         """Matrices of bytes."""
-        (step,) = struct.unpack_from("<d", data)
-        levels, _ = decode(data[8:], contexts_of(views, self.dct))
-        found = [x * step for x in in_shapes(levels, [shape_of(view) for view in views])]
+        levels, _ = decode(data, contexts_of(views, self.dct))
+        found = in_shapes(levels, [shape_of(view) for view in views])
         return from_coefficients(found, views) if self.dct else found
 
 
@@ -138,23 +139,22 @@ def _from_bits(data: bytes, count: int, bits: int) -> tuple[Integers, bytes]:
 class FixedLength(NamedTuple):
     """Levels by rounding, of each matrix in as many bits as its range takes."""
 
-    def encode(self, matrices: Sequence[Floats64], views: Sequence[View], step: float) -> bytes:
+    def encode(self, matrices: Sequence[Floats64], views: Sequence[View]) -> bytes:
         """Bytes of matrices."""
-        data = struct.pack("<d", step)
-        for levels in rounded(matrices, step):
+        data = b""
+        for levels in rounded(matrices):
             low = int(levels.min(initial=0))
             bits = int(levels.max(initial=0) - low).bit_length()
             data += struct.pack("<iB", low, bits) + _to_bits(levels - low, bits)
         return data
 
-    def decode(self, data: bytes, views: Sequence[View]) -> list[Floats64]:
+    def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:
         """Matrices of bytes."""
-        (step,), data = struct.unpack_from("<d", data), data[8:]
         found = []
         for shape in map(shape_of, views):
             low, bits = struct.unpack_from("<iB", data)
             levels, data = _from_bits(data[5:], prod(shape), bits)
-            found.append((levels + low).reshape(shape) * step)
+            found.append((levels + low).reshape(shape))
         return found
 
 
@@ -199,31 +199,29 @@ class Lnq(NamedTuple):
     clusters: int
     entropy: bool
 
-    def encode(self, matrices: Sequence[Floats64], views: Sequence[View], step: float) -> bytes:
+    def encode(self, matrices: Sequence[Floats64], views: Sequence[View]) -> bytes:
         """Bytes of matrices."""
         symbols, books = [], []
-        for levels in rounded(matrices, step):
+        for levels in rounded(matrices):
             padded = np.zeros(_blocks_of(levels.size) * _BLOCK, np.int64)
             padded[: levels.size] = levels.reshape(-1)
             chosen, centres = _clustered(padded.reshape(-1, _BLOCK), self.clusters)
             symbols.append(chosen.reshape(-1)[: levels.size])
             books.append(centres)
-        head, chosen, centres = struct.pack("<d", step), flattened(symbols), flattened(books)
+        chosen, centres = flattened(symbols), flattened(books)
         if self.entropy:
             numbers = np.repeat(np.arange(len(symbols)), [len(s) for s in symbols])
             places = np.arange(len(centres)) % self.clusters
-            return head + encode(chosen, numbers) + encode(centres, places)
+            return encode(chosen, numbers) + encode(centres, places)
         low = int(centres.min(initial=0))
         bits = int(centres.max(initial=0) - low).bit_length()
-        head += struct.pack("<iB", low, bits)
         filled = chosen > 0
-        head += _to_bits(filled.astype(np.int64), 1)
-        head += _to_bits(chosen[filled] - 1, round(log2(self.clusters)))
-        return head + _to_bits(centres - low, bits)
+        data = struct.pack("<iB", low, bits) + _to_bits(filled.astype(np.int64), 1)
+        data += _to_bits(chosen[filled] - 1, round(log2(self.clusters)))
+        return data + _to_bits(centres - low, bits)
 
-    def decode(self, data: bytes, views: Sequence[View]) -> list[Floats64]:
+    def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:
         """Matrices of bytes."""
-        (step,), data = struct.unpack_from("<d", data), data[8:]
         sizes = [prod(shape_of(view)) for view in views]
         total = self.clusters * sum(map(_blocks_of, sizes))
         if self.entropy:
@@ -241,6 +239,6 @@ class Lnq(NamedTuple):
         found, first = [], 0
         for view, own in zip(views, in_shapes(chosen, [(size,) for size in sizes]), strict=True):
             blocks = first + np.arange(own.size) // _BLOCK
-            found.append(books[blocks, own].reshape(shape_of(view)) * step)
+            found.append(books[blocks, own].reshape(shape_of(view)))
             first += _blocks_of(own.size)
         return found
