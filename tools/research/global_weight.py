@@ -1,7 +1,7 @@
 """Global weight sharing: a residual network with one bank of kernels, and its ordinary twin.
 
 Both are trained alike on 20,000 training images of CIFAR-10 and judged on 1,000 test images; then
-both are packed. Two processes, one for each network, take two cores for five minutes:
+both are packed. Two processes, one for each network, take two cores for ten minutes:
 
     global_weight.py train bank FOLDER & global_weight.py train twin FOLDER; wait
     global_weight.py report FOLDER
@@ -30,7 +30,7 @@ from weightvid.torch import GlobalWeightBank, GlobalWeightConv2d
 
 WIDTHS, BLOCKS, STEM_STRIDE = (32, 64, 128), 2, 2
 BANK = (147, 147, 3, 3)
-EPOCHS, PEAK = 12, 0.2
+EPOCHS, PEAK = 30, 0.2
 FACTORS = (0.13, 0.18, 0.25, 0.36, 0.5, 0.7)
 KINDS = ("twin", "bank")
 
