@@ -62,7 +62,7 @@ def test_independent_reader(name: str) -> None:
 
 def test_worked_example() -> None:
     page = (ROOT / "FORMAT.md").read_text()
-    section = page.split("## 10. Worked example\n")[-1]
+    section = page.split("## 12. Worked example\n")[-1]
     shown = re.findall(r"^    ((?:[0-9a-f]{2} )*[0-9a-f]{2})(?:  |$)", section, re.MULTILINE)
     boxes = children((GOLDEN / "example.mp4").read_bytes())
     own = [box.kind + box.payload for box in boxes if box.kind.startswith(b"weightvid")]

@@ -1,4 +1,4 @@
-"""Print section 10 of FORMAT.md, the worked example: the bytes of data/golden/example.mp4.
+"""Print section 12 of FORMAT.md, the worked example: the bytes of data/golden/example.mp4.
 
 python tools/worked_example.py            print it
 python tools/worked_example.py --write    put it into FORMAT.md
@@ -16,7 +16,7 @@ from weightvid.levels.trellis import next_state
 from weightvid.loader import open_archive, trellis_index
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADING = "## 10. Worked example\n"
+HEADING = "## 12. Worked example\n"
 #: what the boxes of this very file hold, line by line: a letter for each field (see `Listing`),
 #: and what is said of them.
 HEAD = (("b4", "{}, `{}`"), ("x", "{}"), ("cul", "CRC-32 {:08x}, form {}, body of {} bytes"))
