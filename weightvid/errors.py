@@ -20,6 +20,7 @@ __all__ = [
     "CodecError",
     "EvaluationError",
     "FormatError",
+    "KeyFileError",
     "OutputError",
     "QuantizationError",
     "RemoteError",
@@ -66,3 +67,7 @@ class RepairError(WeightvidError, ValueError):
 
 class SignatureError(WeightvidError, ValueError):
     """An archive is not what was signed, or is not signed by the key that is asked for."""
+
+
+class KeyFileError(SignatureError):
+    """A file holds no key of the kind that is needed."""

@@ -24,7 +24,7 @@ from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import is_url
 from weightvid.checkpoint.remote import open_remote
 from weightvid.container import box, close_body, mfra, record, tail_box, uint
-from weightvid.errors import FormatError, SignatureError
+from weightvid.errors import FormatError, KeyFileError, SignatureError
 from weightvid.loader import EXACT_UUID, FRAME_UUID, INDEX_UUID, Fields, open_body, read_records
 from weightvid.repair import MAX_SHARE, MIN_SHARE, PARITY_UUID, add_parity
 
@@ -95,7 +95,7 @@ def sign_archive(
     Raises
     ------
     SignatureError
-        The key cannot be read, or the package cryptography is missing.
+        The package cryptography is missing; KeyFileError: there is no such key in the file.
     FormatError, OutputError, OSError
     """
     path, private = Path(archive), _load(key, "private")
@@ -386,4 +386,4 @@ def _load(path: str | os.PathLike[str], kind: str) -> Any:
             continue
         if isinstance(key, wanted):
             return key
-    raise SignatureError(f"{os.fspath(path)} holds no {kind} Ed25519 key without a password")
+    raise KeyFileError(f"{os.fspath(path)} holds no {kind} Ed25519 key without a password")

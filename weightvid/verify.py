@@ -298,7 +298,7 @@ def _below(rows: list[TensorComparison], least_db: float | None, archive: Archiv
         if kept and row.dtype not in PACKABLE:
             yield f"{row.name}: other elements, and the archive keeps it exactly"
         elif kept and not moved and sqnr is not None and sqnr < _EXACT_DB:
-            yield f"{row.name}: {sqnr:.2f} dB, and the archive keeps it exactly"
+            yield f"{row.name}: {sqnr:.2f} dB, and the archive keeps it but for its last bits"
         elif sqnr is not None and claimed is not None and sqnr < claimed - _CLAIM_ROUNDING_DB:
             yield f"{row.name}: {sqnr:.2f} dB, and the archive says {claimed:.2f}"
         elif sqnr is not None and least_db is not None and sqnr < least_db:

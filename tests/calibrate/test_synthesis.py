@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from weightvid.calibrate import Calibration
 from weightvid.checkpoint import from_mapping, open_checkpoint
 from weightvid.cli.app import app
-from weightvid.errors import CheckpointError, EvaluationError, QuantizationError
+from weightvid.errors import CheckpointError, EvaluationError
 from weightvid.loader import open_archive
 
 torch = pytest.importorskip("torch", reason="needs the extra: weightvid[torch]")
@@ -102,11 +102,11 @@ def test_what_cannot_be_done_is_said(net: Any, tmp_path: Path) -> None:
     other = arrays | {"9.weight": np.zeros((7, 48), np.float32)}
     with pytest.raises(CheckpointError, match=r"size mismatch for 9\.weight"):
         Calibration.from_checkpoint(from_mapping(other), Images())
-    with pytest.raises(QuantizationError, match="calibrate with example inputs"):
+    with pytest.raises(EvaluationError, match="calibrate with example inputs"):
         synthesis.own_inputs(nn.Linear(3, 4))
     odd = nn.Linear(3, 4)
     odd.config = SimpleNamespace(vocab_size=50)
-    with pytest.raises(QuantizationError, match="does not run on tokens alone"):
+    with pytest.raises(EvaluationError, match="does not run on tokens alone"):
         synthesis.own_inputs(odd)
 
 

@@ -103,9 +103,8 @@ class Calibration:
         CheckpointError
             The weights don't fit the network.
         EvaluationError
-            Nothing says how the network is built, or transformers cannot.
-        QuantizationError
-            No inputs can be made for such a network.
+            Nothing says how the network is built, transformers cannot, or no inputs can be made for
+            such a network.
         """
         from weightvid.calibrate.synthesis import build, fill, own_inputs
 

@@ -172,7 +172,10 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if (self.max_drop is None) == (self.max_kl is None):
-            raise QuantizationError("an evaluation needs one bound: give max_drop or max_kl")
+            raise QuantizationError(
+                "an evaluation needs one bound: the largest KL divergence (max_kl, --max-kl) "
+                "or the largest drop (max_drop, --max-drop)"
+            )
         if not (0 <= self._bound < inf and self.max_kl != 0):
             raise QuantizationError(f"a bound must be a positive number, not {self._bound}")
 

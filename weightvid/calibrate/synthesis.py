@@ -24,7 +24,7 @@ from weightvid.calibrate.watch import Watch, nats_apart
 from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
 from weightvid.checkpoint.torch_file import from_stored
-from weightvid.errors import CheckpointError, EvaluationError, QuantizationError
+from weightvid.errors import CheckpointError, EvaluationError
 from weightvid.progress import Progress, Report, quiet
 
 _BATCH: Final = 16
@@ -98,7 +98,7 @@ def own_inputs(module: nn.Module, progress: Report = quiet) -> list[Any]:
 
     Raises
     ------
-    QuantizationError
+    EvaluationError
         It has neither BatchNorm nor a vocabulary, or takes no usual size of image.
     """
     vocabulary = getattr(getattr(module, "config", None), "vocab_size", None)
@@ -127,7 +127,7 @@ def _texts(state: State, vocabulary: int, progress: Report) -> list[Any]:
         try:
             state.run(batches[0])
         except Exception as error:
-            raise QuantizationError(
+            raise EvaluationError(
                 f"the network does not run on tokens alone ({one_line(error)}): calibrate with "
                 "example inputs"
             ) from error
@@ -163,7 +163,7 @@ def _images(state: State, progress: Report) -> list[Any]:
                 apart.clear()
                 state.run(images)
                 if not apart:
-                    raise QuantizationError(
+                    raise EvaluationError(
                         "inputs can be made for networks that remember their own, with BatchNorm, "
                         "and for transformers that read tokens; this is neither: calibrate with "
                         "example inputs"
@@ -197,7 +197,7 @@ def _shape(state: State) -> tuple[int, ...]:
             fitting[shape] = abs(maps[-1] - _LAST_MAP)
     hook.remove()
     if not fitting:
-        raise QuantizationError("no usual size of image works with this network; give inputs")
+        raise EvaluationError("no usual size of image works with this network; give inputs")
     return min(fitting, key=lambda shape: fitting[shape])
 
 

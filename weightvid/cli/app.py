@@ -94,8 +94,18 @@ def _fail(error: BaseException, message: str, json: bool) -> NoReturn:
 
 def _status(error: BaseException) -> int:
     """Exit status that tells scripts whether another download may help."""
-    from weightvid.errors import FormatError, RemoteError, RepairError, SignatureError
+    from weightvid.errors import (
+        FormatError,
+        KeyFileError,
+        RemoteError,
+        RepairError,
+        SignatureError,
+    )
 
+    # A package, a key or a base is what is wrong, not the archive.
+    own = isinstance(error.__context__, ImportError) or isinstance(error, KeyFileError)
+    if own or getattr(error, "code", "") == "base":
+        return FAILED
     if isinstance(error, (FormatError, RepairError, SignatureError)):
         return DAMAGED
     absent = isinstance(error.__context__, FileNotFoundError)

@@ -83,7 +83,7 @@ def unpack(
     for note in made.notes:
         output.warn(note)
     if json:
-        output.emit_json(made, ok=not made.missing, archive=archive, output=destination)
+        output.emit_json(made, ok=made.defect is None, archive=archive, output=destination)
     else:
         output.facts(
             [
@@ -97,6 +97,6 @@ def unpack(
         )
     if made.missing:
         output.error(f"{len(made.missing)} tensors are missing: {output.some(made.missing)}")
-        if made.defect is not None:
-            output.error(made.defect.message)
+    if made.defect is not None:
+        output.error(made.defect.message)
         raise typer.Exit(DAMAGED)
