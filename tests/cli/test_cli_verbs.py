@@ -120,6 +120,30 @@ def test_unpack_partial(run: Run, run_json: Run, archive: Path, tmp_path: Path) 
         assert len(set(found) | set(record["missing"])) == len(small_models.small())
 
 
+def test_a_coarse_model_is_told_from_a_whole_one(run: Run, run_json: Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "m.npz", **small_models.small())
+    run("pack", tmp_path / "m.npz", "-o", tmp_path / "m.mp4", "--layers", "2")
+    with open_archive(tmp_path / "m.mp4") as opened:
+        assert opened.index is not None
+        last = opened.index.frames[-1]
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes((tmp_path / "m.mp4").read_bytes()[: last[0] + 10])
+    record = run_json("unpack", cut, "-o", tmp_path / "c.npz", "--partial", status=3)
+    assert not record["ok"]
+    assert not record["missing"]
+    assert "coarse" in record["defect"]["message"]
+
+
+def test_a_key_or_a_base_is_no_damage(run: Run, archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("no key")
+    run("sign", archive, "--key", tmp_path / "key", "-o", tmp_path / "s.mp4", status=1)
+    np.savez(tmp_path / "m.npz", **small_models.small())
+    update = tmp_path / "u.mp4"
+    run("pack", tmp_path / "m.npz", "-o", update, "--base", archive)
+    run("unpack", update, "-o", tmp_path / "n.npz", status=1)
+    run("unpack", update, "-o", tmp_path / "n.npz", "--base", update, status=1)
+
+
 def test_inspect(run: Run, run_json: Run, archive: Path) -> None:
     output = run("inspect", archive, "--tensors", "--device").stdout
     for text in (
