@@ -10,27 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import ssl
-import threading
 import urllib.error
-import urllib.request
-from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPException
 from pathlib import Path
-from queue import Empty, Full, Queue
-from time import monotonic, perf_counter, sleep
+from time import perf_counter, sleep
 from typing import Any, BinaryIO, Final, cast
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from weightvid import loader
 from weightvid.atomic import output_error
 from weightvid.checkpoint.remote import (
     CONTENT_RANGE,
-    LEAST_BYTES,
     WEB,
     content_length,
     scheme,
@@ -40,9 +33,8 @@ from weightvid.checkpoint.remote import (
 from weightvid.errors import CodecError, FormatError, OutputError, RemoteError, SignatureError
 from weightvid.progress import Progress, Report, quiet
 from weightvid.sign import open_signed
-from weightvid.version import __version__
+from weightvid.web import Answer
 
-_PIECE, _PIECES = 1 << 15, 4
 #: bytes that are asked for again when a download goes on, to see that it is the same file.
 _OVERLAP: Final = 1 << 10
 #: what an archive has besides its tensors, at most, as far as a download is concerned.
@@ -52,8 +44,6 @@ _NEXT: Final = {
     b"": b"ftyp", b"ftyp": b"moov", b"moov": loader.HEADER_UUID,
     loader.FRAME_UUID: b"moof", b"moof": b"mdat",
 }  # fmt: skip
-#: what is left as it is in an address.
-_QUOTED: Final = "%/:=&?~#+!$,;'@()*[]"
 #: statuses of servers that may answer otherwise a little later.
 _PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -294,124 +284,6 @@ class _Arrived:
         self.places.append((self.good, self._at + 8 + len(packet) - self.good))
 
 
-class _Answer:
-    """An answer of a server, read in a thread of its own, so that every wait has an end."""
-
-    def __init__(self, url: str, start: int, patience: float) -> None:
-        self._url, self._start, self._patience = url, start, patience
-        self._pieces: Queue[Any] = Queue(_PIECES)
-        self._left, self._sockets, self._answers = threading.Event(), list[Any](), list[Any]()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        headers = {
-            "Range": f"bytes={self._start}-", "Accept-Encoding": "identity",
-            "User-Agent": f"weightvid/{__version__}",
-        }  # fmt: skip
-        try:
-            parts = urlsplit(self._url)
-            user, _, host = parts.netloc.rpartition("@")
-            address = quote(urlunsplit(parts._replace(netloc=host)), _QUOTED)
-            request = urllib.request.Request(address, headers=headers)
-            if user:  # for this server alone, not for one that it redirects to
-                secret = b64encode(unquote(user).encode()).decode()
-                request.add_unredirected_header("Authorization", f"Basic {secret}")
-            # Whoever waits for the queue gives up first, and says so.
-            with self._opener().open(request, timeout=2 * self._patience) as response:
-                self._put((response.status, response.headers))
-                while piece := response.read1(_PIECE):
-                    self._put(piece)
-            self._put(b"")
-        except _LeftError:
-            pass
-        except Exception as error:
-            with suppress(_LeftError):
-                self._put(error)
-        finally:
-            for each in self._answers:
-                each.close()
-
-    def _opener(self) -> urllib.request.OpenerDirector:
-        """What opens addresses of the web, and never follows one to a file or an FTP server."""
-        sockets, answers = self._sockets, self._answers
-
-        def watched(kind: Any) -> Any:
-            class Connection(kind):  # type: ignore[misc]
-                def connect(self) -> None:
-                    super().connect()
-                    sockets.append(self.sock)
-
-                def getresponse(self) -> Any:
-                    answers.append(super().getresponse())
-                    return answers[-1]
-
-            return Connection
-
-        class Handler(urllib.request.HTTPHandler):
-            def http_open(self, req: urllib.request.Request) -> Any:
-                return self.do_open(watched(HTTPConnection), req)
-
-        class SecureHandler(urllib.request.HTTPSHandler):
-            def https_open(self, req: urllib.request.Request) -> Any:
-                return self.do_open(watched(HTTPSConnection), req)
-
-        opener = urllib.request.OpenerDirector()
-        for handler in (
-            urllib.request.ProxyHandler, urllib.request.UnknownHandler, Handler, SecureHandler,
-            urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPRedirectHandler,
-            urllib.request.HTTPErrorProcessor,
-        ):  # fmt: skip
-            opener.add_handler(handler())
-        return opener
-
-    def _put(self, item: Any) -> None:
-        while not self._left.is_set():
-            with suppress(Full):
-                self._pieces.put(item, timeout=0.1)
-                return
-        raise _LeftError
-
-    def _next(self, patience: float | None = None) -> Any:
-        try:
-            item = self._pieces.get(timeout=self._patience if patience is None else patience)
-        except Empty:
-            raise TimeoutError(f"nothing for {self._patience:g} seconds") from None
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    def __iter__(self) -> Iterator[bytes]:
-        waited, got = 0.0, 0
-        while True:
-            before = monotonic()
-            piece = self._next(max(0.0, self._patience - waited))
-            waited, got = waited + monotonic() - before, got + len(piece)
-            if not piece:
-                return
-            yield piece
-            if got >= LEAST_BYTES:
-                waited, got = 0.0, 0
-
-    def __enter__(self) -> _Answer:
-        try:
-            self.status, self.headers = self._next()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the server, and wake the thread if it waits or is kept busy."""
-        self._left.set()
-        for each in self._sockets:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-
-class _LeftError(Exception):
-    """Nobody waits for the answer any more."""
-
-
 class _Download:
     """One run: sources are asked in turn until the file is whole."""
 
@@ -463,7 +335,7 @@ class _Download:
     def _receive(self, url: str) -> None:
         """Ask one source for what is missing."""
         start = max(0, self._length - _OVERLAP)
-        with _Answer(url, start, self._options.patience) as answer:
+        with Answer(url, start, self._options.patience) as answer:
             total = self._agree(url, start, answer)
             self._file.seek(start)
             same, place = self._file.read(self._length - start), shown(url)
@@ -505,7 +377,7 @@ class _Download:
                 self.state.checked = self._arrived.good
                 self.state.save()
 
-    def _agree(self, url: str, start: int, answer: _Answer) -> int:
+    def _agree(self, url: str, start: int, answer: Answer) -> int:
         """See that a server means the file of before; its size, 0 if the server does not say."""
         headers, place = answer.headers, shown(url)
         if headers.get("Content-Encoding", "identity") != "identity":
