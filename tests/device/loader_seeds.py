@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -19,19 +18,13 @@ import fuzz  # noqa: E402
 from independent import sources  # noqa: E402
 
 from weightvid.checkpoint import from_mapping  # noqa: E402
+from weightvid.container import stored_body  # noqa: E402
 from weightvid.pack import PackOptions, pack_checkpoint  # noqa: E402
-
-
-def stored(*records: bytes) -> bytes:
-    """Payload of a box of ours, as it is."""
-    body = b"".join(records)
-    sealed = b"\0" + len(body).to_bytes(4, "little") + body
-    return zlib.crc32(sealed).to_bytes(4, "little") + sealed
 
 
 def write_seeds(folder: Path) -> None:
     """Archives of all kinds, and the golden ones."""
-    with TemporaryDirectory() as made, patch("weightvid.writer.close_body", stored):
+    with TemporaryDirectory() as made, patch("weightvid.writer.close_body", stored_body):
         for number, seed in enumerate(fuzz.seeds(Path(made))):
             (folder / f"seed{number}").write_bytes(fuzz.join_boxes(seed.boxes))
         sources.write_random(folder / "random", 1)

@@ -185,9 +185,11 @@ def sizes(*numbers: int) -> bytes:
 
 def behind(data: bytes) -> bytes:
     """An index whose box of exact tensors lies where the index is."""
-    fields = loader.Fields(data, "")
-    _, size = fields.uint(), fields.uint()
-    return sizes(2, size, 0, 9) + data[fields.at :]
+    fields, total, numbers = loader.Fields(data, ""), 0, list[int]()
+    for _ in range(fields.uint()):
+        total += fields.uint()
+        numbers += [fields.uint() for _ in range(fields.uint())]
+    return sizes(2, total, 0, 9, len(numbers), *numbers)
 
 
 def sidecar() -> int:
@@ -245,7 +247,7 @@ CORPUS: dict[str, tuple[Mutation, str]] = {
     "part of fewer rows": (part(rows=19, row_steps=None, energies=None, escapes=None), "order"),
     "part behind the frame": (part(column=4 * 576), "order"),
     "parts overlap": (part(1, column=4), "order"),
-    "element missing": (first_items(lambda items: items[1:]), "order"),
+    "element missing": (first_items(lambda i: [(i[0][0], 0, i[0][2][:-1]), *i[1:]]), "order"),
     "element late": (first_items(lambda i: [(i[0][0], 1, i[0][2][1:]), *i[1:]]), "order"),
     "exact tensor twice": (first_items(lambda items: [*items, items[-1]]), "order"),
     # damage

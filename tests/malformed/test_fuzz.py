@@ -15,9 +15,8 @@ FUZZ = Path(__file__).resolve().parents[2] / "tools" / "fuzz.py"
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 @pytest.mark.parametrize("what", ["archives", "checkpoints"])
 def test_random_mutations(what: str) -> None:
-    if what == "checkpoints":
-        for package in ("torch", "onnx", "gguf"):
-            pytest.importorskip(package)
+    for package in ("torch", "onnx", "gguf"):
+        pytest.importorskip(package)
     seconds = os.environ.get("WEIGHTVID_FUZZ_SECONDS", "30" if os.environ.get("CI") else "4")
     seed = os.environ.get("WEIGHTVID_FUZZ_SEED", "1")
     run = subprocess.run(
