@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +25,8 @@ from weightvid.loader import FRAME_UUID
 sys.path.append(str(Path(__file__).parent / "checkpoint"))
 from serving import Site, serve
 
+pytest.importorskip("aiohttp", reason="fetch needs the extra remote")
+asyn = pytest.importorskip("fsspec.asyn")
 QUICK = FetchOptions(patience=0.3, attempts=2)
 
 
@@ -102,7 +104,7 @@ def test_without_ranges(site: Site, data: bytes, tmp_path: Path) -> None:
 
 def test_another_version(site: Site, data: bytes, tmp_path: Path) -> None:
     path, url = tmp_path / "m.mp4", site.put("m.mp4", data, cut=700, headers={"ETag": '"1"'})
-    with pytest.raises(RemoteError, match="the connection ended at byte"):
+    with pytest.raises(RemoteError, match="its answer breaks off"):
         fetch_archive(url, path, FetchOptions(patience=0.3, attempts=1))
     site.put("m.mp4", data, headers={"ETag": '"2"'})
     with pytest.raises(RemoteError, match=r'has changed since the download began \("1", now "2"\)'):
@@ -114,7 +116,7 @@ def test_another_version(site: Site, data: bytes, tmp_path: Path) -> None:
     with pytest.raises(RemoteError, match="it is another file than the one that arrived before"):
         fetch_archive(url, path, QUICK)
     site.put("m.mp4", data[:1000])
-    with pytest.raises(RemoteError, match=r"has changed|smaller file"):
+    with pytest.raises(RemoteError, match=r"has changed|has no byte"):
         fetch_archive(url, path, QUICK)
     assert left(tmp_path) == [".m.mp4.part", ".m.mp4.part.json"]
     site.put("m.mp4", data, headers={"ETag": '"1"'})
@@ -165,24 +167,24 @@ def test_mirrors(site: Site, data: bytes, tmp_path: Path) -> None:
     assert path.read_bytes() == data
     assert report.sources[-1] == good
     path.unlink()
-    with pytest.raises(RemoteError, match=r"nor from 3 others: HTTP (404|503)"):
+    with pytest.raises(RemoteError, match=r"(there is no|it answers 503) .*nor from 3 others"):
         fetch_archive([urls[0], urls[3], urls[1], urls[0]], path, QUICK)
 
 
 LIARS: dict[str, tuple[Callable[[socket.socket, bytes, int], object], str]] = {
-    "says nothing": (lambda c, _, first: time.sleep(1), r"nothing for 0\.3 seconds"),
+    "says nothing": (lambda c, _, first: time.sleep(1), r"less than 4096 bytes in 0\.3 seconds"),
     "closes": (lambda c, _, first: None, "closed|reset"),
     "no HTTP": (lambda c, _, first: c.sendall(b"220 ready\r\n\r\n"), "220 ready"),
-    "drips its head": (lambda c, d, first: drip(c, head(d, first)), "nothing for"),
-    "drips": (lambda c, d, first: (c.sendall(head(d, first)), drip(c, d)), "nothing for"),
+    "drips its head": (lambda c, d, first: drip(c, head(d, first)), "less than 4096"),
+    "drips": (lambda c, d, first: (c.sendall(head(d, first)), drip(c, d)), "less than 4096"),
     "endless head": (lambda c, _, first: send_forever(c, b"HTTP/1.1 200 OK\r\nA: b\r\n"), "."),
     "sends less": (
         lambda c, d, first: c.sendall(head(d, first) + d[first : first + 99]),
-        "the connection ended",
+        "breaks off",
     ),
     "claims more": (
         lambda c, d, first: c.sendall(head(d, first, Content_Length=len(d) + 500) + d[first:-20]),
-        "the connection ended",
+        "breaks off",
     ),
     "claims less": (
         lambda c, d, first: c.sendall(
@@ -227,12 +229,10 @@ def test_servers_that_lie(name: str, data: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_servers(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One error, which shows nothing of the address that is secret; no thread is kept busy."""
+def test_hostile_servers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One error, which shows nothing of the address that is secret; nothing goes on behind it."""
     monkeypatch.setattr("weightvid.fetch._MOST_BESIDES", 1 << 20)
-    before, options = set(threading.enumerate()), FetchOptions(patience=0.3, attempts=1)
+    options = FetchOptions(patience=0.3, attempts=1)
     with (
         server(HOSTILE[name]) as url,
         pytest.raises(RemoteError, match=r"^cannot fetch ") as caught,
@@ -244,10 +244,12 @@ def test_hostile_servers(
     assert said.isprintable()
     assert not any(secret in said for secret in ("hidd", "en&exp", "password"))
     assert "m.mp4" not in left(tmp_path)
-    for thread in set(threading.enumerate()) - before:
-        if "_read" in thread.name:
-            thread.join(2)
-            assert not thread.is_alive()
+
+    async def others() -> set[Any]:
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    loop = asyn.get_loop()
+    assert not asyncio.run_coroutine_threadsafe(others(), loop).result(5)
 
 
 def test_user_and_password(data: bytes, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from weightvid.inspect import summarize_archive
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, PackReport, pack_checkpoint
+from weightvid.repair import add_parity, repair_archive
 
 DIGITS = Path(__file__).parent.parent / "data" / "digits" / "digits_cnn.safetensors"
 
@@ -88,6 +91,17 @@ def test_packets_are_the_archive(tmp_path: Path) -> None:
 
 
 def test_minilm(tmp_path: Path, minilm_path: Path) -> None:
-    _, report = pack(minilm_path, tmp_path)
+    archive, report = pack(minilm_path, tmp_path)
     assert report.bits_per_weight < 6.1
     assert report.packet_bytes >= 0.92 * report.file_bytes
+    pytest.importorskip("zfec", reason="parity needs zfec")
+    data = io.BytesIO(archive.read_bytes())
+    add_parity(data, 0.02)
+    guarded = data.getvalue()
+    for seed in range(10):  # bursts of 4 KiB
+        draw = Random(seed)
+        at = draw.randrange(len(guarded) - 4096)
+        burst = draw.randbytes(4096)
+        archive.write_bytes(guarded[:at] + burst + guarded[at + 4096 :])
+        repair_archive(archive)
+        assert archive.read_bytes() == guarded

@@ -32,12 +32,11 @@ _PIECE = 1 << 13
 
 @dataclass
 class Site:
-    """A server's file, how fast it sends, after how many bytes it breaks off, what it did."""
+    """A server's file, how often it breaks off, what it did."""
 
     data: bytes
     random: Random
     cuts: int = 0
-    bytes_per_second: float = 4e6
     sent: int = 0
     cut: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -74,7 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
             for at in range(first, end, _PIECE):
                 self.wfile.write(site.data[at : min(at + _PIECE, end)])
                 site.sent += min(_PIECE, end - at)
-                time.sleep(_PIECE / site.bytes_per_second)
+                # All of it takes a second or more, in which to be killed.
+                time.sleep(_PIECE / min(4e6, len(site.data)))
         self.close_connection = True
 
 
@@ -128,9 +128,10 @@ def torture(data: bytes, folder: Path, kills: int, cuts: int, seed: int) -> Outc
                     [*command, target, url], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
                 )
                 killed = outcome.kills < kills and random.random() < 0.8
+                while killed and site.sent == sent and child.poll() is None:
+                    time.sleep(0.01)  # it takes a while to begin
                 with suppress(subprocess.TimeoutExpired):
-                    # It takes a while to begin.
-                    child.wait(0.4 + random.random() * 1.2 if killed else None)
+                    child.wait(random.random() * 1.5 if killed else None)
                     killed = False
                 child.kill()
                 said = child.communicate()[1]

@@ -7,33 +7,24 @@ as it is whole, and each frame decoded: what a server, a proxy or a disk changed
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import ssl
-import urllib.error
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any, BinaryIO, Final, cast
 
 from weightvid import loader
 from weightvid.atomic import output_error
-from weightvid.checkpoint.remote import (
-    CONTENT_RANGE,
-    WEB,
-    content_length,
-    scheme,
-    shown,
-    without_secrets,
-)
 from weightvid.errors import CodecError, FormatError, OutputError, RemoteError, SignatureError
 from weightvid.progress import Progress, Report, quiet
+from weightvid.remote import PATIENCE_S, Answer, WrongAnswerError, explain, is_web, shown
 from weightvid.sign import open_signed
-from weightvid.web import Answer
 
 #: bytes that are asked for again when a download goes on, to see that it is the same file.
 _OVERLAP: Final = 1 << 10
@@ -73,7 +64,7 @@ class FetchOptions:
     restart: bool = False
     sha256: str = ""
     key: str = ""
-    patience: float = 14.0
+    patience: float = PATIENCE_S
     attempts: int = 4
 
 
@@ -99,10 +90,6 @@ class FetchReport:
     interruptions: int
     sources: tuple[str, ...]
     seconds: float
-
-
-class _UselessError(RemoteError):
-    """A server that will not do better the next time."""
 
 
 def fetch_archive(
@@ -133,10 +120,10 @@ def fetch_archive(
     OutputError
         The destination exists (without ``force``), or cannot be written.
     """
-    began, chosen = perf_counter(), options or FetchOptions()
+    chosen = options or FetchOptions()
     sources = [urls] if isinstance(urls, str) else list(urls)
     for url in sources:
-        if scheme(url) not in WEB:
+        if not is_web(url):
             raise RemoteError(f"cannot fetch {shown(url)}: only http:// and https:// addresses can")
     target = Path(destination)
     if target.exists() and not chosen.force:
@@ -153,7 +140,7 @@ def fetch_archive(
         if isinstance(error, (RemoteError, OutputError)):
             raise
         raise output_error(target, error) from None
-    return FetchReport(*report, seconds=perf_counter() - began)
+    return report
 
 
 def _lock(file: BinaryIO, part: Path) -> None:
@@ -297,35 +284,34 @@ class _Download:
         self._arrived = _Arrived(file, min(self.state.checked, self._length))
         self._fetched, self._resumed_at, self._used = 0, self._length, list[str]()
 
-    def run(self, urls: Sequence[str]) -> tuple[int, int, int, int, int, tuple[str, ...]]:
-        """Bytes of the file, received, there before; frames, interruptions, sources."""
-        left, failures, interruptions = list(urls), 0, 0
+    def run(self, urls: Sequence[str]) -> FetchReport:
+        """Fetch what is missing, and check the whole."""
+        began, left, failures, interruptions = perf_counter(), list(urls), 0, 0
         try:
             self._arrived.check(self._length)
         except (FormatError, CodecError):  # what is damaged is fetched again
             self._cut()
         while not self._arrived.complete:
-            before, url, useless = self._arrived.good, left[0], False
+            before, url = self._arrived.good, left[0]
             try:
                 self._receive(url)
-            except (RemoteError, OSError, HTTPException, ValueError, CodecError) as error:
-                if isinstance(error, OutputError):
+            except (OSError, FormatError, CodecError) as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:
                     raise
-                why, useless = self._explain(error)
-                why = without_secrets(why, url)
                 interruptions += 1
-                left = left[1:] if useless else [*left[1:], url]
+                left = left[1:] if self._is_final(error) else [*left[1:], url]
                 failures = 0 if self._arrived.good > before else failures + 1
                 if not left or failures >= self._options.attempts * len(left):
-                    others = f", nor from {len(urls) - 1} others" if len(urls) > 1 else ""
+                    why = str(explain(url, error, "fetch"))
+                    why += f" (nor from {len(urls) - 1} others)" if len(urls) > 1 else ""
                     kept = f"; {self._part.name} keeps what arrived" if self._arrived.good else ""
-                    raise RemoteError(f"cannot fetch {shown(url)}{others}: {why}{kept}") from None
+                    raise RemoteError(why + kept) from None
                 if failures:
                     sleep(min(self._options.patience, 0.05 * 2**failures))
         self._finish()
-        return (
+        return FetchReport(
             self._length, self._fetched, self._resumed_at, self._arrived.frames, interruptions,
-            tuple(self._used),
+            tuple(self._used), perf_counter() - began,
         )  # fmt: skip
 
     def _cut(self) -> None:
@@ -335,33 +321,30 @@ class _Download:
     def _receive(self, url: str) -> None:
         """Ask one source for what is missing."""
         start = max(0, self._length - _OVERLAP)
-        with Answer(url, start, self._options.patience) as answer:
-            total = self._agree(url, start, answer)
+        with Answer(url, start, patience=self._options.patience) as answer:
+            self._agree(url, start, answer)
             self._file.seek(start)
             same, place = self._file.read(self._length - start), shown(url)
             self._used += [place] if place not in self._used else []
             for received in answer:
                 known, same = same[: len(received)], same[len(received) :]
                 if received[: len(known)] != known:
-                    raise _UselessError("it is another file than the one that arrived before")
+                    raise WrongAnswerError("it is another file than the one that arrived before")
                 piece = received[len(known) :]
                 self._file.seek(self._length)
                 self._file.write(piece)
                 self._length, self._fetched = self._length + len(piece), self._fetched + len(piece)
                 self._look()
-                self._progress(
-                    Progress("fetch", self._length, max(total, self._length), unit="bytes")
-                )
+                total = max(answer.size, self._length)
+                self._progress(Progress("fetch", self._length, total, unit="bytes"))
                 if self._arrived.complete:
                     return
-                most = total or self._arrived.most
-                if self._length > most:
-                    raise _UselessError(f"it sends more than the {most} bytes that it may have")
-        if self._length == total:
-            raise _UselessError(f"its {total} bytes end before the archive does")
-        raise ConnectionError(
-            f"the connection ended at byte {self._length} of {total or 'unknown'}"
-        )
+                if not answer.size and self._length > self._arrived.most:
+                    most = self._arrived.most
+                    raise WrongAnswerError(f"it sends more than the {most} bytes that it can have")
+        if answer.size:
+            raise WrongAnswerError(f"its {answer.size} bytes end before the archive does")
+        raise ConnectionError(f"its answer breaks off at byte {self._length}")
 
     def _look(self) -> None:
         """Check what is whole; take away what is damaged."""
@@ -377,43 +360,26 @@ class _Download:
                 self.state.checked = self._arrived.good
                 self.state.save()
 
-    def _agree(self, url: str, start: int, answer: Answer) -> int:
-        """See that a server means the file of before; its size, 0 if the server does not say."""
-        headers, place = answer.headers, shown(url)
-        if headers.get("Content-Encoding", "identity") != "identity":
-            raise _UselessError(f"it sends {headers['Content-Encoding']} instead of the file")
-        total = content_length(headers)
-        if answer.status == 206:
-            match = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
-            if match is None or int(match[1]) != start:
-                raise _UselessError(f"it answers {headers.get('Content-Range')} to bytes={start}-")
-            total = int(match[3])
-        elif start:
+    def _agree(self, url: str, start: int, answer: Answer) -> None:
+        """See that a server means the file of before."""
+        if answer.start != start:
             why = "it has no ranges, so that the download cannot go on where it broke off"
-            raise _UselessError(f"{why}; --restart begins again")
-        version = headers.get("ETag") or headers.get("Last-Modified") or ""
-        before = self.state.versions.get(place, version)
-        if before != version or (self.state.size and total and self.state.size != total):
-            was, now = (before, version) if before != version else (self.state.size, total)
-            why = f"the file has changed since the download began ({was}, now {now})"
-            raise _UselessError(f"{why}; --restart begins again")
-        self.state.versions[place], self.state.size = version, total or self.state.size
-        self.state.save()
-        return total
+            raise WrongAnswerError(f"{why}; --restart begins again")
+        place, state = shown(url), self.state
+        version, size = state.versions.get(place, answer.version), state.size or answer.size
+        for was, now in (version, answer.version), (size, answer.size or size):
+            if was != now:
+                why = f"the file has changed since the download began ({was}, now {now})"
+                raise WrongAnswerError(f"{why}; --restart begins again")
+        state.versions[place], state.size = version, size
+        state.save()
 
-    def _explain(self, error: Exception) -> tuple[str, bool]:
-        """What went wrong, and whether the same server would do it again."""
-        if isinstance(error, urllib.error.HTTPError):
-            if error.code == 416:
-                return "it is a smaller file than the one that arrived before", True
-            if 300 <= error.code < 400:
-                return "it redirects in a circle", True
-            return f"HTTP {error.code} {error.reason}", error.code not in _PASSING
-        if isinstance(error, urllib.error.URLError):
-            reason = error.reason
-            return str(reason), isinstance(reason, ssl.SSLCertVerificationError)
+    def _is_final(self, error: Exception) -> bool:
+        """Whether the same server would do it again."""
+        if isinstance(error, WrongAnswerError):
+            return error.status not in _PASSING
         foreign = isinstance(error, FormatError) and not self._arrived.good
-        return str(error) or type(error).__name__, foreign or isinstance(error, _UselessError)
+        return foreign or isinstance(error, (RemoteError, ssl.SSLCertVerificationError))
 
     def _finish(self) -> None:
         """Check the whole file; what is not right is thrown away."""

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
 from weightvid.archives import Location, find_tail, walk_boxes
 from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import is_url
-from weightvid.checkpoint.remote import open_remote
 from weightvid.container import box, close_body, mfra, record, tail_box, uint
 from weightvid.errors import FormatError, KeyFileError, SignatureError
 from weightvid.loader import EXACT_UUID, FRAME_UUID, INDEX_UUID, Fields, open_body, read_records
+from weightvid.remote import open_remote
 from weightvid.repair import MAX_SHARE, MIN_SHARE, PARITY_UUID, add_parity
 
 if TYPE_CHECKING:

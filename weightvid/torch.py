@@ -13,8 +13,8 @@ from torch.nn.utils.prune import custom_from_mask
 
 from weightvid import numpy
 from weightvid.archives import Location, open_anywhere
-from weightvid.checkpoint.torch_file import from_stored, to_stored
-from weightvid.errors import CheckpointError, CodecError, QuantizationError
+from weightvid.checkpoint.torch_file import from_stored, stored_arrays
+from weightvid.errors import CodecError, QuantizationError
 from weightvid.loader import Array
 
 if TYPE_CHECKING:
@@ -68,18 +68,7 @@ def save_file(
     CheckpointError, QuantizationError, OutputError
     """
     state = tensors.state_dict() if isinstance(tensors, torch.nn.Module) else tensors
-    arrays: dict[str, Array] = {}
-    dtypes: dict[str, str] = {}
-    known: dict[Any, tuple[str, Array]] = {}
-    for name, tensor in state.items():
-        try:
-            stored = to_stored(tensor)
-            # Not by what is stored: that of a GPU, or of odd strides, is a copy each time.
-            look = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-        except (CheckpointError, RuntimeError, AttributeError) as error:
-            raise CheckpointError(f"{name!r} cannot be packed: {error}") from None
-        plain = tensor.numel() and not (tensor.is_conj() or tensor.is_neg())
-        dtypes[name], arrays[name] = known.setdefault(look, stored) if plain else stored
+    arrays, dtypes = stored_arrays(state)
     return numpy.save_file(arrays, path, metadata, dtypes=dtypes, recipe=recipe, options=options)
 
 

@@ -132,7 +132,9 @@ def test_an_index_that_lies(folder: Path, shard: object, said: str) -> None:
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "\xff"]
+)
 def test_no_index(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin1"))
     with pytest.raises(CheckpointError, match="no index of shards"):

@@ -276,3 +276,18 @@ def test_what_an_archive_has_no_room_for(
         with pytest.raises(CheckpointError, match=said):
             pack_checkpoint(reader, tmp_path / "m.mp4", PackOptions(verify=False))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["npz", "torch", "gguf"])
+@pytest.mark.parametrize("change", [9, 70_000, -9])
+def test_files_too_long_and_too_short(tmp_path: Path, kind: str, change: int) -> None:
+    path = tmp_path / "model"
+    save(path, from_mapping({"w": np.ones((8, 96), np.float32)}), kind)
+    open_checkpoint(path).close()
+    data = path.read_bytes()
+    path.write_bytes(data + bytes(change) if change > 0 else data[:change])
+    if kind == "gguf" and change == 9:  # less than its padding
+        open_checkpoint(path).close()
+        return
+    with pytest.raises(CheckpointError, match="longer|too long|cut short|damaged|shorter"):
+        open_checkpoint(path)

@@ -40,6 +40,10 @@ class Custom:
     """Something that weights_only must not build."""
 
 
+class DTensor:
+    """Stands for torch's own, which is allowed where torch.distributed has been imported."""
+
+
 def dump(path: Path, value: object, **options: object) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -226,6 +230,11 @@ def test_code_is_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"could run code.*state_dict\(\)") as caught:
             open_checkpoint(path)
         assert "\n" not in str(caught.value)
+
+
+def test_parts_of_a_distributed_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"it holds DTensors, .*full_state_dict=True"):
+        open_checkpoint(dump(tmp_path / "m.pt", {"w": DTensor()}))
 
 
 def test_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

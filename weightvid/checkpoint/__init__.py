@@ -2,7 +2,7 @@
 
 To add a kind: write its module (``Reader`` and ``Writer``), add a row to `KINDS`, and say in
 `_recognise` how it begins. The module is imported when a file of that kind is opened: only torch
-files need torch, and only addresses what lies in :mod:`weightvid.checkpoint.remote`.
+files need torch, and only addresses what lies in :mod:`weightvid.checkpoint.download`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def open_checkpoint(path: str | os.PathLike[str], progress: Report = quiet) -> C
         No checkpoint of a known kind, or a damaged one; or it cannot be read from its address.
     """
     if is_url(path):
-        from weightvid.checkpoint.remote import open_downloaded
+        from weightvid.checkpoint.download import open_downloaded
 
         return open_downloaded(path, progress)
     reader = kind_of_file(Path(path)).open(Path(path))
@@ -301,8 +301,10 @@ def _is_torchscript(members: tuple[str, ...] | None) -> bool:
 
 def _zip_members(path: Path) -> tuple[str, ...] | None:
     try:
-        with zipfile.ZipFile(path) as archive:
-            return tuple(archive.namelist())
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            file.seek(-22 - len(archive.comment), os.SEEK_END)
+            whole = file.read(4) == b"PK\5\6"  # nothing follows the directory
+            return tuple(archive.namelist()) if whole else None
     except Exception:
         # zipfile lets struct.error, UnicodeDecodeError, NotImplementedError, ... out of damaged
         # directories; all of them mean that there is no directory to go by.
@@ -328,7 +330,7 @@ def _explain(path: Path, head: bytes, members: tuple[str, ...] | None) -> str:
             return f"it is a bundle of LiteRT models; extract it first: it holds {shorten(models)}"
         return f"it is a zip archive with neither PyTorch's data.pkl nor .npy arrays ({known})"
     if head.startswith(_ZIP_STARTS):
-        return "it is a zip archive (npz or PyTorch) that is cut short or damaged"
+        return "it is a zip archive (npz or PyTorch) that is cut short, damaged or too long"
     if named is not None:
         return f"it is named like a {named.label} file, but damaged, cut short or misnamed; {known}"
     return f"it is no checkpoint of a known kind; {known}"

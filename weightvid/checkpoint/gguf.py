@@ -6,13 +6,13 @@ travels as a side file: a GGUF file without tensors.
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from weightvid.atomic import ScratchFolder
 from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError
 from weightvid.loader import Array
@@ -42,6 +42,9 @@ class Reader(base.CheckpointReader):
                 "llama-gguf-split --merge"
             )
         self._tensors = {tensor.name: tensor for tensor in source.tensors}
+        end = max((int(t.data_offset) + int(t.n_bytes) for t in source.tensors), default=None)
+        if end is not None and path.stat().st_size >= end + source.alignment:
+            raise CheckpointError(f"{path} is longer than its tensors, which end at byte {end}")
         specs = []
         for name, tensor in self._tensors.items():
             kind = tensor.tensor_type.name
@@ -84,7 +87,7 @@ class Writer(base.FileWriter):
             )
         self._types: dict[str, Any] = {}
         self._offsets: dict[str, int] = {}
-        with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
+        with ScratchFolder() as folder:
             path = Path(folder, METADATA_PATH)
             if data is not None:
                 path.write_bytes(data)

@@ -98,15 +98,24 @@ def to_stored(tensor: torch.Tensor) -> tuple[str, Array]:
 
 
 def stored_arrays(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Array], dict[str, str]]:
-    """Stored elements and dtype names; what shows the same memory the same way is one array."""
+    """Stored elements and dtype names; what shows the same memory the same way is one array.
+
+    Raises
+    ------
+    CheckpointError
+        As by `to_stored`; the tensor is named.
+    """
     known: dict[Any, tuple[str, Array]] = {}
     arrays, dtypes = {}, {}
     for name, tensor in tensors.items():
-        seen = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        try:
+            stored = to_stored(tensor)
+            # Not by what is stored: that of a GPU, or of odd strides, is a copy each time.
+            seen = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        except (CheckpointError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"{name!r} cannot be packed: {error}") from None
         look = (*seen, tensor.is_conj(), tensor.is_neg()) if tensor.numel() else name
-        if look not in known:
-            known[look] = to_stored(tensor)
-        dtypes[name], arrays[name] = known[look]
+        dtypes[name], arrays[name] = known.setdefault(look, stored)
     return arrays, dtypes
 
 
