@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,22 @@ def test_biases_take_the_mean_error(net: Any, example: Any, tmp_path: Path) -> N
     biases = {name: known.bias for name, known in example.stats.tensors.items() if known.bias}
     plain = {f"{place}.weight": f"{place}.bias" for place in (3, 5, 11, 13)}
     assert biases == plain | {"0.weight": "1.running_mean"}
+
+    def taken(state: Mapping[str, Any], name: str) -> Any:
+        owner, _, kind = name.rpartition(".")
+        if kind == "bias":
+            return state[name]
+        # What a BatchNorm takes from its inputs in all: its bias makes up for a rounded mean.
+        deviation = np.sqrt(state[f"{owner}.running_var"] + 1e-5)
+        return state[name] - state[f"{owner}.bias"] * deviation / state[f"{owner}.weight"]
+
     for name, bias in biases.items():
         known = example.stats.tensors[name]
         error = (made[name] - before[name]).reshape(len(known.mean), -1, known.mean.shape[1])
         lost = np.einsum("goc,gc->go", error, known.mean).reshape(-1)
-        gained = known.bias_sign * (made[bias] - before[bias])
+        gained = known.bias_sign * (taken(made, bias) - taken(before, bias))
         # But for the mantissa bits that the recipe keeps.
-        assert np.linalg.norm(lost + gained) < 0.2 * np.linalg.norm(lost)
+        assert np.linalg.norm(lost + gained) < 0.4 * np.linalg.norm(lost)
     kept = ("13.bias", "5.weight")
     made = pack(net, tmp_path / "m.mp4", example, keep=kept)[1]
     assert all(np.array_equal(made[name], before[name]) for name in kept)

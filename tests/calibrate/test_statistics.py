@@ -162,15 +162,49 @@ def test_what_the_outputs_care_for() -> None:
     assert calibrate(layer, inputs).sensitivity == {}
 
 
+def test_text_counts_by_what_errors_do_to_the_next_token() -> None:
+    """A small error of one tensor has a KL divergence of half its harm."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(40, 6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 40))
+    with torch.no_grad():
+        net[3].weight *= 4
+        text = torch.randint(40, (96, 1))
+        for _ in range(63):
+            spread = net(text[:, -1]).softmax(-1)
+            text = torch.cat([text, torch.multinomial(spread, 1)], 1)
+    # With so much damping no error makes up for another, and all cost a thousand times as much.
+    config = CalibrationConfig(dampings=(1e3,))
+    harms = calibrate(net, text.split(8), config).sensitivity
+    assert {*harms} == {"0.weight", "1.weight", "3.weight"}
+    with torch.no_grad():
+        before = net(text).log_softmax(-1)
+        for name, weight in net.named_parameters():
+            if name in harms:
+                known, divergence = weight.clone(), 0.0
+                for _ in range(10):
+                    weight.add_(0.01 * torch.randn_like(weight))
+                    after = net(text).log_softmax(-1)
+                    divergence += float((before.exp() * (before - after)).sum()) / 10
+                    weight.copy_(known)
+                assert divergence == pytest.approx(0.5e-4 * harms[name] / 1001, rel=0.3)
+    # Of any other text nobody can tell whether it is the right one.
+    assert calibrate(net, torch.randint(40, (96, 64)).split(8)).sensitivity == {}
+
+
 def test_held_back_inputs_unlike_the_others() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(16, 16, bias=False)
     narrow = torch.randn(4, 16, 1) @ torch.ones(1, 16) + 1e-3 * torch.randn(4, 16, 16)
     others = torch.randn(16, 16)
-    good = calibrate(layer, list(narrow)).tensors["weight"]
+    stats = calibrate(layer, list(narrow))
+    good = stats.tensors["weight"]
     bad = calibrate(layer, [*narrow, others - others.mean(1, keepdim=True)])
     assert good.useful
     assert (good.gain_db or 0) > 10
+    assert stats.gained.startswith("outputs on inputs held back, without -> with: KL divergence")
+    one = calibrate(layer, [torch.cat(list(narrow))])
+    assert one.gained.startswith("nothing was held back")
+    assert one.tensors["weight"].gain_db is None
     assert not bad.tensors["weight"].useful
     assert any("no better than without" in note for note in bad.notes)
 

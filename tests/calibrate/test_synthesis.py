@@ -104,6 +104,10 @@ def test_what_cannot_be_done_is_said(net: Any, tmp_path: Path) -> None:
         Calibration.from_checkpoint(from_mapping(other), Images())
     with pytest.raises(EvaluationError, match="calibrate with example inputs"):
         synthesis.own_inputs(nn.Linear(3, 4))
+    # The misfit comes first, as without it inputs might be made.
+    more = {"weight": np.zeros((4, 3), np.float32), "bias": np.zeros(4, np.float32)} | arrays
+    with pytest.raises(EvaluationError, match=r"no place for 0\.weight, .* And inputs can be made"):
+        Calibration.from_checkpoint(from_mapping(more), nn.Linear(3, 4))
     odd = nn.Linear(3, 4)
     odd.config = SimpleNamespace(vocab_size=50)
     with pytest.raises(EvaluationError, match="does not run on tokens alone"):

@@ -210,6 +210,21 @@ def test_steps_by_row_where_scales_spread() -> None:
         assert planned(stats, fidelity=fidelity).row_steps is None
 
 
+def test_vocabularies_in_the_order_of_frequency_have_finer_steps_at_their_start() -> None:
+    values = weights(2, 2000, 8) * (1 + np.arange(2000, dtype=np.float32)[:, None] / 2000)
+    name = "embeddings.word_embeddings.weight"
+
+    def row_steps(name: str, values: Array) -> Any:
+        return planned(tensor_stats(TensorSpec(name, "F32", values.shape), [values])).row_steps
+
+    found = row_steps(name, values)
+    assert (np.diff(found) >= 0).all()
+    assert found[0] < -4 < 2 < found[-1]
+    shuffled = np.random.default_rng(0).permutation(values)
+    for other in ((name, shuffled), (name, values[:900]), ("users.weight", values)):
+        assert row_steps(*other) is None
+
+
 def test_an_outlier_is_not_spread_over_its_kernel() -> None:
     values = weights(3, 16, 8, 3, 3, scale=1)
     values[1, 2, 0, 0] = 1e4

@@ -16,7 +16,7 @@ from weightvid.levels.rounding import uniform
 from weightvid.levels.trellis import (
     RateModel,
     entropy_bits,
-    fit_model,
+    fit_models,
     next_state,
     sample_of,
     second_quantizer,
@@ -114,7 +114,7 @@ def test_tables_of_a_few_weights_are_parts_of_whole_ones() -> None:
 def test_blocks_of_rows_change_nothing() -> None:
     matrix = np.random.default_rng(3).laplace(0, 2, (300, 120)).astype(np.float32)
     matrix[7, 7] = 500.0
-    model = fit_model(sample_of(matrix))
+    model = fit_models([sample_of(matrix)])[0]
     blocks = [trellis(block, model=model) for block in np.split(matrix, [1, 8, 150])]
     assert np.array_equal(np.concatenate(blocks), trellis(matrix))
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats, TensorMoments, load_stats
-from weightvid.errors import QuantizationError
+from weightvid.checkpoint.base import shorten
+from weightvid.errors import EvaluationError, QuantizationError
 from weightvid.levels.feedback import factorize
 from weightvid.levels.recipes import measured_units
 from weightvid.levels.steps import Moments, steps_from_costs
@@ -109,8 +110,15 @@ class Calibration:
         from weightvid.calibrate.synthesis import build, fill, own_inputs
 
         module = build(reader.location) if module is None else module
-        fill(module, reader)
-        return cls.from_examples(module, own_inputs(module, progress), config, progress)
+        foreign = fill(module, reader)
+        try:
+            inputs = own_inputs(module, progress)
+        except EvaluationError as error:
+            if not foreign:
+                raise
+            why = f"the network has no place for {shorten(foreign)} of the checkpoint: is it that"
+            raise EvaluationError(f"{why} of these weights? And {error}") from None
+        return cls.from_examples(module, inputs, config, progress)
 
     def __str__(self) -> str:
         way = "" if self.examples is None else ", layer by layer"
@@ -150,12 +158,8 @@ class Calibration:
         """
         if self.stats.refused:
             return made, 0, (f"calibration was not used: {self.stats.refused}",)
-        gains = sorted(t.gain_db or 0.0 for t in self.stats.tensors.values() if t.useful)
-        notes = (
-            f"calibrated: {len(survey.moments)} of {len(survey.stats)} tensors"
-            + (f"; output error on held-back inputs {gains[len(gains) // 2]:.1f} dB less (median), "
-               "which counts more than the SQNR of weights" if gains else ""),
-        )  # fmt: skip
+        used = f"calibrated: {len(survey.moments)} of {len(survey.stats)} tensors"
+        notes = ("; ".join(filter(None, (used, self.stats.gained))),)
         target, bound = survey.options.target, None
         if self.examples is None:
             return made, 0, notes
@@ -178,7 +182,7 @@ class Calibration:
             factor *= 2 ** (beyond / max(1, better.coded_weights))
         after, second = _loss(self.examples, encoder)
         old, new = (8 * each.file_bytes / max(1, survey.weights) for each in (made, better))
-        facts = f"on held-back inputs {first} -> {second}, {old:.3f} -> {new:.3f} bits per weight"
+        facts = f"on inputs held back {first} -> {second}, {old:.3f} -> {new:.3f} bits per weight"
         gain = 10 * log10(max(before, 1e-300) / max(after, 1e-300)) - DB_PER_BIT * (new - old)
         if (bound is None or better.file_bytes <= bound) and gain > 0:
             return better, tries, (*notes, f"layer by layer: {found[1]}; {facts}")

@@ -22,9 +22,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from weightvid.calibrate.evaluation import divergence, is_unit
 from weightvid.calibrate.run import Batches, Order, calibrate, held_back, look, stages
-from weightvid.calibrate.state import State, change_of, running, samples_of
+from weightvid.calibrate.state import State, change_of, describe_change, running, samples_of
 from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats
 from weightvid.calibrate.trial import Check, Coded, sample_rows, values_of
 from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch
@@ -81,14 +80,9 @@ class Examples:
                 state.put(spec, stored)
             with state.quantized():
                 found = state.outputs(self._checks)
-        change = change_of(self._expected, found) / max(1, sum(map(samples_of, self._checks)))
-        said = f"mean squared change {change:.3g}"
-        pairs = zip(self._expected, found, strict=True)
-        known = [(b.numpy(), a.numpy()) for b, a in pairs if b is not None and a is not None]
-        if known and all(b.ndim == 2 and b.shape[1] > 1 and not is_unit(b) for b, _ in known):
-            total = sum(divergence(b, a) * len(b) for b, a in known)
-            said = f"KL divergence {total / sum(len(b) for b, _ in known):.3g}, {said}"
-        return change, said
+        samples = sum(map(samples_of, self._checks))
+        said = describe_change(self._expected, found, samples)
+        return change_of(self._expected, found), said
 
 
 class Way(NamedTuple):

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from statistics import median
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from weightvid.calibrate.state import State, first_output, running, samples_of
+from weightvid.calibrate.state import State, first_output, first_tensor, running, samples_of
 from weightvid.calibrate.stats import (
     CalibrationConfig,
     CalibrationStats,
     TensorMoments,
     model_hash,
 )
-from weightvid.calibrate.trial import choose_damping, sensitivities, whole_gain_db
+from weightvid.calibrate.trial import choose_damping, sensitivities, whole_gain
 from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch, nats_apart
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import QuantizationError
+from weightvid.levels.feedback import factorize
 from weightvid.levels.steps import steps_from_counts
 from weightvid.loader import Floats
 from weightvid.progress import Progress, Report, quiet
@@ -30,6 +32,9 @@ from weightvid.progress import Progress, Report, quiet
 _LOOK_BATCHES: Final = 2
 #: divergence of what BatchNorm layers see from what they remember, above which inputs are foreign.
 _FOREIGN_NATS: Final = 0.1
+#: text whose tokens surprise a language model by more nats than its own would is foreign: text of
+#: the same kind that it was not trained on has 0.01 to 0.3, random tokens several.
+_SURPRISE: Final = 0.5
 #: a batch, and whether it is held back.
 Batches = Sequence[tuple[Any, bool]]
 
@@ -73,19 +78,28 @@ def calibrate(
         moments, notes, refused = found.moments, found.notes, found.foreign
         unused = [name for name, known in moments.items() if not known.useful]
         if unused and not refused:
-            notes.append(f"no better than without, on held-back inputs: {shorten(unused)}")
+            notes.append(f"no better than without, on inputs held back: {shorten(unused)}")
         measured: dict[str, float] = {}
-        if chosen.sensitivity_samples and found.confirmed and not refused:
+        if chosen.sensitivity_samples and found.harms and not refused:
+            measured = found.harms
+        elif chosen.sensitivity_samples and found.confirmed and not refused:
             every = max(1, samples // chosen.sensitivity_samples)
             some = [batch for batch, _ in batches[::every]]
             measured = sensitivities(state, moments, some, progress)
-        checks = [batch for batch, back in batches if back]
-        if not refused and checks and len(unused) < len(moments):
-            gain = whole_gain_db(state, found.fitted, measured, checks, progress)
-            if gain is not None and gain <= 0.0:
+        checks, gained = [batch for batch, back in batches if back], ""
+        if not checks:
+            gained = "nothing was held back, so what it gains is not known: give five batches"
+        elif not refused and len(unused) < len(moments):
+            gain = whole_gain(state, found.fitted, measured, checks, progress)
+            if gain is not None and gain[0] <= 0.0:
                 refused = (
-                    "on held-back inputs the model as a whole is no better with calibration than "
-                    f"without ({-gain:.1f} dB worse at an equal rate)"
+                    "on inputs held back the model as a whole is no better with calibration than "
+                    f"without ({-gain[0]:.1f} dB worse at an equal rate)"
+                )
+            elif gain is not None:
+                gained = (
+                    f"outputs on inputs held back, without -> with: {gain[1]} "
+                    f"({gain[0]:.1f} dB at an equal rate)"
                 )
         if refused:
             moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
@@ -99,6 +113,7 @@ def calibrate(
             measured,
             refused,
             found.confirmed and not found.foreign,
+            gained,
         )
 
 
@@ -121,13 +136,15 @@ class _Gathered:
 
     ``moments`` are from all inputs, ``fitted`` from those that are not held back. ``confirmed``:
     the model knows the inputs, or whoever calls does. ``foreign``: in what the inputs are unlike
-    those of training; empty: in nothing.
+    those of training; empty: in nothing. ``harms``: of each tensor's errors, of a step of 1, if
+    gradients told.
     """
 
     confirmed: bool
     foreign: str = ""
     moments: dict[str, TensorMoments] = field(default_factory=dict)
     fitted: dict[str, TensorMoments] = field(default_factory=dict)
+    harms: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -153,7 +170,7 @@ def _gather(
         )
     total = len(passes) * len(batches)
     for number, names in enumerate(passes):
-        current = _Pass(state, names, not order.tables.isdisjoint(names))
+        current = _Pass(state, names, order)
         current.run(batches, progress, number * len(batches), total)
         apart = current.divergence
         if apart is not None:
@@ -165,7 +182,7 @@ def _gather(
                     f"apart; up to {_FOREIGN_NATS:g} is usual)"
                 )
         for place, name in enumerate(sorted(names)):
-            known = current.statistics(name, config.dampings)
+            known = current.statistics(name, config.dampings, found.harms)
             if known is not None:
                 found.fitted[name], found.moments[name] = known
             progress(Progress("check", place + 1, len(names), unit="tensors"))
@@ -179,13 +196,23 @@ class _Pass:
     its training data. What the example inputs make of the same channels is compared with them,
     each as a normal distribution. On CIFAR and keyword models real inputs, even 16 of them, differ
     by 0.01 nats (median over channels, then over layers), blurred ones by 0.2, noise by 0.2 to 0.9.
+
+    If the model ``reads`` what it would write itself, harm is told by gradients: of the log
+    likelihood of tokens drawn from its outputs, whose second moments are the Fisher information,
+    the curvature of the KL divergence.
     """
 
-    def __init__(self, state: State, names: Collection[str], gradients: bool) -> None:
-        self._state, self._gradients, self._back = state, gradients, False
-        self._watch = Watch(state.tensors, self._add, gradients, self._see_norm, names)
+    def __init__(self, state: State, names: Collection[str], order: Order) -> None:
+        self._state, self._names, self._reads, self._back = state, names, order.reads, False
+        self._gradients = order.reads or not order.tables.isdisjoint(names)
+        # Gradients begin at the tables.
+        wanted = {*names, *order.tables} if order.reads else names
+        self._watch = Watch(state.tensors, self._add, self._gradients, self._see_norm, wanted)
+        self._watch.harms = order.reads
         self._sums: dict[tuple[str, bool], Sums] = defaultdict(Sums)
         self._direct: set[str] = set()
+        #: squared gradients by what is looked up in tables that are output layers, too.
+        self._looked_up: dict[str, float] = defaultdict(float)
         #: how often each row of a table is looked up.
         self._uses: dict[tuple[str, bool], torch.Tensor] = {}
         #: by the memory of the running mean: it and the variance; sums of inputs, squares, ones.
@@ -197,7 +224,11 @@ class _Pass:
         with self._watch, torch.set_grad_enabled(self._gradients):
             for place, (batch, self._back) in enumerate(batches):
                 output = first_output(self._state.run(batch))
-                if output is not None and output.requires_grad:
+                if output is not None and output.requires_grad and self._reads:
+                    spread = output.float().log_softmax(-1).flatten(0, -2)
+                    drawn = torch.multinomial(spread.detach().exp().cpu(), 1, generator=directions)
+                    spread.gather(1, drawn.to(spread.device)).sum().backward()
+                elif output is not None and output.requires_grad:
                     direction = torch.randn(output.shape, generator=directions)
                     (output * direction.to(output)).sum().backward()
                 progress(Progress("calibrate", before + place + 1, total, unit="batches"))
@@ -205,13 +236,16 @@ class _Pass:
     def _add(self, seen: Seen) -> None:
         # Gradients of a table that is an output layer too (tied weights) are no part of its
         # statistics, as its rows matter wherever they are looked up.
+        if seen.name not in self._names:
+            return
         if seen.axis < 0:
             self._count(seen)
-        if seen.axis < 0 or (seen.gradient and seen.name in self._direct):
-            return
-        if not seen.gradient:
-            self._direct.add(seen.name)
-        self._sums[seen.name, self._back].add(seen)
+        elif seen.gradient and seen.name in self._direct:
+            self._looked_up[seen.name] += float(seen.inputs.float().square().sum())
+        else:
+            if not seen.gradient:
+                self._direct.add(seen.name)
+            self._sums[seen.name, self._back].add(seen)
 
     def _count(self, seen: Seen) -> None:
         # Rows in order are positions, of which those of longer inputs are seen too rarely.
@@ -240,9 +274,9 @@ class _Pass:
         return median(found) if found else None
 
     def statistics(
-        self, name: str, dampings: Sequence[float]
+        self, name: str, dampings: Sequence[float], harms: dict[str, float]
     ) -> tuple[TensorMoments, TensorMoments] | None:
-        """Statistics of a tensor over what is not held back, and over everything."""
+        """Statistics of a tensor over what is not held back, and over everything; and its harm."""
         sums, held = self._sums.pop((name, False), None), self._sums.pop((name, True), None)
         if sums is None:
             sums, held = held, None
@@ -254,14 +288,23 @@ class _Pass:
         uses = [self._uses.pop((name, back), None) for back in (False, True)]
         if uses[0] is not None and uses[1] is not None:
             known = replace(known, row_steps=steps_from_counts(uses[0].numpy(), uses[1].numpy()))
-        if held is None:
-            return known, known
-        means = fitted, held.means()
-        damping, gain = choose_damping(self._state.reader, name, known, means, dampings)
-        known = replace(known, damping=damping, gain_db=gain)
-        sums.add_all(held)
-        moment, mean = _rounded(sums.means())
-        return known, replace(known, moment=moment, mean=mean)
+        every = known
+        if held is not None:
+            means = fitted, held.means()
+            damping, gain = choose_damping(self._state.reader, name, known, means, dampings)
+            known = replace(known, damping=damping, gain_db=gain)
+            sums.add_all(held)
+            moment, mean = _rounded(sums.means())
+            every = replace(known, moment=moment, mean=mean)
+        if self._reads:
+            # What error feedback leaves of errors of 1 in every weight.
+            left = sum(
+                len(part) * factorize(part, max(every.damping, dampings[0]), by_energy=False).mean
+                for part in every.moment
+            )
+            harm = sums.weight * left + self._looked_up[name]
+            harms |= {name: harm} if 0.0 < harm < np.inf else {}
+        return known, every
 
 
 def _rounded(means: InputMeans) -> tuple[Floats, Floats]:
@@ -272,11 +315,13 @@ def _rounded(means: InputMeans) -> tuple[Floats, Floats]:
 class Order:
     """What a look at a few batches shows: tensors in the order of first use, all last calls.
 
-    ``shapes`` gives groups, columns, and elements of the inputs of one call.
+    ``shapes`` gives groups, columns, and elements of the inputs of one call. ``reads``: the model
+    is a language model, and the batches hold text of the kind that it would write.
     """
 
     shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
+    reads: bool = False
     calls: list[str] = field(default_factory=list)
 
     def first_after(self, names: Collection[str]) -> str | None:
@@ -299,11 +344,29 @@ def look(state: State, batches: Batches) -> Order:
             size = seen.inputs.numel(), order.shapes.get(seen.name, (0, 0, 0))[2]
             order.shapes[seen.name] = seen.groups, seen.inputs.shape[-1], max(size)
 
+    surprises = []
     with Watch(state.tensors, note):
         for batch, _ in batches[:_LOOK_BATCHES]:
             order.calls.clear()
-            state.run(batch)
+            surprises.append(surprise(batch, first_output(state.run(batch))))
+    order.reads = max(surprises) < _SURPRISE
     return order
+
+
+def surprise(batch: Any, output: torch.Tensor | None) -> float:
+    """By how many nats a batch's tokens are less likely than a model's own; infinity without any.
+
+    The mean negative log likelihood of the next tokens, less the entropy of the outputs.
+    """
+    tokens = first_tensor(batch)
+    if output is None or output.ndim != 3 or tokens is None or tokens.is_floating_point():
+        return inf
+    known = (tokens >= 0) & (tokens < output.shape[2])
+    if tokens.shape != output.shape[:2] or not bool(known.all()):
+        return inf
+    spread = output[:, :-1].float().log_softmax(-1)
+    found = spread.gather(2, tokens[:, 1:, None].to(spread.device))[..., 0]
+    return float(((spread.exp() * spread).sum(-1) - found).mean()) if found.numel() else inf
 
 
 def stages(sizes: Mapping[str, int], memory_bytes: int, most: int = 1) -> list[tuple[str, ...]]:

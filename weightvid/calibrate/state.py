@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from weightvid.calibrate.evaluation import divergence, is_unit
 from weightvid.checkpoint.base import ArrayReader
 from weightvid.checkpoint.torch_file import from_stored, stored_arrays
 from weightvid.loader import Array, TensorSpec
@@ -103,9 +104,26 @@ def change_of(before: Outputs, after: Outputs) -> float:
     return sum(float((b - a).square().sum()) for b, a in pairs if b is not None and a is not None)
 
 
-def samples_of(batch: Any) -> int:
-    """Samples of a batch: the first axis of its first tensor."""
+def describe_change(before: Outputs, after: Outputs, samples: int) -> str:
+    """Change of outputs in words: of logits the KL divergence, of all the mean squared change."""
+    said = f"mean squared change {change_of(before, after) / max(1, samples):.3g}"
+    pairs = zip(before, after, strict=True)
+    known = [(b.numpy(), a.numpy()) for b, a in pairs if b is not None and a is not None]
+    if known and all(b.ndim == 2 and b.shape[1] > 1 and not is_unit(b) for b, _ in known):
+        total = sum(divergence(b, a) * len(b) for b, a in known)
+        said = f"KL divergence {total / sum(len(b) for b, _ in known):.3g}, {said}"
+    return said
+
+
+def first_tensor(batch: Any) -> torch.Tensor | None:
+    """First tensor of a batch."""
     items = batch.values() if isinstance(batch, Mapping) else batch
     if isinstance(batch, torch.Tensor):
-        return len(batch) if batch.ndim else 1
-    return next((samples_of(item) for item in items if isinstance(item, torch.Tensor)), 1)
+        return batch
+    return next((item for item in items if isinstance(item, torch.Tensor)), None)
+
+
+def samples_of(batch: Any) -> int:
+    """Samples of a batch: the first axis of its first tensor."""
+    first = first_tensor(batch)
+    return 1 if first is None or not first.ndim else len(first)

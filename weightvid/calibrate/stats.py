@@ -26,7 +26,7 @@ KEY: Final = "weightvid.calibration"
 VERSION: Final = 1
 #: what the file says of each tensor, and of all.
 _RECORDED: Final = ("axis", "damping", "gain_db", "bias", "bias_sign")
-_WHOLE: Final = ("model_sha256", "samples", "notes", "refused", "confirmed")
+_WHOLE: Final = ("model_sha256", "samples", "notes", "refused", "confirmed", "gained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,8 @@ class CalibrationStats:
         Why none of it is to be used; empty: it is.
     confirmed : bool
         The model's BatchNorm layers know the inputs, or whoever calibrated said so.
+    gained : str
+        What the outputs gain on inputs that were held back, or why nobody knows.
     """
 
     model_sha256: str
@@ -126,6 +128,7 @@ class CalibrationStats:
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     refused: str = ""
     confirmed: bool = False
+    gained: str = ""
 
     def check(self, reader: CheckpointReader) -> None:
         """Refuse statistics of another model.

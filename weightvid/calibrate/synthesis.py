@@ -69,8 +69,8 @@ def build(folder: str | None) -> nn.Module:
         raise EvaluationError(f"transformers cannot build {folder}: {one_line(error)}") from error
 
 
-def fill(module: nn.Module, reader: CheckpointReader) -> None:
-    """Give a module the weights of a checkpoint, by name.
+def fill(module: nn.Module, reader: CheckpointReader) -> list[str]:
+    """Give a module the weights of a checkpoint, by name; those that it has no place for.
 
     Raises
     ------
@@ -78,8 +78,8 @@ def fill(module: nn.Module, reader: CheckpointReader) -> None:
         The checkpoint lacks weights, or has them in another shape.
     """
     wanted, aliases = module.state_dict(), State(module).reader.contents.aliases
-    rows = [row for row in reader.contents.rows() if row[0] in wanted]
-    state = {name: from_stored(reader.read(name), spec.dtype) for name, spec in rows}
+    specs = dict(reader.contents.rows())
+    state = {n: from_stored(reader.read(n), spec.dtype) for n, spec in specs.items() if n in wanted}
     try:
         missing = module.load_state_dict(state, strict=False).missing_keys
     except RuntimeError as error:
@@ -91,6 +91,7 @@ def fill(module: nn.Module, reader: CheckpointReader) -> None:
         raise CheckpointError(
             f"the network is not that of this checkpoint, which lacks {shorten(lost)}"
         )
+    return [name for name in specs if name not in wanted]
 
 
 def own_inputs(module: nn.Module, progress: Report = quiet) -> list[Any]:

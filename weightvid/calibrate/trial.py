@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.calibrate.calibration import DB_PER_BIT, packing_moments, with_statistics
-from weightvid.calibrate.state import Outputs, State, change_of, samples_of
+from weightvid.calibrate.state import Outputs, State, change_of, describe_change, samples_of
 from weightvid.calibrate.stats import TensorMoments
 from weightvid.calibrate.watch import InputMeans
 from weightvid.checkpoint import CheckpointReader
@@ -181,7 +181,7 @@ def sensitivities(
     expected, plans = state.outputs(batches), survey.plans(TRIAL_FACTOR)
     found: dict[str, float] = {}
     for place, (number, plan) in enumerate(plans.items()):
-        change, _ = _trial(state, survey, {number: plan}, batches, expected)
+        change, *_ = _trial(state, survey, {number: plan}, batches, expected)
         if np.isfinite(change) and change > 0.0:
             samples = sum(map(samples_of, batches))
             found[plan.spec.name] = change / max(1, samples) / plan.step**2
@@ -189,28 +189,31 @@ def sensitivities(
     return found
 
 
-def whole_gain_db(
+def whole_gain(
     state: State,
     moments: Mapping[str, TensorMoments],
     sensitivity: Mapping[str, float],
     batches: Sequence[Any],
     progress: Report,
-) -> float | None:
+) -> tuple[float, str] | None:
     """By how much the outputs change less with statistics, in decibels of the squared change.
 
-    A bit for every weight counts as six; above 0: better with. None where nothing changes. The
-    batches are such as the statistics were not gathered on.
+    A bit for every weight counts as six; above 0: better with. And what changes without and with,
+    in words. None where nothing changes. The batches are such as the statistics were not gathered
+    on.
     """
     expected, plain = state.outputs(batches), _survey(state)
-    changes, rates = [], []
+    changes, rates, words = list[float](), list[float](), list[str]()
     for survey in (plain, with_statistics(plain, moments, sensitivity)):
-        change, rate = _trial(state, survey, survey.plans(TRIAL_FACTOR), batches, expected)
+        change, rate, said = _trial(state, survey, survey.plans(TRIAL_FACTOR), batches, expected)
         changes.append(change)
         rates.append(rate)
+        words.append(said)
         progress(Progress("whole", len(changes), 2, unit="trials"))
     if not (min(changes) > 0.0 and np.isfinite(changes).all()):
         return None
-    return round(10 * log10(changes[0] / changes[1]) + DB_PER_BIT * (rates[0] - rates[1]), 2)
+    gain = 10 * log10(changes[0] / changes[1]) + DB_PER_BIT * (rates[0] - rates[1])
+    return gain, f"{words[0]} -> {words[1]} at step factor {TRIAL_FACTOR:g}"
 
 
 def _survey(state: State) -> Survey:
@@ -223,8 +226,8 @@ def _trial(
     plans: Mapping[int, TensorPlan],
     batches: Sequence[Any],
     expected: Outputs,
-) -> tuple[float, float]:
-    """Squared change of the outputs where some tensors are quantized, and their bits per weight."""
+) -> tuple[float, float, str]:
+    """Change of the outputs where some tensors are quantized; bits per weight; and in words."""
     bits = 0.0
     for number, plan in plans.items():
         elements, moments = state.reader.read(plan.spec.name), survey.moments.get(number)
@@ -232,6 +235,8 @@ def _trial(
         coded.put(state, survey)
         bits += plan.spec.size * coded.bits
     with state.quantized():
-        change = change_of(expected, state.outputs(batches))
+        found = state.outputs(batches)
     state.forget()
-    return change, bits / max(1, sum(plan.spec.size for plan in plans.values()))
+    bits /= max(1, sum(plan.spec.size for plan in plans.values()))
+    said = describe_change(expected, found, sum(map(samples_of, batches)))
+    return change_of(expected, found), bits, said

@@ -48,7 +48,8 @@ class Seen:
 
     ``inputs`` have the shape (groups, n, C), and lie along ``axis`` of the weight's matrix; axis -1
     means integer rows of an embedding table. ``share`` says which group of how many they are for;
-    (0, 1): all. ``gradient``: gradients by what was looked up, in place of inputs.
+    (0, 1): all. ``gradient``: gradients by what was looked up, in place of inputs. ``harm``, shape
+    (n,): squared gradients by what the layer made of each input, summed over its outputs.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Seen:
     axis: int
     share: tuple[int, int] = (0, 1)
     gradient: bool = False
+    harm: torch.Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -67,7 +69,8 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
     """Reports the inputs of known weights; used as a context manager.
 
     Weights are recognised by their memory. ``send`` receives every `Seen`, piece by piece; with
-    ``gradients`` also those by what is looked up in tables; ``norms`` the inputs, running mean and
+    ``gradients`` also those by what is looked up in tables, and, if ``harms`` is set, inputs of
+    linear layers as soon as their harm is known; ``norms`` the inputs, running mean and
     running variance of BatchNorm layers. Only ``wanted`` tensors are reported (None: all).
     """
 
@@ -86,6 +89,9 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         #: the weight of the last call without a bias, and what came out of it.
         self._unbiased: str | None = None
         self._output: tuple[str | None, Any] = None, None
+        self.harms = False
+        #: inputs of the call that is under way.
+        self._waiting: list[Seen] = []
         self._weights: dict[Any, tuple[str, bool]] = {}
         self._vectors: dict[Any, str] = {}
         for name, tensor in tensors.items():
@@ -113,6 +119,8 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         self._unbiased = None
         result = handler(self, {**dict(zip(names, args, strict=False)), **call.keywords}, call)
         result = call() if result is None else result
+        while self._waiting:
+            self._report(self._waiting.pop(0), result)
         if self._unbiased is not None:
             self._output = self._unbiased, result
         return result
@@ -149,7 +157,19 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
             return
         name, transposed = found
         self.called(name, bias)
-        self.send(Seen(name, _rows(inputs), 1 - axis if transposed else axis))
+        self._waiting.append(Seen(name, _rows(inputs), 1 - axis if transposed else axis))
+
+    def _report(self, seen: Seen, output: Any) -> None:
+        if not (self.harms and isinstance(output, torch.Tensor) and output.requires_grad):
+            self.send(seen)
+            return
+        inputs = seen.inputs.clone()  # which nothing can change before the gradient comes
+
+        def harmed(gradient: torch.Tensor) -> None:
+            harm = _rows(gradient)[0].float().square().sum(1)
+            self.send(replace(seen, inputs=inputs, harm=harm))
+
+        output.register_hook(harmed)
 
 
 def _look(tensor: Any) -> Any:
@@ -315,7 +335,10 @@ class InputMeans:
 
 
 class Sums:
-    """Sums over the inputs of one tensor, which the first of them tell the shapes of."""
+    """Sums over the inputs of one tensor, which the first of them tell the shapes of.
+
+    Inputs count by the harm that errors of what the layer makes of them do, where that is known.
+    """
 
     def __init__(self) -> None:
         #: axis, groups and columns.
@@ -346,9 +369,10 @@ class Sums:
                 here = [inputs[rows].to(torch.float32)]
                 if original is not None:
                     here.append(original.inputs[group][rows].to(torch.float32))
+                weighted = [x if seen.harm is None else seen.harm[rows, None] * x for x in here]
                 for number, (left, right) in enumerate(_PRODUCTS[: 2 * len(here) - 1]):
-                    self._square[number, target] += here[left].T @ here[right]
-                for number, each in enumerate(here):
+                    self._square[number, target] += weighted[left].T @ here[right]
+                for number, each in enumerate(weighted):
                     self._total[number, target] += each.sum(0, dtype=torch.float64)
             # Of a NaN or infinity in any input, this diagonal knows.
             if not bool(torch.isfinite(self._square[0, target].diagonal()).all()):
@@ -356,7 +380,7 @@ class Sums:
                     f"the inputs of tensor {seen.name!r} hold NaN or infinity (or squares "
                     "beyond float32); look at the layer before it, or at the example inputs"
                 )
-            self._rows[target] += len(inputs)
+            self._rows[target] += len(inputs) if seen.harm is None else float(seen.harm.sum())
 
     def add_all(self, other: Sums) -> None:
         """Take in the sums of another one, of the same form."""
@@ -364,9 +388,14 @@ class Sums:
         self._total += other._total
         self._rows += other._rows
 
+    @property
+    def weight(self) -> float:
+        """What all inputs count together."""
+        return float(self._rows.sum())
+
     def means(self) -> InputMeans:
         """Means over all inputs."""
-        count = np.maximum(self._rows, 1)
+        count = np.where(self._rows > 0, self._rows, 1.0)
         square = list(self._square.cpu().numpy() / count[:, None, None])
         total = self._total.cpu().numpy() / count[:, None]
         moment, cross, original = square if len(square) == 3 else square * 3

@@ -85,11 +85,14 @@ class Factor:
         Columns in the order in which they are quantized.
     feedback, cost : ndarray of float32, shape (C, C), and float64, shape (C,)
         In that order: N, unit lower triangular, and c_j over its mean.
+    mean : float
+        Of c_j.
     """
 
     order: npt.NDArray[np.intp]
     feedback: Floats
     cost: npt.NDArray[np.float64]
+    mean: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,7 +222,8 @@ def factorize(moment: Moment, damping: float, by_energy: bool) -> Factor:
         upper = lower[::-1, ::-1]
         diagonal = np.diagonal(upper)
         unit_lower = np.ascontiguousarray((upper / diagonal).T, dtype=np.float32)
-        return Factor(order, unit_lower, diagonal**2 / np.mean(diagonal**2))
+        left = float(np.mean(diagonal**2))
+        return Factor(order, unit_lower, diagonal**2 / left, mean * left)
     raise QuantizationError("the second moment of the inputs is not positive semidefinite")
 
 

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 
 from weightvid.errors import QuantizationError
 from weightvid.levels.stats import TensorStats
-from weightvid.levels.steps import INT8, finest_sigmas, is_pointwise
+from weightvid.levels.steps import INT8, TOKENS, finest_sigmas, is_pointwise
 from weightvid.loader import TensorSpec
 
 #: where the step factor of a recipe is looked for, and how often the range is halved.
@@ -32,8 +32,7 @@ SMALLEST_SHARE: Final = 0.05
 #: measured losses move a step by at most this factor.
 LARGEST_CORRECTION: Final = 8.0
 _QUERY_KEY: Final = frozenset({"query", "key", "q_proj", "k_proj", "q", "k", "to_q", "to_k"})
-#: tables of tokens in models that write text, and their heads; without one the table is the head.
-_TOKENS: Final = frozenset({"embed_tokens", "wte", "tok_embeddings", "token_embd"})
+#: heads of models that write text; without one the table of tokens is the head.
 _HEADS: Final = frozenset({"lm_head", "embed_out", "output"})
 #: harm of our errors beside equally large steps of int8: those of the trellis are smaller, and
 #: those at high kernel frequencies are borne better.
@@ -69,7 +68,7 @@ RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
         for recipe in (
             Recipe("fine", 1.0, 1.5, 23),
             Recipe("balanced", 1.4, 4.0, 10),
-            Recipe("small", 5.0, 8.0, 8),
+            Recipe("small", 5.0, 8.0, 7),
         )
     }
 )
@@ -219,7 +218,7 @@ def language_head(specs: Sequence[TensorSpec]) -> str | None:
     >>> language_head([table]), language_head([table, head]), language_head([head])
     ('model.embed_tokens.weight', 'lm_head.weight', None)
     """
-    tables = [spec for spec in specs if _parts(spec) & _TOKENS and len(spec.shape) == 2]
+    tables = [spec for spec in specs if _parts(spec) & TOKENS and len(spec.shape) == 2]
     heads = [
         spec
         for spec in specs

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import frexp, isfinite, ldexp, log2, prod
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,13 @@ _MOST_OCTAVES: Final = 2.0
 _LEAST_BITS: Final = 0.05
 #: largest level of int8.
 INT8: Final = 127
+#: tables of tokens in models that write text, and in others; rows of a vocabulary; and the rank
+#: correlation of scale and place that tells a vocabulary in the order of frequency: 0.14 in a small
+#: language model, 0.38 in MiniLM, and a shuffled one has 0.02 at 2,048 rows.
+TOKENS: Final = frozenset({"embed_tokens", "wte", "tok_embeddings", "token_embd"})
+_TABLES: Final = TOKENS | {"word_embeddings"}
+_VOCABULARY: Final = 1000
+_LEAST_ORDER: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,6 +141,10 @@ class TensorPlan:
         """The same plan with another step."""
         return replace(self, step=round_step(step))
 
+    def priced(self, price: float) -> TensorPlan:
+        """The same plan, rounded to levels that are mostly zeros."""
+        return replace(self, method=UNIFORM, price=price)
+
 
 def round_step(step: float, mantissa_bits: int = 8) -> float:
     """Step with 8 significant bits, rounded to nearest, so that it is a float32 in any case."""
@@ -200,8 +211,10 @@ def plan_tensor(
     transformed = bool(view.kernel) and fidelity != "integers" and not stats.outliers
     if has_row_steps(stats) and fidelity == "outputs":
         row_steps = _row_steps(stats)
-    elif moments is not None and fidelity == "outputs":
+    elif moments is not None and moments.row_steps is not None and fidelity == "outputs":
         row_steps = moments.row_steps
+    elif fidelity == "outputs" and _in_order_of_frequency(stats):
+        row_steps = steps_from_counts(np.zeros(view.rows), _usual_shares(view.rows))
     if transformed and fidelity == "outputs" and growth != 1.0:
         frequency_steps = steps_by_frequency(view.kernel, growth)
     convolution = fidelity == "outputs" and (transformed or is_pointwise(spec))
@@ -263,18 +276,18 @@ def steps_from_costs(costs: npt.NDArray[np.float64], kernel: Sequence[int]) -> S
     return made
 
 
-def steps_from_counts(counts: npt.NDArray[np.int64], held: npt.NDArray[np.int64]) -> Steps | None:
+def steps_from_counts(counts: npt.NDArray[Any], held: npt.NDArray[Any]) -> Steps | None:
     """Quarter octaves by row of a table, by how often the rows are used; None if they don't help.
 
     Harm goes with the share of a row and the square of its step, so steps would go with the root of
     one over the share; bits of coarse steps fall less than that asks for, and the cube root does
-    better. Vocabularies are mostly in the order of frequency, which half a use for every row on
-    average is spread by: shares fall as one over the place. The harm stays what it is, and bits are
-    saved. ``held`` are uses that nothing is fitted to, to see whether so many are.
+    better. Half a use for every row on average is spread as in vocabularies in the order of
+    frequency. The harm stays what it is, and bits are saved. ``held`` are uses that nothing is
+    fitted to, to see whether so many are.
 
     Parameters
     ----------
-    counts, held : ndarray of int64, shape (rows,)
+    counts, held : ndarray, shape (rows,)
 
     Examples
     --------
@@ -283,8 +296,7 @@ def steps_from_counts(counts: npt.NDArray[np.int64], held: npt.NDArray[np.int64]
     ([-1, -1, 6, 6], None)
     """
     rows = len(counts)
-    expected = 1 / (np.arange(rows) + rows / 100)
-    shares = counts + rows / 2 * expected / expected.sum()
+    shares = counts + rows / 2 * _usual_shares(rows)
     shares /= shares.sum()
     octaves = np.clip(np.log2(shares * rows) / -3, -_MOST_OCTAVES, _MOST_OCTAVES)
     octaves -= np.log2(shares @ 4**octaves) / 2
@@ -292,6 +304,22 @@ def steps_from_counts(counts: npt.NDArray[np.int64], held: npt.NDArray[np.int64]
         return None
     made: Steps = np.rint(4 * octaves).astype(np.int8)
     return made
+
+
+def _usual_shares(rows: int) -> npt.NDArray[np.float64]:
+    """How often tokens occur in text, in the order of frequency: about as one over the place."""
+    shares = 1 / (np.arange(rows) + rows / 100)
+    usual: npt.NDArray[np.float64] = shares / shares.sum()
+    return usual
+
+
+def _in_order_of_frequency(stats: TensorStats) -> bool:
+    """Whether a tensor is a vocabulary whose order shows in the scales of its rows."""
+    rows = stats.view.rows
+    if rows < _VOCABULARY or _TABLES.isdisjoint(stats.spec.name.split(".")):
+        return False
+    places = np.argsort(np.argsort(stats.row_scales))
+    return bool(abs(np.corrcoef(places, np.arange(rows))[0, 1]) > _LEAST_ORDER)
 
 
 def _row_steps(stats: TensorStats) -> Steps:

@@ -199,13 +199,8 @@ def trellis_many(
             raise QuantizationError(f"weights must be a matrix, not {matrix.ndim}-dimensional")
     peaks = _peaks(matrices)
     if models is None:
-        models = _fit_models([sample_of(matrix) for matrix in matrices], lam)
+        models = fit_models([sample_of(matrix) for matrix in matrices], lam)
     return _search_all(matrices, models, peaks, lam)
-
-
-def fit_model(sample: Floats, lam: float = LAM) -> RateModel:
-    """Prices of the levels that the trellis chooses for a sample, such as `sample_of` makes."""
-    return _fit_models([sample], lam)[0]
 
 
 def sample_of(matrix: Floats) -> Floats:
@@ -244,7 +239,8 @@ def _peaks(matrices: Sequence[Floats]) -> list[float]:
     return [check_range(matrix, MAX_LEVEL - 2) for matrix in matrices]
 
 
-def _fit_models(samples: Sequence[Floats], lam: float) -> list[RateModel]:
+def fit_models(samples: Sequence[Floats], lam: float = LAM) -> list[RateModel]:
+    """Prices of the levels that the trellis chooses for samples, such as `sample_of` makes."""
     peaks = _peaks(samples)
     guesses = [
         RateModel.from_levels(np.rint(sample - np.float32(MEAN_POINT)).astype(np.int32))
