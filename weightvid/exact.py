@@ -155,6 +155,8 @@ def _plane(values: Array, strategy: int | None) -> bytes:
 _BLOCK: Final = 1 << 15
 #: stored mantissa bits of float32.
 FULL_BITS: Final = 23
+#: names of what a BatchNorm has measured: mean and variance.
+STATISTICS: Final = ("running_mean", "running_var")
 
 
 def round_mantissa(values: Floats, bits: int) -> Floats:
@@ -198,17 +200,19 @@ def rounds_mantissas(spec: TensorSpec) -> bool:
     return spec.dtype == "F32" and sum(size > 1 for size in spec.shape) <= 1 and spec.size > 0
 
 
-def likeness(spec: TensorSpec) -> tuple[int, str, str]:
+def likeness(spec: TensorSpec) -> tuple[str, bool, str, str]:
     """Sorting key that brings tensors of one kind together: their bytes resemble each other.
+
+    Those of one box have one element type, and statistics, of which few bits are kept, their own.
 
     Examples
     --------
     >>> likeness(TensorSpec("layer3.bn1.bias", "F32", (64,)))
-    (4, 'bias', 'bn')
+    ('F32', False, 'bias', 'bn')
     """
     owner, _, kind = spec.name.rpartition(".")
     family = "".join(c for c in owner.rpartition(".")[2] if not c.isdigit())
-    return stored_dtype(spec.dtype).itemsize, kind, family
+    return spec.dtype, kind in STATISTICS, kind, family
 
 
 def exact_elements(array: Array, spec: TensorSpec, mantissa_bits: int) -> Array:

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from itertools import groupby
 from math import log10
 from time import perf_counter
@@ -35,7 +34,6 @@ from weightvid.exact import (
     FULL_BITS,
     approach,
     difference,
-    exact_elements,
     likeness,
     rounds_mantissas,
 )
@@ -54,7 +52,6 @@ from weightvid.levels.trellis import sign_coded_bits
 from weightvid.loader import (
     MAX_LAYERS,
     TENSOR_SHA_BYTES,
-    UNIFORM,
     Archive,
     Array,
     End,
@@ -63,7 +60,6 @@ from weightvid.loader import (
     Layers,
     Sidecar,
     Track,
-    from_float32,
     open_archive,
     tensor_sha256,
     to_float32,
@@ -82,8 +78,10 @@ from weightvid.writer import ArchiveWriter
 #: where a base errs little more than an archive of the model itself would: what is left there are
 #: the changes of the training, which point one way in all tensors and do more harm than noise.
 UPDATE_STEP, UPDATE_PRICE, NEAR_PRICE = 0.8, 0.076, 0.066
-#: steps of each layer but the last, in those of the layer above it.
-LAYER_RATIO: Final = 6.0
+#: steps of each layer but the last, in those of the layer above it, and the price of a bit there:
+#: about what a smaller error saves in the refinement. A tensor is complete at once, by its last
+#: steps, where coarse ones would be less than so many times larger.
+LAYER_RATIO, COARSE_PRICE, _LEAST_RATIO = 6.0, 0.1, 1.5
 #: mantissa bits of differences of 1-D floats, where floats keep fewer than all.
 DIFFERENCE_BITS: Final = 8
 #: a base is near a tensor whose error it has less than this times as large as an archive of the
@@ -129,6 +127,8 @@ class Layering:
                 raise QuantizationError(f"layers or a base and {name} exclude each other")
         if options.fidelity == "integers":
             raise QuantizationError("integers are no sums: leave layers and the base out")
+        if options.lossless and self.layers > 1:
+            raise QuantizationError("a lossless archive has nothing to refine: leave layers out")
 
 
 def pack_layers(
@@ -214,12 +214,19 @@ class _Pile:
 
     def refine(self, layers: int) -> None:
         """Code a model in so many layers."""
-        factor = self._survey.first_factor
-        for layer in range(layers):
-            coarser = LAYER_RATIO ** (layers - 1 - layer)
-            plans = self._survey.plans(factor * coarser)
-            made = _Layer(plans, dict(self._code(plans, added=bool(layer))))
-            self._add(made, keep=True)
+        factor, done = self._survey.first_factor, set[int]()
+        fine = self._survey.plans(factor)
+        for left in reversed(range(layers)):
+            plans = {
+                number: plan.priced(COARSE_PRICE)
+                if plan.step > _LEAST_RATIO * fine[number].step
+                else fine[number]
+                for number, plan in self._survey.plans(factor * LAYER_RATIO**left).items()
+            }
+            wanted = {number: plan for number, plan in plans.items() if number not in done}
+            made = _Layer(plans, dict(self._code(wanted, added=left + 1 < layers)))
+            done |= {number for number, plan in plans.items() if plan is fine[number]}
+            self._add(made)
 
     def update(self, base: Archive) -> None:
         """Code what changes a base into the model."""
@@ -249,8 +256,7 @@ class _Pile:
                     self._shift(number, error.reshape(-1, plan.view.columns), plan)
                     continue
                 price = NEAR_PRICE if harm <= _NEAR * usual else UPDATE_PRICE
-            finer = plan.with_step(plan.step * UPDATE_STEP)
-            changes[number] = replace(finer, method=UNIFORM, price=price)
+            changes[number] = plan.with_step(plan.step * UPDATE_STEP).priced(price)
         fresh = {number: plan for number, plan in plans.items() if number not in self._below}
         for number, coded in self._code(changes, added=True):
             if _bits(coded) < _fresh_bits(self._weights(plans[number]), plans[number]):
@@ -260,7 +266,7 @@ class _Pile:
         made.coded |= dict(self._code(fresh, added=False))
         for number in fresh:
             self._masks[number] = 0
-        self._add(made, keep=False)
+        self._add(made)
 
     def _weights(self, plan: TensorPlan) -> Floats:
         return to_float32(self._survey.reader.read(plan.spec.name).reshape(-1), plan.spec.dtype)
@@ -303,7 +309,7 @@ class _Pile:
         for number, plan in plans.items():
             yield number, [next(results) for _ in part_rows(plan)]
 
-    def _add(self, made: _Layer, *, keep: bool) -> None:
+    def _add(self, made: _Layer) -> None:
         """Put a layer on the pile: what a loader has from now on includes it."""
         survey, layer = self._survey, len(self._layers)
         for number, coded in made.coded.items():
@@ -321,16 +327,17 @@ class _Pile:
             number: [replace(part, stored=np.empty(0)) for part in coded]
             for number, coded in made.coded.items()
         }
-        arrays = self._exact(made.plans, self._shifts)
+        exact = survey.exact_tensors(made.plans, self._shifts, self._mantissa_bits, self._below)
+        arrays = ((number, np.ascontiguousarray(array).reshape(-1)) for number, array in exact)
         self._shifts = {}
-        for _, group in groupby(arrays, lambda item: likeness(survey.specs[item[0]])[:2]):
-            wanted = [(n, flat if keep else self._near(n, flat)) for n, flat in group]
+        for _, group in groupby(arrays, lambda item: likeness(survey.specs[item[0]])[:3]):
+            wanted = [(n, self._near(n, flat)) for n, flat in group]
             changed = [item for item in wanted if not self._has(*item)]
             small = all(n in self._below and array.itemsize <= 8 for n, array in changed)
             items = changed
             if small:
                 items = [(n, difference(self._below[n], array)) for n, array in changed]
-                if not keep and _packed(items) >= _packed(changed):
+                if not self._layers and _packed(items) >= _packed(changed):
                     items, small = changed, False
             for number, array in changed:
                 self._below[number] = array
@@ -346,27 +353,11 @@ class _Pile:
             return flat
         if self._survey.keeps(spec.name):
             return flat
-        return approach(below, flat, min(bits, DIFFERENCE_BITS))
+        return approach(below, flat, DIFFERENCE_BITS)
 
     def _has(self, number: int, flat: Array) -> bool:
         """Whether a loader has these very elements by now."""
         return number in self._below and self._below[number].tobytes() == flat.tobytes()
-
-    def _exact(
-        self, plans: Mapping[int, TensorPlan], shifts: Mapping[int, Floats]
-    ) -> Iterator[tuple[int, Array]]:
-        """Exact tensors as they are to be."""
-        survey = self._survey
-        left = [number for number in range(len(survey.specs)) if number not in plans]
-        for number in sorted(left, key=lambda n: likeness(survey.specs[n])):
-            spec = survey.specs[number]
-            array = survey.reader.read(spec.name)
-            if number in shifts:
-                values = to_float32(array, spec.dtype) + shifts[number]
-                array = from_float32(values, spec.dtype)
-            kept = survey.keeps(spec.name)
-            made = array if kept else exact_elements(array, spec, self._mantissa_bits)
-            yield number, np.ascontiguousarray(made).reshape(-1)
 
     # --- the file
 
@@ -405,7 +396,7 @@ class _Pile:
         for place, layer in enumerate(self._layers):
             if place:
                 writer.end_layer()
-            turns = sorted(layer.coded, key=self._turn)
+            turns = sorted(layer.coded, key=survey.turn)
             items = [(part, part.samples) for number in turns for part in layer.coded[number]]
             frames = list(lay_out(items, size))
             packets = self._workers.map(
@@ -424,7 +415,7 @@ class _Pile:
                 writer.add_frame(Sidecar(count, packet.sha256, tuple(parts), ends), packet.data)
                 count += 1
                 self._progress(Progress("encode", place + 1, len(self._layers), unit="layers"))
-            writer.add_exact(sorted(layer.exact, key=lambda item: self._turn(item[0])))
+            writer.add_exact(sorted(layer.exact, key=lambda item: survey.turn(item[0])))
         writer.heads = self._heads()
         file_bytes = writer.finish()
         if count and track.entry == b"hvc1":
@@ -445,12 +436,6 @@ class _Pile:
             step_factor=self._survey.first_factor, encodings=1, seconds=0.0,
         )  # fmt: skip
 
-    def _turn(self, number: int) -> int:
-        """When a tensor comes in its layer: see `weightvid.pack.PackOptions.first`."""
-        name, patterns = self._survey.specs[number].name, self._survey.options.first
-        matches = (place for place, glob in enumerate(patterns) if fnmatchcase(name, glob))
-        return next(matches, len(patterns))
-
     def _frame_size(self, base: Archive | None) -> FrameSize:
         """One that suits all layers.
 
@@ -462,7 +447,7 @@ class _Pile:
             for layer in self._layers
         )
         if base is None:
-            return choose_frame_size(columns, -(-FEWEST_FRAMES // len(self._layers)))
+            return choose_frame_size(columns, FEWEST_FRAMES // len(self._layers))
         size = choose_frame_size(columns, 1)
         same = base.track.entry == CODECS[self._survey.options.video.codec].entry
         return FrameSize(*base.track[:2]) if same and columns > size.columns else size

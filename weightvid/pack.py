@@ -26,14 +26,12 @@ from weightvid.archives import stored_pieces
 from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError
-from weightvid.exact import exact_elements, likeness
 from weightvid.levels.code import CodedPart, compare_rows, part_rows
 from weightvid.levels.frames import Frame, choose_frame_size, lay_out, ribbon_columns
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.levels.transform import dct
 from weightvid.loader import (
     TENSOR_SHA_BYTES,
-    Array,
     Assembler,
     Bytes,
     End,
@@ -41,10 +39,8 @@ from weightvid.loader import (
     Header,
     Sidecar,
     Track,
-    from_float32,
     open_archive,
     tensor_sha256,
-    to_float32,
 )
 from weightvid.options import PackOptions, PackReport, TensorReport
 from weightvid.progress import Progress, Report, quiet
@@ -101,8 +97,6 @@ def _pack(
 ) -> PackReport:
     began = perf_counter()
     options.check()
-    if options.lossless:
-        options = replace(options, keep=("*",))
     output = AtomicFile(destination, force=options.force)
     try:
         with open_workers(options.workers, options.jobs) as workers:
@@ -234,7 +228,7 @@ class _Run:
         self._shifts: dict[int, Floats] = {}
         sizes = sorted({size for plan in plans.values() for size in plan.kernel})
         self._bases = {size: number for number, size in enumerate(sizes)}
-        self._plans = {number: plans[number] for number in sorted(plans, key=self._turn)}
+        self._plans = {number: plans[number] for number in sorted(plans, key=survey.turn)}
         self._hashes: dict[int, Any] = {}
         self._reports: dict[int, Tally] = {}
         self._done = 0
@@ -273,7 +267,8 @@ class _Run:
                 sidecar = self._decoded(sidecar, decoded, packet.luma)
             writer.add_frame(sidecar, packet.data)
             count += 1
-        writer.add_exact(self._exact(survey.mantissa_bits(factor)), options.lossless)
+        kept = survey.exact_tensors(self._plans, self._shifts, survey.mantissa_bits(factor), {})
+        writer.add_exact(kept, options.lossless)
         file_bytes = writer.finish()
         if count and track.entry == b"hvc1":
             level = hevc_level(*size, writer.largest_packet, writer.first_packet)
@@ -367,27 +362,6 @@ class _Run:
             self._reports[number] = tally
             ends.append(End(number, tensor_sha256(array)[:TENSOR_SHA_BYTES], tally.sqnr_db))
         return sidecar._replace(ends=tuple(ends))
-
-    def _turn(self, number: int) -> int:
-        """When a tensor comes: the place of the first pattern that it matches."""
-        name, patterns = self._survey.specs[number].name, self._survey.options.first
-        matches = (place for place, glob in enumerate(patterns) if fnmatchcase(name, glob))
-        return next(matches, len(patterns))
-
-    # --- what is kept exactly
-
-    def _exact(self, mantissa_bits: int) -> Iterator[tuple[int, Array]]:
-        reader = self._survey.reader
-        left = [n for n in range(len(self._survey.specs)) if n not in self._plans]
-        likely = sorted(left, key=lambda n: likeness(self._survey.specs[n]))
-        for number in sorted(likely, key=self._turn):
-            spec = self._survey.specs[number]
-            array = reader.read(spec.name)
-            if number in self._shifts:
-                values = to_float32(array, spec.dtype) + self._shifts[number]
-                array = from_float32(values, spec.dtype)
-            kept = self._survey.keeps(spec.name)
-            yield number, array if kept else exact_elements(array, spec, mantissa_bits)
 
 
 def about_packing(options: PackOptions) -> dict[str, str]:

@@ -6,7 +6,7 @@ for bit, and what people should know of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Final, NamedTuple
@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import CheckpointError
+from weightvid.exact import FULL_BITS, exact_elements, likeness
 from weightvid.levels import buffers
 from weightvid.levels.recipes import forecast, recipe, recipe_factor, speaks, units
 from weightvid.levels.stats import TensorStats, tensor_stats
@@ -26,7 +27,16 @@ from weightvid.levels.steps import (
     sample_step,
 )
 from weightvid.levels.transform import view_of
-from weightvid.loader import MAX_AXES, MAX_NAME_BYTES, TensorSpec
+from weightvid.loader import (
+    MAX_AXES,
+    MAX_NAME_BYTES,
+    Array,
+    Floats,
+    TensorSpec,
+    from_float32,
+    to_float32,
+)
+from weightvid.norms import norms_of, round_norm
 from weightvid.options import PackOptions
 from weightvid.progress import Progress, Report, quiet
 from weightvid.spec import PACKABLE, weight_count
@@ -140,6 +150,58 @@ class Survey:
         """Whether a tensor that is not quantized is kept bit for bit."""
         return name in self.apart or any(fnmatchcase(name, p) for p in self.options.keep)
 
+    def turn(self, number: int) -> int:
+        """When a tensor comes: the place of the first pattern of ``first`` that it matches."""
+        name, patterns = self.specs[number].name, self.options.first
+        matches = (place for place, glob in enumerate(patterns) if fnmatchcase(name, glob))
+        return next(matches, len(patterns))
+
+    def exact_tensors(
+        self,
+        plans: Mapping[int, TensorPlan],
+        shifts: Mapping[int, Floats],
+        bits: int,
+        below: Mapping[int, Array],
+    ) -> Iterator[tuple[int, Array]]:
+        """Tensors without a plan, in their order, and their elements as they are kept.
+
+        Parameters
+        ----------
+        plans : mapping of int to TensorPlan
+        shifts : mapping of int to ndarray of float32
+            What is added to biases first.
+        bits : int
+            Mantissa bits that 1-D floats keep.
+        below : mapping of int to ndarray
+            Elements of a base, or of a layer before.
+        """
+        specs = self.specs
+        norms = {
+            number: norm
+            for norm in (norms_of(specs) if bits < FULL_BITS else ())
+            if not any(each in plans or self.keeps(specs[each].name) for each in norm)
+            for number in norm
+        }
+
+        def read(number: int) -> Array:
+            spec = specs[number]
+            array = self.reader.read(spec.name)
+            if number not in shifts:
+                return array
+            return from_float32(to_float32(array, spec.dtype) + shifts[number], spec.dtype)
+
+        left = (number for number in range(len(specs)) if number not in plans)
+        for number in sorted(left, key=lambda n: (self.turn(n), *likeness(specs[n]))):
+            norm, spec = norms.get(number), specs[number]
+            if norm is not None:
+                base = [below[each] for each in norm] if below.keys() >= {*norm} else None
+                values = (to_float32(read(each), "F32") for each in norm)
+                yield number, round_norm(values, bits, base)[norm.index(number)]
+            elif self.keeps(spec.name):
+                yield number, read(number)
+            else:
+                yield number, exact_elements(read(number), spec, bits)
+
     def plan(self, number: int, step: float, moments: Moments | None = None) -> TensorPlan | None:
         """Plan of a tensor at a step, as `plan_tensor` makes it, and pruned if that is asked for.
 
@@ -182,6 +244,8 @@ def survey_checkpoint(
     """
     _refuse_remains(reader)
     _refuse_unholdable(reader)
+    if options.lossless:
+        options = replace(options, keep=("*",))
     specs = reader.contents.tensors
     scales, tables = buffers.scales_of(specs), buffers.tables_of(specs)
     states = buffers.optimizer_state(specs)

@@ -27,12 +27,14 @@ from weightvid.container import (
     uint,
 )
 from weightvid.errors import FormatError
-from weightvid.exact import exact_records, float_records
+from weightvid.exact import exact_records, float_records, likeness
 from weightvid.loader import Array, Header, Sidecar, Track
 from weightvid.spec import SideFile
 
 #: elements of exact tensors that one box holds, in bytes.
 EXACT_BOX_BYTES: Final = 16 << 20
+#: so many tensors of so many bytes are enough for a box: who reads one of them reads all.
+_ENOUGH_TENSORS, _ENOUGH_BYTES = 16, 1 << 16
 
 
 # --- the writer -----------------------------------------------------------------------------------
@@ -108,14 +110,17 @@ class ArchiveWriter:
         tensors : iterable of (int, ndarray)
             Numbers and elements.
         lossless : bool
-            Code F32, F16 and BF16 ones as `float_records` does.
+            Save time: floats are not tried as plain bytes, too.
         """
 
         def make(items: Sequence[tuple[int, int, Array]]) -> bytes:
-            specs = self._header.tensors
-            if lossless and specs[items[0][0]].dtype in loader.MANTISSAS:
-                return box(loader.EXACT_UUID, stored_body(*float_records(items, specs)))
-            return box(loader.EXACT_UUID, close_body(*exact_records(items, specs)))
+            specs, bodies = self._header.tensors, list[bytes]()
+            floats = specs[items[0][0]].dtype in loader.MANTISSAS
+            if floats:
+                bodies.append(stored_body(*float_records(items, specs)))
+            if not (floats and lossless):
+                bodies.append(close_body(*exact_records(items, specs)))
+            return box(loader.EXACT_UUID, min(bodies, key=len))
 
         waiting = deque[tuple[tuple[int, ...], Future[bytes]]]()
 
@@ -124,7 +129,7 @@ class ArchiveWriter:
             self._boxes.append((self._write(made.result()), numbers))
 
         with ThreadPoolExecutor(2) as pool:  # deflating needs no Python lock
-            for items in self._batches(tensors, lossless):
+            for items in self._batches(tensors):
                 numbers = tuple(dict.fromkeys(number for number, _, _ in items))
                 waiting.append((numbers, pool.submit(make, items)))
                 if len(waiting) > 2:
@@ -133,17 +138,17 @@ class ArchiveWriter:
                 write()
 
     def _batches(
-        self, tensors: Iterable[tuple[int, Array]], lossless: bool
+        self, tensors: Iterable[tuple[int, Array]]
     ) -> Iterator[list[tuple[int, int, Array]]]:
-        """Items of a box each; of bit-exact floats, those of a box have one type."""
+        """Items of a box each, which are alike."""
         items: list[tuple[int, int, Array]] = []
-        room, kind = EXACT_BOX_BYTES, ""
+        room, kind = EXACT_BOX_BYTES, ("", False)
         for number, array in tensors:
             flat, first = np.ascontiguousarray(array).reshape(-1), 0
             self.heads[number] = loader.tensor_sha256(flat)[: loader.TENSOR_SHA_BYTES]
-            dtype = self._header.tensors[number].dtype
-            now = dtype if lossless and dtype in loader.MANTISSAS else ""
-            if items and now != kind:
+            now = likeness(self._header.tensors[number])[:2]
+            enough = EXACT_BOX_BYTES - room >= _ENOUGH_BYTES and len(items) >= _ENOUGH_TENSORS
+            if items and (now != kind or enough):
                 yield items
                 items, room = [], EXACT_BOX_BYTES
             kind = now

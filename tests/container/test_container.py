@@ -213,3 +213,16 @@ def test_exact_tensors_and_the_index(made: list[tuple[str, Any]], room: int) -> 
             for found in (archive.stored(spec.name), streamed[spec.name]):
                 assert (found.dtype, found.shape) == (array.dtype, array.shape)
                 assert found.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize(("size", "most"), [(10, 200), (2000, 17), (100_000, 16)])
+def test_one_of_many_exact_tensors_is_read_with_few_others(size: int, most: int) -> None:
+    """Who reads all of them one by one would read everything as often, else."""
+    specs = [TensorSpec(f"t{number}", "I16", (size,)) for number in range(200)]
+    file = io.BytesIO()
+    made = writer.ArchiveWriter(file, TRACK, header(*specs))
+    made.add_exact((number, np.zeros(size, np.int16)) for number in range(200))
+    made.finish()
+    with loader.open_archive(file.getvalue()) as archive:
+        assert archive.index is not None
+        assert max(len(numbers) for _, numbers in archive.index.boxes) == most

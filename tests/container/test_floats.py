@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from weightvid import container, exact, loader, writer
 from weightvid.checkpoint import from_mapping
-from weightvid.errors import FormatError
+from weightvid.errors import FormatError, QuantizationError
+from weightvid.layers import Layering, pack_layers
 from weightvid.loader import DTYPES, MANTISSAS, Header, TensorSpec, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 
@@ -95,3 +96,18 @@ def test_damage_has_a_name() -> None:
     integers = header_of(TensorSpec("a", "I32", (40, 50)))
     with pytest.raises(FormatError, match="cannot share a record"):
         list(loader.parse_exact(container.stored_body(*records), integers))
+
+
+def test_a_lossless_update_keeps_every_bit_too(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    first = {"w": random.standard_normal((40, 90)).astype(np.float32), "b": np.ones(40, np.float32)}
+    second = {name: array + random.normal(0, 1e-3, array.shape).astype(np.float32)
+              for name, array in first.items()}  # fmt: skip
+    options = PackOptions(lossless=True, jobs=1)
+    pack_checkpoint(from_mapping(first), tmp_path / "v1.mp4", options)
+    update = Layering(base=(tmp_path / "v1.mp4",))
+    pack_layers(from_mapping(second), tmp_path / "v2.mp4", update, options)
+    with open_archive(tmp_path / "v2.mp4", base=tmp_path / "v1.mp4") as archive:
+        assert all(archive[name].tobytes() == second[name].tobytes() for name in second)
+    with pytest.raises(QuantizationError, match="nothing to refine"):
+        pack_layers(from_mapping(first), tmp_path / "x.mp4", Layering(layers=2), options)

@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from math import prod
+from math import ceil, prod
 from typing import Any, BinaryIO, NamedTuple
 
 import av
@@ -69,6 +69,17 @@ def children(payload: bytes) -> list[Box]:
     return list(iter(lambda: read_box(file), Box(b"", b"", 8)))
 
 
+def inflate(stream: bytes, size: int) -> bytes:
+    """Undo one raw deflate stream; what gives more than a byte too many is refused."""
+    inflater = zlib.decompressobj(-15)
+    try:
+        data = inflater.decompress(stream, size + 1)
+    except zlib.error as error:
+        raise ArchiveError("deflate", error) from error
+    require(inflater.eof and not inflater.unused_data, "deflate", "not one whole stream")
+    return data
+
+
 def body_of(payload: bytes) -> bytes:
     """Check the CRC-32 of a box of our own and give its body."""
     require(len(payload) >= 9, "digest", "a box of our own is too short")
@@ -76,11 +87,7 @@ def body_of(payload: bytes) -> bytes:
     require(zlib.crc32(payload[4:]) == crc, "digest", "CRC-32")
     require(form in (0, 1), "version", f"form {form}")
     require(size <= 2**26, "limit", f"a body of {size} bytes")
-    body = payload[9:]
-    if form == 1:
-        inflater = zlib.decompressobj(-15)
-        body = inflater.decompress(body, size + 1)
-        require(inflater.eof and not inflater.unused_data, "deflate", "not one whole stream")
+    body = inflate(payload[9:], size) if form == 1 else payload[9:]
     require(len(body) == size, "record", "the body has another size")
     return body
 
@@ -115,6 +122,13 @@ class Fields:
 
     def numbers(self, code: str, count: int) -> list[Any]:
         return list(struct.unpack(f"<{count}{code}", self.take(struct.calcsize(code) * count)))
+
+    def plane(self, size: int) -> Array:
+        """Read a plane of floats, section 6: so many bytes, as they are or deflated."""
+        packed = self.uint()
+        data = inflate(self.take(packed), size) if packed else self.take(size)
+        require(len(data) == size, "deflate", f"a plane of {len(data)} bytes, not {size}")
+        return np.frombuffer(data, np.uint8).astype(np.int64)
 
     def finish(self) -> None:
         require(self.at == len(self.data), "record", "bytes behind the last field")
@@ -343,6 +357,43 @@ def numbers(data: bytes, kind: str) -> Array:
     return np.frombuffer(data, code).astype(np.float32)
 
 
+def by_planes(data: Fields, items: list[tuple[str, int]]) -> Iterator[bytes]:
+    """Give the elements of each item, a type and a length, from the data of section 6."""
+    for size, same in groupby(items, lambda item: SIZES[item[0]]):
+        lengths = [length for _, length in same]
+        planes = np.frombuffer(data.take(sum(lengths) * size), np.uint8).reshape(size, -1)
+        for part in np.split(planes, np.cumsum(lengths)[:-1], axis=1):
+            yield part.T.tobytes()
+
+
+def by_floats(data: Fields, items: list[tuple[str, int]]) -> Iterator[bytes]:
+    """Give the elements of each item from the floats of section 6."""
+    kinds, counts = {kind for kind, _ in items}, [length for _, length in items]
+    require(kinds in ({"F32"}, {"F16"}, {"BF16"}), "record", f"floats of {kinds}")
+    (kind,), total = kinds, sum(counts)
+    w, p = {"F32": (32, 23), "F16": (16, 10), "BF16": (16, 7)}[kind]
+    require(total * w // 8 <= 2**26, "limit", f"{total} floats in a box")
+    lengths = data.uints(len(items))
+    require(0 not in lengths, "record", "rows without elements")
+    require(max(lengths, default=0) <= 2**26, "limit", "long rows")
+    pairs = list(zip(counts, lengths, strict=True))
+    sizes = [min(row, count - at) for count, row in pairs for at in range(0, count, row)]
+    low, high, z = data.plane(3 * len(sizes)).reshape(3, -1)
+    scales = np.cumsum(low) % 256 + 256 * high
+    require(bool((z <= p).all()), "record", f"more than {p} zero bits")
+    order = np.argsort(4 * z + scales % 4, kind="stable")
+    row = np.repeat(order, np.array(sizes, np.int64)[order])  # of each element of the planes
+    top, middle, rest = data.plane(total), data.plane(total), np.zeros(total, np.int64)
+    for j in range(ceil((p - 7) / 8)):
+        there = z[row] < 8 * (j + 1)
+        rest[there] += data.plane(int(there.sum())) << 8 * j
+    rest %= 2 ** (p - 7)
+    e = (top + 256 * (middle // 64) + 4 * (scales[row] // 4) - 128) % 2 ** (w + 1 - p)
+    bits = (middle >> 5 & 1) << w - 1 | e << p - 2 | (middle & 31) << p - 7 | rest
+    found = bits[np.argsort(row, kind="stable")].astype(f"<u{w // 8}")
+    yield from (part.tobytes() for part in np.split(found, np.cumsum(counts)[:-1]))
+
+
 def moved(below: bytes, data: bytes, size: int) -> bytes:
     """Add the numbers of section 6 to the bits of elements."""
     found = b""
@@ -431,20 +482,18 @@ class Assembler:
                 yield name, data  # of a layer; the last one counts
 
     def exact(self, payload: bytes) -> Iterator[tuple[str, bytes]]:
-        found, tensors = records(body_of(payload), 48, 50), self.header.tensors
-        data = found[50][0] if found[50] else Fields(b"")
-        items = entries(found[48], 2**20, lambda f: f.uints(3))
-        for size, same in groupby(items, lambda item: SIZES[tensors[item[0]].type]):
-            group, at = list(same), 0
-            count = sum(item[2] for item in group)
-            planes = np.frombuffer(data.take(count * size), np.uint8).reshape(size, count)
-            for number, first, length in group:
-                if number in self.wanted:
-                    self.extend(number, first, planes[:, at : at + length].T.tobytes())
-                    if first + length == prod(tensors[number].shape):
-                        yield self.whole(number)
-                at += length
+        found, tensors = records(body_of(payload), 48, 50, 54), self.header.tensors
+        require(len(found[50] + found[54]) == 1, "record", "data and floats, or neither")
+        last = len(tensors) - 1
+        items = entries(found[48], 2**20, lambda f: (f.uint(last), f.uint(), f.uint()))
+        (data,), pieces = found[50] + found[54], by_floats if found[54] else by_planes
+        whole = list(pieces(data, [(tensors[number].type, size) for number, _, size in items]))
         data.finish()
+        for (number, first, size), piece in zip(items, whole, strict=True):
+            if number in self.wanted:
+                self.extend(number, first, piece)
+                if first + size == prod(tensors[number].shape):
+                    yield self.whole(number)
 
 
 class Archive:

@@ -6,9 +6,10 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from independent import sources
-from independent.reader import Archive, children
+from independent.reader import EXACT, Archive, body_of, children, records
 
 from weightvid import loader
 from weightvid.checkpoint import from_mapping
@@ -21,6 +22,7 @@ FEATURES = {
     *("uniform", "trellis", "frequency steps", "row steps", "energies", "escapes", "untransformed"),
     *("1 kernel axes", "2 kernel axes", "3 kernel axes", "several frames", "several parts"),
     *("form 0", "form 1", "aliases", "side files", "metadata", "hvc1", "av01", "avc1"),
+    *("planes", "floats"),
 }
 seen: set[str] = set()
 
@@ -53,6 +55,9 @@ def compare(path: Path) -> None:
     seen.add(ours.track.entry.decode())
     own = [box for box in children(path.read_bytes()) if box.kind.startswith(b"weightvid")]
     seen.update(f"form {box.payload[4]}" for box in own)
+    for box in own:
+        found = records(body_of(box.payload), 48, 50, 54) if box.kind == EXACT else {}
+        seen.update(name for name, kind in (("planes", 50), ("floats", 54)) if found.get(kind))
 
 
 def note(info: loader.TensorInfo) -> None:
@@ -108,6 +113,26 @@ def test_folder_and_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with sources.small_frames():
         pack_checkpoint(tmp_path / "model", tmp_path / "a.mp4", PackOptions(fidelity="weights"))
     compare(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("box_bytes", [2**22, 3000])
+def test_lossless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, box_bytes: int) -> None:
+    monkeypatch.setattr("weightvid.writer.EXACT_BOX_BYTES", box_bytes)
+    arrays = sources.typed() | sources.hard()
+    arrays["single"], arrays["zeros"] = np.full(1, -0.0, "f4"), np.zeros((7, 50), "f4")
+    arrays["half"] = sources.normal(30, 30, 40, kind="f2") * np.float16(2.0**-10)
+    for bits in (3, 7, 8, 12, 15, 16, 20, 23):  # zero bits at the end of all mantissas
+        cut = sources.normal(31, 20, 30).view(np.uint32) >> bits << bits
+        arrays[f"cut.{bits}"] = cut.view(np.float32)
+    arrays["any.F32"] = np.frombuffer(np.random.default_rng(32).bytes(4000), np.float32)
+    arrays["any.F16"] = np.frombuffer(np.random.default_rng(33).bytes(4000), np.float16)
+    arrays["any.BF16"] = np.frombuffer(np.random.default_rng(34).bytes(4000), np.uint16)
+    with from_mapping(arrays, dtypes=sources.TYPED | {"any.BF16": "BF16"}) as reader:
+        pack_checkpoint(reader, tmp_path / "a.mp4", PackOptions(lossless=True))
+    compare(tmp_path / "a.mp4")
+    with (tmp_path / "a.mp4").open("rb") as file:
+        read = Archive(file).read
+        assert all(read(name) == array.tobytes() for name, array in arrays.items())
 
 
 @pytest.mark.parametrize("seed", range(6))

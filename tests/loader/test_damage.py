@@ -50,8 +50,13 @@ def frames() -> dict[str, range]:
 def whole(length: int) -> set[str]:
     """Names whose frames, or exact boxes, lie in the first ``length`` bytes."""
     count = sum(span.kind == b"mdat" and span.end <= length for span in spans())
-    exact = length >= end_of(EXACT_UUID)
-    return {name for name, own in frames().items() if (own[-1] < count if own else exact)}
+    found = {name for name, own in frames().items() if own and own[-1] < count}
+    ends = [span.end for span in spans() if span.kind == EXACT_UUID]
+    with open_archive(sample()) as archive:
+        for end, (_, numbers) in zip(ends, archive.index.boxes, strict=True):
+            found |= {archive.header.tensors[n].name for n in numbers if end <= length}
+        aliases = archive.header.aliases.items()
+        return found | {name for name, n in aliases if archive.header.tensors[n].name in found}
 
 
 def source(data: bytes, seekable: bool) -> Any:

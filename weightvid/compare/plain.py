@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import lzma
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from weightvid.atomic import ScratchFolder
 from weightvid.compare.model import Array, Coded, Method, Model, Tensors
 from weightvid.errors import CodecError
 from weightvid.exact import exact_elements
@@ -27,7 +27,7 @@ from weightvid.exact import exact_elements
 #: zstd's strongest level that needs no ``--ultra``.
 _ZSTD_LEVEL: Final = 19
 #: mantissa bits that 1-D floats keep next to a global step, as in weightvid's own recipes.
-_MANTISSA_BITS: Final = 8
+_MANTISSA_BITS: Final = 7
 #: weights of a block with a scale of its own.
 _BLOCK: Final = 64
 #: kinds of GGUF that the gguf package cannot make.
@@ -208,7 +208,7 @@ def _gguf(kind: str, model: Model, _: float) -> Coded:
     began = perf_counter()
     wanted = gguf.GGMLQuantizationType[kind]
     block = gguf.GGML_QUANT_SIZES[wanted][0]
-    with tempfile.TemporaryDirectory(prefix="weightvid-") as folder:
+    with ScratchFolder() as folder:
         path = Path(folder) / "model.gguf"
         writer = gguf.GGUFWriter(path, "weightvid")
         matrices = model.matrices()

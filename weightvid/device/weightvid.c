@@ -1667,7 +1667,7 @@ static wv_status take_floats(wv_archive *a, const fields items, uint32_t left, f
                     bits |= (middle & 32) << (width - 6) | (middle & 31) << (mantissa - 7);
                     for (uint32_t k = 0; k < low_planes; k++)
                         if (zeros < 8 * (k + 1))
-                            bits |= (uint32_t)planes[3 + k][j] << 8 * k;
+                            bits |= (uint32_t)planes[3 + k][j] << 8 * k & ((1u << (mantissa - 7)) - 1);
                     put_exact(one.of, one.as, bits,
                               one.of->work->into + (one.first + done + (j - *at)) * size_of(one.as));
                 }

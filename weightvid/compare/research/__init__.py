@@ -34,7 +34,7 @@ from weightvid.levels.transform import View, view_of
 #: steps in units of the root mean square of all weights.
 FACTORS: Final = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 #: mantissa bits of what is no matrix, as in weightvid's own recipes.
-_MANTISSA_BITS: Final = 8
+_MANTISSA_BITS: Final = 7
 
 
 class Scheme(Protocol):
