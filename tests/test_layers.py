@@ -16,7 +16,12 @@ from samples import Pipe
 from weightvid import container, loader
 from weightvid.archives import Salvage
 from weightvid.checkpoint import from_mapping, open_checkpoint
-from weightvid.errors import FormatError, QuantizationError, TruncatedError
+from weightvid.errors import (
+    FormatError,
+    QuantizationError,
+    TensorNotFoundError,
+    TruncatedError,
+)
 from weightvid.layers import Layering, pack_layers
 from weightvid.levels.descent import balanced_moment, descend
 from weightvid.levels.rounding import uniform
@@ -149,6 +154,8 @@ def test_verbs(tmp_path: Path) -> None:
         unpack_archive(path, out, UnpackOptions(layers=layers))
         with open_checkpoint(out) as made, open_archive(path, layers=layers) as archive:
             assert all(made.read(n).tobytes() == archive.stored(n).tobytes() for n in model())
+    with pytest.raises(TensorNotFoundError, match="no layer 3: the archive has 2"):
+        unpack_archive(path, tmp_path / "3.safetensors", UnpackOptions(layers=3))
 
 
 def test_partial_unpacking_of_a_cut_archive(tmp_path: Path) -> None:

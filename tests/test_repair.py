@@ -74,12 +74,13 @@ def test_shares_out_of_range(plain: bytes, share: float) -> None:
         with_parity(plain, share)
 
 
-def test_any_damaged_block_is_restored(guarded: bytes, damaged: Callable[..., Path]) -> None:
-    ends = range(len(guarded) - 3500, len(guarded), 203)
-    for at in (0, 300, *range(700, len(guarded), 4999), *ends):
-        path = damaged(at)
+def test_one_percent_restores_any_block(plain: bytes, damaged: Callable[..., Path]) -> None:
+    data = with_parity(plain, 0.01)
+    assert 90_000 < len(data) < 1.01 * len(plain)
+    for at in (*range(0, len(data), 5 * 512), *range(len(data) - 2000, len(data), 203)):
+        path = damaged(at, data=data)
         report = repair_archive(path)
-        assert path.read_bytes() == guarded, at
+        assert path.read_bytes() == data, at
         assert 0 < report.restored_bytes <= 512
         assert all(at <= first < last <= at + 512 for first, last in report.spans)
 

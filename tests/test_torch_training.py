@@ -98,6 +98,9 @@ def test_a_bank_is_stored_once(torch: Any, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8)
     step(torch, net, optimizer, x)
     assert (net[0].kernels != before).all()
+    again = make()
+    step(torch, again, torch.optim.SGD(again.parameters(), 0.01), x)
+    assert torch.equal(again[0].kernels, net[0].kernels)
     assert net(x).shape == (2, 4, 4, 4)
     made = save_file(net, tmp_path / "net.mp4", recipe="fine")
     assert made.weights == 12 * 10 * 9 + 3 + 8 + 16

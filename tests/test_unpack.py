@@ -11,8 +11,9 @@ import pytest
 import small_models
 from hypothesis import given
 from hypothesis import strategies as st
+from independent import sources
 
-from weightvid.checkpoint import open_checkpoint
+from weightvid.checkpoint import from_mapping, open_checkpoint
 from weightvid.errors import (
     CheckpointError,
     CodecError,
@@ -22,6 +23,7 @@ from weightvid.errors import (
     TruncatedError,
 )
 from weightvid.loader import open_archive
+from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.spec import TensorSpec, stored_dtype, to_float32
 from weightvid.unpack import UnpackOptions, convert, unpack_archive
 
@@ -77,8 +79,6 @@ def test_ties_come_back_in_torch_files(archive: Path, tmp_path: Path) -> None:
 
 def test_folder_gets_the_side_files(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
-
-    from weightvid.pack import PackOptions, pack_checkpoint
 
     folder = tmp_path / "model"
     folder.mkdir()
@@ -172,6 +172,32 @@ def test_partial_goes_on_behind_damage(long_archive: Path, tmp_path: Path) -> No
     report = unpack_archive(io.BytesIO(data), tmp_path / "out.npz", UnpackOptions(partial=True))
     assert "a.weight" in report.missing
     assert stored(tmp_path / "out.npz").keys() >= {"c.weight", "c.bias"}
+
+
+def test_damage_costs_rows_of_a_tensor_of_many_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightvid.levels.code.PART_WEIGHTS", 64 * 300)
+    source = {"table": small_models.weights(1, 2000, 64), "other": small_models.weights(2, 64, 64)}
+    with sources.small_frames(), from_mapping(source) as checkpoint:
+        pack_checkpoint(checkpoint, tmp_path / "a.mp4", PackOptions(jobs=1))
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    with open_archive(bytes(data)) as opened:
+        whole = opened["table"]
+        frames = opened.info("table").frames
+        assert opened.index is not None
+        offset, size = opened.index.frames[frames[len(frames) // 2]]
+    data[offset + size - 500] ^= 0x55
+    out = tmp_path / "out.npz"
+    report = unpack_archive(io.BytesIO(data), out, UnpackOptions(partial=True))
+    assert report.missing == ()
+    assert report.lost.keys() == {"table"}
+    expected = whole.copy()
+    for first, count in report.lost["table"]:
+        assert not first % 300
+        expected[first : first + count] = 0
+    assert 0 < sum(count for _, count in report.lost["table"]) <= 1200  # of four parts
+    np.testing.assert_array_equal(stored(out)["table"], expected)
 
 
 def test_what_is_refused(archive: Path, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def plot(results: Path, picture: Path) -> None:
         )  # fmt: skip
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, high - 3), high)
-    np.atleast_1d(axes)[0].legend(loc="lower right", fontsize=8)
+    np.atleast_1d(axes)[0].legend(loc="lower left", fontsize=8)
     figure.savefig(picture, dpi=90)
 
 

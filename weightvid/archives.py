@@ -8,7 +8,8 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -19,6 +20,7 @@ from weightvid.container import root_of
 from weightvid.errors import CodecError, FormatError, TruncatedError
 from weightvid.loader import (
     BAND,
+    DTYPES,
     FRAME_UUID,
     INDEX_UUID,
     MAX_LAYERS,
@@ -67,7 +69,7 @@ def open_anywhere(
         if not isinstance(location, (str, os.PathLike)):
             file = location
         elif checkpoint.is_url(location):
-            from weightvid.checkpoint.remote import open_remote
+            from weightvid.remote import open_remote
 
             file = stack.enter_context(open_remote(location))
         else:
@@ -148,17 +150,23 @@ class Salvage:
     ----------
     archive, progress, stage : Archive, callable, str
         Progress is reported as this stage.
+    rows : bool
+        Give a tensor of several parts, too, of which some are whole: other rows are zero.
     defect : Defect or None
         The first defect met.
     missing : tuple of str
-        Tensors that did not come whole; known after the iteration.
+        Tensors that did not come; known after the iteration.
+    lost : dict of str to list of (int, int)
+        Of tensors that came in part: first row, and rows, of each span that is lost, and zero.
     """
 
     archive: Archive
     progress: Report = quiet
     stage: str = ""
+    rows: bool = False
     defect: Defect | None = None
     missing: tuple[str, ...] = ()
+    lost: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[TensorSpec, Array]]:
         specs, done, done_bytes = self.archive.header.tensors, 0, 0
@@ -180,6 +188,10 @@ class Salvage:
                 self.defect = Defect(code, str(error), offset)
             for name, array in self._one_by_one(set(left)):
                 yield left.pop(name), array
+            for number, spec in enumerate(self.archive.header.tensors if self.rows else ()):
+                found = self._in_part(number, spec) if spec.name in left else None
+                if found is not None:
+                    yield left.pop(spec.name), found
         self.missing = tuple(left)
 
     def _one_by_one(self, names: Collection[str]) -> Iterator[tuple[str, Array]]:
@@ -197,6 +209,34 @@ class Salvage:
                         bad.add(frame)
                 else:
                     yield spec.name, array
+
+    def _in_part(self, number: int, spec: TensorSpec) -> Array | None:
+        """Elements of the parts of a tensor that lie on whole frames; None if there are none."""
+        archive, at, parts = self.archive, 0, dict[int, Array]()
+
+        def take(part: Part, matrix: Array) -> None:
+            bases = [archive.header.bases[basis] for basis in part.bases]
+            parts[part.first_row] = from_float32(dequantize(matrix, part, bases), spec.dtype)
+
+        spans = archive.index.spans.get(number, ()) if archive.index else ()
+        assembler = Assembler(archive.header, number, sink=take)
+        for frame in chain(*spans) if archive.header.mask(number) == 2 else ():
+            try:
+                for sidecar, luma in archive.frames(range(frame, frame + 1)):
+                    all(assembler.add(sidecar, luma))
+            except (FormatError, CodecError):
+                assembler = Assembler(archive.header, number, sink=take)
+        if not parts:
+            return None
+        columns = next(iter(parts.values())).shape[1]
+        array = np.zeros((spec.size // columns, columns), DTYPES[spec.dtype])
+        lost = self.lost[spec.name] = []
+        for first, elements in [*sorted(parts.items()), (len(array), array[:0])]:
+            if first > at:
+                lost.append((at, first - at))
+            array[first : first + len(elements)] = elements
+            at = first + len(elements)
+        return array.reshape(spec.shape)
 
 
 def read_tensors(archive: Archive, names: Collection[str]) -> Iterator[tuple[TensorSpec, Array]]:

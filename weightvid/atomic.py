@@ -197,31 +197,40 @@ def hold(descriptor: int, path: Path) -> bool:
         return True
     import fcntl
 
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    with suppress(OSError):  # a run that looks at it has it for a moment
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     return path.exists()
 
 
-def remove_remains(folder: Path) -> None:
-    """Remove temporary files and folders of runs that were killed."""
-    if sys.platform == "win32":
-        return
-    import fcntl
+def remains(folder: Path) -> Iterator[Path]:
+    """Temporary files and folders of runs that were killed, each locked while it is given out.
 
-    with suppress(OSError), os.scandir(folder) as entries:
-        for name in [entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name)]:
-            with suppress(OSError):
-                path = folder / name
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                finally:
-                    os.close(descriptor)
+    Where there are no locks, nobody knows: there are none.
+    """
+    names = list[str]()
+    if sys.platform != "win32":
+        import fcntl
+
+        with suppress(OSError), os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name))
+    for name in names:
+        with suppress(OSError):
+            descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield folder / name
+            finally:
+                os.close(descriptor)
+
+
+def remove_remains(folder: Path) -> list[Path]:
+    """Remove what killed runs have left in a folder; what that was."""
+    removed = []
+    for path in remains(folder):
+        with suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            removed.append(path)
+    return removed
 
 
 class ScratchFolder(tempfile.TemporaryDirectory[str]):

@@ -12,6 +12,7 @@ from weightvid import loader
 from weightvid.archives import (
     FrameBoxes,
     Location,
+    find_tail,
     open_anywhere,
     place_parts,
     seekable,
@@ -20,13 +21,16 @@ from weightvid.archives import (
 )
 from weightvid.checkpoint import is_url
 from weightvid.loader import Archive, End, Part, StoredFile
+from weightvid.repair import PARITY_UUID
+from weightvid.sign import SIGN_UUID, fingerprint, signatures_in
 from weightvid.spec import weight_count
 from weightvid.video import CODECS, describe
 
 _KINDS: Final = {
     b"ftyp": "ftyp", b"moov": "moov", loader.HEADER_UUID: "header", loader.FILE_UUID: "side_files",
     loader.FRAME_UUID: "sidecars", b"moof": "fragment_boxes", b"mdat": "packets",
-    loader.EXACT_UUID: "boxes", loader.INDEX_UUID: "index", b"mfra": "mfra",
+    loader.EXACT_UUID: "boxes", loader.INDEX_UUID: "index", SIGN_UUID: "signatures",
+    PARITY_UUID: "parity", b"mfra": "mfra",
 }  # fmt: skip
 #: parts of the byte account, in file order.
 ACCOUNT: Final = (*_KINDS.values(), "other")
@@ -105,8 +109,8 @@ class ArchiveSummary:
     complete : bool
         False: the file ends before its index.
     detailed : bool
-        False: the index alone has been read. Then all bytes of frames count as packets and all
-        others as ``other``; quantizers, SQNR and bits of the tensors are not known.
+        False: the index alone has been read. Then all bytes of frames count as packets, and all
+        but signatures and parity as ``other``; quantizers, SQNR and bits of tensors are not known.
     weights, coded_weights : int
         Elements of all floats and of what is quantized to a byte or less already; and of those in
         the pictures.
@@ -120,6 +124,8 @@ class ArchiveSummary:
     files : tuple of StoredFile
         Small other files of the model.
     layers : LayerSummary
+    signed_by : tuple of str
+        Fingerprints of the keys whose signatures the archive holds, unchecked.
     """
 
     file_bytes: int
@@ -134,6 +140,7 @@ class ArchiveSummary:
     metadata: Mapping[str, str]
     files: tuple[StoredFile, ...]
     layers: LayerSummary
+    signed_by: tuple[str, ...]
 
     @property
     def bits_per_weight(self) -> float:
@@ -168,7 +175,9 @@ def summarize_archive(location: Location, *, details: bool | None = None) -> Arc
         frames = list(walk_frames(archive)) if detailed else []
         packets = [frame.packet_bytes for frame in frames] or [0]
         account = dict.fromkeys(ACCOUNT, 0)
-        for kind, _, box_bytes in walk_boxes(archive.source.file) if detailed else ():
+        file = archive.source.file
+        signatures = () if index is None else signatures_in(file)
+        for kind, _, box_bytes in walk_boxes(file) if detailed else find_tail(file).boxes:
             account[_KINDS.get(kind, "other")] += box_bytes
         # The head of an mdat box belongs to no packet.
         account["fragment_boxes"] += 8 * len(frames)
@@ -194,6 +203,7 @@ def summarize_archive(location: Location, *, details: bool | None = None) -> Arc
             metadata=archive.header.metadata,
             files=archive.header.files,
             layers=_layers(archive, size),
+            signed_by=tuple(fingerprint(signature.key) for signature in signatures),
         )  # fmt: skip
 
 

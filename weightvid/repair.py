@@ -401,8 +401,10 @@ def _find_seals(file: BinaryIO, size: int) -> list[_Seal]:
         kept = data[-_SEAL_BYTES - 1 :]
     seals = [found[section] for section in range(sections) if section in found]
     if len(seals) < sections:
-        why = "the archive has no parity to repair it with, or none that is left; pack --parity"
-        raise RepairError(f"{why} makes it, and `weightvid unpack --partial` saves what is whole")
+        raise RepairError(
+            "the archive has no parity, or none that is left: pack --parity makes it; of a damaged "
+            "archive without, `weightvid unpack --partial` saves what is whole"
+        )
     boxes = sum(_Layout(seal).box_bytes for seal in seals)
     expected = seals[0].before + boxes + seals[0].after
     if size != expected:

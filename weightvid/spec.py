@@ -182,6 +182,8 @@ def is_safe_path(path: str) -> bool:
     --------
     >>> is_safe_path("1_Pooling/config.json"), is_safe_path("../config.json"), is_safe_path("/a")
     (True, False, False)
+    >>> is_safe_path("aux.json"), is_safe_path("a/NUL"), is_safe_path("auxiliary.json")
+    (False, False, True)
     """
     try:
         if len(path.encode()) > SIDE_PATH_BYTES:

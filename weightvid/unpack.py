@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -52,8 +52,8 @@ class UnpackOptions:
         restore the model's small other files, where the kind has a place for them.
     base : tuple of path, address or file
         What the archive is an update to; of a chain of updates the oldest first.
-    layers : int
-        Read the first so many layers only.
+    layers : int or None
+        Read the first so many layers only; None: all.
     """
 
     tensors: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class UnpackOptions:
     partial: bool = False
     side_files: bool = True
     base: tuple[Location, ...] = ()
-    layers: int = MAX_LAYERS
+    layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,9 @@ class UnpackReport:
         Further names of those tensors; tensors that changed their type; small other files.
     notes : tuple of str
         What the output's kind cannot hold as it is, and what was written instead.
-    missing, defect : tuple of str, Defect or None
-        Tensors asked for that the archive does not hold whole (``partial`` only), and why.
+    missing, lost, defect : tuple of str, mapping, Defect or None
+        With ``partial``: tensors asked for that are not there; of those of which some rows are
+        lost, and zero, first row and rows of each such span; and why.
     """
 
     tensors: int
@@ -87,6 +88,7 @@ class UnpackReport:
     converted: tuple[str, ...]
     notes: tuple[str, ...]
     missing: tuple[str, ...]
+    lost: Mapping[str, Sequence[tuple[int, int]]]
     defect: Defect | None
     side_files: tuple[str, ...]
     seconds: float
@@ -116,7 +118,7 @@ def unpack_archive(
         The archive is damaged or cannot be read; a TruncatedError names tensors asked for that are
         missing, unless ``partial``.
     TensorNotFoundError
-        A pattern matches no tensor.
+        A pattern matches no tensor, or there are fewer layers.
     CheckpointError, OutputError
         The checkpoint cannot hold these tensors, or cannot be written.
     """
@@ -132,7 +134,13 @@ def unpack_archive(
                 raise CheckpointError(f"{target} is the archive itself")
         elif chosen.partial:
             archive = stack.enter_context(seekable(archive))
-        opened = stack.enter_context(open_anywhere(archive, base=chosen.base, layers=chosen.layers))
+        layers = chosen.layers or MAX_LAYERS
+        opened = stack.enter_context(open_anywhere(archive, base=chosen.base, layers=layers))
+        held = opened.header.layers.total if opened.header.layers else 1
+        if chosen.layers is not None and chosen.layers > held:
+            raise TensorNotFoundError(
+                f"there is no layer {chosen.layers}: the archive has {held} (pack --layers)"
+            )
         report = _unpack(opened, target, chosen, progress)
     return replace(report, seconds=perf_counter() - began)
 
@@ -142,7 +150,7 @@ def _unpack(
 ) -> UnpackReport:
     names, aliases = _select(archive.header, options.tensors)
     files, file_notes = _side_files(archive, destination, options)
-    check = Salvage(archive, progress, "check")
+    check = Salvage(archive, progress, "check", rows=True)
     if options.partial:
         deque(check, 0)
     missing = tuple(names.pop(name) for name in check.missing if name in names)
@@ -165,7 +173,7 @@ def _unpack(
             done, done_bytes = done + spec.size, done_bytes + spec.stored_bytes
             progress(Progress("decode", done, total, done_bytes, total_bytes))
         # What is missing is known: a second pass meets the same defects, and goes on behind them.
-        rest = Salvage(archive) if check.defect else read_tensors(archive, names)
+        rest = Salvage(archive, rows=True) if check.defect else read_tensors(archive, names)
         for spec, array in () if by_pieces else rest:
             if spec.name not in names:
                 continue
@@ -182,6 +190,7 @@ def _unpack(
         converted=tuple(converted),
         notes=(*writer.notes, *file_notes),
         missing=missing,
+        lost={names[name]: spans for name, spans in check.lost.items() if name in names},
         defect=check.defect,
         side_files=tuple(file.path for file in writer.contents.files),
         seconds=0.0,

@@ -51,6 +51,10 @@ def test_parity_and_repair(run: Run, run_json: Run, model: Path, tmp_path: Path)
     made = run_json("pack", model, "-o", path, "--parity", "4%")
     whole = path.read_bytes()
     assert made["file_bytes"] == len(whole)
+    record = run_json("inspect", path)
+    check(record, "inspect")
+    assert 0.03 * len(whole) < record["account"]["parity"] <= 0.04 * len(whole)
+    assert "parity" in run("inspect", path).stdout
     run("verify", path, "--repair")
     path.write_bytes(whole[:3000] + bytes(200) + whole[3200:])
     assert not run_json("verify", path, status=3)["ok"]
@@ -65,6 +69,17 @@ def test_parity_and_repair(run: Run, run_json: Run, model: Path, tmp_path: Path)
     run("verify", "-", "--repair", status=2)
 
 
+def test_repair_without_parity(run: Run, run_json: Run, model: Path, tmp_path: Path) -> None:
+    path, copy = tmp_path / "m.mp4", tmp_path / "copy.mp4"
+    run("pack", model, "-o", path)
+    whole = path.read_bytes()
+    assert "the archive is sound" in run("verify", path, "--repair", "-o", copy).stderr
+    assert copy.read_bytes() == path.read_bytes() == whole
+    assert run_json("verify", path, "--repair")["ok"]
+    path.write_bytes(whole[:3000] + bytes(200) + whole[3200:])
+    assert "no parity" in run("verify", path, "--repair", status=3).stderr
+
+
 def test_sign_and_check(run: Run, run_json: Run, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("cryptography", reason="signatures need cryptography")
     sys.path.append(str(Path(__file__).parents[1]))
@@ -77,7 +92,11 @@ def test_sign_and_check(run: Run, run_json: Run, model: Path, tmp_path: Path) ->
     signature = tmp_path / "m.mp4.wvsig"
     run("verify", path, "--key", owner.with_suffix(".pub"), "--signature", signature)
     run("verify", path, "--key", owner.with_suffix(".pub"), status=3)
-    check(run_json("sign", path, "--key", owner), "sign")
+    assert "nobody" in run("inspect", path).stdout
+    record = run_json("sign", path, "--key", owner)
+    check(record, "sign")
+    assert run_json("inspect", path)["signed_by"] == [record["fingerprint"]]
+    assert record["fingerprint"] in run("inspect", path).stdout
     run("unpack", path, "-o", out, "--key", owner.with_suffix(".pub"))
     out.unlink()
     run("unpack", path, "-o", out, "--key", other.with_suffix(".pub"), status=3)
@@ -88,6 +107,7 @@ def test_sign_and_check(run: Run, run_json: Run, model: Path, tmp_path: Path) ->
 def test_fetch(
     run: Run, run_json: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("aiohttp", reason="fetch needs the extra remote")
     monkeypatch.chdir(tmp_path)
     run("pack", model, "-o", "m.mp4")
     with serve() as site:

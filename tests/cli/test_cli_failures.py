@@ -133,6 +133,22 @@ def test_without_typer_it_says_what_to_install() -> None:
     assert done.stderr == "error: the command line needs typer: pip install typer rich\n"
 
 
+@pytest.mark.parametrize(
+    ("package", "call"),
+    [
+        ("gcsfs", ("inspect", "gs://bucket/m.mp4")),
+        ("fsspec", ("pack", "s3://bucket/m.safetensors")),
+        ("fsspec", ("inspect", "http://127.0.0.1:9/m.mp4")),
+        ("huggingface_hub", ("pack", "hf://org/model")),
+    ],
+)
+def test_a_missing_package_is_no_missing_file(
+    run: Run, monkeypatch: pytest.MonkeyPatch, package: str, call: tuple[str, str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert "pip install 'weightvid[" in run(*call, status=FAILED).stderr
+
+
 def test_force_replaces(run: Run, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.mp4"
     path.write_bytes(b"precious")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -54,6 +55,24 @@ def test_pipes(folder: Path) -> None:
     found = shell("cat ./-.mp4 | weightvid inspect -", folder)
     assert b"key\\x1b[31m" in found.stdout, "no control characters reach the terminal"
     assert b"\x1b" not in found.stdout
+
+
+def test_a_terminal_of_ascii(folder: Path) -> None:
+    weights = np.random.default_rng(2).standard_normal((64, 64)).astype("f4")
+    save_file({"wärme → 😀": weights}, folder / "u.safetensors")
+    calls = (
+        "pack u.safetensors -o u.mp4",
+        "inspect u.mp4 -t",
+        "verify u.mp4 --against u.safetensors",
+    )
+    for call in calls:
+        done = shell(f"PYTHONIOENCODING=ascii weightvid {call}", folder)
+        assert done.returncode == 0, done.stderr
+        assert b"w\\xe4rme \\u2192" in done.stdout
+    found = json.loads(
+        shell("PYTHONIOENCODING=ascii weightvid inspect u.mp4 --json", folder).stdout
+    )
+    assert found["tensors"][0]["name"] == "wärme → 😀"
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])

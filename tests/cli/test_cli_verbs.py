@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import schemas
 import small_models
 from running import Run
 
+from weightvid.atomic import ScratchFolder
 from weightvid.cli.app import VERBS
 from weightvid.loader import open_archive
 from weightvid.version import __version__
@@ -235,17 +235,17 @@ def test_cache(run: Run, run_json: Run, tmp_path: Path, monkeypatch: pytest.Monk
     """What a killed run has left goes; what a running one needs, and what is not ours, stays."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in ("weightvid-old", "weightvid-new", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "m.mp4").write_bytes(bytes(999))
-    for path in (tmp_path / "weightvid-old" / "m.mp4", tmp_path / "weightvid-old"):
-        os.utime(path, (1e9, 1e9))
-    record = run_json("cache")
-    schemas.check(record, "cache")
-    mine = [entry for entry in record["entries"] if entry["what"] == "left by a run"]
-    assert [(e["name"], e["bytes"]) for e in mine] == [(str(tmp_path / "weightvid-old"), 999)]
-    assert "weightvid-old" in run("cache", "--clear").stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "weightvid-new"]
+    old, other = tmp_path / ".weightvid-killed00.tmp", tmp_path / "other"
+    with ScratchFolder() as live:
+        for folder in (old, other, Path(live)):
+            folder.mkdir(exist_ok=True)
+            (folder / "m.mp4").write_bytes(bytes(999))
+        record = run_json("cache")
+        schemas.check(record, "cache")
+        mine = [entry for entry in record["entries"] if entry["what"] == "left by a run"]
+        assert [(entry["name"], entry["bytes"]) for entry in mine] == [(str(old), 999)]
+        assert old.name in run("cache", "--clear").stdout
+        assert set(tmp_path.iterdir()) == {other, Path(live)}
     assert "no model" in run("cache", "--forget", "org/absent", status=2).stderr
 
 

@@ -212,6 +212,7 @@ def test_a_curve_that_ends_before_the_goal_says_so(result: CompareResult) -> Non
 def test_what_is_missing_is_said_before(tmp_path: Path) -> None:
     lacks = missing(CompareOptions(codecs=(), plain=False, nncodec=tmp_path / "python"))
     assert [lack.split(":")[0] for lack in lacks] == ["NNCodec DQ", "NNCodec opt_qp"]
+    assert missing(CompareOptions(nncodec=tmp_path / "python", only=("weightvid",))) == []
 
 
 def test_alone_only_when_true(result: CompareResult) -> None:
@@ -282,7 +283,9 @@ def test_nothing_to_compare() -> None:
 def test_report(result: CompareResult, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     odd = replace(result.rows[0], label="<script>", curve="<b>", status="failed", message="a & b")
-    made = replace(result, rows=(*result.rows, odd))
+    far = replace(result.rows[0], label="far", curve="far", bits_per_weight=99.0)
+    exact = replace(result.rows[0], label="same", curve="same", kl=0.0)
+    made = replace(result, rows=(*result.rows, odd, far, exact))
     written = write_report(tmp_path / "out", made)
     page = written["report"].read_text(encoding="utf-8")
     assert "<script>" not in page
@@ -290,6 +293,8 @@ def test_report(result: CompareResult, tmp_path: Path) -> None:
         assert text in page, text
     assert "<th>metric</th>" not in page and "<th>cosine</th>" not in page
     assert "a &amp; b" in page
+    assert page.count("far (99.00 bits per weight") == 3
+    assert f"same ({exact.bits_per_weight:.2f} bits per weight, exact)" in page
     assert len(result.measures()) == 3
     assert page.count("<svg") == 6  # for wide and for narrow windows
     assert "src=" not in page and 'href="http' not in page

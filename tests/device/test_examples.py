@@ -89,6 +89,21 @@ def test_example(tmp_path: Path) -> None:
         assert done.stderr
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
+def test_cmake(tmp_path: Path) -> None:
+    """The recipe of docs/device.md, in a folder with nothing else."""
+    recipe = (ROOT / "docs" / "device.md").read_text(encoding="utf-8").split("```cmake\n")[1]
+    (tmp_path / "CMakeLists.txt").write_text(recipe.split("```")[0], encoding="utf-8")
+    (tmp_path / "loader").mkdir()
+    for name in ("weightvid.c", "weightvid.h", "hevc.c", "hevc.h"):
+        shutil.copy(SOURCES / name, tmp_path / "loader")
+    shutil.copy(SOURCES / "example.c", tmp_path / "app.c")
+    for step in (("-S", ".", "-B", "build"), ("--build", "build")):
+        subprocess.run(["cmake", *step], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    archive = min(GOLDEN.glob("*.mp4"))
+    subprocess.run([tmp_path / "build" / "app", archive], check=True, stdout=subprocess.DEVNULL)
+
+
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_adapters(tmp_path: Path, name: str) -> None:
     header, libraries = LIBRARIES[name]

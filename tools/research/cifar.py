@@ -146,11 +146,6 @@ def logits_of(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([net(normalized(part)) for part in images.split(250)])
 
 
-def accuracy(net: nn.Module, data: Batch) -> float:
-    """Per cent of images whose largest logit is their class."""
-    return float((logits_of(net, data[0]).argmax(1) == data[1]).float().mean() * 100)
-
-
 def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
     """Mean KL divergence, in nats, of what logits say from what was wanted."""
     target, other = (torch.log_softmax(logits.double(), 1) for logits in (wanted, found))

@@ -168,6 +168,8 @@ def main() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+        # Names of tensors may have letters that the terminal has not.
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         app(prog_name="weightvid")
     except KeyboardInterrupt as error:

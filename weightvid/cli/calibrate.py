@@ -58,14 +58,15 @@ def calibrate(
     gains = sorted(tensor["gain_db"] for tensor in used if tensor["gain_db"] is not None)
     if json:
         record = {"samples": made.samples, "model_sha256": made.model_sha256, "tensors": tensors}
-        output.emit_json(record, stats=str(path), notes=made.notes)
+        output.emit_json(record, stats=str(path), notes=made.notes, gained=made.gained)
         return
-    middle = f", by {gains[len(gains) // 2]:.1f} dB of output error (median)" if gains else ""
+    middle = f"; {gains[len(gains) // 2]:.1f} dB less output error (median)" if gains else ""
     output.facts(
         [
             ("statistics", f"{path}, {output.size(path.stat().st_size)}"),
             ("samples", f"{made.samples:,}"),
-            ("tensors", f"{len(used)} of {len(tensors)} profit{middle}"),
+            ("tensors", f"{len(used)} of {len(tensors)} are quantized with them{middle}"),
+            ("gain", made.gained),
         ]
     )
 

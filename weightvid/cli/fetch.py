@@ -31,8 +31,8 @@ def fetch(
     [bold]weightvid fetch https://example.org/model.mp4[/bold]
     [bold]weightvid fetch https://one.example/m.mp4 https://two.example/m.mp4 -o model.mp4[/bold]
     """
-    from weightvid.checkpoint.remote import file_name
     from weightvid.fetch import FetchOptions, fetch_archive
+    from weightvid.remote import file_name
 
     destination = archive or file_name(urls[0])
     if not destination:

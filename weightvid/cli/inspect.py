@@ -22,6 +22,8 @@ _PARTS: Final = {
     "packets": "video packets",
     "boxes": "boxed tensors",
     "index": "index",
+    "signatures": "signatures",
+    "parity": "parity",
     "mfra": "MP4's own index",
     "other": "other",
 }
@@ -97,6 +99,12 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
     rows.append(("root", layers.root))
     listed = sum(tensor.escapes for tensor in summary.tensors)
     rows.append(("escapes", f"{listed:,} levels that no sample holds" if listed else ""))
+    if summary.complete:
+        signed, parity = ", ".join(summary.signed_by), summary.account["parity"]
+        rows += [
+            ("signed by", f"{signed} (unchecked: verify --key)" if signed else "nobody"),
+            ("parity", output.size(parity) if parity else "none"),
+        ]
     files = [f"{file.path} ({output.size(file.size)})" for file in summary.files]
     rows += [("side files", output.some(files)), *summary.about.items()]
     for key, value in summary.metadata.items():

@@ -69,7 +69,7 @@ def named_after(source: str, ending: str) -> Path:
     from weightvid.checkpoint import is_url
 
     if is_url(source):
-        from weightvid.checkpoint.remote import file_name
+        from weightvid.remote import file_name
 
         name = file_name(source) or "model"
         # What a hub address or a folder names has no suffix, though it may have dots.
@@ -114,9 +114,8 @@ def emit_json(record: Any, **more: Any) -> None:
     """Print one JSON object: a dataclass (or mapping) and further keys."""
     fields = asdict(record) if is_dataclass(record) and not isinstance(record, type) else record
     whole = {"schema": SCHEMA_VERSION, "ok": True, **fields, **more}
-    text = json.dumps(_plain(whole), ensure_ascii=False, allow_nan=False)
-    # Names may hold lone surrogates, which no UTF-8 stream takes.
-    typer.echo(text.encode("utf-8", "backslashreplace").decode())
+    # In ASCII: some terminals know nothing else, and lone surrogates in names need it, too.
+    typer.echo(json.dumps(_plain(whole), allow_nan=False))
 
 
 def emit_failure(error: BaseException, message: str, status: int) -> None:

@@ -278,7 +278,7 @@ def _pack(model: str, destination: str, options: PackOptions, layering: Layering
 
     remote = checkpoint.is_url(destination)
     if remote:
-        from weightvid.checkpoint.remote import check_upload, upload
+        from weightvid.remote import check_upload, upload
 
         check_upload(destination, force=options.force)
     with output.progress_bars() as report, checkpoint.open_checkpoint(model, report) as reader:

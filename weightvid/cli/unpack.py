@@ -56,7 +56,6 @@ def unpack(
     """
     from weightvid.checkpoint import kind_for_output
     from weightvid.errors import CheckpointError
-    from weightvid.loader import MAX_LAYERS
     from weightvid.unpack import OUTPUT_DTYPES, UnpackOptions, unpack_archive
 
     if dtype and dtype.upper() not in OUTPUT_DTYPES:
@@ -75,7 +74,7 @@ def unpack(
         partial=partial,
         side_files=not no_side_files,
         base=tuple(base),
-        layers=layer or MAX_LAYERS,
+        layers=layer,
     )
     source = sys.stdin.buffer if archive == "-" else archive
     with output.progress_bars() as report, output.checked(source, key, signature) as file:
@@ -97,6 +96,9 @@ def unpack(
         )
     if made.missing:
         output.error(f"{len(made.missing)} tensors are missing: {output.some(made.missing)}")
+    for name, spans in made.lost.items():
+        rows = ", ".join(f"{first} to {first + count - 1}" for first, count in spans)
+        output.error(f"{name}: rows {rows} are lost, and zero")
     if made.defect is not None:
         output.error(made.defect.message)
         raise typer.Exit(DAMAGED)

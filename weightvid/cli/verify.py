@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -67,6 +69,8 @@ def verify(
     [bold]weightvid verify model.mp4 --key owner.pub[/bold]
     """
     from weightvid.archives import open_anywhere
+    from weightvid.atomic import atomic_output
+    from weightvid.errors import RepairError
     from weightvid.verify import verify_archive
 
     if min_sqnr is not None and against is None:
@@ -75,8 +79,12 @@ def verify(
         usage_error("--eval, --max-kl and --against belong together", "--eval / --max-kl")
     function = check_function(evaluate, "--eval") if evaluate else None
     source = sys.stdin.buffer if archive == "-" else archive
+    failure = None
     if repair or destination is not None:
-        source = archive = _repair(archive, destination)
+        try:
+            source = archive = _repair(archive, destination)
+        except RepairError as error:
+            failure = error
     with (
         output.progress_bars() as report,
         output.checked(source, key, signature) as file,
@@ -85,6 +93,13 @@ def verify(
         found = verify_archive(
             opened, against, report, min_sqnr_db=min_sqnr, evaluation=function, max_kl=max_kl
         )
+    if failure is not None:
+        if found.defect is not None:
+            raise failure
+        output.warn(f"the archive is sound, nothing was repaired: {failure}")
+        if destination is not None:
+            with Path(archive).open("rb") as file, atomic_output(destination) as copy:
+                shutil.copyfileobj(file, copy)
     if json:
         output.emit_json(found, archive=archive, against=against, ok=found.ok)
     else:

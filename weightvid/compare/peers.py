@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from weightvid.atomic import ScratchFolder
 from weightvid.compare.model import Coded, Method, Model
 from weightvid.errors import CodecError
 
@@ -66,7 +66,7 @@ def _nncodec_version(python: str) -> tuple[str, str]:
 
 
 def _nncodec(python: str, opt_qp: bool, model: Model, qp: float) -> Coded:
-    with tempfile.TemporaryDirectory(prefix="weightvid-") as name:
+    with ScratchFolder() as name:
         folder = Path(name)
         # Members of the file are numbers: names may hold what a path may not.
         arrays: dict[str, Any] = {str(n): a for n, a in enumerate(model.tensors.values())}

@@ -31,6 +31,7 @@ _WIDE, _NARROW = (12.0, 5.5), (4.2, 4.2)
 _SAME: Final = 0.01
 #: what a recommended point may lose, where no goal is given.
 _BOUNDS: Final = {"metric": 0.005, "kl": 0.02, "cosine": 0.99, "sqnr": 25.0}
+_Range = tuple[float, float]
 _MARKERS: Final = "osD^vP*X<>"
 _STYLES: Final = ("-", "--", ":", "-.")
 _PAGE: Final = """<!doctype html>
@@ -43,7 +44,6 @@ body { margin:0 auto; padding:1rem; max-width:75rem; font:15px/1.5 system-ui, sa
 h1, h2 { font-size:1.3rem; margin:1.5rem 0 .5rem; overflow-wrap:anywhere; }
 .soft { color:#57606a; }
 svg { width:100%; height:auto; } .narrow { display:none; }
-@media (max-width:700px) { .wide { display:none; } .narrow { display:block; } }
 .facts { display:flex; flex-wrap:wrap; gap:.5rem 2.5rem; margin:1rem 0; }
 .facts b { display:block; font-size:1.6rem; font-variant-numeric:tabular-nums; }
 code { overflow-wrap:anywhere; background:#f6f8fa; padding:.15rem .3rem; border-radius:4px; }
@@ -52,6 +52,9 @@ table { border-collapse:collapse; width:100%; font-size:.88rem; font-variant-num
 th, td { padding:.3rem .6rem; text-align:right; white-space:nowrap; }
 th:first-child, td:first-child, td.bad { text-align:left; }
 tr { border-bottom:1px solid #eaeef2; } td.bad { color:#b3261e; white-space:normal; }
+@media (max-width:700px) { .wide { display:none; } .narrow { display:block; }
+  th, td { white-space:normal; padding:.3rem; } tr > :first-child { position:sticky; left:0;
+  background:#fff; min-width:7rem; } }
 </style></head><body>
 @BODY@
 </body></html>
@@ -140,10 +143,8 @@ def plot(result: CompareResult, measure: Measure, size: tuple[float, float] = _W
         figure = Figure(figsize=(size[0], height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        places = []
         for number, (name, rows) in enumerate(curves.items()):
             points = measure.points(rows)
-            places += points if len(points) > 1 else []
             axes.plot(
                 [x for x, _ in points], [y for _, y in points], label=name,
                 color=_COLOURS[number % len(_COLOURS)], marker=_MARKERS[number % len(_MARKERS)],
@@ -154,15 +155,13 @@ def plot(result: CompareResult, measure: Measure, size: tuple[float, float] = _W
             axes.axhline(result.original.metric, color="grey", linewidth=0.8, label="original")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log" if measure.is_log else "linear")
-        if places:  # where the curves lie; single points far away would squeeze them
-            (low, high), ys = _span([x for x, _ in places], 1.1), [y for _, y in places]
-            margin = 0.05 * (max(ys) - min(ys)) or 1.0
+        limits = _limits(result, measure)
+        if limits is not None:
+            (low, high), heights = limits
             axes.set_xlim(low, high)
             ticks = [x for x in _TICKS if low <= x <= high]
             axes.set_xticks(ticks if is_wide else ticks[:: max(1, len(ticks) // 5)])
-            axes.set_ylim(
-                _span(ys, 1.5) if measure.is_log else (min(ys) - margin, max(ys) + margin)
-            )
+            axes.set_ylim(heights)
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_major_locator(LogLocator(numticks=7) if measure.is_log else MaxNLocator(7))
@@ -197,8 +196,28 @@ def merged(result: CompareResult, measure: Measure) -> dict[str, list[Row]]:
     return found
 
 
-def _span(values: Sequence[float], factor: float) -> tuple[float, float]:
-    return min(values) / factor, max(values) * factor
+def _limits(result: CompareResult, measure: Measure) -> tuple[_Range, _Range] | None:
+    """Of a plot: where the curves lie, as single points far away would squeeze them."""
+    curves = (measure.points(rows) for rows in result.curves().values())
+    places = [place for points in curves if len(points) > 1 for place in points]
+    if not places:
+        return None
+    xs, ys = zip(*places, strict=True)
+    margin = 0.05 * (max(ys) - min(ys) or abs(ys[0]) or 1.0)
+    heights = (min(ys) / 1.5, max(ys) * 1.5), (min(ys) - margin, max(ys) + margin)
+    return (min(xs) / 1.1, max(xs) * 1.1), heights[not measure.is_log]
+
+
+def _unseen(result: CompareResult, measure: Measure) -> str:
+    """Points that lie beyond the edges of a plot, or that have no place there as they are exact."""
+    limits, unseen = _limits(result, measure), []
+    for row in (row for row in result.rows if row.status == OK):
+        value, points = measure.value(row), measure.points([row])
+        spans = zip(limits or (), points[0] if points else (), strict=False)
+        if not points or not all(low <= place <= high for (low, high), place in spans):
+            said = "exact" if not points else f"{value:.3g}"
+            unseen.append(f"{row.label} ({row.bits_per_weight:.2f} bits per weight, {said})")
+    return f"Beyond this plot: {', '.join(unseen)}." if unseen else ""
 
 
 def recommended(result: CompareResult) -> tuple[Row, str] | None:
@@ -291,9 +310,10 @@ def page(result: CompareResult, plots: Sequence[tuple[str, str]]) -> str:
         rows = [[name, *(rate[name] for rate in rates)] for name in rates[0]]
         parts.append(_table(["curve", *map(str, result.options.goals)], rows))
     parts.append("<h2>Rate and quality</h2>")
-    for each in plots:
+    for measure, each in zip(result.measures(), plots, strict=True):
         for name, svg in zip(("wide", "narrow"), each, strict=True):
             parts.append(f'<div class="{name}">{svg[svg.find("<svg") :]}</div>')
+        parts += [f'<p class="soft">{escape(_unseen(result, measure))}</p>'] if each[0] else []
     if not any(wide for wide, _ in plots):
         parts.append("<p>Plots need matplotlib: pip install 'weightvid[compare]'</p>")
     measures = result.measures()
@@ -305,7 +325,7 @@ def page(result: CompareResult, plots: Sequence[tuple[str, str]]) -> str:
         curves = dict.fromkeys(name for rates in bd.values() for name in rates)
         rows = [[n, *(_number(bd[m.name].get(n), 1, "+") for m in measures)] for n in curves]
         parts.append(_table(["curve", *names], rows))
-    parts.append("<h2>All points</h2>")
+    parts.append('<h2>All points</h2><p class="soft narrow">The table scrolls sideways.</p>')
     parts.append(_table(["point", "bytes", "bits per weight", *names,
                          "encode s", "decode s", "CPU s"],
                         [_cells(row, measures) for row in result.rows]))  # fmt: skip

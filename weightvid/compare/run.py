@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
+from weightvid.atomic import ScratchFolder
 from weightvid.calibrate.evaluation import Function, Judge, Verdict
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.compare.codecs import CODECS
@@ -206,7 +206,7 @@ def compare(
     """
     chosen, began = options or CompareOptions(), perf_counter()
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightvid-")))
+        scratch = Path(stack.enter_context(ScratchFolder()))
         store, judge = RowStore(chosen.folder), None
         if chosen.folder is not None:
             scratch = Path(chosen.folder) / "archives"
@@ -253,7 +253,8 @@ def command_of(source: str, method: Method, value: float) -> str:
 
 def missing(options: CompareOptions) -> list[str]:
     """What this machine lacks for what the options ask for, known before the work begins."""
-    found = {f"{m.name}: {m.missing}" for m in all_methods(options, Path()) if m.missing}
+    asked = [m for m in all_methods(options, Path()) if not options.only or m.name in options.only]
+    found = {f"{method.name}: {method.missing}" for method in asked if method.missing}
     for package, what in (("matplotlib", "plots"), ("bjontegaard", "BD-rates")):
         if find_spec(package) is None:
             found.add(f"{what}: {package} is missing: pip install 'weightvid[compare]'")

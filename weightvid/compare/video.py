@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Final
 import numpy as np
 
 from weightvid.archives import walk_frames
+from weightvid.atomic import ScratchFolder
 from weightvid.compare.codecs import CODECS, FrameCodec, Passage, backend, through
 from weightvid.compare.model import Array, Coded, Method, Model, Tensors
 from weightvid.errors import CodecError
@@ -76,7 +76,7 @@ def archive_method(
 
 def pack_and_load(model: Model, options: PackOptions, folder: Path | None = None) -> Coded:
     """Pack a model as ``weightvid pack`` does, and load it as programs do."""
-    with tempfile.TemporaryDirectory(prefix="weightvid-") as scratch:
+    with ScratchFolder() as scratch:
         path = place(folder or Path(scratch), model, options)
         began = perf_counter()
         made = pack_to(path, model, options)

@@ -25,7 +25,7 @@ from av.codec.context import Flags
 from av.video.frame import PictureType
 
 from weightvid.errors import CodecError
-from weightvid.loader import MAX_SAMPLES, MAX_SIDE, MIN_SIDE, TRACKS, ZERO_SAMPLE, Bytes
+from weightvid.loader import MAX_SAMPLES, MAX_SIDE, MIN_SIDE, ZERO_SAMPLE, Bytes
 from weightvid.video.level import hevc_level, unescape, with_level
 
 
@@ -57,12 +57,6 @@ class VideoCodec:
     default_preset: str
     large_preset: str
     lossy: tuple[int, int]
-
-    @property
-    def config_box(self) -> bytes:
-        """Type of the box that holds the configuration record."""
-        return TRACKS[self.entry][0]
-
 
 #: levels of a model that is large.
 LARGE_MODEL: Final = 1 << 22
