@@ -1,8 +1,8 @@
 """Global weight sharing: a residual network with one bank of kernels, and its ordinary twin.
 
 Both are trained alike on 17,000 training images of CIFAR-10 and judged on 1,000 test images and the
-other 3,000; then both are packed. Two processes, one for each network, take two cores for at most
-ten minutes:
+other 3,000; then both are packed. Two processes, one for each network, take two cores for some
+twelve minutes:
 
     global_weight.py train bank FOLDER & global_weight.py train twin FOLDER; wait
     global_weight.py report FOLDER
@@ -33,7 +33,7 @@ from weightvid.torch import GlobalWeightBank, GlobalWeightConv2d
 
 WIDTHS, BLOCKS, STEM_STRIDE = (32, 64, 256), 2, 2
 BANK = (259, 260, 3, 3)
-EPOCHS, PEAK, HELD = 10, 0.2, 3000
+EPOCHS, PEAK, HELD = 20, 0.2, 3000
 FACTORS = (0.25, 0.36, 0.5)
 KINDS = ("twin", "bank")
 

@@ -32,8 +32,8 @@ from weightvid.progress import Progress, Report, quiet
 _LOOK_BATCHES: Final = 2
 #: divergence of what BatchNorm layers see from what they remember, above which inputs are foreign.
 _FOREIGN_NATS: Final = 0.1
-#: text whose tokens surprise a language model by more nats than its own would is foreign: text of
-#: the same kind that it was not trained on has 0.01 to 0.3, random tokens several.
+#: text whose tokens surprise a language model by so many nats more than its own would is foreign;
+#: the training text of lm_books has 0.01.
 _SURPRISE: Final = 0.5
 #: a batch, and whether it is held back.
 Batches = Sequence[tuple[Any, bool]]
