@@ -536,7 +536,7 @@ def parse_floats(
     lows, found = [], np.empty(total, wide)
     for shift in range(0, mantissa - 7, 8):
         low = plane(int(each[zeros[order] < shift + 8].sum()))  # the others end with zeros
-        lows.append((wide(shift), low & min(255, (1 << mantissa - 7 - shift) - 1)))
+        lows.append((wide(shift), low & np.uint8(min(255, (1 << mantissa - 7 - shift) - 1))))
     fields.end()
     for begin in range(0, total, 1 << 15):  # what a cache holds
         here = slice(begin, begin + (1 << 15))

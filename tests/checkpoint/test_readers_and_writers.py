@@ -289,5 +289,5 @@ def test_files_too_long_and_too_short(tmp_path: Path, kind: str, change: int) ->
     if kind == "gguf" and change == 9:  # less than its padding
         open_checkpoint(path).close()
         return
-    with pytest.raises(CheckpointError, match="longer|too long|cut short|damaged|shorter"):
+    with pytest.raises(CheckpointError, match=r"longer|too long|cut short|damaged|shorter"):
         open_checkpoint(path)

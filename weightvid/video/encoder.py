@@ -58,6 +58,7 @@ class VideoCodec:
     large_preset: str
     lossy: tuple[int, int]
 
+
 #: levels of a model that is large.
 LARGE_MODEL: Final = 1 << 22
 
