@@ -77,6 +77,15 @@ def test_kernels_lie_in_rows_of_outputs() -> None:
     assert picture[0, 0].tolist() == table[128].tolist()
 
 
+def test_kernels_without_a_number() -> None:
+    weights = np.full((2, 3, 3, 3), 1e-3, np.float64)
+    weights[0, 0, 0], weights[1, 1, 1] = (np.nan, np.inf, -np.inf), (1e308, -1e308, 5e-324)
+    picture = draw_kernels(weights, "m.mp4", TensorSpec("w", "F64", weights.shape), scale=1)
+    table = colours(127)
+    assert picture[0, :3].tolist() == table[[128, 255, 1]].tolist()
+    assert picture[5, 4:6].tolist() == table[[255, 1]].tolist()
+
+
 def test_every_tile_has_its_name() -> None:
     luma = np.full((192, 192), 128, np.uint8)
     tiles = [Tile("layer.weight", 0, y, 192) for y in (0, 64, 128)]

@@ -245,8 +245,11 @@ def draw_kernels(weights: Array, title: str, spec: TensorSpec, scale: int = 0) -
     many = _MOST_KERNELS if view.kernel else 8 * _MOST_KERNELS
     shown, gap = whole[:many, :many], int(bool(view.kernel))
     rows, channels = shown.shape[:2]
-    limit = float(np.quantile(np.abs(shown), _QUANTILE)) or 1.0
-    samples = np.rint(shown / limit * 127).clip(-127, 127).astype(np.int16) + ZERO_SAMPLE
+    values = shown.astype(np.float64)
+    limit = float(np.quantile(np.abs(np.where(np.isfinite(values), values, 0)), _QUANTILE)) or 1.0
+    with np.errstate(over="ignore"):
+        shares = np.nan_to_num(values / limit * 127).clip(-127, 127)  # NaN is drawn as 0
+    samples = np.rint(shares).astype(np.int16) + ZERO_SAMPLE
     grid = np.pad(colours(127)[samples], ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)),
                   constant_values=255)  # fmt: skip
     grid = grid.transpose(0, 2, 1, 3, 4).reshape(rows * (tall + gap), channels * (wide + gap), 3)
@@ -255,8 +258,10 @@ def draw_kernels(weights: Array, title: str, spec: TensorSpec, scale: int = 0) -
     part = "" if shown.size == whole.size else f" (the first {rows} x {channels} of them)"
     what = "kernels" if view.kernel else "weights"
     caption = f"{view.rows} outputs (rows) x {view.channels} inputs of {what}{part}"
-    shares = [n / 4 for n in range(-4, 5)]
-    swatches = [(colours(127)[round(x * 127) + ZERO_SAMPLE], f"{x * limit:.2g}") for x in shares]
+    swatches = [
+        (colours(127)[round(x * 127) + ZERO_SAMPLE], f"{x * limit:.2g}")
+        for x in (n / 4 for n in range(-4, 5))
+    ]
     shape = " x ".join(map(str, spec.shape))
     words = f"{title}, {_printable(spec.name)}, {shape}", caption, "weight"
     _legend(pen, font, len(grid) * zoom, words, swatches)
