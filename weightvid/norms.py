@@ -60,7 +60,8 @@ def norms_of(specs: Iterable[TensorSpec]) -> list[Norm]:
 def norm_sqnr_db(values: Iterable[Floats], found: Iterable[Floats]) -> float:
     """How near a BatchNorm is to another in what it computes with: the SQNR of the worse of two.
 
-    Errors of offsets are counted against the two terms that offsets are sums of.
+    Errors of offsets are counted against the two terms that offsets are sums of. Infinite without
+    an error, NaN where a value is no number.
 
     Parameters
     ----------
@@ -76,8 +77,9 @@ def norm_sqnr_db(values: Iterable[Floats], found: Iterable[Floats]) -> float:
     with np.errstate(all="ignore"):
         (gain, *terms), (new_gain, *new_terms) = gain_and_terms(values), gain_and_terms(found)
         offset = np.subtract(*terms) - np.subtract(*new_terms)
-        noise = np.sum((gain - new_gain) ** 2), np.sum(offset**2)
-        worse = max(noise[0] / np.sum(gain**2), noise[1] / np.sum(np.square(terms)))
+        noise = np.array([np.sum((gain - new_gain) ** 2), np.sum(offset**2)])
+        power = np.array([np.sum(gain**2), np.sum(np.square(terms))])
+        worse = np.max(np.where(noise == 0, 0, noise / power))
         return float(-10 * np.log10(worse))
 
 

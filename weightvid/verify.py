@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from math import inf, log10
+from math import inf, isnan, log10
 from time import perf_counter
 from typing import Any, Final, NamedTuple
 
@@ -224,7 +224,8 @@ def _compare(
     for norm in norms:
         if same.issuperset(norm):
             given = (to_float32(reader.read(name), "F32") for name in norm)
-            kept |= dict.fromkeys(norm, norm_sqnr_db(given, (parts[name] for name in norm)))
+            sqnr = norm_sqnr_db(given, (parts[name] for name in norm))
+            kept |= {} if isnan(sqnr) else dict.fromkeys(norm, sqnr)
     claims = _claims(archive)
     rows = [
         TensorComparison(

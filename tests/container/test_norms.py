@@ -97,3 +97,24 @@ def test_what_is_to_be_kept_is_kept(tmp_path: Path) -> None:
     with open_archive(tmp_path / "a.mp4") as archive:
         assert np.array_equal(archive["bn.running_mean"], tensors["bn.running_mean"])
         assert np.allclose(archive["bn.running_var"], tensors["bn.running_var"], rtol=2**-7)
+
+
+def test_a_norm_without_gain_is_judged_too(tmp_path: Path) -> None:
+    tensors = dict(zip(NAMES, norm(), strict=True)) | {"bn.weight": np.zeros(64, np.float32)}
+    save_file(tensors, tmp_path / "a.mp4", recipe="small")
+    np.savez(tmp_path / "same.npz", **tensors)
+    assert verify_archive(tmp_path / "a.mp4", tmp_path / "same.npz").ok
+    tensors["bn.bias"][3] += 1
+    np.savez(tmp_path / "other.npz", **tensors)
+    assert not verify_archive(tmp_path / "a.mp4", tmp_path / "other.npz").ok
+
+
+def test_a_broken_norm_is_judged_by_its_tensors(tmp_path: Path) -> None:
+    tensors = dict(zip(NAMES, norm(), strict=True))
+    tensors["bn.running_var"][5] = np.nan
+    save_file(tensors, tmp_path / "a.mp4", recipe="small")
+    np.savez(tmp_path / "same.npz", **tensors)
+    assert verify_archive(tmp_path / "a.mp4", tmp_path / "same.npz").ok
+    tensors["bn.bias"] *= np.float32(1.5)
+    np.savez(tmp_path / "other.npz", **tensors)
+    assert not verify_archive(tmp_path / "a.mp4", tmp_path / "other.npz").ok

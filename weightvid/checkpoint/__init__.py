@@ -306,8 +306,8 @@ def _zip_members(path: Path) -> tuple[str, ...] | None:
             whole = file.read(4) == b"PK\5\6"  # nothing follows the directory
             return tuple(archive.namelist()) if whole else None
     except Exception:
-        # zipfile lets struct.error, UnicodeDecodeError, NotImplementedError, ... out of damaged
-        # directories; all of them mean that there is no directory to go by.
+        # zipfile lets errors of many kinds out of damaged directories; all of them mean that there
+        # is no directory to go by.
         return None
 
 
