@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-import fuzz
+import fuzz_archives as fuzz
 import numpy as np
 import small_models
 
@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 
 @cache
 def sample() -> bytes:
-    """Four frames, all kinds of records: `fuzz.model` says what is in it."""
+    """Four frames, all kinds of records: `fuzz_archives.model` says what is in it."""
     return fuzz.sample()
 
 

@@ -10,17 +10,23 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fetch_torture import torture
-from fuzz import join_boxes, split_boxes
+from fuzz_archives import join_boxes, split_boxes
 from hostile import HOSTILE, drip, send_forever, server
 
+from weightvid.checkpoint import from_mapping
 from weightvid.errors import OutputError, RemoteError, SignatureError
 from weightvid.fetch import FetchOptions, fetch_archive
-from weightvid.loader import FRAME_UUID
+from weightvid.layers import Layering, pack_layers
+from weightvid.loader import FRAME_UUID, open_archive
+from weightvid.numpy import save_file
+from weightvid.pack import PackOptions
 
 sys.path.append(str(Path(__file__).parent / "checkpoint"))
 from serving import Site, serve
@@ -328,3 +334,55 @@ def test_kills_and_cuts(data: bytes, tmp_path: Path) -> None:
     """A small run of `tools/fetch_torture.py`."""
     outcome = torture(data, tmp_path, kills=2, cuts=3, seed=1)
     assert outcome.downloads >= 1
+
+
+def weights() -> dict[str, Any]:
+    random = np.random.default_rng(5)
+    return {f"w{n}": random.standard_normal((96, 96)).astype(np.float32) for n in range(3)}
+
+
+def layered(path: Path, layers: int = 1, *bases: Path) -> bytes:
+    """An archive of layers, or an update."""
+    with from_mapping(weights()) as reader:
+        pack_layers(reader, path, Layering(layers, bases), PackOptions(recipe="small"))
+    return path.read_bytes()
+
+
+def test_a_coarse_model_first_and_the_rest_later(site: Site, tmp_path: Path) -> None:
+    whole = layered(tmp_path / "whole.mp4", 2)
+    path, url = tmp_path / "m.mp4", site.put("m.mp4", whole)
+    report = fetch_archive(url, path, replace(QUICK, layers=1))
+    assert (report.layers, report.layers_of) == (1, 2)
+    coarse = path.read_bytes()
+    assert coarse == whole[: len(coarse)]
+    assert len(coarse) < 0.6 * len(whole)
+    with open_archive(path, layers=1) as found, open_archive(tmp_path / "whole.mp4") as right:
+        assert right.layers == 2
+        for name, array in found.items():
+            assert np.corrcoef(array.ravel(), right[name].ravel())[0, 1] > 0.9
+    assert fetch_archive(url, path, replace(QUICK, layers=1, force=True)).fetched_bytes == 0
+    report = fetch_archive(url, path, replace(QUICK, force=True))
+    assert (report.layers, report.resumed_at, path.read_bytes()) == (2, len(coarse), whole)
+    assert left(tmp_path) == ["m.mp4", "whole.mp4"]
+    fetch_archive(url, tmp_path / "all.mp4", replace(QUICK, layers=9))
+    assert (tmp_path / "all.mp4").read_bytes() == whole
+    with pytest.raises(RemoteError, match="of the whole file"):
+        fetch_archive(url, tmp_path / "n.mp4", replace(QUICK, layers=1, sha256="0" * 64))
+
+
+def test_an_update_to_another_base_is_not_fetched(site: Site, tmp_path: Path) -> None:
+    save_file(weights(), tmp_path / "base.mp4")
+    update = layered(tmp_path / "update.mp4", 1, tmp_path / "base.mp4")
+    other = layered(tmp_path / "other.mp4", 2)
+    url, path = site.put("u.mp4", update), tmp_path / "got.mp4"
+    with pytest.raises(RemoteError, match=r"to the archive of root [0-9a-f]{64}, and the base has"):
+        fetch_archive(url, path, replace(QUICK, base=(tmp_path / "other.mp4",)))
+    with pytest.raises(RemoteError, match="it is no update"):
+        fetch_archive(
+            site.put("o.mp4", other),
+            path,
+            replace(QUICK, base=(tmp_path / "base.mp4",), restart=True),
+        )
+    assert not path.exists()
+    fetch_archive(url, path, replace(QUICK, base=(tmp_path / "base.mp4",), restart=True))
+    assert path.read_bytes() == update

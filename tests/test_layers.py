@@ -83,6 +83,17 @@ def test_each_layer_is_nearer(layers: int) -> None:
             assert streamed["count"] == 3
 
 
+@pytest.mark.parametrize("step", [0.05, 0.15, 0.3])
+def test_the_first_layer_has_two_fifths_of_the_bits(step: float, tmp_path: Path) -> None:
+    with from_mapping({f"{n}": sources.normal(n, 160, 160) for n in range(3)}) as checkpoint:
+        options = PackOptions(jobs=1, step_factor=step)
+        pack_layers(checkpoint, tmp_path / "a.mp4", Layering(2), options)
+    with open_archive(tmp_path / "a.mp4") as archive:
+        assert archive.index is not None
+        start = archive.index.frames[archive.index.stages[0][0]][0]
+        assert 0.35 < start / (tmp_path / "a.mp4").stat().st_size < 0.44
+
+
 def test_the_independent_reader_agrees() -> None:
     data = packed(3)
     other = reader.Archive(io.BytesIO(data))

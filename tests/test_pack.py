@@ -21,9 +21,8 @@ from weightvid import pack as pack_module
 from weightvid.checkpoint import from_mapping
 from weightvid.levels import code
 from weightvid.levels.frames import FrameSize
-from weightvid.loader import open_archive
+from weightvid.loader import DTYPES, PACKABLE, from_float32, open_archive, to_float32
 from weightvid.pack import PackOptions, PackReport, Target, pack_checkpoint
-from weightvid.spec import PACKABLE, STORED, from_float32, to_float32
 from weightvid.verify import verify_archive
 from weightvid.video import Video
 
@@ -97,7 +96,7 @@ def test_anything_goes_in(tmp_path: Path, wanted: Any, fidelity: str, recipe: st
 
 
 def test_every_element_type_is_kept(tmp_path: Path) -> None:
-    arrays = {f"{n}.{d}": np.arange(30).reshape(5, 6).astype(kind)[d:] for n, kind in STORED.items()
+    arrays = {f"{n}.{d}": np.arange(30).reshape(5, 6).astype(kind)[d:] for n, kind in DTYPES.items()
               for d in (0, 5)}  # fmt: skip
     dtypes = {name: name.partition(".")[0] for name in arrays}
     report, found = packed(arrays, tmp_path / "m.mp4", dtypes, keep=("*",))

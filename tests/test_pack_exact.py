@@ -15,9 +15,8 @@ from weightvid.checkpoint import from_mapping
 from weightvid.errors import CheckpointError
 from weightvid.levels.buffers import is_sinusoid
 from weightvid.levels.stats import tensor_stats
-from weightvid.loader import open_archive
+from weightvid.loader import TensorSpec, open_archive
 from weightvid.pack import PackOptions, PackReport, pack_checkpoint
-from weightvid.spec import TensorSpec
 
 weights = small_models.weights
 

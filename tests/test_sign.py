@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fuzz import join_boxes, split_boxes
+from fuzz_archives import join_boxes, split_boxes
 from samples import Pipe, all_same
 
 from weightvid.archives import find_tail

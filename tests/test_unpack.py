@@ -22,9 +22,9 @@ from weightvid.errors import (
     TensorNotFoundError,
     TruncatedError,
 )
-from weightvid.loader import open_archive
+from weightvid.loader import TensorSpec, open_archive, to_float32
 from weightvid.pack import PackOptions, pack_checkpoint
-from weightvid.spec import TensorSpec, stored_dtype, to_float32
+from weightvid.spec import stored_dtype
 from weightvid.unpack import UnpackOptions, convert, unpack_archive
 
 

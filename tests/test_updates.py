@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz import change_records, join_boxes, split_boxes
+from fuzz_archives import change_records, join_boxes, split_boxes
 from independent import reader, sources
 from test_layers import with_header
 

@@ -6,7 +6,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -46,6 +48,17 @@ from weightvid.progress import Progress, Report, quiet
 Location = str | os.PathLike[str] | BinaryIO
 
 
+def open_file(location: Location, stack: ExitStack) -> BinaryIO:
+    """A file at a path or address, which the stack closes; one that is open already stays so."""
+    if not isinstance(location, (str, os.PathLike)):
+        return location
+    if checkpoint.is_url(location):
+        from weightvid.remote import open_remote
+
+        return stack.enter_context(open_remote(location))
+    return stack.enter_context(Path(location).open("rb"))
+
+
 @contextmanager
 def open_anywhere(
     location: Location | Archive,
@@ -66,14 +79,7 @@ def open_anywhere(
         yield location
         return
     with ExitStack() as stack:
-        if not isinstance(location, (str, os.PathLike)):
-            file = location
-        elif checkpoint.is_url(location):
-            from weightvid.remote import open_remote
-
-            file = stack.enter_context(open_remote(location))
-        else:
-            file = stack.enter_context(Path(location).open("rb"))
+        file = open_file(location, stack)
         archive = open_archive(file, decoder=decoder, threads=0, check_tensors=True, layers=layers)
         if base:
             archive.use_base(stack.enter_context(open_chain(base)))
@@ -304,10 +310,9 @@ def _pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
     assembler, digests = Assembler(header, sink=take), dict[int, Any]()
     left = {number: spec.size for number, spec in enumerate(header.tensors)}
     try:
-        for event in archive.events():
-            if isinstance(event, bytes):
-                ready.extend(parse_exact(event, header))
-            else:
+        for event, parsed in _ahead(archive):
+            ready.extend(parsed.result())
+            if isinstance(event, tuple):
                 all(assembler.add(*event))
             for number, first, elements in ready:
                 spec, flat = header.tensors[number], np.ascontiguousarray(elements).reshape(-1)
@@ -333,6 +338,25 @@ def _pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
     if left:
         name = header.tensors[min(left)].name
         raise FormatError(f"tensor {name!r} is not in the archive", "order", tensor=name)
+
+
+def _ahead(archive: Archive) -> Iterator[tuple[Any, Future[list[tuple[int, int, Array]]]]]:
+    """Events, and what boxes hold: the next ones are inflated while one is used."""
+
+    def parse(event: Any) -> list[tuple[int, int, Array]]:
+        return list(parse_exact(event, archive.header)) if isinstance(event, bytes) else []
+
+    waiting = deque[tuple[Any, Future[list[tuple[int, int, Array]]]]]()
+    with ThreadPoolExecutor(2) as pool:  # inflating needs no Python lock
+        try:
+            for event in archive.events():
+                waiting.append((event, pool.submit(parse, event)))
+                if len(waiting) > 2:
+                    yield waiting.popleft()
+        except (CodecError, FormatError):
+            yield from waiting
+            raise
+        yield from waiting
 
 
 def walk_boxes(file: BinaryIO, at: int = 0) -> Iterator[tuple[bytes, int, int]]:

@@ -193,13 +193,14 @@ def close_body(*records: bytes) -> bytes:
 
 def stored_body(*records: bytes) -> bytes:
     """Payload of a box whose records are not worth deflating."""
-    data = b"".join(records)
-    return _seal(loader.STORED, len(data), data)
+    return _seal(loader.STORED, sum(map(len, records)), *records)
 
 
-def _seal(form: int, size: int, data: bytes) -> bytes:
-    sealed = bytes((form,)) + size.to_bytes(4, "little") + data
-    return zlib.crc32(sealed).to_bytes(4, "little") + sealed
+def _seal(form: int, size: int, *data: bytes) -> bytes:
+    sealed, crc = (bytes((form,)) + size.to_bytes(4, "little"), *data), 0
+    for part in sealed:
+        crc = zlib.crc32(part, crc)
+    return b"".join((crc.to_bytes(4, "little"), *sealed))
 
 
 def header_records(header: Header, files: Sequence[tuple[SideFile, int]]) -> list[bytes]:

@@ -6,7 +6,7 @@ Elements lie by byte planes; floats that must keep every bit by planes of expone
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Final
 
@@ -89,66 +89,83 @@ def float_records(
     dtype = specs[items[0][0]].dtype
     mantissa, size = loader.MANTISSAS[dtype], stored_dtype(dtype).itemsize
     wide, width = np.dtype(f"u{size}").type, 8 * size
-    bits = np.concatenate([np.ascontiguousarray(part).reshape(-1).view(wide) for *_, part in items])
+    arrays = [np.ascontiguousarray(part).reshape(-1).view(wide) for *_, part in items]
+    bits = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     shapes = [specs[number].shape[1:] or (part.size,) for number, _, part in items]
     lengths = [max(1, prod(shape)) for shape in shapes]
-    scales, zeros, at = [np.empty(0, np.uint16)], [np.empty(0, np.uint8)], 0
     runs = loader.float_rows([part.size for *_, part in items], lengths)
-    tops = (bits & wide((1 << width - 1) - 1)) >> wide(mantissa - 2)
-    for rows, length in runs:
-        here = slice(at, at + rows * length)
-        top, at = tops[here].reshape(rows, length), here.stop
-        total = top.sum(axis=1, dtype=np.int64)
-        scales.append((total // np.maximum(np.count_nonzero(top, axis=1), 1)).astype(np.uint16))
-        some = np.bitwise_or.reduce(bits[here].reshape(rows, length), axis=1).astype(np.int64)
-        some |= 1 << mantissa
-        lowest = np.log2((some & -some).astype(np.float64)).astype(np.uint8)
-        zeros.append(np.where(lowest < 4, 0, lowest).astype(np.uint8))
-    scale, zero = np.concatenate(scales), np.concatenate(zeros)
+    magnitude, upper = wide((1 << width - 1) - 1), wide(mantissa - 2)
+    scale, zero = _scales_and_zeros(bits, runs, mantissa)
     keys = zero.astype(np.int32) * 4 + (scale & 3)
     order = np.argsort(keys, kind="stable")
     each = loader.float_lengths(runs)[order]
-    found = np.empty_like(bits)
-    for run, shape, numbers, place in loader.float_places(runs, keys):
-        found[place].reshape(-1, shape[1])[:] = bits[run].reshape(shape)[numbers]
-    offsets = np.repeat(((scale[order] >> 2 << 2).astype(np.int32) - 128).astype(wide), each)
+    bases = ((scale[order] >> 2 << 2).astype(np.int32) - 128).astype(wide)
+    row_at = np.cumsum(each) - each
     shifts = range(0, mantissa - 7, 8)
-    top8, middle, *lows = np.empty((2 + len(shifts), found.size), np.uint8)
-    for first in range(0, found.size, _BLOCK):  # what a cache holds
-        here = slice(first, first + _BLOCK)
-        block = found[here]
-        top = ((block & wide((1 << width - 1) - 1)) >> wide(mantissa - 2)) - offsets[here]
-        top &= wide((1 << width + 1 - mantissa) - 1)
-        top8[here] = top.astype(np.uint8)
-        top >>= wide(8)
-        top <<= wide(6)
-        top |= block >> wide(width - 1) << wide(5)
-        top |= block >> wide(mantissa - 7) & wide(31)
-        middle[here] = top.astype(np.uint8)
-        for low, shift in zip(lows, shifts, strict=True):
-            mask = wide((1 << min(8, mantissa - 7 - shift)) - 1)
-            low[here] = (block >> wide(shift) & mask).astype(np.uint8)
+    top8, middle, *lows = np.empty((2 + len(shifts), bits.size), np.uint8)
+    for run, shape, numbers, place in loader.float_places(runs, keys):
+        first, done = int(np.searchsorted(row_at, place.start)), place.start
+        for some in _blocks(numbers, shape[1]):
+            block = bits[run].reshape(shape)[some]
+            offset, first = bases[first : first + len(some), None], first + len(some)
+            here = slice(done, done := done + block.size)
+            top = ((block & magnitude) >> upper) - offset
+            top &= wide((1 << width + 1 - mantissa) - 1)
+            top8[here] = top.reshape(-1)
+            top >>= wide(8)
+            top <<= wide(6)
+            top |= block >> wide(width - 1) << wide(5)
+            top |= block >> wide(mantissa - 7) & wide(31)
+            middle[here] = top.reshape(-1)
+            for low, shift in zip(lows, shifts, strict=True):
+                mask = wide((1 << min(8, mantissa - 7 - shift)) - 1)
+                low[here] = (block >> wide(shift) & mask).reshape(-1)
     steps, planes = np.diff(scale.astype(np.uint8), prepend=np.uint8(0)), list[bytes]()
-    planes.append(_plane(np.stack((steps, (scale >> 8).astype(np.uint8), zero)), zlib.Z_FILTERED))
-    planes += [_plane(plane, zlib.Z_HUFFMAN_ONLY) for plane in (top8, middle)]
+    planes += _plane(np.stack((steps, (scale >> 8).astype(np.uint8), zero)), zlib.Z_FILTERED)
+    for plane in (top8, middle):
+        planes += _plane(plane, zlib.Z_HUFFMAN_ONLY)
     for low, shift in zip(lows, shifts, strict=True):
         some = low[: int(each[zero[order] < shift + 8].sum())]
         whole = shift + 8 <= mantissa - 7 and not ((zero > shift) & (zero < shift + 8)).any()
-        planes.append(_plane(some, None if whole else zlib.Z_HUFFMAN_ONLY))
+        planes += _plane(some, None if whole else zlib.Z_HUFFMAN_ONLY)
     fields = [uint(number) + uint(first) + uint(part.size) for number, first, part in items]
-    data = record(loader.FLOATS, *map(uint, lengths), *planes)
-    return [record(loader.ITEMS, uint(len(items)), *fields), data]
+    planes = [b"".join(map(uint, lengths)), *planes]
+    data = uint(loader.FLOATS) + uint(sum(map(len, planes)))
+    return [record(loader.ITEMS, uint(len(items)), *fields), data, *planes]
 
 
-def _plane(values: Array, strategy: int | None) -> bytes:
+def _scales_and_zeros(
+    bits: Array, runs: Sequence[tuple[int, int]], mantissa: int
+) -> tuple[Array, Array]:
+    """Of each row the scale, and the zeros that all mantissas end with, if they are 4 or more."""
+    wide, width = bits.dtype.type, 8 * bits.itemsize
+    scales, zeros, at = [np.empty(0, np.uint16)], [np.empty(0, np.uint8)], 0
+    for rows, length in runs:
+        matrix, at = bits[at : at + rows * length].reshape(rows, length), at + rows * length
+        for block in _blocks(matrix, length):
+            top = (block & wide((1 << width - 1) - 1)) >> wide(mantissa - 2)
+            total, count = top.sum(axis=1, dtype=np.int64), (top != 0).sum(axis=1, dtype=np.uint32)
+            scales.append((total // np.maximum(count, 1)).astype(np.uint16))
+            some = np.bitwise_or.reduce(block, axis=1).astype(np.int64) | 1 << mantissa
+            lowest = np.log2((some & -some).astype(np.float64)).astype(np.uint8)
+            zeros.append(np.where(lowest < 4, 0, lowest).astype(np.uint8))
+    return np.concatenate(scales), np.concatenate(zeros)
+
+
+def _blocks(rows: Array, length: int) -> Iterator[Array]:
+    """Rows of so many elements, or their numbers, as many at a time as a cache holds."""
+    step = max(1, _BLOCK // length)
+    return (rows[first : first + step] for first in range(0, len(rows), step))
+
+
+def _plane(values: Array, strategy: int | None) -> tuple[bytes, bytes]:
     """A plane, deflated if that is smaller; None: it is not."""
-    data = values.tobytes()
     if strategy is not None:
         packer = zlib.compressobj(1, zlib.DEFLATED, -15, 9, strategy)
-        packed = packer.compress(data) + packer.flush()
-        if len(packed) < len(data):
-            return uint(len(packed)) + packed
-    return uint(0) + data
+        packed = packer.compress(values.data) + packer.flush()
+        if len(packed) < values.size:
+            return uint(len(packed)), packed
+    return uint(0), values.tobytes()
 
 
 #: elements that a cache holds.

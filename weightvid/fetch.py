@@ -1,8 +1,9 @@
 """Archives from web servers: resumed where a download broke off, checked frame by frame.
 
 What has arrived lies beside the destination, in ``.model.mp4.part``, and what is known of it in
-``.model.mp4.part.json``; both are gone when the archive gets its name. Each box is checked as soon
-as it is whole, and each frame decoded: what a server, a proxy or a disk changed is fetched again.
+``.model.mp4.part.json``; both are gone when the whole archive gets its name. Each box is checked as
+soon as it is whole, and each frame decoded: what a server, a proxy or a disk changed is fetched
+again.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import ssl
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,8 @@ from time import perf_counter, sleep
 from typing import Any, BinaryIO, Final, cast
 
 from weightvid import loader
-from weightvid.atomic import output_error
+from weightvid.archives import Location, open_chain
+from weightvid.atomic import AtomicFile, output_error
 from weightvid.errors import CodecError, FormatError, OutputError, RemoteError, SignatureError
 from weightvid.progress import Progress, Report, quiet
 from weightvid.remote import PATIENCE_S, Answer, WrongAnswerError, explain, is_web, shown
@@ -53,6 +57,11 @@ class FetchOptions:
         What the whole file must have, in hexadecimal; empty: whatever its own hashes say.
     key : str
         Path of a public key by which the archive must be signed; empty: none.
+    layers : int
+        Stop after so many layers; 0: fetch the whole file.
+    base : tuple of path
+        What an update must be to: an archive, or a chain of them, the oldest first; empty: it is
+        not looked at.
     patience : float
         Seconds that a server may take to answer, and for the next 4 kB; one that does not answer
         at all is given up within a minute.
@@ -64,6 +73,8 @@ class FetchOptions:
     restart: bool = False
     sha256: str = ""
     key: str = ""
+    layers: int = 0
+    base: tuple[Location, ...] = ()
     patience: float = PATIENCE_S
     attempts: int = 4
 
@@ -77,7 +88,9 @@ class FetchReport:
     file_bytes, fetched_bytes, resumed_at : int
         Of the file; received in this run; there before it.
     frames, interruptions : int
-        Frames of the archive; how often a connection broke off or had to be given up.
+        Frames that are there; how often a connection broke off or had to be given up.
+    layers, layers_of : int
+        Layers that are there, and of the archive.
     sources : tuple of str
         Addresses that gave something, without their passwords and queries.
     seconds : float
@@ -88,6 +101,8 @@ class FetchReport:
     resumed_at: int
     frames: int
     interruptions: int
+    layers: int
+    layers_of: int
     sources: tuple[str, ...]
     seconds: float
 
@@ -105,7 +120,8 @@ def fetch_archive(
     urls : str or sequence of str
         ``https://`` or ``http://`` addresses of the same file: where one fails, the next goes on.
     destination : path
-        Appears whole, or not at all.
+        Appears whole, or with all the layers asked for, or not at all. What is fetched of more
+        layers later goes on from a copy.
     options : FetchOptions
     progress : callable
         Receives the stage ``fetch``, in bytes.
@@ -114,7 +130,10 @@ def fetch_archive(
     ------
     RemoteError
         No server could give the whole file: each of them is slow, without ranges, has another file
-        than before, or one that is no archive or damaged. What arrived is kept.
+        than before, one that is no archive or damaged, or no update to ``base``. What arrived is
+        kept.
+    FormatError
+        The base is no archive.
     SignatureError
         The archive is not signed by ``key``.
     OutputError
@@ -125,6 +144,8 @@ def fetch_archive(
     for url in sources:
         if not is_web(url):
             raise RemoteError(f"cannot fetch {shown(url)}: only http:// and https:// addresses can")
+    if chosen.layers and (chosen.sha256 or chosen.key):
+        raise RemoteError("a hash or signature is of the whole file: leave out layers, or both")
     target = Path(destination)
     if target.exists() and not chosen.force:
         raise OutputError(f"{target} exists already; use --force (force=True) to replace it")
@@ -134,6 +155,12 @@ def fetch_archive(
             _lock(file, part)
             download = _Download(part, file, chosen, progress)
             report = download.run(sources)
+            if report.layers < report.layers_of:  # the rest may follow
+                output = AtomicFile(target, force=chosen.force)
+                file.seek(0)
+                shutil.copyfileobj(file, output.file)
+                output.commit()
+                return report
         part.replace(target)
         download.state.path.unlink(missing_ok=True)
     except OSError as error:
@@ -183,24 +210,27 @@ class _Arrived:
     frames, places : int, list of (int, int)
         Number of frames; offset and bytes of each.
     complete : bool
-        Whether the last box is there.
+        Whether the last box is there, or all the layers that are wanted.
+    header : Header or None
     """
 
-    def __init__(self, file: BinaryIO, trusted: int) -> None:
-        self._file, self._trusted = file, trusted
+    def __init__(self, file: BinaryIO, trusted: int, layers: int, base: bytes) -> None:
+        self._file, self._trusted, self._layers, self._base = file, trusted, layers, base
+        #: layers wanted that are not there, by tensor; None: the whole file is wanted.
+        self._left: Counter[int] | None = None
         self.good = self.frames = 0
         self.complete = False
         self.places: list[tuple[int, int]] = []
         self._at = 0
         self._track: loader.Track | None = None
-        self._header: loader.Header | None = None
+        self.header: loader.Header | None = None
         self._sidecar: loader.Sidecar | None = None
         self._before = self._last = b""
 
     @property
     def most(self) -> int:
         """Bytes that an archive of these tensors can have, whatever its server says."""
-        tensors = self._header.tensors if self._header else ()
+        tensors = self.header.tensors if self.header else ()
         return 2 * sum(spec.stored_bytes for spec in tensors) + _MOST_BESIDES
 
     def check(self, length: int) -> None:
@@ -243,19 +273,41 @@ class _Arrived:
         if kind == b"moov":
             self._track = loader.parse_moov(payload)
         elif kind == loader.HEADER_UUID:
-            self._header = loader.parse_header(loader.open_body(payload, what), self._at)
+            self.header = loader.parse_header(loader.open_body(payload, what), self._at)
+            self._want(self.header)
         elif kind == loader.FRAME_UUID:
-            header = cast(loader.Header, self._header)
+            header = cast(loader.Header, self.header)
             self._sidecar = loader.parse_sidecar(loader.open_body(payload, what), header)
             if self._sidecar.frame != self.frames:
                 raise FormatError(f"{what} is of frame {self._sidecar.frame}", "order", self._at)
         elif kind == b"mdat":
             self._frame(payload)
+        elif kind == loader.EXACT_UUID:
+            header = cast(loader.Header, self.header)
+            items = loader.parse_exact(payload, header)
+            self._note(n for n, at, a in items if at + a.size == header.tensors[n].size)
         elif kind[:10] == b"weightvid-":
-            first = kind in (loader.FILE_UUID, loader.EXACT_UUID)
-            loader.open_body(payload if first else payload[:-4], what)
+            loader.open_body(payload if kind == loader.FILE_UUID else payload[:-4], what)
         elif kind == b"mfra":
             self.complete = True
+
+    def _want(self, header: loader.Header) -> None:
+        """See of what an update is, and how many layers make enough."""
+        known = header.layers
+        if self._base and (known is None or known.base != self._base):
+            of = known.base.hex() if known and known.base else ""
+            what = f"an update to the archive of root {of}" if of else "no update"
+            raise WrongAnswerError(f"it is {what}, and the base has the root {self._base.hex()}")
+        if known is not None and 0 < self._layers < known.total:
+            lowest = (1 << self._layers) - 1
+            masks = enumerate(known.masks)
+            self._left = Counter({n: (mask >> 1 & lowest).bit_count() for n, mask in masks})
+
+    def _note(self, tensors: Iterable[int]) -> None:
+        """A layer of these tensors is there."""
+        if self._left is not None:
+            self._left.subtract(tensors)
+            self.complete = max(self._left.values(), default=0) <= 0
 
     def _frame(self, packet: bytes) -> None:
         """Decode the frame whose packet this is, unless that was done in an earlier run."""
@@ -269,6 +321,7 @@ class _Arrived:
                 raise FormatError(why, "frame-digest", self.good)
         self._sidecar, self.frames = None, self.frames + 1
         self.places.append((self.good, self._at + 8 + len(packet) - self.good))
+        self._note(end.tensor for end in sidecar.ends)
 
 
 class _Download:
@@ -281,7 +334,12 @@ class _Download:
             _State(part).path.unlink(missing_ok=True)
         self.state = _State(part)
         self._length = file.seek(0, os.SEEK_END)
-        self._arrived = _Arrived(file, min(self.state.checked, self._length))
+        root = b""
+        if options.base:
+            with open_chain(options.base) as base:
+                root = base.root
+        trusted = min(self.state.checked, self._length)
+        self._arrived = _Arrived(file, trusted, options.layers, root)
         self._fetched, self._resumed_at, self._used = 0, self._length, list[str]()
 
     def run(self, urls: Sequence[str]) -> FetchReport:
@@ -308,10 +366,13 @@ class _Download:
                     raise RemoteError(why + kept) from None
                 if failures:
                     sleep(min(self._options.patience, 0.05 * 2**failures))
-        self._finish()
+        known = cast(loader.Header, self._arrived.header).layers
+        total = known.total if known else 1
+        layers = min(self._options.layers or total, total)
+        self._finish(whole=layers == total)
         return FetchReport(
             self._length, self._fetched, self._resumed_at, self._arrived.frames, interruptions,
-            tuple(self._used), perf_counter() - began,
+            layers, total, tuple(self._used), perf_counter() - began,
         )  # fmt: skip
 
     def _cut(self) -> None:
@@ -381,8 +442,8 @@ class _Download:
         foreign = isinstance(error, FormatError) and not self._arrived.good
         return foreign or isinstance(error, (RemoteError, ssl.SSLCertVerificationError))
 
-    def _finish(self) -> None:
-        """Check the whole file; what is not right is thrown away."""
+    def _finish(self, whole: bool) -> None:
+        """Check the whole file, if it is there; what is not right is thrown away."""
         self._length = self._arrived.good
         self._file.truncate(self._length)
         self._file.flush()
@@ -395,7 +456,7 @@ class _Download:
                 why = f"the file has the SHA-256 {found}, not {self._options.sha256}"
         try:
             index = loader.open_archive(self._file).index
-            if index is None or list(index.frames) != self._arrived.places:
+            if whole and (index is None or list(index.frames) != self._arrived.places):
                 why = why or "the index contradicts the file"
             if self._options.key:
                 with open_signed(self._file, self._options.key) as signed:

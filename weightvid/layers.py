@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from math import log10
+from math import log2, log10
 from time import perf_counter
 from typing import BinaryIO, Final, cast
 
@@ -46,6 +46,7 @@ from weightvid.levels.frames import (
     lay_out,
     ribbon_columns,
 )
+from weightvid.levels.stats import TensorStats
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.levels.transform import dct
 from weightvid.levels.trellis import sign_coded_bits
@@ -78,10 +79,11 @@ from weightvid.writer import ArchiveWriter
 #: where a base errs little more than an archive of the model itself would: what is left there are
 #: the changes of the training, which point one way in all tensors and do more harm than noise.
 UPDATE_STEP, UPDATE_PRICE, NEAR_PRICE = 0.8, 0.076, 0.066
-#: steps of each layer but the last, in those of the layer above it, and the price of a bit there:
-#: about what a smaller error saves in the refinement. A tensor is complete at once, by its last
-#: steps, where coarse ones would be less than so many times larger.
-LAYER_RATIO, COARSE_PRICE, _LEAST_RATIO = 6.0, 0.1, 1.5
+#: of a progressive archive, the part of all bits that the first layer gets, and the price of a bit
+#: there: about what a smaller error saves in the refinement. That depends on the errors of weights
+#: as well, which the damping stands for. A tensor is complete at once, by its last steps, where
+#: coarse ones would be less than so many times larger.
+FIRST_SHARE, COARSE_PRICE, COARSE_DAMPING, _LEAST_RATIO = 0.4, 0.07, 20.0, 1.5
 #: mantissa bits of differences of 1-D floats, where floats keep fewer than all.
 DIFFERENCE_BITS: Final = 8
 #: a base is near a tensor whose error it has less than this times as large as an archive of the
@@ -214,17 +216,19 @@ class _Pile:
 
     def refine(self, layers: int) -> None:
         """Code a model in so many layers."""
-        factor, done = self._survey.first_factor, set[int]()
-        fine = self._survey.plans(factor)
+        survey, factor, done = self._survey, self._survey.first_factor, set[int]()
+        fine = survey.plans(factor)
+        octaves = (1 - FIRST_SHARE) * _normal_bits(fine, survey.stats) / max(1, layers - 1)
         for left in reversed(range(layers)):
             plans = {
                 number: plan.priced(COARSE_PRICE)
                 if plan.step > _LEAST_RATIO * fine[number].step
                 else fine[number]
-                for number, plan in self._survey.plans(factor * LAYER_RATIO**left).items()
+                for number, plan in survey.plans(factor * 2 ** (octaves * left)).items()
             }
             wanted = {number: plan for number, plan in plans.items() if number not in done}
-            made = _Layer(plans, dict(self._code(wanted, added=left + 1 < layers)))
+            coded = self._code(wanted, added=left + 1 < layers, damping=COARSE_DAMPING)
+            made = _Layer(plans, dict(coded))
             done |= {number for number, plan in plans.items() if plan is fine[number]}
             self._add(made)
 
@@ -289,8 +293,10 @@ class _Pile:
             return float(np.square(rows).sum(dtype=np.float64))
         return output_error(rows, moments.moment)
 
-    def _code(self, plans: Mapping[int, TensorPlan], *, added: bool) -> Iterator[tuple[int, Coded]]:
-        """Parts of tensors by their plans."""
+    def _code(
+        self, plans: Mapping[int, TensorPlan], *, added: bool, damping: float = 1.0
+    ) -> Iterator[tuple[int, Coded]]:
+        """Parts of tensors by their plans; those with a price are damped so many times more."""
         survey = self._survey
 
         def tasks() -> Iterator[PartTask]:
@@ -303,6 +309,8 @@ class _Pile:
                     )
                     below = self._below[number][span] if added else None
                     moments = survey.moments.get(number)
+                    if moments is not None and plan.price:
+                        moments = replace(moments, damping=damping * moments.damping)
                     yield PartTask(piece, plan, number, first, moments, below)
 
         results = self._workers.map(code_task, tasks())
@@ -459,6 +467,13 @@ def _steps(archive: Archive) -> dict[str, float]:
     frames = archive.index.frames if archive.index else ()
     sidecars = (archive.packet(number)[0] for number in range(len(frames)))
     return {names[part.tensor]: part.step for each in sidecars for part in each.parts}
+
+
+def _normal_bits(plans: Mapping[int, TensorPlan], stats: Mapping[int, TensorStats]) -> float:
+    """About the bits of a weight, on average, if weights are distributed normally."""
+    root = 4.13  # of 2 pi e
+    bits = [p.spec.size * log2(root * stats[n].scale / p.step) for n, p in plans.items()]
+    return max(0.0, sum(bits) / max(1, sum(plan.spec.size for plan in plans.values())))
 
 
 def _values(coded: Sequence[CodedPart], plan: TensorPlan) -> Floats:

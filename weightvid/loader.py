@@ -13,6 +13,7 @@ import io
 import os
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -279,13 +280,13 @@ class Fields:
 
     def uint(self, limit: int = MAX_BOX_BYTES) -> int:
         """A LEB128 number from 0 to ``limit``."""
-        value = shift = 0
-        for byte in self.data[self.at : self.at + 10]:
-            value, shift, self.at = value | (byte & 0x7F) << shift, shift + 7, self.at + 1
-            if byte < 0x80:
-                break
-        else:
-            raise self.bad("a number has no end")
+        at, value, shift = self.at, 0, 0
+        try:
+            while (byte := self.data[at]) > 0x7F and shift < 63:
+                value, shift, at = value | (byte & 0x7F) << shift, shift + 7, at + 1
+        except IndexError:
+            raise self.bad("a number has no end") from None
+        value, self.at = value | byte << shift, at + 1
         if value > limit:
             raise self.bad(f"a number is above {limit}", "limit")
         return value
@@ -444,8 +445,8 @@ def parse_sidecar(body: bytes, header: Header) -> Sidecar:
 def parse_exact(payload: bytes, header: Header) -> Iterator[tuple[int, int, Array]]:
     """Elements of exact tensors in a box: number of the tensor, first element, elements."""
     what = "a box of exact tensors"
-    kinds = ITEMS, DATA, FLOATS
-    lists, contents, floats = read_records(open_body(payload, what), what, kinds)
+    body = cast(bytes, memoryview(open_body(payload, what)))  # of which parts are no copies
+    lists, contents, floats = read_records(body, what, (ITEMS, DATA, FLOATS))
     fields, items = lists[0], []
     for _ in fields.items():
         tensor = fields.uint(len(header.tensors) - 1)
@@ -697,7 +698,7 @@ def dequantize(
     index = (trellis_index(levels) if trellis else levels).astype(np.float32)
     unit = np.float32(part.step / (4 if trellis else 1) / (1 << part.shift))
     places, numbers = part.escapes or (np.empty(0, np.int64), np.empty(0, np.float32))
-    some = slice(*np.searchsorted(places, (begin, begin + levels.size)))
+    some = slice(*places.searchsorted((begin, begin + levels.size)))
     places, numbers = places[some] - begin, numbers[some]
     index.reshape(-1)[places] = 0 if part.bases else numbers
     with np.errstate(all="ignore"):
@@ -707,9 +708,10 @@ def dequantize(
             kernels = None if out is None else out.reshape(len(levels), -1, len(matrix))
             kernels = np.matmul(cut.swapaxes(1, 2), matrix, out=kernels)  # (R, C, K)
             row, frequency, channel = np.unravel_index(places, cut.shape)
-            for f in sorted(set(frequency.tolist())):
-                at = frequency == f
-                kernels[row[at], channel[at]] += numbers[at, None] * matrix[f]
+            starts = (row * kernels.shape[1] + channel) * len(matrix)
+            positions = starts[:, None] + np.arange(len(matrix))
+            added = numbers[:, None] * matrix[frequency]  # of a channel by rising frequency
+            np.add.at(kernels.reshape(-1), positions.reshape(-1), added.reshape(-1))
             index = kernels.reshape(levels.shape)
         values: Floats = np.multiply(index, unit, out=index if out is None else out)
         if part.row_steps is not None:
@@ -943,6 +945,7 @@ class Assembler:
     ) -> None:
         self._header, self._only, self._check, self._sink = header, only, check, sink
         self._layers, self._base = layers, base
+        #: parts that go on in the next frame, their columns, and how many of them have come.
         self._open: list[tuple[Part, Bytes, int]] = []
         #: of tensors being built: elements, how many there are, whether a layer is added to them.
         self._arrays: dict[int, tuple[Array, int, bool]] = {}
@@ -958,26 +961,26 @@ class Assembler:
         height, width = luma.shape
         bands, capacity = luma.reshape(height // BAND, BAND, width), height // BAND * width
         pieces = [(part, room, have, 0) for part, room, have in self._open]
-        free = -(min((have - part.size for part, _, have in self._open), default=0) // BAND)
+        free = max((len(room) - have for _, room, have in self._open), default=0)
         for part in sidecar.parts:
             if not free <= part.column < capacity:
                 raise FormatError(f"parts overlap in frame {sidecar.frame}", "order")
-            free = part.column - part.size // -BAND
+            length = -(part.size // -BAND)
+            free = part.column + length
             if self._only in (None, part.tensor):
-                pieces.append((part, np.empty(part.size, np.uint8), 0, part.column))
+                pieces.append((part, np.empty((length, BAND), np.uint8), 0, part.column))
         self._open = []
         for part, room, begun, first in pieces:
             have, column = begun, first
-            while have < part.size and column < capacity:
+            while have < len(room) and column < capacity:
                 band, x = divmod(column, width)
-                run = min(-(-(part.size - have) // BAND), width - x)
-                samples = bands[band, :, x : x + run].T.reshape(-1)[: part.size - have]
-                room[have : have + samples.size] = samples
-                have, column = have + samples.size, column + run
-            if have < part.size:
+                run = min(len(room) - have, width - x)
+                room[have : have + run] = bands[band, :, x : x + run].T
+                have, column = have + run, column + run
+            if have < len(room):
                 self._open.append((part, room, have))
             else:
-                self._finish(part, room)
+                self._finish(part, room.reshape(-1)[: part.size])
         for end in sidecar.ends:
             if self._only in (None, end.tensor) and self._sink is None:
                 yield end.tensor, self._take(end.tensor, end.sha256)
@@ -1257,34 +1260,34 @@ class Archive(Mapping[str, Array]):
 
     def levels(self, name: str) -> Levels:
         """Integers and step of a uniform, untransformed tensor; an error says why it has none."""
-        spec, values, steps = self.spec(name), list[Array](), list[float]()
+        (spec, parts, _, frames, _), values = self.info(name), list[Array]()
+        outliers = [part.escapes[1] for part in parts if part.escapes]
+        trellis = "its levels are trellis-coded: one integer has two meanings"
+        kernels = "its levels are coefficients of a transform, or have steps by row"
+        for wrong, why in (
+            (self.header.mask(self._number(name)) != 2, "it is a sum of layers"),
+            (not parts, "it lies in a box beside the pictures"),
+            (any(part.method == TRELLIS for part in parts), trellis),
+            (any(part.bases or part.row_steps is not None for part in parts), kernels),
+            (not all((abs(n) < 1 << 31).all() for n in outliers), "an outlier exceeds 32 bits"),
+        ):
+            if wrong:
+                raise TensorNotFoundError(
+                    f"tensor {name!r} has no integers to compute with: {why}; pack with --integer "
+                    "to get them"
+                )
 
         def take(part: Part, matrix: Array) -> None:
-            places, numbers = part.escapes or (np.empty(0, np.intp), np.empty(0))
-            if part.method == TRELLIS:
-                raise refused("its levels are trellis-coded: one integer has two meanings")
-            if part.bases or part.row_steps is not None or part.frequency_steps is not None:
-                raise refused("its levels are coefficients of a transform, or have steps by row")
-            if not (np.abs(numbers) < 1 << 31).all():
-                raise refused("it has an outlier that no 32-bit integer holds")
             values.append(matrix.astype(np.int32).reshape(-1))
-            values[-1][places] = numbers
-            steps.append(part.step)
-
-        def refused(why: str) -> TensorNotFoundError:
-            why = f"tensor {name!r} has no integers to compute with: {why}"
-            return TensorNotFoundError(f"{why}; pack with --integer to get them")
+            if part.escapes:
+                values[-1][part.escapes[0]] = part.escapes[1]
 
         assembler = Assembler(self.header, self._number(name), sink=take)
-        if self.header.mask(self._number(name)) != 2:
-            raise refused("it is a sum of layers")
-        for frame in self.frames(self.info(name).frames):
+        for frame in self.frames(frames):
             all(assembler.add(*frame))
-        if not values:
-            raise refused("it lies in a box beside the pictures")
         if sum(flat.size for flat in values) != spec.size:
             raise _defect(spec, "ends too early")
-        return Levels(np.concatenate(values).reshape(spec.shape), steps[0])
+        return Levels(np.concatenate(values).reshape(spec.shape), parts[0].step)
 
     def info(self, name: str) -> TensorInfo:
         """What the archive says of a tensor; decodes nothing."""
@@ -1350,23 +1353,21 @@ class Archive(Mapping[str, Array]):
         At the end of a file that is cut short, a `TruncatedError` names what did not arrive.
         """
         specs, tensors = self.header.tensors, self._assembler()
-        masks = [self.header.mask(n) >> 1 & ((1 << self.layers) - 1) for n in range(len(specs))]
-        ahead = [sum(mask >> layer & 1 for mask in masks) for layer in range(self.layers)]
-        left, every = dict(enumerate(specs)), self.layers == self._layer_count
+        masks, every = map(self.header.mask, range(len(specs))), self.layers == self._layer_count
+        own = [[n for n in range(self.layers) if mask >> 1 + n & 1] for mask in masks]
+        ahead, left = Counter(chain(*own)), dict(enumerate(specs))
 
         def arrived(number: int, array: Array) -> Arrival:
-            mask, later = masks[number], tensors.left(number)
-            layer = mask.bit_count() - later
-            for _ in range(layer - 1):
-                mask &= mask - 1
-            if mask:
-                ahead[(mask & -mask).bit_length() - 1] -= 1
+            later = tensors.left(number)
+            layer = len(own[number]) - later
+            if layer:
+                ahead[own[number][layer - 1]] -= 1
             if not later:
                 del left[number]
-            complete = next((n for n, to_come in enumerate(ahead) if to_come), self.layers)
+            complete = next((n for n in range(self.layers) if ahead[n]), self.layers)
             return Arrival(specs[number], array, layer, later, complete)
 
-        for number in [number for number, mask in enumerate(masks) if not mask]:
+        for number in [number for number, layers in enumerate(own) if not layers]:
             if not self.header.mask(number) & 1:
                 raise _defect(specs[number], f"does not come in the first {self.layers} layers")
             yield arrived(number, self._of_base(number))
@@ -1378,7 +1379,7 @@ class Archive(Mapping[str, Array]):
                 if not left and not every:
                     return
         except TruncatedError as error:
-            missing = [s.name for n, s in left.items() if tensors.left(n) == masks[n].bit_count()]
+            missing = [s.name for n, s in left.items() if tensors.left(n) == len(own[n])]
             shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
             behind = len(left) - len(missing)
             coarse = f"; {behind} tensors are coarse" if behind else ""
@@ -1470,16 +1471,15 @@ def open_archive(
     ------
     FormatError, TruncatedError, OSError
     """
-    named = isinstance(source, str | os.PathLike)
-    opened = io.BytesIO(source) if isinstance(source, bytes) else cast(BinaryIO, source)
+    file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     if isinstance(source, str | os.PathLike):
-        opened = open(source, "rb")  # noqa: SIM115, PTH123 - closed by the archive
+        file = open(source, "rb")  # noqa: SIM115, PTH123 - closed by the archive
     try:
-        archive = Archive(opened, decoder, threads, check_tensors, layers)
+        archive = Archive(file, decoder, threads, check_tensors, layers)
         if base is not None:
             archive.use_base(*(base if isinstance(base, list | tuple) else (base,)))
     except BaseException:
-        if named:
-            opened.close()
+        if file is not source:
+            file.close()
         raise
     return archive

@@ -22,7 +22,7 @@ from weightvid.loader import Floats, TensorSpec
 #: what PyTorch adds to a variance. Where a network adds 1e-3, gains of channels that hardly vary
 #: err by a few percent.
 _EPS: Final = 1e-5
-#: bits of weight and bias for each bit of mean and variance.
+#: bits of weight and bias for each bit of mean and variance, which have two at least.
 _SHARE: Final = 3
 #: how near statistics of a base are: the variance to itself, the mean to the deviation.
 _NEAR: Final = 0.25
@@ -93,7 +93,7 @@ def round_norm(
     values : four ndarray of float32, shape (channels,)
         In the order of `Norm`.
     bits : int
-        Stored mantissa bits of weight and bias, 3..23; mean and variance get a third.
+        Stored mantissa bits of weight and bias, 3..23; mean and variance get a third, or 2.
     below : four ndarray of float32, optional
         Those of a base: its mean and variance are taken where they are near.
 
@@ -103,7 +103,7 @@ def round_norm(
     """
     given = list(values)
     weight, bias, mean, variance = (each.astype(np.float64) for each in given)
-    few = bits // _SHARE
+    few = max(2, bits // _SHARE)
     with np.errstate(all="ignore"):
         deviation = np.sqrt(variance + _EPS)
         new_mean, new = round_mantissa(given[2], few), round_mantissa(given[3], few)

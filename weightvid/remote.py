@@ -290,35 +290,53 @@ def _read_web(url: str, size: int, start: int, stop: int) -> bytes:
         return b"".join(answer)
 
 
-class _RemoteFile(io.RawIOBase):
-    """A file of which any part can be asked for."""
+class Pieces(io.RawIOBase):
+    """A file of so many bytes of which any part can be asked for, by `_piece`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size, self._at = size, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Go to a place, beyond the end, too."""
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Fill a buffer as far as one part goes."""
+        view = memoryview(buffer).cast("B")
+        data = self._piece(self._at, min(len(view), max(0, self._size - self._at)))
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def _piece(self, at: int, most: int) -> bytes:
+        """Bytes from a place on: some of ``most``, if that is not 0."""
+        raise NotImplementedError
+
+
+class _RemoteFile(Pieces):
+    """A file whose parts are read from a server or store."""
 
     def __init__(
         self, size: int, read: Callable[[int, int], bytes], close: Callable[[], object] = str
     ) -> None:
-        super().__init__()
-        self._size, self._read, self._close, self._at = size, read, close, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
+        super().__init__(size)
+        self._read, self._close = read, close
 
     def readall(self) -> bytes:
         return self.read(self._size) or b""  # at once, where the base class reads bit by bit
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        view = memoryview(buffer).cast("B")
-        stop = min(self._at + len(view), self._size)
-        data = self._read(self._at, stop) if self._at < stop else b""
-        view[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+    def _piece(self, at: int, most: int) -> bytes:
+        return self._read(at, at + most) if most else b""
 
     def close(self) -> None:
         self._close()

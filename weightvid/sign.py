@@ -9,7 +9,6 @@ describes the box.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -17,19 +16,16 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
+from typing import Any, BinaryIO, Final, NamedTuple, cast
 
-from weightvid.archives import Location, find_tail, walk_boxes
+from weightvid.archives import Location, find_tail, open_file, walk_boxes
 from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import is_url
 from weightvid.container import box, close_body, mfra, record, tail_box, uint
 from weightvid.errors import FormatError, KeyFileError, SignatureError
 from weightvid.loader import EXACT_UUID, FRAME_UUID, INDEX_UUID, Fields, open_body, read_records
-from weightvid.remote import open_remote
+from weightvid.remote import Pieces
 from weightvid.repair import MAX_SHARE, MIN_SHARE, PARITY_UUID, add_parity
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 SIGN_UUID: Final = b"weightvid-sign\0\0"
 KEY, UNITS, SIGNATURE = 112, 114, 116
@@ -265,12 +261,7 @@ def open_signed(
         return
     public = _load(key, "public")
     with ExitStack() as stack:
-        if not isinstance(archive, (str, os.PathLike)):
-            file = archive
-        elif is_url(archive):
-            file = stack.enter_context(open_remote(archive))
-        else:
-            file = stack.enter_context(Path(archive).open("rb"))
+        file = open_file(archive, stack)
         try:
             if signature is not None:
                 data = Path(signature).read_bytes()
@@ -305,40 +296,24 @@ def _accept(found: Sequence[Signature], public: Any) -> list[Unit]:
     )
 
 
-class _Checked(io.RawIOBase):
+class _Checked(Pieces):
     """The signed units of a file, one behind the other, and an empty ``mfra``.
 
     What else the file holds does not exist here: a forged end could point anywhere.
     """
 
     def __init__(self, file: BinaryIO, units: Sequence[Unit]) -> None:
-        super().__init__()
-        self._file, self._units = file, units
+        self._file, self._units, self._number, self._unit = file, units, -1, b""
         self._starts = list(accumulate((unit.size for unit in units), initial=0))
-        self._at, self._number, self._unit = 0, -1, b""
-
-    def readable(self) -> bool:
-        return True
+        super().__init__(self._starts[-1] + len(_END))
 
     def seekable(self) -> bool:
         return self._file.seekable()
 
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        end = self._starts[-1] + len(_END)
-        self._at = max(0, offset + (0, self._at, end)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        view = memoryview(buffer).cast("B")
-        number = bisect_right(self._starts, self._at) - 1
+    def _piece(self, at: int, most: int) -> bytes:
+        number = bisect_right(self._starts, at) - 1
         data = self._load(number) if number < len(self._units) else _END
-        piece = data[self._at - self._starts[number] :][: len(view)]
-        view[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
+        return data[at - self._starts[number] :][:most]
 
     def _load(self, number: int) -> bytes:
         if number == self._number:

@@ -11,47 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.errors import CheckpointError
-from weightvid.loader import DTYPES, PACKABLE, TensorSpec, from_float32, to_float32
-
-__all__ = [
-    "LARGEST",
-    "PACKABLE",
-    "RAW_BITS",
-    "STORED",
-    "SUB_BYTE",
-    "SideFile",
-    "TensorSpec",
-    "from_float32",
-    "is_safe_path",
-    "name_of",
-    "pack_bits",
-    "stored_dtype",
-    "to_float32",
-    "unpack_bits",
-    "weight_count",
-]
-
-#: dtype name -> numpy dtype of the *stored* little-endian elements (raw bits where numpy lacks it).
-STORED: Final[dict[str, np.dtype[np.generic]]] = DTYPES
+from weightvid.loader import DTYPES, PACKABLE, TensorSpec
 
 #: largest finite value of each packable dtype, as far as float32 reaches.
 LARGEST: Final = {"F64": 3.4e38, "F32": 3.4e38, "F16": 65504.0, "BF16": 3.38e38}
 
 #: dtypes whose numpy array is raw bits, because numpy has no such type.
-RAW_BITS: Final = frozenset(
-    {
-        "BF16",
-        "F8_E4M3",
-        "F8_E5M2",
-        "F8_E8M0",
-        "F8_E4M3FNUZ",
-        "F8_E5M2FNUZ",
-        "F6_E2M3",
-        "F6_E3M2",
-        "F4",
-        "C32",
-    }
-)
+RAW_BITS: Final = frozenset(n for n in DTYPES if n.startswith(("BF", "F8", "F6_", "F4", "C32")))
 
 #: dtype name -> bits per element, where files hold elements smaller than a byte. The stored array
 #: has one element per byte (low bits); files pack them, the first element in the lowest bits.
@@ -101,7 +67,7 @@ def name_of(dtype: np.dtype[np.generic]) -> str:
     >>> name_of(np.dtype("float32"))
     'F32'
     """
-    for name, stored in STORED.items():
+    for name, stored in DTYPES.items():
         if name not in RAW_BITS and stored == dtype:
             return name
     raise CheckpointError(f"arrays of dtype {dtype} cannot be stored")

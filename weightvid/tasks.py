@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from math import inf, log10
 from typing import NamedTuple
 
@@ -83,16 +82,10 @@ def code_task(task: PartTask) -> CodedPart:
     return code_part(piece.read(), plan, number, first_row, moments, below)
 
 
-_LOCAL = threading.local()
-
-
 def encode_frame(task: FrameTask) -> Packet:
     """Packet of a frame and SHA-256 of what it decodes to; of a lossy one also what that is."""
     height, width = task.luma.shape
-    key = (task.video, width, height)
-    if getattr(_LOCAL, "key", None) != key:
-        _LOCAL.key, _LOCAL.encoder = key, open_encoder(task.video, width, height)
-    encoder = _LOCAL.encoder
+    encoder = open_encoder(task.video, width, height)
     data = encoder.encode(task.luma)
     if task.video.qp is None:
         return Packet(data, hashlib.sha256(task.luma.data).digest(), None)

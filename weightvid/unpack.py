@@ -26,9 +26,18 @@ from weightvid.archives import (
 )
 from weightvid.checkpoint import Contents, create_checkpoint, is_url, kind_for_output
 from weightvid.errors import CheckpointError, FormatError, TensorNotFoundError
-from weightvid.loader import MAX_LAYERS, Archive, Array, Header, TensorSpec
+from weightvid.loader import (
+    MAX_LAYERS,
+    PACKABLE,
+    Archive,
+    Array,
+    Header,
+    TensorSpec,
+    from_float32,
+    to_float32,
+)
 from weightvid.progress import Progress, Report, quiet
-from weightvid.spec import PACKABLE, SideFile, from_float32, stored_dtype, to_float32
+from weightvid.spec import SideFile, stored_dtype
 
 #: floating-point types that ``UnpackOptions.dtype`` may name.
 OUTPUT_DTYPES: Final = ("F32", "F16", "BF16", "F64")

@@ -20,10 +20,9 @@ from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import EvaluationError, FormatError, TensorNotFoundError
 from weightvid.levels.code import compare_rows
 from weightvid.levels.transform import view_of
-from weightvid.loader import Archive, Array, TensorSpec
+from weightvid.loader import PACKABLE, Archive, Array, TensorSpec, to_float32
 from weightvid.norms import norm_sqnr_db, norms_of
 from weightvid.progress import Report, quiet
-from weightvid.spec import PACKABLE, to_float32
 
 _BLOCK: Final = 1 << 20
 #: the archive gives an SQNR in hundredths of a decibel.
@@ -65,6 +64,8 @@ class Comparison:
         Tensors farther from the checkpoint's than the archive says, or than was asked for, and why.
     sqnr_db, max_abs_error : float or None, float
         Over all tensors in the pictures; None if there is no error at all. Largest of all tensors.
+    norms_db : float or None
+        Of the gain and offset of the worst BatchNorm, for which its tensors are judged.
     divergence, max_kl : float or None
         Of the outputs, as the function judges them, and what it may be at most.
     """
@@ -76,6 +77,7 @@ class Comparison:
     below: tuple[str, ...]
     sqnr_db: float | None
     max_abs_error: float
+    norms_db: float | None = None
     divergence: float | None = None
     max_kl: float | None = None
 
@@ -253,6 +255,7 @@ def _compare(
         below=tuple(_below(rows, least_db, archive, kept)),
         sqnr_db=total.sqnr_db,
         max_abs_error=max((sums.largest for _, sums in compared), default=0.0),
+        norms_db=min((sqnr for sqnr in kept.values() if sqnr < inf), default=None),
         divergence=divergence,
         max_kl=None if judged is None else judged.max_kl,
     )

@@ -59,13 +59,9 @@ class Piece:
         if self.array is not None:
             return self.array
         if self.reader is None and self.location is None:
-            return _no_elements(self.name)
+            raise ClusterError(f"a worker was given no elements of tensor {self.name!r}")
         reader = self.reader or _reader(cast(Any, self.location), get_ident())
         return reader.read_range(self.name, self.first, self.count)
-
-
-def _no_elements(name: str) -> Array:
-    raise ClusterError(f"a worker was given no elements of tensor {name!r}")
 
 
 @lru_cache(maxsize=16)

@@ -32,7 +32,7 @@ from weightvid.loader import Array, Header, Sidecar, Track
 from weightvid.spec import SideFile
 
 #: elements of exact tensors that one box holds, in bytes.
-EXACT_BOX_BYTES: Final = 16 << 20
+EXACT_BOX_BYTES: Final = 8 << 20
 #: so many tensors of so many bytes are enough for a box: who reads one of them reads all.
 _ENOUGH_TENSORS, _ENOUGH_BYTES = 16, 1 << 16
 

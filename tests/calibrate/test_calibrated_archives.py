@@ -202,7 +202,7 @@ def test_layer_by_layer_only_if_better(
 @pytest.mark.parametrize("net", [Words], indirect=True)
 def test_where_nobody_can_tell_it_is_not_done(net: Any, example: Any, tmp_path: Path) -> None:
     for found, more, why in ((examples(net, 12), {}, "a single batch"),
-                             (examples(net, trust=False), {}, "without BatchNorm"),
+                             (examples(net, trust=False), {}, "neither BatchNorm"),
                              (example, {"target": Target("sqnr", 15)}, "a target")):  # fmt: skip
         report = pack(net, tmp_path / "m.mp4", found, **more)[0]
         assert report.notes[-1].startswith(f"not layer by layer: {why}")

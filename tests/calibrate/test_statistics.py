@@ -174,7 +174,9 @@ def test_text_counts_by_what_errors_do_to_the_next_token() -> None:
             text = torch.cat([text, torch.multinomial(spread, 1)], 1)
     # With so much damping no error makes up for another, and all cost a thousand times as much.
     config = CalibrationConfig(dampings=(1e3,))
-    harms = calibrate(net, text.split(8), config).sensitivity
+    known = calibrate(net, text.split(8), config)
+    assert known.confirmed  # by the text itself
+    harms = known.sensitivity
     assert {*harms} == {"0.weight", "1.weight", "3.weight"}
     with torch.no_grad():
         before = net(text).log_softmax(-1)

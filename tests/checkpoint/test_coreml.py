@@ -16,7 +16,8 @@ from checkpoints import normal, save
 
 from weightvid.checkpoint import Contents, create_checkpoint, kind_of_file, open_checkpoint
 from weightvid.errors import CheckpointError, OutputError
-from weightvid.spec import SideFile, TensorSpec
+from weightvid.loader import TensorSpec
+from weightvid.spec import SideFile
 
 coremltools: Any = pytest.importorskip("coremltools")
 from coremltools.converters.mil.mil import Builder  # noqa: E402

@@ -13,7 +13,7 @@ from checkpoints import normal, save
 
 from weightvid.checkpoint import Contents, create_checkpoint, from_mapping, open_checkpoint
 from weightvid.errors import CheckpointError
-from weightvid.spec import TensorSpec
+from weightvid.loader import TensorSpec
 
 gguf = pytest.importorskip("gguf")
 

@@ -11,7 +11,7 @@ from checkpoints import normal, save
 
 from weightvid.checkpoint import Contents, create_checkpoint, open_checkpoint
 from weightvid.errors import CheckpointError
-from weightvid.spec import TensorSpec
+from weightvid.loader import TensorSpec
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402

@@ -20,7 +20,8 @@ from weightvid.checkpoint import (
     open_checkpoint,
 )
 from weightvid.errors import CheckpointError
-from weightvid.spec import PACKABLE, RAW_BITS, STORED, SUB_BYTE, stored_dtype, to_float32
+from weightvid.loader import DTYPES, PACKABLE, to_float32
+from weightvid.spec import RAW_BITS, SUB_BYTE, stored_dtype
 
 pytest.importorskip("torch")
 
@@ -59,7 +60,7 @@ def expected(kind: str, dtype: str, array: np.ndarray[Any, Any]) -> tuple[str, A
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [(k, dtype) for k in KINDS for dtype in STORED if dtype not in LACKS[k]],
+    [(k, dtype) for k in KINDS for dtype in DTYPES if dtype not in LACKS[k]],
 )
 def test_every_dtype(tmp_path: Path, kind: str, dtype: str) -> None:
     shapes: list[tuple[int, ...]] = [(3, 4), (0, 2), (5, 0), (2, 1, 3, 4), (8,)]
@@ -87,7 +88,7 @@ def checkpoints(draw: st.DrawFn, kind: str) -> tuple[dict[str, Any], dict[str, s
     names = TEXT.filter(lambda name: "\0" not in name) if kind == "npz" else TEXT
     dtypes, arrays = {}, {}
     for name in draw(st.lists(names, max_size=6, unique=True)):
-        dtype = draw(st.sampled_from(sorted(set(STORED) - LACKS[kind])))
+        dtype = draw(st.sampled_from(sorted(set(DTYPES) - LACKS[kind])))
         shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
         if dtype in SUB_BYTE:
             shape = (*shape, 8)

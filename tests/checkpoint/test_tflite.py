@@ -14,7 +14,8 @@ from checkpoints import normal, save
 from weightvid.checkpoint import Contents, create_checkpoint, open_checkpoint
 from weightvid.checkpoint.tflite_file import GRAPH_ROLE
 from weightvid.errors import CheckpointError
-from weightvid.spec import SideFile, TensorSpec
+from weightvid.loader import TensorSpec
+from weightvid.spec import SideFile
 
 pytest.importorskip("tflite")
 schema = pytest.importorskip("ai_edge_litert.schema_py_generated")

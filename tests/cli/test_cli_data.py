@@ -81,7 +81,7 @@ def test_calibrate_and_pack(run: Run, run_json: Run, folder: Path, tmp_path: Pat
         assert any("calibrated" in note for note in record["notes"])
         # Biases that make up for errors are what was packed, all the same.
         run("verify", tmp_path / "m.mp4", "--against", model)
-    assert record["notes"][-1].startswith("not layer by layer: without BatchNorm")
+    assert record["notes"][-1].startswith("not layer by layer: neither BatchNorm")
 
 
 def test_pack_with_an_evaluation(run: Run, run_json: Run, folder: Path, tmp_path: Path) -> None:

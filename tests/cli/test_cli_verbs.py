@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,15 @@ def test_verify_judges_the_outputs(
     assert 0 < record["comparison"]["divergence"] < 1
     assert "diverge by" in run(*call, 1e-9, status=1).stderr
     run("verify", archive, "--max-kl", 1, status=2)
+
+
+def test_verify_tells_how_near_batchnorms_are(run: Run, tmp_path: Path) -> None:
+    kinds = ("weight", "bias", "running_mean", "running_var")
+    norm = {f"bn.{kind}": np.linspace(0.1, 2, 64, dtype=np.float32) for kind in kinds}
+    np.savez(tmp_path / "m.npz", **norm)
+    run("pack", tmp_path / "m.npz", "-o", tmp_path / "m.mp4", "--recipe", "small")
+    shown = run("verify", tmp_path / "m.mp4", "--against", tmp_path / "m.npz").stdout
+    assert re.search(r"BatchNorms +gain and offset \d\d\.\d\d dB", shown)
 
 
 def test_cache(run: Run, run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from weightvid.compare.research import SCHEMES, research_methods
 from weightvid.compare.rows import measure
 from weightvid.levels.transform import view_of
 
+pytest.importorskip("constriction", reason="the entropy coder is a package of its own")
+
 
 @pytest.fixture(scope="module")
 def model() -> Model:

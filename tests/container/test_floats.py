@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightvid import container, exact, loader, writer
+from weightvid.archives import stored_pieces
 from weightvid.checkpoint import from_mapping
-from weightvid.errors import FormatError, QuantizationError
+from weightvid.errors import FormatError, QuantizationError, TruncatedError
 from weightvid.layers import Layering, pack_layers
 from weightvid.loader import DTYPES, MANTISSAS, Header, TensorSpec, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
@@ -111,3 +112,19 @@ def test_a_lossless_update_keeps_every_bit_too(tmp_path: Path) -> None:
         assert all(archive[name].tobytes() == second[name].tobytes() for name in second)
     with pytest.raises(QuantizationError, match="nothing to refine"):
         pack_layers(from_mapping(first), tmp_path / "x.mp4", Layering(layers=2), options)
+
+
+def test_what_has_arrived_comes_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightvid.writer.EXACT_BOX_BYTES", 3600)
+    arrays = {f"{n}": np.random.default_rng(n).random(900, np.float32) for n in range(8)}
+    with from_mapping(arrays) as reader:
+        pack_checkpoint(reader, tmp_path / "a.mp4", PackOptions(lossless=True))
+    data, found = (tmp_path / "a.mp4").read_bytes(), []
+    with open_archive(data) as archive:
+        assert archive.index is not None
+        cut, _ = archive.index.boxes[6]
+    with pytest.raises(TruncatedError) as caught:
+        found.extend(spec.name for spec, _, _ in stored_pieces(open_archive(data[: cut + 100])))
+    assert (found, caught.value.missing) == ([*"012345"], ("6", "7"))

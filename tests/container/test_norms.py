@@ -74,7 +74,10 @@ def test_archives_say_so_and_verify_judges_what_is_computed(tmp_path: Path) -> N
     tensors["w"] = np.random.default_rng(2).standard_normal((64, 64)).astype(np.float32)
     save_file(tensors, tmp_path / "a.mp4", recipe="small")
     np.savez(tmp_path / "same.npz", **tensors)
-    assert verify_archive(tmp_path / "a.mp4", tmp_path / "same.npz").ok
+    compared = verify_archive(tmp_path / "a.mp4", tmp_path / "same.npz").comparison
+    assert compared is not None and compared.ok
+    assert compared.norms_db is not None and compared.norms_db > 40
+    assert min(row.sqnr_db or 99 for row in compared.tensors if row.name in NAMES) < 30
     found = load_file(tmp_path / "a.mp4")
     assert not np.allclose(found["bn.running_var"], tensors["bn.running_var"], rtol=0.01)
     for name in NAMES:
@@ -118,3 +121,15 @@ def test_a_broken_norm_is_judged_by_its_tensors(tmp_path: Path) -> None:
     tensors["bn.bias"] *= np.float32(1.5)
     np.savez(tmp_path / "other.npz", **tensors)
     assert not verify_archive(tmp_path / "a.mp4", tmp_path / "other.npz").ok
+
+
+@pytest.mark.parametrize(("channels", "bits"), [(40, 7), (512, 5)])
+def test_floats_that_are_much_of_the_model_keep_fewer_bits(
+    tmp_path: Path, channels: int, bits: int
+) -> None:
+    random = np.random.default_rng(3)
+    tensors = {"w": random.standard_normal((64, 64)), "bias": random.standard_normal(channels)}
+    given = {name: value.astype(np.float32) for name, value in tensors.items()}
+    save_file(given, tmp_path / "a.mp4", recipe="small")
+    kept = load_file(tmp_path / "a.mp4")["bias"].view(np.uint32)
+    assert [bool((kept & ((1 << 23 - b) - 1)).any()) for b in (bits, bits - 1)] == [False, True]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
+import zlib
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-import fuzz
+import fuzz_archives as fuzz
 import numpy as np
 import pytest
 from check import FLAGS, LEVELS, LOADER, OK, STATUSES, TRUNCATED, Read, reader
 from independent import sources
 from malformed.test_corpus import CORPUS, INDEX_CORPUS, without
 from samples import Pipe, sample
-from test_hevc import ROOT, SANITIZED, STRICT, compiled
+from test_hevc import ROOT, SANITIZED, SOURCES, STRICT, compiled
 
 from weightvid.errors import WeightvidError
 from weightvid.loader import (
@@ -276,6 +278,48 @@ def test_cut_short(read: Read, tmp_path: Path) -> None:
             assert wanted is not None
             assert found.status == TRUNCATED, cut
             assert found.tensors.items() <= wanted.items()
+
+
+INFLATE: Final = """#include "weightvid.c"
+int unpack(const uint8_t *data, size_t size, uint8_t *out, size_t room);
+int unpack(const uint8_t *data, size_t size, uint8_t *out, size_t room)
+{
+    return inflate(data, size, out, room);
+}
+"""
+
+
+def inflated(data: bytes, size: int) -> bytes | None:
+    """By zlib; None: the stream is damaged, or of another size."""
+    stream = zlib.decompressobj(-15)
+    try:
+        found = stream.decompress(data, size + 1)
+    except zlib.error:
+        return None
+    return found if stream.eof and not stream.unused_data and len(found) == size else None
+
+
+def test_deflate(tmp_path: Path) -> None:
+    """Blocks of all kinds, whole and damaged: what zlib takes is taken, and nothing else."""
+    source, target = tmp_path / "inflate.c", tmp_path / "inflate.so"
+    source.write_text(INFLATE)
+    flags = ("-O1", "-fPIC", "-shared", *FLAGS)
+    unpack = ctypes.CDLL(str(compiled(target, *flags, source, SOURCES / "hevc.c"))).unpack
+    unpack.argtypes = [ctypes.c_char_p, ctypes.c_size_t] * 2
+    random, taken = Random("deflate"), 0
+    for _ in range(2000):
+        size = random.randrange(1, 400)
+        raw = bytes(random.choices(random.choice((b"a", b"abc", range(256))), k=size))
+        strategy = random.choice((zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, zlib.Z_FIXED))
+        packer = zlib.compressobj(random.randrange(10), zlib.DEFLATED, -15, 9, strategy)
+        data = bytearray(packer.compress(raw) + packer.flush())
+        for _ in range(random.randrange(3)):
+            data[random.randrange(min(len(data), 40))] ^= 1 << random.randrange(8)
+        room, wanted = ctypes.create_string_buffer(size), inflated(data, size)
+        code = unpack(bytes(data), len(data), room, size)
+        assert (None if code else room.raw) == wanted
+        taken += wanted is not None
+    assert 500 < taken < 1800
 
 
 def numbered(folder: Path, count: int) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-import fuzz
+import fuzz_archives as fuzz
 import numpy as np
 import pytest
 from independent import sources
@@ -294,10 +294,12 @@ def test_damage_does_no_harm(tmp_path: Path) -> None:
     except subprocess.CalledProcessError:
         pytest.skip("this C compiler has no sanitizers")
     names: list[Path] = []
+    base = (GOLDEN / "progressive.mp4").read_bytes()
     for seed in ("example", "fields", "merged", "progressive", "types", "update"):
         boxes = fuzz.split_boxes((GOLDEN / f"{seed}.mp4").read_bytes())
+        behind = base + len(base).to_bytes(4, "little") if seed == "update" else b""
         for number in range(15):
             names.append(tmp_path / f"{seed}{number}")
-            names[-1].write_bytes(fuzz.mutate(boxes, Random(f"loader {seed} {number}")))
+            names[-1].write_bytes(fuzz.mutate(boxes, Random(f"loader {seed} {number}")) + behind)
     done = subprocess.run([program, *names], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -69,9 +69,8 @@ def test_sums_of_errors_nearly_vanish() -> None:
     assert after < 0.5 * before
 
 
-def test_without_coupling_it_is_rounding() -> None:
+def test_of_one_channel_it_is_rounding() -> None:
     matrix = weights(1, 8, 30, scale=3)
-    assert np.array_equal(balanced(matrix, 30, 0.0), uniform(matrix))
     assert np.array_equal(balanced(matrix, 1), uniform(matrix))
     with pytest.raises(QuantizationError):
         balanced(np.full((2, 4), np.nan, np.float32), 4)

@@ -1,4 +1,4 @@
-"""The trellis encoder: optimal, the same in any company, and worth its while."""
+"""The trellis encoder: optimal, the same in any batches, and worth its while."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from weightvid.levels.rounding import uniform
 from weightvid.levels.trellis import (
     RateModel,
     entropy_bits,
-    fit_models,
+    fit_model,
     next_state,
     sample_of,
     second_quantizer,
     sign_coded_bits,
     spread,
     trellis,
-    trellis_many,
 )
 from weightvid.loader import MAX_LEVEL, trellis_index
 
@@ -91,30 +90,27 @@ def matrices() -> list[np.ndarray]:
     return [matrix.astype(np.float32) for matrix in found]
 
 
-def test_company_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = [trellis(matrix) for matrix in matrices()]
-    together = trellis_many(matrices())
+def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [trellis(matrix) for matrix in matrices()]
     monkeypatch.setattr(module, "_LANES", 7)
     monkeypatch.setattr(module, "_CHUNK_WEIGHTS", 32)
-    apart = trellis_many(matrices())
-    for one, other, third in zip(alone, together, apart, strict=True):
+    for matrix, one in zip(matrices(), whole, strict=True):
         assert one.dtype == np.int32
-        assert np.array_equal(one, other)
-        assert np.array_equal(one, third)
+        assert np.array_equal(one, trellis(matrix))
 
 
 def test_tables_of_a_few_weights_are_parts_of_whole_ones() -> None:
     weights = (np.random.default_rng(3).standard_normal((9, 30)) * 50).astype(np.float32)
     weights[4, 5:7] = 500, -3000  # beyond the tables
     model, many = RateModel.laplacian(2.0), np.tile(weights, (80, 1))
-    few = trellis_many([weights], models=[model])[0]
-    assert np.array_equal(trellis_many([many], models=[model])[0], np.tile(few, (80, 1)))
+    few = trellis(weights, model=model)
+    assert np.array_equal(trellis(many, model=model), np.tile(few, (80, 1)))
 
 
 def test_blocks_of_rows_change_nothing() -> None:
     matrix = np.random.default_rng(3).laplace(0, 2, (300, 120)).astype(np.float32)
     matrix[7, 7] = 500.0
-    model = fit_models([sample_of(matrix)])[0]
+    model = fit_model(sample_of(matrix))
     blocks = [trellis(block, model=model) for block in np.split(matrix, [1, 8, 150])]
     assert np.array_equal(np.concatenate(blocks), trellis(matrix))
 
@@ -189,7 +185,7 @@ def test_refusals() -> None:
         bad = good.copy()
         bad[1, 1] = wrong
         with pytest.raises(QuantizationError):
-            trellis_many([good, bad])
+            trellis(bad)
     with pytest.raises(QuantizationError, match="1-dimensional"):
         trellis(good[0])
     for lam in (-0.1, np.nan, np.inf):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-import fuzz
+import fuzz_archives as fuzz
 import numpy as np
 import pytest
 from samples import Pipe, all_same, integers, same, sample, tensors

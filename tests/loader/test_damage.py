@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-import fuzz
+import fuzz_archives as fuzz
 import numpy as np
 import pytest
 from samples import Array, Pipe, all_same, same, sample, tensors

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz import Box, Record, change_records, join_boxes, split_boxes
+from fuzz_archives import Box, Record, change_records, join_boxes, split_boxes
 from samples import Pipe, all_same, sample, tensors
 
 from weightvid import container, exact, loader

@@ -19,9 +19,8 @@ from weightvid.levels.feedback import factorize
 from weightvid.levels.recipes import measured_units
 from weightvid.levels.steps import Moments, steps_from_costs
 from weightvid.levels.transform import forward_moment, view_of
-from weightvid.loader import TensorSpec, open_archive
+from weightvid.loader import PACKABLE, TensorSpec, open_archive
 from weightvid.progress import Report, quiet
-from weightvid.spec import PACKABLE
 from weightvid.targets import SIZE_TOLERANCE
 
 if TYPE_CHECKING:

@@ -65,8 +65,8 @@ class Examples:
             return "a single batch leaves nothing to check on"
         if not self._confirmed:
             return (
-                "without BatchNorm nothing confirms that the inputs are of the kind that the model "
-                "is used on (if you know, say that they can be trusted)"
+                "neither BatchNorm nor text as the model would write it confirms that inputs are "
+                "of the kind that it is used on (if you know, say that they can be trusted)"
             )
         with running(self._module) as state:
             sequence = _Sequence(state, survey, factor)

@@ -152,7 +152,8 @@ def _gather(
     state: State, batches: Batches, config: CalibrationConfig, progress: Report
 ) -> _Gathered:
     """Run the model as often as memory asks for."""
-    order, found = look(state, batches), _Gathered(config.trust_inputs)
+    order = look(state, batches)
+    found = _Gathered(config.trust_inputs or order.reads)
     if not order.shapes:
         raise QuantizationError(
             "no layer was seen at work: the module's forward uses none of its own weights "

@@ -46,9 +46,9 @@ class CalibrationConfig:
         About so many samples, evenly spaced, tell how much the outputs care for each tensor's
         error; 0: the steps are those of an archive without statistics.
     trust_inputs : bool
-        The inputs are known to be of the kind that the model is used on. Otherwise only the
-        model's BatchNorm layers can confirm it, and where they don't, such losses are not
-        measured and weights are not fitted anew: both do harm where inputs are of another kind.
+        The inputs are known to be of the kind that the model is used on. Otherwise only
+        BatchNorm layers, and language models, can confirm it; where they don't, losses are not
+        measured and weights not fitted anew: both do harm where inputs are of another kind.
     """
 
     memory_bytes: int = 1 << 30

@@ -25,9 +25,8 @@ from weightvid.checkpoint.base import (
     shorten,
 )
 from weightvid.errors import CheckpointError, OutputError
-from weightvid.loader import Array
+from weightvid.loader import Array, TensorSpec
 from weightvid.progress import Report, quiet
-from weightvid.spec import TensorSpec
 
 __all__ = [
     "KINDS",

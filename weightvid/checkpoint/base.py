@@ -17,8 +17,8 @@ import numpy as np
 
 from weightvid.atomic import AtomicFile, output_error
 from weightvid.errors import CheckpointError, OutputError, TensorNotFoundError, WeightvidError
-from weightvid.loader import Array, Bytes
-from weightvid.spec import SIDE_FILE_BYTES, SideFile, TensorSpec, name_of, stored_dtype
+from weightvid.loader import Array, Bytes, TensorSpec
+from weightvid.spec import SIDE_FILE_BYTES, SideFile, name_of, stored_dtype
 
 _MESSAGE_LETTERS: Final = 300
 

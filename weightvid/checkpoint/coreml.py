@@ -19,15 +19,8 @@ import numpy as np
 
 from weightvid.checkpoint import base, folder, template
 from weightvid.errors import CheckpointError
-from weightvid.loader import Array
-from weightvid.spec import (
-    PACKABLE,
-    SIDE_FILE_BYTES,
-    SideFile,
-    TensorSpec,
-    is_safe_path,
-    stored_dtype,
-)
+from weightvid.loader import PACKABLE, Array, TensorSpec
+from weightvid.spec import SIDE_FILE_BYTES, SideFile, is_safe_path, stored_dtype
 
 FILE_ROLE: Final = "coreml-file"
 WEIGHTS_ROLE: Final = "coreml-weights"

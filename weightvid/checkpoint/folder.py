@@ -36,15 +36,8 @@ from weightvid.checkpoint.base import (
     shorten,
 )
 from weightvid.errors import CheckpointError, OutputError
-from weightvid.loader import Array
-from weightvid.spec import (
-    SIDE_FILE_BYTES,
-    SIDE_FILES,
-    SIDE_FILES_BYTES,
-    SideFile,
-    TensorSpec,
-    is_safe_path,
-)
+from weightvid.loader import Array, TensorSpec
+from weightvid.spec import SIDE_FILE_BYTES, SIDE_FILES, SIDE_FILES_BYTES, SideFile, is_safe_path
 
 INDEX: Final = ".index.json"
 #: role of an empty side file that is named as the weights are, where that is not as usual.

@@ -15,8 +15,8 @@ import numpy as np
 from weightvid.atomic import ScratchFolder
 from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError
-from weightvid.loader import Array
-from weightvid.spec import PACKABLE, TensorSpec, stored_dtype, to_float32
+from weightvid.loader import PACKABLE, Array, TensorSpec, to_float32
+from weightvid.spec import stored_dtype
 
 METADATA_ROLE: Final = "gguf-metadata"
 METADATA_PATH: Final = "metadata.gguf"

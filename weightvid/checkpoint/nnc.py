@@ -17,8 +17,8 @@ import numpy as np
 from weightvid.atomic import ScratchFolder
 from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError
-from weightvid.loader import Array
-from weightvid.spec import RAW_BITS, TensorSpec, to_float32
+from weightvid.loader import Array, TensorSpec, to_float32
+from weightvid.spec import RAW_BITS
 
 _CHILD: Final = Path(__file__).parents[1] / "compare" / "nncodec_child.py"
 _VARIABLE: Final = "WEIGHTVID_NNCODEC"

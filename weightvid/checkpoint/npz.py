@@ -16,8 +16,8 @@ import numpy as np
 
 from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError
-from weightvid.loader import Array
-from weightvid.spec import RAW_BITS, TensorSpec, name_of, stored_dtype, to_float32
+from weightvid.loader import Array, TensorSpec, to_float32
+from weightvid.spec import RAW_BITS, name_of, stored_dtype
 
 _NPY: Final = ".npy"
 #: deflate cannot do better than 1032:1 (bz2 and lzma are not read: numpy does not write them);

@@ -20,8 +20,8 @@ import numpy as np
 from weightvid.atomic import atomic_output
 from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError
-from weightvid.loader import Array
-from weightvid.spec import TensorSpec, is_safe_path, stored_dtype
+from weightvid.loader import Array, TensorSpec
+from weightvid.spec import is_safe_path, stored_dtype
 
 GRAPH_ROLE: Final = "onnx-graph"
 GRAPH_PATH: Final = "graph.onnx"

@@ -19,11 +19,11 @@ from safetensors import safe_open
 
 from weightvid.checkpoint.base import CheckpointReader, Contents, FileWriter, first_line, tied_note
 from weightvid.errors import CheckpointError
-from weightvid.loader import Array
-from weightvid.spec import STORED, SUB_BYTE, TensorSpec, pack_bits, stored_dtype, unpack_bits
+from weightvid.loader import DTYPES, Array, TensorSpec
+from weightvid.spec import SUB_BYTE, pack_bits, stored_dtype, unpack_bits
 
 #: dtype names the format has (library version 0.8).
-HELD: Final = frozenset(STORED) - {"C128", "C32"}
+HELD: Final = frozenset(DTYPES) - {"C128", "C32"}
 _HEADER_LIMIT_BYTES: Final = 100_000_000
 _METADATA: Final = "__metadata__"
 

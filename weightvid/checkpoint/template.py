@@ -16,8 +16,7 @@ import numpy as np
 
 from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError
-from weightvid.loader import Array
-from weightvid.spec import TensorSpec
+from weightvid.loader import Array, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

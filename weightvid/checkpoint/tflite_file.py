@@ -15,8 +15,8 @@ from typing import Any, Final
 import numpy as np
 
 from weightvid.checkpoint import base, template
-from weightvid.loader import MAX_AXES, MAX_NAME_BYTES, Array
-from weightvid.spec import PACKABLE, TensorSpec, stored_dtype
+from weightvid.loader import MAX_AXES, MAX_NAME_BYTES, PACKABLE, Array, TensorSpec
+from weightvid.spec import stored_dtype
 
 GRAPH_ROLE: Final = "tflite-graph"
 #: ``TensorType`` -> our dtype, of what both have in whole bytes.

@@ -27,8 +27,8 @@ import numpy as np
 
 from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError, OutputError
-from weightvid.loader import Array
-from weightvid.spec import SUB_BYTE, TensorSpec, pack_bits, stored_dtype, unpack_bits
+from weightvid.loader import Array, TensorSpec
+from weightvid.spec import SUB_BYTE, pack_bits, stored_dtype, unpack_bits
 
 if TYPE_CHECKING:
     import torch

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from weightvid.cli import output
-from weightvid.cli.output import FORCE, JSON, option
+from weightvid.cli.output import FORCE, JSON, argument, option
 
 
 def apply(
-    base: str = typer.Argument(
-        ..., metavar="ARCHIVE", help="What the first update is to: a file or an address."
-    ),
-    updates: list[str] = typer.Argument(
-        ..., metavar="UPDATE...", help="Updates, the oldest first."
-    ),
+    base: str = argument("ARCHIVE", "What the first update is to: a file or an address."),
+    updates: list[str] = argument("UPDATE...", "Updates, the oldest first."),
     destination: Path = option(..., "The merged archive.", "--output", "-o", metavar="ARCHIVE"),
     force: bool = FORCE,
     json: bool = JSON,
@@ -34,12 +28,10 @@ def apply(
     if json:
         output.emit_json(made, archive=str(destination), base=base, updates=updates)
         return
-    output.facts(
-        [
-            ("archive", f"{destination}, {output.size(made.file_bytes)}"),
-            ("tensors", f"{made.tensors:,} in {made.layers} layers"),
-            ("frames", f"{made.copied} copied, {made.coded} coded again"),
-            ("root", made.root),
-            ("time", f"{made.seconds:.1f} s"),
-        ]
-    )
+    output.facts([
+        ("archive", f"{destination}, {output.size(made.file_bytes)}"),
+        ("tensors", f"{made.tensors:,} in {made.layers} layers"),
+        ("frames", f"{made.copied} copied, {made.coded} coded again"),
+        ("root", made.root),
+        ("time", f"{made.seconds:.1f} s"),
+    ])  # fmt: skip

@@ -34,28 +34,20 @@ def demo(
     if json:
         output.emit_json(report._asdict())
         return
-    output.table(
-        ("stored as", ">size", ">bits/weight", ">digits read right", ">agrees with fp32"),
-        [
-            (
-                row.name,
-                output.size(row.file_bytes),
-                f"{row.bits_per_weight:.2f}",
-                f"{row.correct} of {report.images}",
-                f"{100 * row.agreement:.1f} %",
-            )
-            for row in report.rows
-        ],
-    )
+    columns = "stored as", ">size", ">bits/weight", ">digits read right", ">agrees with fp32"
+    rows = [
+        (row.name, output.size(row.file_bytes), f"{row.bits_per_weight:.2f}",
+         f"{row.correct} of {report.images}", f"{100 * row.agreement:.1f} %")
+        for row in report.rows
+    ]  # fmt: skip
+    output.table(columns, rows)
     archive = shlex.quote(report.archive)
-    output.facts(
-        [
-            ("weights", f"{report.weights:,}"),
-            ("packed in", f"{report.pack_s:.2f} s, every hash checked"),
-            ("unpacked in", f"{report.unpack_s:.2f} s, every hash checked"),
-            ("restored", report.restored),
-            ("next", f"weightvid inspect {archive} --tensors"),
-            ("", f"weightvid verify {archive} --against {shlex.quote(report.source)}"),
-            ("", "weightvid pack YOUR_MODEL.safetensors"),
-        ]
-    )
+    output.facts([
+        ("weights", f"{report.weights:,}"),
+        ("packed in", f"{report.pack_s:.2f} s, every hash checked"),
+        ("unpacked in", f"{report.unpack_s:.2f} s, every hash checked"),
+        ("restored", report.restored),
+        ("next", f"weightvid inspect {archive} --tensors"),
+        ("", f"weightvid verify {archive} --against {shlex.quote(report.source)}"),
+        ("", "weightvid pack YOUR_MODEL.safetensors"),
+    ])  # fmt: skip

@@ -16,6 +16,14 @@ def fetch(
     ),
     sha256: str = option("", "What the whole file must have.", metavar="HEX"),
     key: str = option("", "Public key by which the archive must be signed.", metavar="KEY"),
+    layers: int = option(
+        0, "Stop after so many layers of an archive that has several; called again without it (and "
+        "with --force), the rest follows.", metavar="N", min=0, show_default=False,
+    ),
+    base: list[str] = option(
+        [], "Refuse an update to anything but this archive; of a chain of updates the oldest "
+        "first.", "--base", "-b", metavar="ARCHIVE",
+    ),
     patience: float = option(
         14.0, "Seconds that a server may take to answer, and for the next 4 kB.",
         metavar="SECONDS", min=0.1,
@@ -30,6 +38,7 @@ def fetch(
 
     [bold]weightvid fetch https://example.org/model.mp4[/bold]
     [bold]weightvid fetch https://one.example/m.mp4 https://two.example/m.mp4 -o model.mp4[/bold]
+    [bold]weightvid fetch https://example.org/model.mp4 --layers 1[/bold]
     """
     from weightvid.fetch import FetchOptions, fetch_archive
     from weightvid.remote import file_name
@@ -37,7 +46,7 @@ def fetch(
     destination = archive or file_name(urls[0])
     if not destination:
         usage_error("the address has no file name; say where the archive goes", "--output")
-    options = FetchOptions(force=force, restart=restart, sha256=sha256, key=key, patience=patience)
+    options = FetchOptions(force, restart, sha256, key, layers, tuple(base), patience)
     with output.progress_bars() as report:
         found = fetch_archive(urls, destination, options, report)
     if json:
@@ -48,6 +57,7 @@ def fetch(
         ("archive", destination),
         ("size", f"{output.size(found.file_bytes)}{resumed}"),
         ("frames", f"{found.frames:,}, every one checked"),
+        ("layers", f"{found.layers} of {found.layers_of}" if found.layers_of > 1 else ""),
         ("from", output.some(found.sources)),
         ("interruptions", f"{found.interruptions}" if found.interruptions else ""),
         ("time", f"{found.seconds:.1f} s"),

@@ -62,7 +62,8 @@ def inspect(
         )
     else:
         if tensors:
-            _list(summary)
+            shown = len(_COLUMNS) if output.console().width >= _WIDE else _NARROW
+            output.table(_COLUMNS[:shown], [_row(tensor)[:shown] for tensor in summary.tensors])
         _account(summary)
         _facts(summary, archive)
         if device:
@@ -137,11 +138,6 @@ def _device(summary: ArchiveSummary) -> None:
     largest = max((t.weights for t in summary.tensors if t.coding == "video"), default=0)
     rows.append(("largest tensor", f"{largest:,} weights"))
     output.facts(rows)
-
-
-def _list(summary: ArchiveSummary) -> None:
-    shown = len(_COLUMNS) if output.console().width >= _WIDE else _NARROW
-    output.table(_COLUMNS[:shown], [_row(tensor)[:shown] for tensor in summary.tensors])
 
 
 def _row(tensor: TensorSummary) -> tuple[str, ...]:

@@ -136,21 +136,19 @@ def _show(found: VerifyReport, archive: str) -> None:
         output.table(
             ("tensor", "dtype", ">weights", ">SQNR dB", ">claimed", ">largest error"),
             [
-                (
-                    row.name,
-                    row.dtype,
-                    f"{row.weights:,}",
-                    "exact" if row.exact else output.number(row.sqnr_db, 4),
-                    output.number(row.claimed_db, 4),
-                    "" if row.exact else output.number(row.max_abs_error, 3),
-                )
+                (row.name, row.dtype, f"{row.weights:,}",
+                 "exact" if row.exact else output.number(row.sqnr_db, 4),
+                 output.number(row.claimed_db, 4),
+                 "" if row.exact else output.number(row.max_abs_error, 3))
                 for row in lists.tensors
             ],
-        )
+        )  # fmt: skip
         equal = sum(row.exact for row in lists.tensors)
+        gains = "" if lists.norms_db is None else output.db(lists.norms_db)
         rows += [
             ("bit for bit", f"{equal} of {len(lists.tensors)} tensors"),
             ("SQNR", f"{output.db(lists.sqnr_db)} (of those in the pictures)"),
+            ("BatchNorms", gains and f"gain and offset {gains}"),
             ("largest error", f"{lists.max_abs_error:.6g}"),
             ("divergence", output.number(lists.divergence, 4)),
         ]

@@ -145,6 +145,8 @@ CODECS: Final[Mapping[str, FrameCodec]] = MappingProxyType({row.name: row for ro
 def programs() -> dict[str, frozenset[str]]:
     """Ffmpeg programs of this machine with their video encoders: the system's, imageio-ffmpeg's."""
     paths = [shutil.which("ffmpeg")]
+    if find_spec("ffmpeg") is None:  # what commands are made by
+        return {}
     if find_spec("imageio_ffmpeg") is not None:
         import imageio_ffmpeg
 
@@ -242,19 +244,19 @@ def _run_pyav(frames: Sequence[Bytes], codec: FrameCodec, options: dict[str, str
 def _run_program(
     program: str, frames: Sequence[Bytes], codec: FrameCodec, options: dict[str, str]
 ) -> bytes:
+    import ffmpeg
+
     height, width = frames[0].shape
-    command = [
-        *(program, "-hide_banner", "-loglevel", "error", "-f", "rawvideo"),
-        *("-pix_fmt", codec.pixel_format, "-s", f"{width}x{height}", "-r", str(_RATE), "-i", "-"),
-        *("-c:v", codec.encoder, "-threads", "1"),
-        *(text for key, value in options.items() for text in (f"-{key}", value)),
-        *("-f", codec.muxer, "-"),
-    ]
+    raw = ffmpeg.input(
+        "pipe:", format="rawvideo", pix_fmt=codec.pixel_format, s=f"{width}x{height}", r=_RATE
+    )
+    coded = raw.output("pipe:", format=codec.muxer, vcodec=codec.encoder, threads=1, **options)
+    command = coded.global_args("-hide_banner", "-loglevel", "error").compile(program)
     deep, chroma = codec.pixel_format.endswith("10le"), np.full(height * width // 2, 128, np.uint8)
     planes = [plane for luma in frames for plane in (luma.reshape(-1), chroma)]
     samples = np.concatenate(planes)
-    raw = (samples.astype("<u2") << 2 if deep else samples).tobytes()
-    done = subprocess.run(command, input=raw, capture_output=True, check=False)
+    data = (samples.astype("<u2") << 2 if deep else samples).tobytes()
+    done = subprocess.run(command, input=data, capture_output=True, check=False)
     if done.returncode or not done.stdout:
         words = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise CodecError(f"{codec.encoder} failed: {'; '.join(words[:2]) or done.returncode}")

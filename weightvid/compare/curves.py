@@ -142,7 +142,12 @@ def crossing(curve: Sequence[Pair], level: float) -> Crossing:
     (3.5, 3.5)
     """
     points = sorted(curve)
-    interpolated = at = _interpolate(_falling(points), level)
+    between = (
+        r0 + (r1 - r0) * (l0 - level) / (l0 - l1)
+        for (r0, l0), (r1, l1) in pairwise(_falling(points))
+        if l1 <= level <= l0
+    )
+    interpolated = at = next(between, None)
     error = None
     for _ in range(10):
         near = [p for p in points if at is not None and abs(p[0] - at) <= _FIT_HALF_WIDTH]
@@ -164,13 +169,6 @@ def _falling(points: Sequence[Pair]) -> list[Pair]:
             n = n0 + n1
             pools.append(((r0 * n0 + r1 * n1) / n, (l0 * n0 + l1 * n1) / n, n))
     return [(rate, loss) for rate, loss, _ in pools]
-
-
-def _interpolate(points: Sequence[Pair], level: float) -> float | None:
-    for (r0, l0), (r1, l1) in pairwise(points):
-        if l1 <= level <= l0:
-            return r0 + (r1 - r0) * (l0 - level) / (l0 - l1)
-    return None
 
 
 def _line(points: Sequence[Pair], level: float) -> tuple[float | None, float | None]:

@@ -15,9 +15,8 @@ from weightvid.checkpoint import CheckpointReader
 from weightvid.errors import CheckpointError, CodecError
 from weightvid.levels.code import compare_rows
 from weightvid.levels.transform import view_of
-from weightvid.loader import TensorSpec
+from weightvid.loader import PACKABLE, TensorSpec, to_float32
 from weightvid.pack import PackOptions
-from weightvid.spec import PACKABLE, to_float32
 from weightvid.survey import survey_checkpoint
 from weightvid.workers import open_workers
 

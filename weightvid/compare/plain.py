@@ -69,7 +69,7 @@ class _Integers(NamedTuple):
 def plain_methods() -> Iterator[Method]:
     """Every plain way: the smallest of each kind at several rates."""
     depends = ("compare/plain",)
-    zstd = _lacks("zstandard", "pip install 'weightvid[compare]'")
+    zstd = lacks("zstandard", "pip install 'weightvid[compare]'")
     for name, block in (*((name, 0) for name in _PACKERS), ("xz", _BLOCK)):
         missing = zstd if name == "zstd" else ""
         per = f"block of {block}" if block else "channel"
@@ -80,15 +80,16 @@ def plain_methods() -> Iterator[Method]:
     name = "one global step + xz"
     yield Method(name, "plain", _global_step, "step factor", _GLOBAL_FACTORS, depends=depends)
     yield Method("float16 + zstd", "plain", _half, missing=zstd, depends=depends)
-    missing = _lacks("gguf", "pip install 'weightvid[gguf]'")
-    k_quants = missing or _lacks("xllamacpp", "pip install xllamacpp")
+    missing = lacks("gguf", "pip install 'weightvid[gguf]'")
+    k_quants = missing or lacks("xllamacpp", "pip install xllamacpp")
     for kind in ("Q8_0", "Q5_0", "Q4_0", *_K_QUANTS):
         lacking = k_quants if kind in _K_QUANTS else missing
         code = partial(_gguf, kind)
         yield Method(f"GGUF {kind}", "plain", code, missing=lacking, depends=depends)
 
 
-def _lacks(module: str, install: str) -> str:
+def lacks(module: str, install: str) -> str:
+    """What is said of a package that is missing; nothing if it is there."""
     return "" if find_spec(module) else f"{module} is missing: {install}"
 
 

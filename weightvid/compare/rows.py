@@ -23,7 +23,9 @@ OK: Final = "ok"
 FAILED: Final = "failed"
 MISSING: Final = "missing"
 _FILE: Final = "rows.jsonl"
-_PACKAGES: Final = ("weightvid", "av", "numpy", "torch", "zstandard", "gguf", "bjontegaard")
+_PACKAGES: Final = (
+    *("weightvid", "av", "numpy", "torch", "zstandard", "constriction", "gguf", "bjontegaard"),
+)
 
 
 @dataclass(frozen=True, slots=True)

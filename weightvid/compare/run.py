@@ -24,7 +24,7 @@ from weightvid.compare.peers import peer_methods
 from weightvid.compare.plain import plain_methods
 from weightvid.compare.research import research_methods
 from weightvid.compare.rows import OK, Row, RowStore, machine, versions, with_torch
-from weightvid.compare.video import FrameOptions, archive_method, frame_methods, llm265_method
+from weightvid.compare.video import archive_method, frame_methods, llm265_method
 from weightvid.errors import QuantizationError
 from weightvid.levels.recipes import RECIPES
 from weightvid.pack import PackOptions
@@ -281,8 +281,8 @@ def all_methods(options: CompareOptions, folder: Path) -> Iterator[Method]:
         command = ("--calibrate", options.calibration_name)
         yield archive_method("weightvid calibrated", settings, options.factors, folder, command)
     names = tuple(CODECS) if "all" in options.codecs else options.codecs
-    frames = FrameOptions(names, options.presets, options.codec_options, options.factors)
-    yield from frame_methods(frames, folder)
+    more = options.presets, options.codec_options, options.factors
+    yield from frame_methods(names, *more, folder)
     if options.plain:
         yield from plain_methods()
     if options.peers:

@@ -163,55 +163,49 @@ class Pictures:
         return round(bits / 8)
 
 
-@dataclass(frozen=True, slots=True)
-class FrameOptions:
-    """Codecs that get the frames of archives.
+def frame_methods(
+    names: Sequence[str],
+    presets: Sequence[str],
+    more: Sequence[str],
+    factors: tuple[float, ...],
+    folder: Path,
+) -> Iterator[Method]:
+    """Codecs on the same frames, lossless and lossy, and an ideal entropy coder of the levels.
 
-    Attributes
+    Parameters
     ----------
-    names, presets : tuple of str
+    names, presets : sequence of str
         Of `weightvid.compare.codecs.CODECS`; a codec without any of the presets has its usual one.
-    more : tuple of str
+    more : sequence of str
         Options of a codec, ``x265:rd=6``: curves of their own.
     factors : tuple of float
         Step factors of the frames for lossless codecs.
-    """
-
-    names: tuple[str, ...]
-    presets: tuple[str, ...]
-    more: tuple[str, ...]
-    factors: tuple[float, ...]
-
-
-def frame_methods(options: FrameOptions, folder: Path) -> Iterator[Method]:
-    """Codecs on the same frames, lossless and lossy, and an ideal entropy coder of the levels.
-
-    ``folder`` is for archives that several points take their frames from.
+    folder : Path
+        For archives that several points take their frames from.
 
     Raises
     ------
     CodecError
         Unknown name; an option that is none.
     """
-    factors = options.factors
     yield Method(
         "ideal entropy coder", "plain", partial(_ideal, folder), "step factor", factors,
         restore=partial(_lossless_again, folder), command=("compare", "--codecs", "none"),
     )  # fmt: skip
-    for name, more in (*((name, "") for name in options.names), *map(_parse_option, options.more)):
+    for name, extra in (*((name, "") for name in names), *map(_parse_option, more)):
         codec = CODECS.get(name)
         if codec is None:
             raise CodecError(f"unknown codec {name!r}; choose: {', '.join(CODECS)}")
         missing = ""
         if backend(codec) is None:
             missing = f"neither PyAV nor an ffmpeg program has {codec.encoder}"
-        chosen = [p for p in options.presets if p in codec.presets] or [codec.preset]
-        codec = codec.with_options(more) if more else codec
+        chosen = [p for p in presets if p in codec.presets] or [codec.preset]
+        codec = codec.with_options(extra) if extra else codec
         for preset in chosen:
-            curve = " ".join(filter(None, (name, preset, more)))
-            command = ["compare", "--codecs", "none" if more else name]
+            curve = " ".join(filter(None, (name, preset, extra)))
+            command = ["compare", "--codecs", "none" if extra else name]
             command += ["--presets", preset] if preset else []
-            command += ["--codec-option", f"{name}:{more}"] if more else []
+            command += ["--codec-option", f"{name}:{extra}"] if extra else []
             settings = {
                 "encoder": codec.encoder, "preset": preset, "pixel_format": codec.pixel_format,
                 "program": backend(codec),

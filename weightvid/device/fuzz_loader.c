@@ -1,6 +1,7 @@
-/* libFuzzer: a whole archive in every way of reading it, also as an update to itself. The pictures
-   are made up: the decoder has a fuzzer of its own. Build with -DWEIGHTVID_FUZZ, so that hashes match
-   whatever they are, and start from archives whose bodies are not deflated (form 0):
+/* libFuzzer: a whole archive in every way of reading it. The last four bytes of an input may say how
+   many before them are the base of an update, which comes first; without that it is its own. The
+   pictures are made up: the decoder has a fuzzer of its own. Build with -DWEIGHTVID_FUZZ, so that hashes
+   match whatever they are, and start from archives whose bodies are not deflated (form 0):
 
    clang -g -O1 -fsanitize=fuzzer,address,undefined -DWEIGHTVID_FUZZ -ffp-contract=off \
        fuzz_loader.c weightvid.c hevc.c -o fuzz_loader
@@ -94,6 +95,30 @@ static void read_all(wv_archive *archive, const wv_sink *sink)
     wv_load_all(archive, sink);
 }
 
+typedef struct bytes {
+    uint8_t *data;
+    size_t size;
+} bytes;
+
+/* In memory of just its size, so that reading behind it is noticed. */
+static bytes copy(const uint8_t *data, size_t size)
+{
+    const bytes made = {malloc(size ? size : 1), size};
+    if (!made.data)
+        abort();
+    memcpy(made.data, data, size);
+    return made;
+}
+
+static int read_at(void *user, uint64_t offset, void *out, size_t size)
+{
+    const bytes *from = user;
+    if (offset > from->size || size > from->size - offset)
+        abort();
+    memcpy(out, from->data + offset, size);
+    return 0;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -104,28 +129,35 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         decoders[i] = (wv_decoder){&shown[i], open_track, decode, close_track};
     wv_options options = {{NULL, NULL, NULL}, &decoders[0], size % 8 ? WV_CHECK_NONE : WV_CHECK_ALL};
     const wv_sink sink = {NULL, size % 3 == 0 ? WV_STORED : size % 3 == 1 ? WV_F32 : WV_F16, begin, end};
-    wv_archive *archive, *update;
-    if (!wv_open_memory(&archive, data, size, &options)) {
+    uint32_t base_size = 0, layers;
+    for (uint32_t i = 0; i < 4 && size >= 4; i++)
+        base_size |= (uint32_t)data[size - 4 + i] << 8 * i;
+    const size_t some = base_size && size >= 4 && base_size <= size - 4 ? size - 4 - base_size : size;
+    bytes whole = copy(data, some), below = some < size ? copy(data + some, base_size) : copy(data, size);
+    const wv_reader reader = {&whole, whole.size, read_at};
+    wv_archive *base, *archive;
+    if (!wv_open_memory(&base, below.data, below.size, &options))
+        read_all(base, &sink);
+    options.decoder = &decoders[1];
+    if (!wv_open_reader(&archive, &reader, &options)) {
+        wv_use_base(archive, base);
+        wv_use_layers(archive, (uint32_t)(1 + size % 4));
         read_all(archive, &sink);
-        options.decoder = &decoders[1];
-        if (!wv_open_memory(&update, data, size, &options)) {
-            wv_use_base(update, archive);
-            wv_use_layers(update, 1 + size % 4);
-            read_all(update, &sink);
-            wv_close(update);
-        }
+        wv_close(archive);
     }
     options.decoder = &decoders[2];
-    if (!wv_open_stream(&update, &sink, &options)) {
-        wv_use_base(update, archive);
-        for (size_t at = 0; at < size; at += 1000)
-            wv_push(update, data + at, size - at < 1000 ? size - at : 1000);
-        uint32_t layers;
-        wv_layers(update, &layers);
-        wv_finish(update);
-        wv_close(update);
+    if (!wv_open_stream(&archive, &sink, &options)) {
+        wv_use_base(archive, base);
+        wv_use_layers(archive, (uint32_t)(1 + size % 5));
+        for (size_t at = 0; at < whole.size; at += 1000)
+            wv_push(archive, whole.data + at, whole.size - at < 1000 ? whole.size - at : 1000);
+        wv_layers(archive, &layers);
+        wv_finish(archive);
+        wv_close(archive);
     }
-    wv_close(archive);
+    wv_close(base);
+    free(whole.data);
+    free(below.data);
     return 0;
 }
 
@@ -142,11 +174,7 @@ int main(int argc, char **argv)
         if (!data || fread(data, 1, size, file) != size)
             return 1;
         fclose(file);
-        /* In memory of just its size, so that reading behind it is noticed. */
-        uint8_t *exact = malloc(size ? size : 1);
-        memcpy(exact, data, size);
-        LLVMFuzzerTestOneInput(exact, size);
-        free(exact);
+        LLVMFuzzerTestOneInput(data, size);
         free(data);
     }
     return 0;

@@ -65,10 +65,7 @@ static const uint8_t *find_stop(const uint8_t *from, const uint8_t *end) {
 }
 
 static void open_unit(wv_hevc *hevc, const uint8_t *data, size_t size) {
-    memset(&hevc->in, 0, sizeof hevc->in);
-    hevc->in.at = data;
-    hevc->in.end = data + size;
-    hevc->in.stop = find_stop(data, hevc->in.end);
+    hevc->in = (reader){.at = data, .stop = find_stop(data, data + size), .end = data + size};
     hevc->refused = 0;
 }
 
@@ -187,7 +184,7 @@ static inline uint32_t take_bypass(reader *in, uint32_t peeked, unsigned count) 
 }
 
 static uint32_t decode_bypass(wv_hevc *hevc, unsigned count) {
-    return count ? take_bypass(&hevc->in, peek_bypass(&hevc->in), count) : 0;
+    return take_bypass(&hevc->in, peek_bypass(&hevc->in), count);
 }
 
 /* --- parameter sets and slice header (7.3.2, 7.3.6) ------------------------------------------- */
@@ -236,12 +233,11 @@ static void read_pps(wv_hevc *hevc) {
 }
 
 static void read_slice_header(wv_hevc *hevc) {
-    int qp;
     expect(hevc, (read_bits(hevc, 7) - 19) >> 1, 0); /* IDR, of two types */
     expect(hevc, read_bits(hevc, 11) >> 1, 3); /* of the base layer; first slice of the picture */
     expect(hevc, read_ue(hevc), hevc->pps_id);
     expect(hevc, read_ue(hevc), 2); /* I */
-    qp = hevc->qp + read_se(hevc);
+    int qp = hevc->qp + read_se(hevc);
     expect(hevc, read_bits(hevc, 1), 1);
     expect(hevc, read_bits(hevc, hevc->in.spare % 8), 0);
     qp = qp < 0 ? 0 : qp > 51 ? 51 : qp; /* from here on the start of the arithmetic code: 9.3.2 */
@@ -272,9 +268,7 @@ wv_hevc *wv_hevc_open(const uint8_t *config, size_t config_size, uint32_t width,
     if (!wv_hevc_memory(width, height) || memory_size < sizeof *hevc || config_size < at ||
         config[0] != 1 || (config[21] & 3) != 3 || config[22] != 3) /* lengths of 4 bytes; arrays */
         return NULL;
-    memset(hevc, 0, sizeof *hevc);
-    hevc->width = width;
-    hevc->height = height;
+    *hevc = (wv_hevc){.width = width, .height = height};
     for (unsigned type = 32; type < 35; type++, at += size) {
         if (config_size - at < 5 || config[at + 1] || config[at + 2] != 1)
             return NULL;
@@ -413,13 +407,14 @@ static const uint8_t place_context[5][16] = {
 static void decode_last(wv_hevc *hevc, unsigned log2, unsigned *last) {
     const unsigned first = 3 * (log2 - 2) + (log2 - 1) / 4, shift = (log2 + 1) / 4;
     for (unsigned i = 0; i < 2; i++)
-        for (last[i] = 0; last[i] < 2 * log2 - 1; last[i]++)
-            if (!decode_bin(hevc, (i ? LAST_Y : LAST_X) + first + (last[i] >> shift)))
-                break;
-    for (unsigned i = 0; i < 2; i++) {
-        const unsigned count = last[i] < 4 ? 0 : last[i] / 2 - 1;
-        last[i] = count ? (2 + last[i] % 2) << count | decode_bypass(hevc, count) : last[i];
-    }
+        while (last[i] < 2 * log2 - 1 &&
+               decode_bin(hevc, (i ? LAST_Y : LAST_X) + first + (last[i] >> shift)))
+            last[i]++;
+    for (unsigned i = 0; i < 2; i++)
+        if (last[i] > 3) {
+            const unsigned count = last[i] / 2 - 1;
+            last[i] = (2 + last[i] % 2) << count | decode_bypass(hevc, count);
+        }
 }
 
 /* coeff_abs_level_remaining */
@@ -486,7 +481,7 @@ static void decode_residual(wv_hevc *hevc, unsigned log2, uint8_t *luma) {
     const unsigned by_size = log2 == 2 ? 0 : log2 > 3 ? 21 : scan == UP_RIGHT ? 9 : 15;
     const uint8_t *const order = scan_order[scan];
     uint8_t coded[9] = {0}; /* sub-blocks with coefficients: a bit each, a byte a row */
-    unsigned last[2], index = 16, is_last = 1, greater = 0;
+    unsigned last[2] = {0}, index = 16, is_last = 1, greater = 0;
     decode_last(hevc, log2, last);
     reader in = hevc->in; /* here, where samples that are written cannot be it */
     unsigned x = last[scan == DOWN], y = last[scan != DOWN];
@@ -592,8 +587,7 @@ static void decode_coding_unit(wv_hevc *hevc, block at, uint8_t *above, uint8_t 
         memset(a, (int)(hevc->modes[i] | depth << MODE_BITS), size);
         memset(b, (int)(hevc->modes[i] | depth << MODE_BITS), size);
     }
-    if (decode_bin(hevc, CHROMA_MODE))
-        decode_bypass(hevc, 2);
+    decode_bypass(hevc, 2 * decode_bin(hevc, CHROMA_MODE));
     hevc->mode = hevc->modes[0];
     decode_transforms(hevc, at);
 }

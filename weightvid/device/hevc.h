@@ -11,7 +11,7 @@ typedef struct wv_hevc wv_hevc;
 /* Bytes of work memory that a decoder for frames of this size needs; 0: no frame has this size. */
 size_t wv_hevc_memory(uint32_t width, uint32_t height);
 
-/* Makes a decoder in the caller's memory, which is aligned to 16 bytes and outlives it; there is
+/* Makes a decoder in the caller's memory, which is aligned as malloc's and outlives it; there is
    nothing to close. `config` is the payload of the track's hvcC box; it may go after this call.
    NULL: the configuration is damaged, or outside the profile, or the memory too small. */
 wv_hevc *wv_hevc_open(const uint8_t *config, size_t config_size, uint32_t width, uint32_t height,

@@ -145,7 +145,7 @@ typedef struct session {
     uint32_t wanted, wanted_bytes;
     double wanted_at;
     const uint8_t *packet;
-    const uint8_t *config;
+    uint8_t *config;
     uint32_t config_bytes;
     char entry[4];
 } session;
@@ -206,6 +206,7 @@ static wv_status open_track(void *user, const char entry[4], const uint8_t *conf
         return WV_MEMORY;
     memcpy(copy, config, bytes);
     memcpy(s->entry, entry, 4);
+    free(s->config); /* a file is opened again when more of it is there */
     s->config = copy;
     s->config_bytes = (uint32_t)bytes;
     s->width = width;
@@ -345,22 +346,21 @@ EXPORT("close") void js_close(session *s)
         free(a);
     }
     js_forget(s);
-    free((void *)(uintptr_t)s->config);
+    free(s->config);
     free(s);
 }
 
-/* Addresses of fields, for JavaScript to read: wanted, bytes, at, packet, config, bytes, entry. */
+/* What is wanted, its bytes, packet; of the track: configuration, its bytes, width, height. */
 EXPORT("fields") const uint32_t *js_fields(session *s)
 {
-    static uint32_t found[8];
+    static uint32_t found[7];
     found[0] = s->wanted;
     found[1] = s->wanted_bytes;
-    found[2] = (uint32_t)s->wanted_at;
-    found[3] = (uint32_t)(uintptr_t)s->packet;
-    found[4] = (uint32_t)(uintptr_t)s->config;
-    found[5] = s->config_bytes;
-    found[6] = s->width;
-    found[7] = s->height;
+    found[2] = (uint32_t)(uintptr_t)s->packet;
+    found[3] = (uint32_t)(uintptr_t)s->config;
+    found[4] = s->config_bytes;
+    found[5] = s->width;
+    found[6] = s->height;
     return found;
 }
 

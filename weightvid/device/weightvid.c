@@ -1,12 +1,10 @@
 /* The reader of weightvid archives; FORMAT.md, whose sections are named below, is the text to it. */
 #include "weightvid.h"
 
+#include "hevc.h"
+
 #include <stdlib.h>
 #include <string.h>
-
-#ifndef WEIGHTVID_NO_HEVC
-#include "hevc.h"
-#endif
 
 #if defined(__clang__) || !defined(__GNUC__)
 #pragma STDC FP_CONTRACT OFF
@@ -118,33 +116,25 @@ static void sha_start(sha256 *sha)
 
 static void sha_add(sha256 *sha, const uint8_t *data, size_t size)
 {
-    while (size) {
-        size_t have = sha->bytes & 63, some = 64 - have < size ? 64 - have : size;
-        if (some == 64) {
-            sha_block(sha->state, data);
-        } else {
-            memcpy(sha->block + have, data, some);
-            if (have + some == 64)
-                sha_block(sha->state, sha->block);
-        }
+    for (size_t some; size; data += some, size -= some) {
+        const size_t have = sha->bytes % 64;
+        some = 64 - have < size ? 64 - have : size;
+        memcpy(sha->block + have, data, some);
         sha->bytes += some;
-        data += some;
-        size -= some;
+        if (have + some == 64)
+            sha_block(sha->state, sha->block);
     }
 }
 
 /* Whether the hash begins with so many expected bytes. */
 static int sha_is(sha256 *sha, const uint8_t *expected, size_t count)
 {
-    static const uint8_t one = 0x80, zero = 0;
-    uint8_t length[8], differs = 0;
-    uint64_t bits = 8 * sha->bytes;
-    for (int i = 0; i < 8; i++)
-        length[i] = (uint8_t)(bits >> (56 - 8 * i));
-    sha_add(sha, &one, 1);
-    while ((sha->bytes & 63) != 56)
-        sha_add(sha, &zero, 1);
-    sha_add(sha, length, 8);
+    uint8_t end[72] = {0x80}, differs = 0; /* zeros, and the number of bits, fill up a block */
+    const uint64_t bits = 8 * sha->bytes;
+    const size_t filled = 64 - (size_t)(sha->bytes + 8) % 64;
+    for (uint32_t i = 0; i < 8; i++)
+        end[filled + i] = (uint8_t)(bits >> (56 - 8 * i));
+    sha_add(sha, end, filled + 8);
     for (size_t i = 0; i < count; i++)
         differs |= (uint8_t)(expected[i] ^ (uint8_t)(sha->state[i / 4] >> (24 - 8 * (i & 3))));
     return !differs;
@@ -178,6 +168,7 @@ static uint32_t bits_from(inflater *z, int count)
     return found;
 }
 
+/* 0: done; 1: no code, or one of a bit; less: too many, or too few. */
 static int make_code(code *made, const uint8_t *lengths, int symbols)
 {
     uint16_t first[16] = {0};
@@ -195,7 +186,7 @@ static int make_code(code *made, const uint8_t *lengths, int symbols)
     for (int i = 0; i < symbols; i++)
         if (lengths[i])
             made->symbol[first[lengths[i]]++] = (uint16_t)i;
-    return room && symbols - made->count[0] > 1 ? -1 : 0;
+    return !room ? 0 : symbols - made->count[0] == made->count[1] ? 1 : -1;
 }
 
 static int symbol_from(inflater *z, const code *from)
@@ -219,18 +210,16 @@ static void read_codes(inflater *z, int fixed, code *literals, code *distances)
     static const uint8_t order[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
     uint8_t lengths[320] = {0};
     int literal = 288, distance = 30;
-    for (int i = 0; i < 318; i++) /* the fixed codes */
+    for (int i = 0; i < 318 && fixed; i++)
         lengths[i] = i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : i < 288 ? 8 : 5;
     if (!fixed) {
         literal = (int)bits_from(z, 5) + 257;
         distance = (int)bits_from(z, 5) + 1;
         int few = (int)bits_from(z, 4) + 4;
-        memset(lengths, 0, sizeof lengths);
         for (int i = 0; i < few; i++)
             lengths[order[i]] = (uint8_t)bits_from(z, 3);
         if (literal > 286 || distance > 30 || make_code(literals, lengths, 19))
             z->bad = 1;
-        memset(lengths, 0, sizeof lengths);
         for (int i = 0; i < literal + distance && !z->bad;) {
             int symbol = symbol_from(z, literals), repeat = 1;
             uint8_t length = (uint8_t)symbol;
@@ -247,9 +236,17 @@ static void read_codes(inflater *z, int fixed, code *literals, code *distances)
         }
         z->bad |= !lengths[256];
     }
-    if (z->bad || make_code(literals, lengths, literal)
-        || (make_code(distances, lengths + literal, distance) && !fixed))
+    if (z->bad || make_code(literals, lengths, literal) < 0
+        || (make_code(distances, lengths + literal, distance) < 0 && !fixed))
         z->bad = 1;
+}
+
+/* A length or distance, less the least: of each number of extra bits there are so many codes, of 0 twice. */
+static size_t number_from(inflater *z, int symbol, int codes)
+{
+    const int extra = symbol < 2 * codes ? 0 : symbol / codes - 1;
+    const size_t start = symbol < codes ? (size_t)symbol : (size_t)(codes + symbol % codes) << extra;
+    return start + bits_from(z, extra);
 }
 
 static int inflate(const uint8_t *data, size_t size, uint8_t *out, size_t room)
@@ -275,28 +272,18 @@ static int inflate(const uint8_t *data, size_t size, uint8_t *out, size_t room)
             return -1;
         read_codes(&z, kind == 1, &literals, &distances);
         while (!z.bad) {
-            int symbol = symbol_from(&z, &literals);
-            if (symbol < 256) {
-                if (z.bad || have == room)
-                    return -1;
-                out[have++] = (uint8_t)symbol;
-                continue;
-            }
+            const int symbol = symbol_from(&z, &literals);
+            size_t length = 1, distance = 0;
             if (symbol == 256)
                 break;
-            /* Lengths and distances: 8 and 4 codes without extra bits, then 4 and 2 to a bit. */
-            int place = symbol - 257;
-            int extra = place < 8 || place == 28 ? 0 : place / 4 - 1;
-            size_t length = place < 8 ? (size_t)place + 3
-                          : place == 28 ? 258 : ((size_t)(4 + place % 4) << extra) + 3;
-            length += bits_from(&z, extra);
-            int far = symbol_from(&z, &distances), more = far < 4 ? 0 : far / 2 - 1;
-            size_t distance = far < 4 ? (size_t)far + 1 : ((size_t)(2 + far % 2) << more) + 1;
-            distance += bits_from(&z, more);
-            if (z.bad || place > 28 || far > 29 || distance > have || length > room - have)
+            if (symbol > 256) {
+                length = symbol == 285 ? 258 : 3 + number_from(&z, symbol - 257, 4);
+                distance = 1 + number_from(&z, symbol_from(&z, &distances), 2);
+            }
+            if (z.bad || symbol > 285 || distance > have || length > room - have)
                 return -1;
             for (; length; length--, have++)
-                out[have] = out[have - distance];
+                out[have] = distance ? out[have - distance] : (uint8_t)symbol;
         }
     }
     return z.bad || have != room || z.in != z.end ? -1 : 0;
@@ -321,8 +308,11 @@ enum { NOTHING, PARTS, ITEMS };
 typedef struct work {
     uint8_t *room;       /* to be filled; NULL: skipped */
     uint8_t *into;       /* where layers are summed: the room, or memory of our own */
+    wv_dtype as;         /* type of the elements there */
     uint8_t *below;      /* what was there before a layer that comes in pieces: the file may end */
-    uint64_t have;       /* elements of the layer that are there */
+    /* of the layer at hand */
+    int begun, added;    /* NOTHING, PARTS, ITEMS */
+    uint64_t have;       /* elements that are there */
     sha256 sha;          /* of a quantized layer, if it is `hashed` */
     int hashed;
 } work;
@@ -332,8 +322,7 @@ typedef struct tensor {
     work *work;          /* NULL: not begun, or done */
     uint32_t mask;       /* section 3.1 */
     uint8_t layer, left; /* layers that are there, and to come */
-    uint8_t begun;       /* what the layer that has begun is: NOTHING, PARTS, ITEMS */
-    uint8_t added, done;
+    uint8_t done;
 } tensor;
 
 typedef struct side_file {
@@ -366,14 +355,7 @@ typedef struct part {
     escapes escapes;
     uint8_t *levels;          /* as samples, row by row: at the end of the part's room, or in `memory` */
     uint8_t *memory;
-    int class_, row_energy;   /* rectangle being filled, and the place in it */
-    uint32_t row, at_column;
 } part;
-
-/* Rows and columns of a part by falling energy, and where each energy starts in that order. */
-typedef struct sorted {
-    uint32_t *rows, *columns, row_start[2 * MAX_ENERGY + 2], column_start[2 * MAX_ENERGY + 2];
-} sorted;
 
 enum { AT_FTYP, AT_MOOV, AT_HEADER, AT_BODY, AT_MOOF, AT_MDAT, AT_END };
 
@@ -402,33 +384,29 @@ struct wv_archive {
     /* Of the box at hand. What a packet was read into is free for work once it is decoded. */
     buffer packet, sidecar;
     fields sidecar_body;
+    part part;
+    int goes_on;             /* the part, in the next frame; */
+    uint8_t *kept;           /* its sidecar, until then */
     const uint8_t *frame_hash;
     uint8_t head[8];
-    uint32_t head_have;
-    size_t box_have, box_size;
+    size_t box_have, box_size; /* of a stream, with its head */
     /* of what is read */
     const wv_sink *sink;
     tensor *only;            /* that is wanted; NULL: all are */
     int levels;              /* it is wanted as integers */
     float levels_step;
-    part *open;              /* goes on in the next frame */
-    uint32_t frame, switches; /* times that frames came after exact boxes */
-    int exact_seen;
-    uint32_t missing;        /* the first tensor that is not done */
+    uint32_t frame, done;    /* tensors that are done */
+    uint32_t switches, exact_seen; /* times that frames came after exact boxes */
     wv_status failed;
     size_t scratch;
     uint8_t *luma;           /* of the built-in decoder */
-    void *hevc;
+    wv_hevc *hevc;
 };
 
-static void *take_from(const wv_allocator *from, size_t bytes)
+static void *take_memory(const wv_allocator *from, size_t bytes)
 {
-    return from->alloc ? from->alloc(from->user, bytes ? bytes : 1) : malloc(bytes ? bytes : 1);
-}
-
-static void *take_memory(const wv_archive *a, size_t bytes)
-{
-    return take_from(&a->memory, bytes);
+    bytes += !bytes;
+    return from->alloc ? from->alloc(from->user, bytes) : malloc(bytes);
 }
 
 static void give_memory(const wv_archive *a, void *memory)
@@ -439,26 +417,22 @@ static void give_memory(const wv_archive *a, void *memory)
         free(memory);
 }
 
-/* Gives a buffer more room, if it has less; so many of its bytes stay. */
-static wv_status grow(wv_archive *a, buffer *b, size_t kept, size_t bytes)
+/* Gives a buffer other room, if it has too little or far too much; so many of its bytes stay. */
+static wv_status resize(wv_archive *a, buffer *b, size_t kept, size_t bytes)
 {
-    if (b->data && b->room >= bytes)
+    uint8_t *old = b->data;
+    if (old && b->room >= bytes && (kept || b->room / 2 <= bytes))
         return WV_OK;
     if (!kept) {
-        give_memory(a, b->data);
-        b->data = NULL;
-        b->room = 0;
+        give_memory(a, old);
+        old = NULL;
     }
-    uint8_t *data = take_memory(a, bytes);
-    if (!data)
-        return WV_MEMORY;
-    if (kept) {
-        memcpy(data, b->data, kept);
-        give_memory(a, b->data);
-    }
-    b->data = data;
+    b->data = take_memory(&a->memory, bytes);
     b->room = bytes;
-    return WV_OK;
+    if (b->data && kept)
+        memcpy(b->data, old, kept);
+    give_memory(a, old);
+    return b->data ? WV_OK : WV_MEMORY;
 }
 
 static const uint8_t *take(fields *f, uint64_t count)
@@ -476,32 +450,22 @@ static const uint8_t *take(fields *f, uint64_t count)
 
 static uint64_t leb(fields *f, uint64_t limit)
 {
-    uint64_t value = 0;
-    for (int shift = 0; shift < 70; shift += 7) {
-        uint64_t byte = *take(f, 1);
-        uint64_t low = byte & 0x7F;
-        value = shift > 56 && low ? ~(uint64_t)0 : value | low << (shift > 56 ? 0 : shift);
-        if (f->bad)
-            return 0;
-        if (byte < 0x80) {
-            if (value <= limit)
-                return value;
-            f->bad = WV_LIMIT;
-            return 0;
-        }
+    uint64_t value = 0, above = 0, byte = 0x80;
+    for (int shift = 0; byte & 0x80 && shift < 70; shift += 7) {
+        byte = *take(f, 1);
+        value |= shift < 63 ? (byte & 0x7F) << shift : 0;
+        above |= shift < 63 ? 0 : byte & 0x7F;
     }
-    f->bad = WV_FORMAT;
-    return 0;
+    if (!f->bad)
+        f->bad = byte & 0x80 ? WV_FORMAT : above || value > limit ? WV_LIMIT : WV_OK;
+    return f->bad ? 0 : value;
 }
 
 static fields sub(fields *f, uint64_t limit)
 {
     uint64_t size = leb(f, limit);
     const uint8_t *data = take(f, size);
-    fields made = {data, data, f->bad};
-    if (!f->bad)
-        made.end = data + size;
-    return made;
+    return (fields){data, f->bad ? data : data + size, f->bad};
 }
 
 static wv_status ends(const fields *f)
@@ -556,27 +520,19 @@ static int record(fields *body, uint64_t *type, fields *data)
     return !body->bad;
 }
 
-/* Records of unknown types are refused or skipped by their parity. */
-static wv_status unknown(uint64_t type)
-{
-    return type & 1 ? WV_OK : WV_VERSION;
-}
-
 /* Finds the records of a body, of which each comes once at most: found[0] is that of the first type,
-   and so on; `known` has a bit for each type that there is. */
+   and so on; `known` has a bit for each type that there is. Others are skipped if they are odd. */
 static wv_status collect(fields body, uint32_t first, uint32_t known, fields *found)
 {
     uint64_t type;
     fields data;
     while (record(&body, &type, &data)) {
         const uint64_t place = type - first;
-        if (place > 31 || !(known >> place & 1)) {
-            RETURN_IF(unknown(type));
-        } else {
-            if (found[place].at)
-                return WV_FORMAT;
+        const int is_known = place < 32 && known >> place & 1;
+        if (is_known ? found[place].at != NULL : !(type & 1))
+            return is_known ? WV_FORMAT : WV_VERSION;
+        if (is_known)
             found[place] = data;
-        }
     }
     return body.bad;
 }
@@ -600,29 +556,24 @@ typedef struct box {
 
 enum { OTHER, HEADER, FILE_BOX, FRAME, EXACT, INDEX };
 
-/* Body of a box of ours (section 2). A deflated one goes to *room, which grows, behind so many bytes
-   that stay, the last of which are the box; so does one that is copied, as the box goes. */
-static wv_status open_body(wv_archive *a, const box *b, buffer *room, size_t kept, int copied, fields *body)
+/* Body of a box of ours (section 2): in *room, which grows, if it is deflated or copied, as the box goes. */
+static wv_status open_body(wv_archive *a, const box *b, buffer *room, int copied, fields *body)
 {
-    const uint8_t *from = b->payload;
-    if (b->size < 9 || !MATCHES(crc32_of(from + 4, b->size - 4) == le32(from)))
+    if (b->size < 9 || !MATCHES(crc32_of(b->payload + 4, b->size - 4) == le32(b->payload)))
         return WV_DIGEST;
-    const uint32_t bytes = le32(from + 5), form = from[4];
+    const uint8_t *from = b->payload + 9;
+    const uint32_t bytes = le32(b->payload + 5), form = b->payload[4];
     if (form > 1 || bytes > MAX_BODY)
         return WV_LIMIT;
     if (form ? bytes / 1032 > b->size : bytes != b->size - 9) /* deflate makes no more of a byte */
         return WV_FORMAT;
-    if (form || copied) {
-        RETURN_IF(grow(a, room, kept, kept + bytes));
-        from = kept ? room->data + kept - b->size : from;
-        body->at = room->data + kept;
-        if (!form)
-            memcpy(room->data + kept, from + 9, bytes);
-        else if (inflate(from + 9, b->size - 9, room->data + kept, bytes))
-            return WV_FORMAT;
-    } else {
-        body->at = from + 9;
-    }
+    if (form || copied)
+        RETURN_IF(resize(a, room, 0, bytes));
+    if (form && inflate(from, b->size - 9, room->data, bytes))
+        return WV_FORMAT;
+    if (copied && !form)
+        memcpy(room->data, from, bytes);
+    body->at = form || copied ? room->data : from;
     body->end = body->at + bytes;
     body->bad = WV_OK;
     return WV_OK;
@@ -630,19 +581,13 @@ static wv_status open_body(wv_archive *a, const box *b, buffer *room, size_t kep
 
 /* --- header and track (sections 3 and 8) ------------------------------------------------------ */
 
-static uint32_t hash_of(const char *name, size_t bytes)
-{
-    uint32_t hash = 2166136261u;
-    for (size_t i = 0; i < bytes; i++)
-        hash = (hash ^ (uint8_t)name[i]) * 16777619u;
-    return hash ^ hash >> 15;
-}
-
 /* Place of a name in the table: that of an equal one, or an empty one. */
 static uint32_t *slot_of(const wv_archive *a, const char *name, size_t bytes)
 {
-    uint32_t at = hash_of(name, bytes);
-    for (;; at++) {
+    uint32_t at = 2166136261u;
+    for (size_t i = 0; i < bytes; i++)
+        at = (at ^ (uint8_t)name[i]) * 16777619u;
+    for (at ^= at >> 15;; at++) {
         uint32_t *slot = a->table + (at & (a->table_size - 1));
         const wv_tensor *t = *slot ? &a->all[*slot - 1].is : NULL;
         if (!t || (t->name_bytes == bytes && !memcmp(t->name, name, bytes)))
@@ -718,7 +663,7 @@ static wv_status make_lists(wv_archive *a, uint64_t axes, uint64_t **sizes)
     const size_t bytes = a->names * sizeof *a->all + (size_t)axes * sizeof **sizes
         + a->found_files * sizeof *a->files + 2 * a->found_pairs * sizeof *a->pairs
         + a->found_bases * sizeof *a->bases + a->table_size * sizeof *a->table;
-    a->all = take_memory(a, bytes);
+    a->all = take_memory(&a->memory, bytes);
     if (!a->all)
         return WV_MEMORY;
     memset(a->all, 0, bytes);
@@ -822,9 +767,7 @@ static wv_status read_moov(wv_archive *a, const uint8_t *data, size_t size)
         return WV_FORMAT;
     a->width = (uint32_t)data[40] << 8 | data[41];
     a->height = (uint32_t)data[42] << 8 | data[43];
-    uint32_t low = a->width < a->height ? a->width : a->height;
-    uint32_t high = a->width < a->height ? a->height : a->width;
-    if (low < 192 || high > 2176 || a->width * a->height > MAX_SAMPLES || a->width % 64 || a->height % 64)
+    if (!wv_hevc_memory(a->width, a->height)) /* the same sizes are allowed for all codecs */
         return WV_FORMAT;
     for (int i = 0; i < 3; i++) {
         size_t bytes;
@@ -843,12 +786,11 @@ static wv_status read_moov(wv_archive *a, const uint8_t *data, size_t size)
 
 /* --- from samples to weights (section 5) ------------------------------------------------------ */
 
-static float quarter_octaves(uint8_t octet)
+/* 2^(t / 4), of a t in two's complement. */
+static float quarter_octaves(uint8_t t)
 {
     static const uint32_t q[4] = {0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD};
-    int t = octet < 128 ? octet : octet - 256;
-    int octaves = (t + 128) / 4 - 32;
-    return float_of(q[t & 3] + (uint32_t)octaves * 0x800000u);
+    return float_of(q[t & 3] + (uint32_t)((t ^ 128) / 4 - 32) * 0x800000u);
 }
 
 static uint16_t half_of(float value)
@@ -931,11 +873,11 @@ static void put_element(const tensor *t, wv_dtype as, uint64_t bits, uint8_t *to
 }
 
 /* Writes a row of weights: added to what is there, rounded to the tensor's type, and hashed. */
-static void put_row(const tensor *t, wv_dtype as, float *row, uint32_t count, uint8_t *to)
+static void put_row(const tensor *t, float *row, uint32_t count, uint8_t *to)
 {
-    const wv_dtype type = t->is.dtype;
+    const wv_dtype type = t->is.dtype, as = t->work->as;
     const uint32_t size = size_of(type), wide = size_of(as);
-    for (uint32_t i = 0; t->added && i < count; i++) {
+    for (uint32_t i = 0; t->work->added && i < count; i++) {
         const float below = float_from(type, get_bits(type, size, to + (size_t)i * size));
         row[i] = row[i] + below;
     }
@@ -963,20 +905,12 @@ static wv_dtype wanted_type(const wv_archive *a, const tensor *t)
     return type == WV_STORED || !size_as(&t->is, type) ? t->is.dtype : type;
 }
 
-/* Type in which its elements lie while it is read: layers are added in its own. */
-static wv_dtype type_of(const wv_archive *a, const tensor *t)
-{
-    return t->work->into != t->work->room ? t->is.dtype : wanted_type(a, t);
-}
-
-/* The kernel matrix M (section 5.4): what a level of frequency f adds to position i. Two positions
-   share a number, low + 2^32 high: one multiplication and one addition do both. */
-static wv_status kernel_matrix(const part *p, int64_t *matrix)
+/* The kernel matrix M (section 5.4): what a level of frequency f adds to position i. */
+static wv_status kernel_matrix(const part *p, float *matrix)
 {
     const float scale = (float)(1u << p->shift);
-    const uint32_t pairs = (p->kernel + 1) / 2;
     for (uint32_t i = 0; i < p->kernel; i++) {
-        int32_t sum = 0;
+        float sum = 0;
         for (uint32_t f = 0; f < p->kernel; f++) {
             uint32_t block = p->kernel, u = f, v = i;
             float product = 1;
@@ -989,28 +923,16 @@ static wv_status kernel_matrix(const part *p, int64_t *matrix)
             }
             if (p->frequency_steps)
                 product = product * quarter_octaves(p->frequency_steps[f]);
-            product = product * scale;
-            if (!(product > -MAX_GAIN - 1 && product < MAX_GAIN + 1))
-                return WV_LIMIT;
             /* To the nearest integer, ties to even, as additions round. */
-            volatile float rounded = product + 12582912.0f;
-            int32_t m = (int32_t)(rounded - 12582912.0f);
-            int64_t *to = matrix + (size_t)f * pairs + i / 2;
-            *to = i & 1 ? *to + m * ((int64_t)1 << 32) : m;
+            volatile float rounded = product * scale + 12582912.0f;
+            const float m = rounded - 12582912.0f;
+            matrix[(size_t)f * p->kernel + i] = m;
             sum += m < 0 ? -m : m;
-            if (sum > MAX_GAIN)
+            if (!(sum <= MAX_GAIN))
                 return WV_LIMIT;
         }
     }
     return WV_OK;
-}
-
-/* Number i of pairs. */
-static int32_t of_pair(const int64_t *pairs, uint32_t i)
-{
-    const int64_t both = pairs[i / 2];
-    const int32_t low = (int32_t)(uint32_t)both;
-    return i & 1 ? (int32_t)((both - low) / ((int64_t)1 << 32)) : low;
 }
 
 /* The next escape (section 5.2) before a place of the part. */
@@ -1025,35 +947,34 @@ static int next_escape(escapes *e, uint64_t end, uint64_t *place, float *number)
     return 1;
 }
 
-/* Numbers of a row of samples, escapes aside (section 5.2), and so many units as values. */
-static void numbers_of(const part *p, const uint8_t *samples, float unit, int16_t *n, float *values)
+/* Numbers of a row of samples, escapes aside (section 5.2). */
+static void numbers_of(const part *p, const uint8_t *samples, float *n)
 {
-    uint32_t state = 0; /* its higher bits don't matter */
-    for (uint32_t j = 0; j < p->columns; j++) {
+    /* Behind each state and an even and an odd level: the next state. */
+    static const uint8_t next[16] = {0, 1, 3, 2, 4, 5, 7, 6, 1, 0, 2, 3, 5, 4, 6, 7};
+    const uint32_t columns = p->columns, trellis = p->method;
+    uint32_t state = 0;
+    for (uint32_t j = 0; j < columns; j++) {
         const int32_t sample = samples[j]; /* odd where the level is */
         int32_t number = sample - 128;
-        if (p->method) {
-            number = 4 * sample - 512 + (int32_t)(state & 2);
-            state = state << 1 | (((uint32_t)sample ^ state ^ state >> 2) & 1);
+        if (trellis) {
+            number = 4 * number + (int32_t)(state & 2);
+            state = next[2 * state + (sample & 1)];
         }
-        n[j] = (int16_t)number;
-        values[j] = (float)number * unit;
+        n[j] = (float)number;
     }
 }
 
 /* Sums of a row, escapes aside (section 5.4). */
-static void transform(const part *p, const int64_t *matrix, const int16_t *n, int64_t *sums, float *values)
+static void transform(const part *p, const float *matrix, const float *n, float *sums)
 {
-    const uint32_t pairs = (p->kernel + 1) / 2;
-    for (uint32_t c = 0; c < p->channels; c++, values += p->kernel) {
-        memset(sums, 0, pairs * sizeof *sums);
+    for (uint32_t c = 0; c < p->channels; c++, sums += p->kernel) {
+        memset(sums, 0, p->kernel * sizeof *sums);
         for (uint32_t f = 0; f < p->kernel; f++) {
-            const int64_t level = n[(size_t)f * p->channels + c], *weights = matrix + (size_t)f * pairs;
-            for (uint32_t i = 0; level && i < pairs; i++)
-                sums[i] += level * weights[i];
+            const float level = n[(size_t)f * p->channels + c], *weights = matrix + (size_t)f * p->kernel;
+            for (uint32_t i = 0; level != 0 && i < p->kernel; i++)
+                sums[i] = sums[i] + level * weights[i];
         }
-        for (uint32_t i = 0; i < p->kernel; i++)
-            values[i] = (float)of_pair(sums, i);
     }
 }
 
@@ -1072,48 +993,43 @@ static wv_status put_integers(const float *numbers, uint32_t count, uint8_t *to)
    levels of later rows don't lie. */
 static wv_status dequantize(wv_archive *a, part *p)
 {
-    const uint32_t columns = p->columns, pairs = p->axes ? (p->kernel + 1) / 2 : 0;
-    const wv_dtype as = type_of(a, p->of);
-    const uint32_t wide = a->levels ? 4 : size_of(as);
-    RETURN_IF(grow(a, &a->packet, 0, 8 * (size_t)pairs * (1 + p->kernel) + 6 * (size_t)columns));
-    int64_t *sums = (int64_t *)(void *)a->packet.data, *matrix = sums + pairs;
-    float *values = (float *)(void *)(matrix + (size_t)pairs * p->kernel);
-    int16_t *n = (int16_t *)(void *)(values + columns);
-    if (pairs)
+    const uint32_t columns = p->columns, kernel = p->axes ? p->kernel : 0;
+    const uint32_t wide = a->levels ? 4 : size_of(p->of->work->as);
+    const size_t numbers = (size_t)kernel * kernel + (kernel ? 2 : 1) * (size_t)columns;
+    RETURN_IF(resize(a, &a->packet, 0, sizeof(float) * numbers));
+    float *values = (float *)(void *)a->packet.data, *n = kernel ? values + columns : values;
+    float *matrix = n + columns;
+    if (kernel)
         RETURN_IF(kernel_matrix(p, matrix));
     const float step = p->step * float_of((127u - p->shift - (p->method ? 2 : 0)) << 23);
     const float unit = a->levels ? 1 : step;
     uint8_t *out = p->of->work->into + p->first * wide;
     for (uint32_t row = 0; row < p->rows; row++, out += (size_t)columns * wide) {
         const uint64_t begin = (uint64_t)row * columns, end = begin + columns;
+        const float factor = p->row_steps ? quarter_octaves(p->row_steps[row]) : 1;
         escapes again = p->escapes;
         uint64_t place;
         float number;
-        numbers_of(p, p->levels + begin, unit, n, values);
+        numbers_of(p, p->levels + begin, n);
         while (next_escape(&p->escapes, end, &place, &number))
-            n[place - begin] = 0;
-        if (pairs)
-            transform(p, matrix, n, sums, values);
-        while (next_escape(&again, end, &place, &number)) {
-            const uint32_t at = (uint32_t)(place - begin);
-            if (!pairs)
-                values[at] = number * unit;
-            for (uint32_t i = 0; i < p->kernel && pairs; i++) {
-                float *to = values + (size_t)(at % p->channels) * p->kernel + i;
-                const float product = number * (float)of_pair(matrix + (size_t)(at / p->channels) * pairs, i);
-                *to = *to + product;
+            n[place - begin] = kernel ? 0 : number;
+        if (kernel)
+            transform(p, matrix, n, values);
+        while (kernel && next_escape(&again, end, &place, &number)) {
+            const uint32_t at = (uint32_t)(place - begin), f = at / p->channels, c = at % p->channels;
+            for (uint32_t i = 0; i < kernel; i++) {
+                const float product = number * matrix[(size_t)f * kernel + i];
+                values[(size_t)c * kernel + i] = values[(size_t)c * kernel + i] + product;
             }
         }
-        for (uint32_t j = 0; j < columns && pairs; j++)
-            values[j] = values[j] * unit;
-        const float factor = p->row_steps ? quarter_octaves(p->row_steps[row]) : 1;
-        for (uint32_t j = 0; j < columns && p->row_steps; j++)
-            values[j] = values[j] * factor;
-        if (a->levels) {
-            RETURN_IF(put_integers(values, columns, out));
-            continue;
+        for (uint32_t j = 0; j < columns; j++) {
+            const float value = values[j] * unit;
+            values[j] = value * factor;
         }
-        put_row(p->of, as, values, columns, out);
+        if (a->levels)
+            RETURN_IF(put_integers(values, columns, out));
+        else
+            put_row(p->of, values, columns, out);
     }
     p->of->work->have += p->size;
     return WV_OK;
@@ -1186,94 +1102,109 @@ static wv_status parse_part(const wv_archive *a, fields f, part *p)
     return ends(&f);
 }
 
-/* Places of energies by falling energy, equal ones in their own order; where each energy starts. */
-static void sort_falling(uint32_t *order, uint32_t *start, uint32_t count, const uint8_t *inner,
-                         uint32_t inner_count, const uint8_t *outer)
+/* Energy of a row or a column. */
+static uint32_t energy_of(const part *p, int of_columns, uint32_t i)
 {
-    const int top = 2 * MAX_ENERGY;
+    const uint8_t *channels = p->energies + p->rows, *frequencies = channels + p->channels;
+    return of_columns ? (uint32_t)channels[i % p->channels] + frequencies[i / p->channels] : p->energies[i];
+}
+
+/* Rows or columns by falling energy, equal ones in their own order; where each energy starts. */
+static void sort_falling(const part *p, int of_columns, uint32_t *order, uint32_t *start)
+{
+    const uint32_t count = of_columns ? p->columns : p->rows;
     uint32_t next[2 * MAX_ENERGY + 1] = {0}, at = 0;
     for (uint32_t i = 0; i < count; i++)
-        next[inner[i % inner_count] + (outer ? outer[i / inner_count] : 0)]++;
-    start[top + 1] = 0;
-    for (int e = top; e >= 0; e--) {
-        uint32_t some = next[e];
+        next[energy_of(p, of_columns, i)]++;
+    start[2 * MAX_ENERGY + 1] = 0;
+    for (int e = 2 * MAX_ENERGY; e >= 0; e--) {
+        start[e] = at + next[e]; /* the end of e, and the start of e - 1 */
         next[e] = at;
-        at += some;
-        start[e] = at; /* the end of e, and the start of e - 1 */
+        at = start[e];
     }
     for (uint32_t i = 0; i < count; i++)
-        order[next[inner[i % inner_count] + (outer ? outer[i / inner_count] : 0)]++] = i;
+        order[next[energy_of(p, of_columns, i)]++] = i;
 }
 
-/* Goes to the next rectangle that has elements. */
-static void next_rectangle(part *p, const sorted *by)
+/* A picture, and the levels of a part in it: from number `first`, in a ribbon column, to `end`. */
+typedef struct picture {
+    const uint8_t *luma;
+    size_t stride;
+    uint32_t width, column, first, end;
+} picture;
+
+/* Takes levels, the first of which has a number, to their places in a row; NULL: one after the other. */
+static void take_levels(const picture *from, uint32_t number, uint32_t count, const uint32_t *places,
+                        uint8_t *row)
 {
-    for (;; p->row_energy--) {
-        if (p->row_energy < 0 || p->class_ - p->row_energy > 2 * MAX_ENERGY) {
-            if (--p->class_ < 0)
-                return;
-            p->row_energy = p->class_ < MAX_ENERGY ? p->class_ : MAX_ENERGY;
-        }
-        int e = p->row_energy, c = p->class_ - e;
-        if (c > 2 * MAX_ENERGY || by->row_start[e] == by->row_start[e + 1]
-            || by->column_start[c] == by->column_start[c + 1])
+    const size_t stride = from->stride;
+    for (uint32_t i = 0, stop; i < count; number += stop - i, i = stop) {
+        stop = BAND - number % BAND < count - i ? i + BAND - number % BAND : count;
+        if (number < from->first || number >= from->end)
             continue;
-        p->row = by->row_start[e + 1];
-        p->at_column = by->column_start[c + 1];
-        return;
+        const uint32_t column = from->column + (number - from->first) / BAND;
+        const uint32_t y = column / from->width * BAND + number % BAND;
+        const uint8_t *sample = from->luma + y * stride + column % from->width;
+        if (places)
+            for (uint32_t j = i; j < stop; j++, sample += stride)
+                row[places[j]] = *sample;
+        else
+            for (uint32_t j = i; j < stop; j++, sample += stride)
+                row[j] = *sample;
     }
 }
 
-/* Takes a part's levels from a picture, from a ribbon column on, as far as there are; whole parts
-   become weights. */
-static wv_status gather(wv_archive *a, part *p, uint32_t column, const uint8_t *luma, size_t stride)
+/* Walks over the part in the order of section 5.1: in each picture from the start. */
+static wv_status take_sorted(wv_archive *a, const picture *from)
 {
-    const uint32_t capacity = a->height / BAND * a->width;
-    sorted by;
-    if (p->energies) {
-        const uint8_t *channels = p->energies + p->rows;
-        RETURN_IF(grow(a, &a->packet, 0, 4 * ((size_t)p->rows + p->columns)));
-        by.rows = (uint32_t *)(void *)a->packet.data;
-        by.columns = by.rows + p->rows;
-        sort_falling(by.rows, by.row_start, p->rows, p->energies, p->rows, NULL);
-        sort_falling(by.columns, by.column_start, p->columns, channels, p->channels, channels + p->channels);
-        if (!p->have) {
-            p->class_ = 3 * MAX_ENERGY;
-            p->row_energy = MAX_ENERGY;
-            next_rectangle(p, &by);
-        }
-    }
-    for (; p->have < p->size && column < capacity; column++) {
-        const uint8_t *from = luma + (size_t)(column / a->width) * BAND * stride + column % a->width;
-        uint32_t left = p->size - p->have < BAND ? p->size - p->have : BAND, some;
-        for (; left; left -= some, p->have += some) {
-            if (!p->energies) {
-                some = left;
-                for (uint32_t i = 0; i < some; i++, from += stride)
-                    p->levels[p->have + i] = *from;
-                continue;
-            }
-            const int e = p->row_energy, c = p->class_ - e;
-            const uint32_t *order = by.columns + p->at_column, end = by.column_start[c];
-            uint8_t *row = p->levels + (size_t)by.rows[p->row] * p->columns;
-            some = end - p->at_column < left ? end - p->at_column : left;
-            for (uint32_t i = 0; i < some; i++, from += stride)
-                row[order[i]] = *from;
-            p->at_column += some;
-            if (p->at_column < end)
-                continue;
-            p->at_column = by.column_start[c + 1];
-            if (++p->row == by.row_start[e]) {
-                p->row_energy--;
-                next_rectangle(p, &by);
+    const part *p = &a->part;
+    uint32_t row_start[2 * MAX_ENERGY + 2], column_start[2 * MAX_ENERGY + 2], number = 0;
+    RETURN_IF(resize(a, &a->packet, 0, 4 * ((size_t)p->rows + p->columns)));
+    uint32_t *rows = (uint32_t *)(void *)a->packet.data, *columns = rows + p->rows;
+    sort_falling(p, 0, rows, row_start);
+    sort_falling(p, 1, columns, column_start);
+    for (int class_ = 3 * MAX_ENERGY; class_ >= 0; class_--)
+        for (int e = class_ < MAX_ENERGY ? class_ : MAX_ENERGY; e >= 0 && class_ - e <= 2 * MAX_ENERGY; e--) {
+            const uint32_t first = column_start[class_ - e + 1], count = column_start[class_ - e] - first;
+            for (uint32_t row = row_start[e + 1]; count && row < row_start[e] && number < from->end; row++) {
+                take_levels(from, number, count, columns + first, p->levels + (size_t)rows[row] * p->columns);
+                number += count;
             }
         }
-    }
-    return p->have == p->size ? dequantize(a, p) : WV_OK;
+    return WV_OK;
 }
 
-/* Elements that a tensor of an update has in the base. */
-static wv_status from_base(wv_archive *a, const tensor *t, wv_dtype as, void *to)
+static void drop_part(wv_archive *a)
+{
+    give_memory(a, a->part.memory);
+    give_memory(a, a->kept);
+    a->part.memory = a->kept = NULL;
+    a->goes_on = 0;
+}
+
+/* Takes the part's levels from a picture, from a ribbon column on, as far as there are; a whole part
+   becomes weights. */
+static wv_status gather(wv_archive *a, uint32_t column, const uint8_t *luma, size_t stride)
+{
+    part *p = &a->part;
+    const uint32_t room = (a->height / BAND * a->width - column) * BAND;
+    const uint32_t end = p->size - p->have < room ? p->size : p->have + room;
+    const picture from = {luma, stride, a->width, column, p->have, end};
+    if (p->energies)
+        RETURN_IF(take_sorted(a, &from));
+    else
+        take_levels(&from, 0, p->size, NULL, p->levels);
+    p->have = end;
+    a->goes_on = p->have < p->size;
+    if (a->goes_on)
+        return WV_OK;
+    RETURN_IF(dequantize(a, p));
+    drop_part(a);
+    return WV_OK;
+}
+
+/* Gets the elements that a tensor of an update has in the base. */
+static wv_status from_base(wv_archive *a, const tensor *t)
 {
     if (!a->base)
         return WV_BASE;
@@ -1282,20 +1213,13 @@ static wv_status from_base(wv_archive *a, const tensor *t, wv_dtype as, void *to
     if (!b || b->dtype != t->is.dtype || b->axes != t->is.axes
         || (b->axes && memcmp(b->shape, t->is.shape, b->axes * sizeof *b->shape)))
         return WV_BASE;
-    return wv_load(a->base, b, as, to, wv_bytes(b, as));
-}
-
-static void end_layer(wv_archive *a, tensor *t)
-{
-    give_memory(a, t->work->below);
-    t->work->below = NULL;
-    t->work->hashed = 0;
-    t->begun = NOTHING;
+    return wv_load(a->base, b, t->work->as, t->work->into, wv_bytes(b, t->work->as));
 }
 
 static void finish_tensor(wv_archive *a, tensor *t, wv_status status)
 {
     t->done = 1;
+    a->done++;
     if (!t->work)
         return;
     const work w = *t->work;
@@ -1308,7 +1232,7 @@ static void finish_tensor(wv_archive *a, tensor *t, wv_status status)
             put_element(t, as, get_bits(type, size, w.into + i * size), w.room + i * wide);
         give_memory(a, w.into);
     }
-    end_layer(a, t);
+    give_memory(a, w.below);
     give_memory(a, t->work);
     t->work = NULL;
     if (w.room && !a->only)
@@ -1317,7 +1241,9 @@ static void finish_tensor(wv_archive *a, tensor *t, wv_status status)
 
 static void finish_layer(wv_archive *a, tensor *t)
 {
-    end_layer(a, t);
+    give_memory(a, t->work->below);
+    t->work->below = NULL;
+    t->work->begun = NOTHING;
     t->layer++;
     if (!--t->left)
         finish_tensor(a, t, WV_OK);
@@ -1327,104 +1253,79 @@ static void finish_layer(wv_archive *a, tensor *t)
 static wv_status begin_tensor(wv_archive *a, tensor *t)
 {
     const uint32_t mask = mask_of(a, t), added = mask & (mask - 1);
-    const wv_dtype as = wanted_type(a, t);
-    const uint64_t bytes = t->is.elements * size_of(as), own = t->is.elements * size_of(t->is.dtype);
+    const wv_dtype type = t->is.dtype, as = wanted_type(a, t);
+    const uint64_t bytes = t->is.elements * size_of(as), own = t->is.elements * size_of(type);
     if (bytes > SIZE_MAX || own > SIZE_MAX)
         return WV_MEMORY;
-    work *w = t->work = take_memory(a, sizeof *w);
+    work *w = t->work = take_memory(&a->memory, sizeof *w);
     if (!w)
         return WV_MEMORY;
     memset(w, 0, sizeof *w);
+    w->as = as;
     w->into = w->room = a->only ? a->sink->user : a->sink->begin(a->sink->user, &t->is, (size_t)bytes);
-    if (!w->room)
-        return WV_OK;
-    if (!t->left)
-        return from_base(a, t, as, w->room);
-    if (added && as != t->is.dtype && !(w->into = take_memory(a, (size_t)own))) {
-        w->into = w->room;
-        return WV_MEMORY;
+    if (w->room && added && as != type) { /* layers are added in the tensor's own type */
+        uint8_t *into = take_memory(&a->memory, (size_t)own);
+        if (!into)
+            return WV_MEMORY;
+        w->into = into;
+        w->as = type;
     }
-    return t->mask & 1 ? from_base(a, t, WV_STORED, w->into) : WV_OK;
+    return w->room && mask & 1 ? from_base(a, t) : WV_OK;
 }
 
 /* Begins a layer of a tensor, or goes on with it, by so many elements. */
-static wv_status begin(wv_archive *a, tensor *t, int kind, uint64_t some, int *wanted)
+static wv_status begin(wv_archive *a, tensor *t, int kind, uint64_t some)
 {
-    *wanted = 0;
     if (a->only && a->only != t)
         return WV_OK;
-    if (!t->begun) {
-        if (!t->left || t->done)
-            return WV_FORMAT;
-        if (!t->layer)
-            RETURN_IF(begin_tensor(a, t));
-        t->begun = (uint8_t)kind;
-        t->added = t->layer || t->mask & 1;
-        work *w = t->work;
+    if (t->done)
+        return WV_FORMAT;
+    if (!t->work)
+        RETURN_IF(begin_tensor(a, t));
+    work *w = t->work;
+    if (w->begun == NOTHING) {
+        w->begun = kind;
+        w->added = t->layer || t->mask & 1;
         w->have = 0;
+        w->hashed = 0;
         /* A layer that comes in pieces may end early; then those below it are wanted. */
-        const size_t bytes = (size_t)t->is.elements * size_of(t->is.dtype);
         if (w->room && t->layer && some < t->is.elements && !a->only) {
-            w->below = take_memory(a, bytes);
+            const size_t bytes = (size_t)t->is.elements * size_of(t->is.dtype);
+            w->below = take_memory(&a->memory, bytes);
             if (!w->below)
                 return WV_MEMORY;
             memcpy(w->below, w->into, bytes);
         }
     }
-    *wanted = t->work->room != NULL;
-    return t->begun == kind ? WV_OK : WV_FORMAT;
+    return w->begun == kind ? WV_OK : WV_FORMAT;
+}
+
+static int is_wanted(const tensor *t)
+{
+    return t->work && t->work->room;
 }
 
 static wv_status start_part(wv_archive *a, part *p)
 {
-    tensor *t = p->of;
-    const uint32_t wide = a->levels ? 4 : size_of(type_of(a, t));
-    if (p->first != t->work->have)
+    work *w = p->of->work;
+    const uint32_t wide = a->levels ? 4 : size_of(w->as);
+    if (p->first != w->have)
         return WV_FORMAT;
     if (a->levels && (p->method || p->axes || p->row_steps))
         return WV_LEVELS;
     if (a->levels && !p->first)
         a->levels_step = p->step;
-    if (!p->first && !a->levels && (t->added || a->checks == WV_CHECK_ALL)) {
-        t->work->hashed = 1;
-        sha_start(&t->work->sha);
+    if (!p->first && !a->levels && (w->added || a->checks == WV_CHECK_ALL)) {
+        w->hashed = 1;
+        sha_start(&w->sha);
     }
-    p->levels = t->work->into + (p->first + p->size) * wide - p->size;
-    if (t->added) {
-        p->levels = p->memory = take_memory(a, p->size);
+    p->levels = w->into + (p->first + p->size) * wide - p->size;
+    if (w->added) {
+        p->levels = p->memory = take_memory(&a->memory, p->size);
         if (!p->memory)
             return WV_MEMORY;
     }
     return WV_OK;
-}
-
-/* Keeps a part that goes on in the next frame, with its record: the sidecar goes. */
-static wv_status keep_part(wv_archive *a, const part *from, fields record_data)
-{
-    const size_t bytes = (size_t)(record_data.end - record_data.at);
-    part *p = a->open = take_memory(a, sizeof *p + bytes);
-    if (!p) {
-        give_memory(a, from->memory);
-        return WV_MEMORY;
-    }
-    *p = *from;
-    memcpy(p + 1, record_data.at, bytes);
-    const uint8_t **pointers[7] = {&p->frequency_steps, &p->row_steps, &p->energies,
-                                   &p->escapes.gaps.at, &p->escapes.gaps.end,
-                                   &p->escapes.numbers.at, &p->escapes.numbers.end};
-    for (int i = 0; i < 7; i++)
-        if (*pointers[i])
-            *pointers[i] = (const uint8_t *)(p + 1) + (*pointers[i] - record_data.at);
-    return WV_OK;
-}
-
-static void drop_part(wv_archive *a)
-{
-    if (a->open) {
-        give_memory(a, a->open->memory);
-        give_memory(a, a->open);
-        a->open = NULL;
-    }
 }
 
 static wv_status take_end(wv_archive *a, fields f)
@@ -1437,7 +1338,7 @@ static wv_status take_end(wv_archive *a, fields f)
     RETURN_IF(ends(&f));
     if (a->levels || (a->only && a->only != t))
         return WV_OK;
-    if (t->begun != PARTS || (t->work->room && t->work->have != t->is.elements))
+    if (!t->work || t->work->begun != PARTS || (t->work->room && t->work->have != t->is.elements))
         return WV_FORMAT;
     if (t->work->hashed && !MATCHES(sha_is(&t->work->sha, head, 8))) {
         finish_tensor(a, t, WV_DIGEST);
@@ -1468,37 +1369,33 @@ static wv_status take_frame(wv_archive *a, const uint8_t *packet, size_t bytes)
     const uint8_t *luma = a->luma;
     size_t stride = a->width;
     const uint32_t capacity = a->height / BAND * a->width;
+    part *p = &a->part;
     fields all, data;
     uint64_t type, free = 0;
     if (packet)
         RETURN_IF(decode(a, packet, bytes, &luma, &stride));
-    if (a->open) {
-        part *p = a->open;
+    if (a->goes_on) {
         free = (p->size - p->have + BAND - 1) / BAND;
-        const wv_status status = gather(a, p, 0, luma, stride);
-        if (status || p->have == p->size)
-            drop_part(a);
-        RETURN_IF(status);
+        RETURN_IF(gather(a, 0, luma, stride));
     }
     for (all = a->sidecar_body; record(&all, &type, &data);) {
-        part p;
-        int wanted;
         if (type != R_PART)
             continue;
-        RETURN_IF(parse_part(a, data, &p));
-        if (p.column < free || p.column >= capacity)
+        if (a->goes_on)
             return WV_FORMAT;
-        free = p.column + (p.size + BAND - 1) / BAND;
-        RETURN_IF(begin(a, p.of, PARTS, p.size, &wanted));
-        if (!wanted)
+        RETURN_IF(parse_part(a, data, p));
+        if (p->column < free || p->column >= capacity)
+            return WV_FORMAT;
+        free = p->column + (p->size + BAND - 1) / BAND;
+        RETURN_IF(begin(a, p->of, PARTS, p->size));
+        if (!is_wanted(p->of))
             continue;
-        wv_status status = start_part(a, &p);
-        status = status ? status : gather(a, &p, p.column, luma, stride);
-        if (!status && p.have < p.size)
-            status = keep_part(a, &p, data);
-        else
-            give_memory(a, p.memory);
-        RETURN_IF(status);
+        RETURN_IF(start_part(a, p));
+        RETURN_IF(gather(a, p->column, luma, stride));
+        if (a->goes_on) {
+            a->kept = a->sidecar.data;
+            a->sidecar.data = NULL;
+        }
     }
     for (all = a->sidecar_body; record(&all, &type, &data);)
         if (type == R_END)
@@ -1508,21 +1405,20 @@ static wv_status take_frame(wv_archive *a, const uint8_t *packet, size_t bytes)
 
 /* --- exact tensors (section 6) ---------------------------------------------------------------- */
 
-/* Takes the bits of an exact element; in a layer that is added, of how far they are from those before. */
-static void put_exact(const tensor *t, wv_dtype as, uint64_t bits, uint8_t *to)
+/* Puts the bits of an exact element; in a layer that is added, of how far they are from those before. */
+static void put_exact(const tensor *t, uint64_t place, uint64_t bits)
 {
     const wv_dtype type = t->is.dtype;
-    if (t->added)
+    uint8_t *to = t->work->into + place * size_of(t->work->as);
+    if (t->work->added)
         bits = get_bits(type, size_of(type), to) + (bits >> 1 ^ (0 - (bits & 1)));
-    put_element(t, as, bits, to);
+    put_element(t, t->work->as, bits, to);
 }
 
 /* An item: elements of a tensor that follow each other. */
 typedef struct item {
     tensor *of;
     uint64_t first, count;
-    wv_dtype as;
-    int wanted;
 } item;
 
 static wv_status next_item(const wv_archive *a, fields *list, item *next)
@@ -1534,26 +1430,23 @@ static wv_status next_item(const wv_archive *a, fields *list, item *next)
     return list->bad ? list->bad : next->first + next->count > next->of->is.elements ? WV_FORMAT : WV_OK;
 }
 
-static wv_status begin_item(wv_archive *a, item *one)
+static wv_status begin_item(wv_archive *a, const item *one)
 {
-    tensor *t = one->of;
-    RETURN_IF(begin(a, t, ITEMS, one->count, &one->wanted));
-    if (one->wanted && a->levels)
-        return WV_LEVELS;
-    if ((!a->only || a->only == t) && (one->first != t->work->have || (t->added && t->is.dtype == WV_C128)))
+    const tensor *t = one->of;
+    RETURN_IF(begin(a, one->of, ITEMS, one->count));
+    if (t->work && (one->first != t->work->have || (t->work->added && t->is.dtype == WV_C128)))
         return WV_FORMAT;
-    one->as = one->wanted ? type_of(a, t) : WV_STORED;
     return WV_OK;
 }
 
 static void end_item(wv_archive *a, const item *one)
 {
-    tensor *t = one->of;
-    if (t->begun != ITEMS)
+    work *w = one->of->work;
+    if (!w)
         return;
-    t->work->have += one->count;
-    if (t->work->have == t->is.elements)
-        finish_layer(a, t);
+    w->have += one->count;
+    if (w->have == one->of->is.elements)
+        finish_layer(a, one->of);
 }
 
 static wv_status take_planes(wv_archive *a, fields items, uint32_t left, fields data)
@@ -1578,18 +1471,15 @@ static wv_status take_planes(wv_archive *a, fields items, uint32_t left, fields 
         for (left -= group; group; group--, at += one.count) {
             RETURN_IF(next_item(a, &items, &one));
             RETURN_IF(begin_item(a, &one));
-            const uint32_t piece = size > 8 ? 8 : size;
-            for (uint64_t i = 0; one.wanted && i < one.count; i++)
-                for (uint32_t from = 0; from < size; from += piece) {
-                    uint64_t bits = 0;
-                    for (uint32_t byte = 0; byte < piece; byte++)
-                        bits |= (uint64_t)planes[(from + byte) * count + at + i] << 8 * byte;
-                    uint8_t *to = one.of->work->into + (one.first + i) * size_of(one.as) + from;
-                    if (size > 8)
-                        put_bits(WV_U64, 8, bits, to);
-                    else
-                        put_exact(one.of, one.as, bits, to);
-                }
+            for (uint64_t i = 0; is_wanted(one.of) && i < one.count; i++) {
+                uint64_t bits[2] = {0, 0}; /* an element has up to 16 bytes */
+                for (uint32_t byte = 0; byte < size; byte++)
+                    bits[byte / 8] |= (uint64_t)planes[byte * count + at + i] << byte % 8 * 8;
+                if (size <= 8)
+                    put_exact(one.of, one.first + i, bits[0]);
+                for (uint32_t half = 0; half < 2 && size > 8; half++)
+                    put_bits(WV_U64, 8, bits[half], one.of->work->into + (one.first + i) * size + 8 * half);
+            }
             end_item(a, &one);
         }
     }
@@ -1597,30 +1487,28 @@ static wv_status take_planes(wv_archive *a, fields items, uint32_t left, fields 
     return ends(&data);
 }
 
-/* A plane of floats; where it is deflated, in memory of its own. */
-static wv_status read_plane(wv_archive *a, fields *data, uint64_t size, const uint8_t **plane, void **memory)
+/* A plane of floats; a deflated one goes to *room, which moves behind it. */
+static wv_status read_plane(fields *data, uint64_t size, uint8_t **room, const uint8_t **plane)
 {
     const uint64_t coded = leb(data, MAX_BODY);
     const uint8_t *from = take(data, coded ? coded : size);
-    *plane = from;
+    *plane = coded ? *room : from;
     if (data->bad || !coded)
         return data->bad;
-    if (size / 1032 > coded) /* deflate makes no more of a byte */
-        return WV_FORMAT;
-    *plane = *memory = take_memory(a, (size_t)size);
-    return !*memory ? WV_MEMORY : inflate(from, (size_t)coded, *memory, (size_t)size) ? WV_FORMAT : WV_OK;
+    *room += size;
+    return inflate(from, (size_t)coded, *room - size, (size_t)size) ? WV_FORMAT : WV_OK;
 }
 
 /* Bit-exact floats (section 6). Rows are read in their own order: where their bytes lie in the planes
    is counted by key. `planes`: keys, top, middle, low ones. */
-static wv_status take_floats(wv_archive *a, const fields items, uint32_t left, fields data, void *memory[5])
+static wv_status take_floats(wv_archive *a, const fields items, uint32_t left, fields data)
 {
     const uint8_t *planes[5];
-    uint64_t total = 0, rows = 0, place[96] = {0}, lows[3] = {0}, sum = 0;
+    uint64_t total = 0, rows = 0, place[96] = {0}, sum = 0;
     fields ahead = items;
-    item one = {NULL, 0, 0, WV_STORED, 0};
+    item one;
     wv_dtype type = WV_STORED;
-    fields lengths = data;
+    const fields lengths = data;
     for (uint32_t i = 0; i < left; i++) {
         RETURN_IF(next_item(a, &ahead, &one));
         uint64_t length = leb(&data, MAX_BODY);
@@ -1634,25 +1522,26 @@ static wv_status take_floats(wv_archive *a, const fields items, uint32_t left, f
             return data.bad ? data.bad : WV_LIMIT;
     }
     RETURN_IF(ends(&ahead));
-    if (type < WV_F32 || type > WV_BF16)
+    if (type < WV_F32 || type > WV_BF16 || (3 * rows + 2 * total) / 1032 > (uint64_t)(data.end - data.at))
         return WV_FORMAT;
     const uint32_t mantissa = type == WV_F32 ? 23 : type == WV_F16 ? 10 : 7;
     const uint32_t width = 8 * size_of(type), low_planes = type == WV_F32 ? 2 : type == WV_F16;
     if (total * width / 8 > MAX_BODY)
         return WV_LIMIT;
-    RETURN_IF(read_plane(a, &data, 3 * rows, &planes[0], &memory[0]));
+    RETURN_IF(resize(a, &a->packet, 0, (size_t)(3 * rows + (2 + low_planes) * total)));
+    uint8_t *room = a->packet.data;
+    RETURN_IF(read_plane(&data, 3 * rows, &room, &planes[0]));
     /* Two walks over the rows: the first one counts. */
-    for (int walk = 0; walk < 2; walk++) {
+    for (int walk = 0;; walk++) {
         fields list = items, length_list = lengths;
         uint64_t row = 0;
         uint32_t low_scale = 0;
         for (uint32_t i = 0; i < left; i++) {
             RETURN_IF(next_item(a, &list, &one));
-            uint64_t length = leb(&length_list, MAX_BODY), here;
-            length += !length;
+            const uint64_t coded_length = leb(&length_list, MAX_BODY), length = coded_length + !coded_length;
             if (walk)
                 RETURN_IF(begin_item(a, &one));
-            for (uint64_t done = 0; done < one.count; done += here, row++) {
+            for (uint64_t done = 0, here; done < one.count; done += here, row++) {
                 const uint32_t zeros = planes[0][2 * rows + row];
                 low_scale = (low_scale + planes[0][row]) & 0xFF;
                 const uint32_t scale = low_scale | (uint32_t)planes[0][rows + row] << 8;
@@ -1660,7 +1549,7 @@ static wv_status take_floats(wv_archive *a, const fields items, uint32_t left, f
                     return WV_FORMAT;
                 uint64_t *at = place + 4 * zeros + (scale & 3);
                 here = one.count - done < length ? one.count - done : length;
-                for (uint64_t j = *at; walk && one.wanted && j < *at + here; j++) {
+                for (uint64_t j = *at; walk && is_wanted(one.of) && j < *at + here; j++) {
                     const uint32_t middle = planes[2][j];
                     uint32_t bits = planes[1][j] + ((middle & 0xC0) << 2) + (scale & 0xFFFC) - 128;
                     bits = (bits & ((1u << (width + 1 - mantissa)) - 1)) << (mantissa - 2);
@@ -1668,49 +1557,40 @@ static wv_status take_floats(wv_archive *a, const fields items, uint32_t left, f
                     for (uint32_t k = 0; k < low_planes; k++)
                         if (zeros < 8 * (k + 1))
                             bits |= (uint32_t)planes[3 + k][j] << 8 * k & ((1u << (mantissa - 7)) - 1);
-                    put_exact(one.of, one.as, bits,
-                              one.of->work->into + (one.first + done + (j - *at)) * size_of(one.as));
+                    put_exact(one.of, one.first + done + (j - *at), bits);
                 }
                 *at += here;
             }
             if (walk)
                 end_item(a, &one);
         }
-        for (uint32_t key = 0; !walk && key < 96; key++) {
+        if (walk)
+            return WV_OK;
+        for (uint32_t key = 0; key < 96; key++) {
             const uint64_t count = place[key];
             place[key] = sum;
             sum += count;
-            for (uint32_t k = 0; k < 2; k++)
-                lows[1 + k] = key / 4 < 8 * (k + 1) ? sum : lows[1 + k];
         }
-        lows[0] = total;
-        for (uint32_t k = 0; !walk && k < 2 + low_planes; k++)
-            RETURN_IF(read_plane(a, &data, k < 2 ? total : lows[k - 1], &planes[1 + k], &memory[1 + k]));
+        for (uint32_t k = 0; k < 2 + low_planes; k++)
+            RETURN_IF(read_plane(&data, k < 2 ? total : place[32 * (k - 1)], &room, &planes[1 + k]));
         RETURN_IF(ends(&data));
     }
-    return WV_OK;
 }
 
 static wv_status take_exact(wv_archive *a, const box *b)
 {
     fields body, found[R_FLOATS - R_ITEMS + 1] = {{0}};
     fields *items = found, *data = found + (R_DATA - R_ITEMS), *floats = found + (R_FLOATS - R_ITEMS);
-    /* The body goes behind the box where that was read into the memory of packets. */
-    const size_t kept = a->data ? 0 : (size_t)(b->payload - a->packet.data) + b->size;
-    RETURN_IF(open_body(a, b, &a->packet, kept, 0, &body));
+    if (a->levels)
+        return WV_LEVELS;
+    RETURN_IF(open_body(a, b, &a->sidecar, !a->data, &body));
     RETURN_IF(collect(body, R_ITEMS, 0x45, found));
     if (!items->at || !data->at == !floats->at)
         return WV_FORMAT;
     const uint32_t count = entries(items, MAX_TENSORS);
     if (items->bad || (count && !a->tensors))
         return items->bad ? items->bad : WV_LIMIT;
-    if (data->at)
-        return take_planes(a, *items, count, *data);
-    void *memory[5] = {NULL, NULL, NULL, NULL, NULL};
-    wv_status status = take_floats(a, *items, count, *floats, memory);
-    for (int i = 0; i < 5; i++)
-        give_memory(a, memory[i]);
-    return status;
+    return data->at ? take_planes(a, *items, count, *data) : take_floats(a, *items, count, *floats);
 }
 
 /* --- boxes, in the order of the file ---------------------------------------------------------- */
@@ -1718,10 +1598,7 @@ static wv_status take_exact(wv_archive *a, const box *b)
 static void open_box(box *b, const uint8_t *kind, const uint8_t *payload, size_t size)
 {
     static const char ours[5][7] = {"header", "file\0", "frame", "exact", "index"};
-    b->kind = kind;
-    b->payload = payload;
-    b->size = size;
-    b->ours = OTHER;
+    *b = (box){kind, payload, size, OTHER};
     if (memcmp(kind, "uuid", 4) || size < 16 || memcmp(payload, "weightvid-", 10))
         return;
     for (int i = 0; i < 5; i++)
@@ -1737,7 +1614,7 @@ static wv_status take_sidecar(wv_archive *a, const box *b)
     fields body, data;
     uint64_t type;
     uint32_t frames = 0;
-    RETURN_IF(open_body(a, b, &a->sidecar, 0, !a->data, &body));
+    RETURN_IF(open_body(a, b, &a->sidecar, !a->data, &body));
     a->sidecar_body = body;
     while (record(&body, &type, &data)) {
         if (type == R_FRAME) {
@@ -1746,8 +1623,8 @@ static wv_status take_sidecar(wv_archive *a, const box *b)
                 return WV_FORMAT;
             a->frame_hash = take(&data, 32);
             RETURN_IF(ends(&data));
-        } else if (type != R_PART && type != R_END) {
-            RETURN_IF(unknown(type));
+        } else if (type != R_PART && type != R_END && !(type & 1)) {
+            return WV_VERSION;
         }
     }
     return body.bad ? body.bad : frames == 1 ? WV_OK : WV_FORMAT;
@@ -1756,34 +1633,26 @@ static wv_status take_sidecar(wv_archive *a, const box *b)
 /* Before the first frame: tensors that have no layer in this file are those of the base. */
 static wv_status start_all(wv_archive *a)
 {
-    wv_status status = WV_OK;
     a->stage = AT_BODY;
-    a->frame = a->switches = a->missing = 0;
-    a->exact_seen = 0;
+    a->frame = a->switches = a->done = a->exact_seen = 0;
     for (uint32_t i = 0; i < a->tensors; i++) {
         tensor *t = a->all + i;
         t->layer = t->left = t->done = 0;
         for (uint32_t mask = mask_of(a, t) >> 1; mask; mask &= mask - 1)
             t->left++;
-    }
-    for (uint32_t i = 0; i < a->tensors && !status; i++) {
-        tensor *t = a->all + i;
         if (t->left || (a->only && a->only != t))
             continue;
-        status = mask_of(a, t) ? begin_tensor(a, t) : WV_FORMAT;
+        const wv_status status = mask_of(a, t) ? begin_tensor(a, t) : WV_FORMAT;
         finish_tensor(a, t, status);
+        RETURN_IF(status);
     }
-    return status;
+    return WV_OK;
 }
 
 /* Whether what is wanted is there before the end of the file. */
-static int has_all(wv_archive *a)
+static int has_all(const wv_archive *a)
 {
-    if (a->stage != AT_BODY)
-        return 0;
-    while (a->missing < a->tensors && a->all[a->missing].done)
-        a->missing++;
-    return a->missing == a->tensors && a->layers < a->all_layers;
+    return a->stage == AT_BODY && a->done == a->tensors && a->layers < a->all_layers;
 }
 
 /* Takes one whole box. Its payload may lie in a->packet. */
@@ -1804,7 +1673,7 @@ static wv_status take_box(wv_archive *a, const box *b)
     case AT_HEADER:
         if (b->ours != HEADER)
             return WV_FORMAT;
-        RETURN_IF(open_body(a, b, &a->header, 0, 1, &body));
+        RETURN_IF(open_body(a, b, &a->header, 1, &body));
         a->scratch += a->header.room;
         RETURN_IF(read_header(a, body));
         a->stage = AT_BODY;
@@ -1819,7 +1688,7 @@ static wv_status take_box(wv_archive *a, const box *b)
         if (b->ours == FRAME) {
             a->stage = AT_MOOF;
             /* Frames come after exact boxes where a layer ends. */
-            a->switches += (uint32_t)a->exact_seen;
+            a->switches += a->exact_seen;
             a->exact_seen = 0;
             return a->switches < a->all_layers ? take_sidecar(a, b) : WV_FORMAT;
         }
@@ -1844,13 +1713,10 @@ static wv_status take_box(wv_archive *a, const box *b)
 
 /* --- files, in memory or behind a reader ------------------------------------------------------ */
 
-static wv_status box_bytes(const uint8_t *head, size_t *payload)
+static wv_status box_bytes(const uint8_t *head, size_t *size)
 {
-    size_t size = be32(head);
-    if (size < 8 || size > 2 * (size_t)MAX_BODY)
-        return WV_FORMAT;
-    *payload = size - 8;
-    return WV_OK;
+    *size = be32(head);
+    return *size < 8 || *size > 2 * (size_t)MAX_BODY ? WV_FORMAT : WV_OK;
 }
 
 static wv_status read_bytes(const wv_archive *a, uint64_t at, void *to, size_t size)
@@ -1872,10 +1738,11 @@ static wv_status read_box(wv_archive *a, uint64_t *at, box *b)
         return WV_NO_ARCHIVE;
     RETURN_IF(box_bytes(a->head, &size));
     *at += 8;
+    size -= 8;
     if (size > a->reader.size - *at)
         return WV_TRUNCATED;
     if (!a->data) {
-        RETURN_IF(grow(a, &a->packet, 0, size));
+        RETURN_IF(resize(a, &a->packet, 0, size));
         RETURN_IF(read_bytes(a, *at, a->packet.data, size));
     }
     open_box(b, a->head + 4, a->data ? a->data + *at : a->packet.data, size);
@@ -1917,19 +1784,17 @@ static wv_status load_box(wv_archive *a, uint64_t at)
 static wv_status walk_index(wv_archive *a, const tensor *t)
 {
     const uint64_t last = a->tensors ? a->tensors - 1 : 0;
-    fields frames = a->lists[0], spans = a->lists[1], boxes = a->lists[2], stages = a->lists[3];
-    const uint64_t all = frames.at ? leb(&frames, MAX_FRAMES) : 0;
-    uint64_t frames_left = all, boxes_left = boxes.at ? leb(&boxes, MAX_TENSORS) : 0;
+    fields lists[4], *frames = lists, *spans = lists + 1, *boxes = lists + 2, *stages = lists + 3;
+    memcpy(lists, a->lists, sizeof lists);
+    const uint32_t all = entries(frames, MAX_FRAMES);
+    uint32_t frames_left = all, boxes_left = entries(boxes, MAX_TENSORS), found = 0, frame = 0;
     uint64_t first[MAX_LAYERS + 1], end[MAX_LAYERS + 1], begin_at = 0, at = a->body;
-    uint32_t found = 0, frame = 0;
-    if (all > (uint64_t)(frames.end - frames.at))
-        return WV_FORMAT;
-    for (uint64_t left = spans.at ? leb(&spans, MAX_LAYERS * MAX_TENSORS) : 0; left && !spans.bad; left--) {
-        const uint64_t number = leb(&spans, last);
-        begin_at += leb(&spans, all);
+    for (uint32_t left = entries(spans, MAX_LAYERS * MAX_TENSORS); left && !spans->bad; left--) {
+        const uint64_t number = leb(spans, last);
+        begin_at += leb(spans, all);
         if (begin_at > all || !a->tensors)
             return WV_LIMIT;
-        const uint64_t many = leb(&spans, all - begin_at);
+        const uint64_t many = leb(spans, all - begin_at);
         if (!t || number != t->is.number)
             continue;
         if (found > MAX_LAYERS)
@@ -1937,34 +1802,30 @@ static wv_status walk_index(wv_archive *a, const tensor *t)
         first[found] = begin_at;
         end[found++] = begin_at + many;
     }
-    uint64_t stages_left = stages.at ? leb(&stages, MAX_LAYERS) : 1;
-    for (uint64_t turn = 0; turn < 2 * stages_left && !stages.bad; turn++) {
-        uint64_t *left = turn & 1 ? &boxes_left : &frames_left;
-        fields *list = turn & 1 ? &boxes : &frames;
-        uint64_t some = stages.at ? leb(&stages, MAX_BODY) : *left;
+    const uint32_t stages_found = stages->at ? entries(stages, MAX_LAYERS) : 1;
+    for (uint32_t turn = 0; turn < 2 * stages_found && !stages->bad; turn++) {
+        uint32_t *left = turn & 1 ? &boxes_left : &frames_left;
+        fields *list = turn & 1 ? boxes : frames;
+        uint64_t some = stages->at ? leb(stages, MAX_BODY) : *left;
         for (some = some < *left ? some : *left; some && !list->bad; some--, --*left) {
-            const uint64_t bytes = leb(list, (uint64_t)MAX_BODY * (list == &frames ? 3 : 2));
+            const uint64_t bytes = leb(list, (uint64_t)MAX_BODY * (list == frames ? 3 : 2));
             int wanted = 0;
-            if (list == &frames)
-                for (uint32_t i = 0; i < found; i++)
-                    wanted |= first[i] <= frame && frame < end[i];
-            else
-                for (uint64_t few = leb(list, MAX_TENSORS); few && !list->bad; few--)
-                    wanted |= leb(list, last) == (t ? t->is.number : MAX_TENSORS);
-            if (wanted && list == &frames)
+            for (uint32_t i = 0; list == frames && i < found; i++)
+                wanted |= first[i] <= frame && frame < end[i];
+            for (uint64_t few = list == boxes ? leb(list, MAX_TENSORS) : 0; few && !list->bad; few--)
+                wanted |= leb(list, last) == (t ? t->is.number : MAX_TENSORS);
+            if (wanted && list == frames)
                 RETURN_IF(load_frame(a, at, frame));
             else if (wanted && !a->levels)
                 RETURN_IF(load_box(a, at));
             if (t && t->done)
                 return WV_OK;
-            frame += list == &frames;
+            frame += list == frames;
             at += bytes;
         }
     }
-    const fields *lists[4] = {&frames, &spans, &boxes, &stages};
     for (int i = 0; i < 4; i++)
-        if (lists[i]->at)
-            RETURN_IF(ends(lists[i]));
+        RETURN_IF(ends(lists + i));
     return frames_left || boxes_left ? WV_FORMAT : WV_OK;
 }
 
@@ -1992,33 +1853,31 @@ static wv_status read_index(wv_archive *a)
     if (status || b.ours != INDEX || b.size < 4)
         return WV_OK;
     b.size -= 4;
-    RETURN_IF(open_body(a, &b, &a->index, 0, 1, &body));
+    RETURN_IF(open_body(a, &b, &a->index, 1, &body));
     a->scratch += a->index.room;
     RETURN_IF(collect(body, R_FRAMES, 0x255, found));
     for (int i = 0; i < 4; i++)
         a->lists[i] = found[2 * i];
     fields *root = found + (R_ROOT - R_FRAMES);
     a->root = root->at ? take(root, 32) : NULL;
-    return root->bad ? root->bad : walk_index(a, NULL);
+    RETURN_IF(ends(root));
+    return walk_index(a, NULL);
 }
 
 /* --- the interface ---------------------------------------------------------------------------- */
 
-#ifndef WEIGHTVID_NO_HEVC
 static wv_status hevc_open(void *user, const char entry[4], const uint8_t *config, size_t size,
                            uint32_t width, uint32_t height)
 {
     wv_archive *a = user;
-    size_t memory = wv_hevc_memory(width, height);
-    if (memcmp(entry, "hvc1", 4) || !memory)
+    const size_t samples = (size_t)width * height, memory = wv_hevc_memory(width, height);
+    if (memcmp(entry, "hvc1", 4))
         return WV_CODEC;
-    const size_t samples = (size_t)width * height, bytes = samples + memory + 15;
-    a->luma = take_memory(a, bytes);
+    a->luma = take_memory(&a->memory, samples + memory);
     if (!a->luma)
         return WV_MEMORY;
-    a->scratch += bytes;
-    uint8_t *behind = a->luma + samples;
-    a->hevc = wv_hevc_open(config, size, width, height, behind + (16 - ((uintptr_t)behind & 15)) % 16, memory);
+    a->scratch += samples + memory;
+    a->hevc = wv_hevc_open(config, size, width, height, a->luma + samples, memory);
     return a->hevc ? WV_OK : WV_CODEC;
 }
 
@@ -2030,7 +1889,6 @@ static wv_status hevc_decode(void *user, const uint8_t *packet, size_t bytes, co
     *stride = a->width;
     return wv_hevc_decode(a->hevc, packet, bytes, a->luma, a->width) ? WV_CODEC : WV_OK;
 }
-#endif
 
 static wv_status make(wv_archive **made, const wv_options *options)
 {
@@ -2039,11 +1897,7 @@ static wv_status make(wv_archive **made, const wv_options *options)
     if (!made)
         return WV_ARGUMENT;
     *made = NULL;
-#ifdef WEIGHTVID_NO_HEVC
-    if (!chosen->decoder)
-        return WV_ARGUMENT;
-#endif
-    wv_archive *a = *made = take_from(&chosen->allocator, sizeof *a);
+    wv_archive *a = *made = take_memory(&chosen->allocator, sizeof *a);
     if (!a)
         return WV_MEMORY;
     memset(a, 0, sizeof *a);
@@ -2051,22 +1905,21 @@ static wv_status make(wv_archive **made, const wv_options *options)
     a->checks = chosen->checks;
     a->layers = MAX_LAYERS;
     a->scratch = sizeof *a;
-#ifndef WEIGHTVID_NO_HEVC
-    a->decoder = (wv_decoder){a, hevc_open, hevc_decode, NULL};
-#endif
-    if (chosen->decoder)
-        a->decoder = *chosen->decoder;
+    a->decoder = chosen->decoder ? *chosen->decoder : (wv_decoder){a, hevc_open, hevc_decode, NULL};
     return WV_OK;
 }
 
-static wv_status open_file(wv_archive **archive)
+static wv_status open_file(wv_archive **archive, const void *data, const wv_reader *reader,
+                           const wv_options *options)
 {
+    RETURN_IF(make(archive, options));
     wv_archive *a = *archive;
     wv_status status = WV_OK;
+    a->data = data;
+    a->reader = *reader;
     for (int i = 0; i < 3 && !status; i++)
         status = next_box(a, &a->body);
-    if (!status)
-        status = read_index(a);
+    status = status ? status : read_index(a);
     if (status) {
         wv_close(a);
         *archive = NULL;
@@ -2076,21 +1929,13 @@ static wv_status open_file(wv_archive **archive)
 
 wv_status wv_open_memory(wv_archive **archive, const void *data, size_t size, const wv_options *options)
 {
-    if (!data)
-        return WV_ARGUMENT;
-    RETURN_IF(make(archive, options));
-    (*archive)->data = data;
-    (*archive)->reader.size = size;
-    return open_file(archive);
+    const wv_reader whole = {NULL, size, NULL};
+    return data ? open_file(archive, data, &whole, options) : WV_ARGUMENT;
 }
 
 wv_status wv_open_reader(wv_archive **archive, const wv_reader *reader, const wv_options *options)
 {
-    if (!reader || !reader->read)
-        return WV_ARGUMENT;
-    RETURN_IF(make(archive, options));
-    (*archive)->reader = *reader;
-    return open_file(archive);
+    return reader && reader->read ? open_file(archive, NULL, reader, options) : WV_ARGUMENT;
 }
 
 wv_status wv_open_stream(wv_archive **archive, const wv_sink *sink, const wv_options *options)
@@ -2106,7 +1951,7 @@ wv_status wv_open_stream(wv_archive **archive, const wv_sink *sink, const wv_opt
 /* Whether it can be used now: it is no stream, or one that has not begun, and in no other call. */
 static int is_ready(const wv_archive *a)
 {
-    return a && (a->stream ? !a->stage && !a->head_have : a->reader.size && !a->sink);
+    return a && (a->stream ? !a->stage && !a->box_have : a->reader.size && !a->sink);
 }
 
 wv_status wv_use_base(wv_archive *a, wv_archive *base)
@@ -2134,33 +1979,28 @@ wv_status wv_push(wv_archive *a, const void *data, size_t size)
     if (!a || !a->stream || (size && !data))
         return WV_ARGUMENT;
     while (size && !a->failed && a->stage != AT_END) {
-        if (a->head_have < 8) {
-            a->head[a->head_have++] = *from++;
-            size--;
-            if (a->head_have < 8)
-                continue;
-            a->failed = a->stage == AT_FTYP && memcmp(a->head + 4, "ftyp", 4)
-                ? WV_NO_ARCHIVE : box_bytes(a->head, &a->box_size);
-            a->box_have = 0;
-        }
-        size_t some = a->box_size - a->box_have < size ? a->box_size - a->box_have : size;
+        const size_t whole = a->box_have < 8 ? 8 : a->box_size, left = whole - a->box_have;
+        const size_t some = left < size ? left : size, have = a->box_have + some;
         /* A box that claims more than a picture has takes no more memory than twice what has come. */
-        if (!a->failed && (!a->box_have || a->box_have + some > a->packet.room)) {
-            const size_t picture = (size_t)a->width * a->height + 65536, twice = 2 * (a->box_have + some);
-            const size_t most = picture < twice ? twice : picture;
-            a->failed = grow(a, &a->packet, a->box_have, a->box_size < most ? a->box_size : most);
+        if (!a->box_have || have > a->packet.room) {
+            const size_t picture_size = (size_t)a->width * a->height + 65536;
+            const size_t most = picture_size < 2 * have ? 2 * have : picture_size;
+            a->failed = resize(a, &a->packet, a->box_have, whole < most ? whole : most);
+            if (a->failed)
+                break;
         }
-        if (a->failed)
-            break;
-        if (some)
-            memcpy(a->packet.data + a->box_have, from, some);
-        a->box_have += some;
+        uint8_t *head = a->packet.data;
+        memcpy(head + a->box_have, from, some);
+        a->box_have = have;
         from += some;
         size -= some;
-        if (a->box_have == a->box_size) {
-            a->head_have = 0;
+        if (have == 8)
+            a->failed = a->stage == AT_FTYP && memcmp(head + 4, "ftyp", 4)
+                ? WV_NO_ARCHIVE : box_bytes(head, &a->box_size);
+        if (have >= 8 && have == a->box_size && !a->failed) {
             box b;
-            open_box(&b, a->head + 4, a->packet.data, a->box_size);
+            open_box(&b, head + 4, head + 8, have - 8);
+            a->box_have = 0;
             a->failed = take_box(a, &b);
             if (has_all(a))
                 a->stage = AT_END;
@@ -2174,7 +2014,7 @@ static wv_status end_all(wv_archive *a, wv_status status)
 {
     if (!status && a->stage != AT_END && !has_all(a))
         status = WV_TRUNCATED;
-    else if (!status && a->missing < a->tensors)
+    else if (!status && a->done < a->tensors)
         status = WV_FORMAT;
     for (uint32_t i = 0; a->all && i < a->tensors; i++) {
         tensor *t = a->all + i;
@@ -2201,7 +2041,7 @@ void wv_close(wv_archive *a)
         wv_finish(a);
     if (a->decoder_open && a->decoder.close)
         a->decoder.close(a->decoder.user);
-    void *all[] = {a->all, a->header.data, a->index.data, a->packet.data, a->sidecar.data, a->luma};
+    void *all[] = {a->all, a->header.data, a->index.data, a->packet.data, a->sidecar.data, a->kept, a->luma};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         give_memory(a, all[i]);
     give_memory(a, a);
@@ -2256,7 +2096,7 @@ wv_status wv_read_file(wv_archive *a, uint32_t place, void *out, size_t bytes)
     RETURN_IF(read_box(a, &at, &b));
     if (b.ours != FILE_BOX || b.size < 9 || le32(b.payload + 5) != bytes)
         return WV_FORMAT;
-    return open_body(a, &b, &room, 0, 1, &body);
+    return open_body(a, &b, &room, 1, &body);
 }
 
 size_t wv_scratch_bytes(const wv_archive *a)
@@ -2271,12 +2111,11 @@ uint32_t wv_layers(const wv_archive *a, uint32_t *arrived)
         return 0;
     *arrived = a->layers < a->all_layers ? a->layers : a->all_layers;
     for (uint32_t i = 0; i < a->tensors; i++) {
-        uint32_t missing = mask_of(a, a->all + i) >> 1, next = 0;
+        uint32_t missing = mask_of(a, a->all + i) >> 1;
         for (uint32_t n = 0; n < a->all[i].layer; n++)
             missing &= missing - 1;
-        while (next < *arrived && !(missing >> next & 1))
-            next++;
-        *arrived = next;
+        while (missing & ((1u << *arrived) - 1))
+            --*arrived;
     }
     return a->all_layers;
 }
@@ -2303,9 +2142,9 @@ static wv_status load_one(wv_archive *a, const wv_tensor *wanted, wv_dtype type,
     wv_status status = start_all(a);
     if (!status && !t->done)
         status = walk_index(a, t);
-    if (!status && a->levels && (!t->begun || t->work->have != t->is.elements))
-        status = t->begun ? WV_FORMAT : WV_LEVELS;
-    else if (!status && !a->levels && !t->done)
+    if (!status && a->levels && !t->work)
+        status = WV_LEVELS;
+    else if (!status && (a->levels ? t->work->have != t->is.elements : !t->done))
         status = WV_FORMAT;
     if (!t->done)
         finish_tensor(a, t, status);

@@ -1,8 +1,7 @@
 /* weightvid: reads neural-network weights out of a video file (FORMAT.md, format 1.0).
 
    C99; needs the C library only. Compile with -ffp-contract=off: a fused multiplication and
-   addition would give other bits. weightvid.c alone reads an archive whose pictures the caller
-   decodes; with hevc.c, the built-in decoder, it needs nothing else.
+   addition would give other bits. weightvid.c reads archives, hevc.c decodes their pictures.
 
    No global state: archives may be used in several threads, each archive (with its base) in one at
    a time. All memory comes from the caller's allocator. Beside the tensors that are returned, the
@@ -11,14 +10,15 @@
      the header and the index, inflated      + 90 bytes a name, 8 an axis
      + one picture (width x height bytes)    + the built-in decoder's lines (wv_hevc_memory)
      + the largest packet and sidecar        from memory: packets are not copied
-     + the record of a part that goes on in the next frame
+     + the sidecar of a part that goes on in the next frame
 
    wv_scratch_bytes() tells the first two lines. The packet's memory is used again once its picture is
-   decoded. It is larger where that is not enough: a part needs 4 bytes a row and a column, then 6 a
-   column and 4 K^2 for kernels of K positions; a box of exact tensors lies in it as it is and inflated.
-   There is more only where an archive has it: up to 4 bytes an element of a box of bit-exact floats;
-   in a layer that is added a byte a level of a part; and the elements of a tensor once more while a
-   layer is added to it in several parts or boxes, or if another type than its own is wanted. */
+   decoded, and is larger where that is not enough: a part needs 4 bytes a row and a column, then 4 a
+   column, or 8 and 4 K^2 with kernels of K positions; bit-exact floats need up to 4 bytes an element of
+   their box. The body of a box of exact tensors lies where sidecars do. There is more only where an
+   archive has it: in a layer that is added a byte a level of a part; and the elements of a tensor once
+   more while a layer is added to it in several parts or boxes, or if another type than its own is
+   wanted. */
 #ifndef WEIGHTVID_H
 #define WEIGHTVID_H
 

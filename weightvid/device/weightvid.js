@@ -158,7 +158,7 @@ export class Archive {
   /** Gets what the last call missed of this archive; false: it missed nothing. */
   async #gave() {
     const wasm = this.#wasm, session = this.#session;
-    const [wanted, bytes, , packet] = new Uint32Array(wasm.memory.buffer, wasm.fields(session), 8);
+    const [wanted, bytes, packet] = new Uint32Array(wasm.memory.buffer, wasm.fields(session), 3);
     if (wanted === 1) {
       const at = wasm.wanted_at(session);
       const found = await this.#source.range(at, Math.min(Math.max(bytes, RANGE), this.size - at));
@@ -193,8 +193,8 @@ export class Archive {
 
   /** Luma of a packet by WebCodecs. */
   async #decode(packet) {
-    const fields = new Uint32Array(this.#wasm.memory.buffer, this.#wasm.fields(this.#session), 8);
-    const [, , , , config, configBytes, width, height] = fields;
+    const fields = new Uint32Array(this.#wasm.memory.buffer, this.#wasm.fields(this.#session), 7);
+    const [, , , config, configBytes, width, height] = fields;
     const description = new Uint8Array(this.#wasm.memory.buffer, config, configBytes).slice();
     const entry = this.#text(this.#wasm.entry(this.#session), 4), hex = (byte) => byte.toString(16).padStart(2, "0");
     const codec = entry === "avc1" ? `avc1.${[...description.subarray(1, 4)].map(hex).join("")}` : "av01.0.08M.08";

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from weightvid.levels.stats import TensorStats
-from weightvid.spec import PACKABLE, TensorSpec
+from weightvid.loader import PACKABLE, TensorSpec
 
 #: of a tensor that says how to read the packed integers or 8-bit floats beside it.
 _SCALE: Final = re.compile(

@@ -266,11 +266,13 @@ def _escapes(
     rows: slice,
 ) -> tuple[npt.NDArray[np.int8], tuple[Array, Array] | None]:
     """Levels that fit a sample, of the same parity; and what is listed instead of the others."""
-    even_reach = np.int32(_SAMPLE_REACH) - (levels & 1 ^ 1)
-    small = np.clip(levels, -even_reach, even_reach)
-    places = np.flatnonzero((small != levels) | outliers)
+    small = levels.astype(np.int8)
+    places = np.flatnonzero((np.abs(levels) > _SAMPLE_REACH) | outliers)
     if not places.size:
-        return small.astype(np.int8), None
+        return small, None
+    far = levels.reshape(-1)[places]
+    reach = _SAMPLE_REACH - (far & 1 ^ 1)
+    small.reshape(-1)[places] = np.clip(far, -reach, reach)
     trellis = plan.method == TRELLIS
     numbers = (trellis_index(levels) if trellis else levels).reshape(-1)[places].astype(np.float32)
     listed = outliers.reshape(-1)[places]
@@ -281,10 +283,10 @@ def _escapes(
     steps = units.astype(np.float64) * factors[:, None]
     nearest = np.rint(weights.reshape(-1)[places] / steps.reshape(-1)[places])
     numbers[listed] = nearest[listed]
-    return small.astype(np.int8), (places, numbers)
+    return small, (places, numbers)
 
 
-def compare_rows(original: Array, restored: Array, dtype: str, first_row: int = 0) -> Quality:
+def compare_rows(original: Array, restored: Array, dtype: str) -> Quality:
     """SQNR as weightvid counts it everywhere: over all weights of a matrix but its outliers.
 
     A few outliers, which are kept nearly exactly, would hide what became of all other weights.
@@ -302,7 +304,7 @@ def compare_rows(original: Array, restored: Array, dtype: str, first_row: int = 
     outliers = outlier_mask(weights, row_scales(weights, np.abs(weights).max(axis=1)))
     if outliers.any():
         weights, found = (np.where(outliers, np.float32(0), each) for each in (weights, found))
-    return quality_of(weights, found, "F32", first_row)
+    return quality_of(weights, found, "F32", 0)
 
 
 def quality_of(weights: Floats, stored: Array, dtype: str, first_row: int) -> Quality:

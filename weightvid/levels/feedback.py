@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -57,8 +57,6 @@ class FeedbackConfig:
         the calibration inputs hardly visit from being treated as free.
     lam : float
         Price of a bit, in squared steps at the mean c_j; >= 0.
-    by_energy : bool
-        Take the columns in descending order of input energy; the trellis never does.
     dead : float
         Weights of a smaller magnitude, in steps, become zero, which the others make up for. Not
         with the trellis.
@@ -66,7 +64,6 @@ class FeedbackConfig:
 
     damping: float = DAMPING
     lam: float = LAM
-    by_energy: bool = True
     dead: float = 0.0
 
     def __post_init__(self) -> None:
@@ -95,20 +92,11 @@ class Factor:
     mean: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Fitted:
+class Fitted(NamedTuple):
     """A quantizer fitted to a matrix, so that its rows can be taken apart.
 
-    Attributes
-    ----------
-    price : ndarray of float32, shape (255,)
-        ``lam * bits`` of the levels -127 .. 127.
-    table : CostTables or None
-        Of the trellis.
-    factors : tuple of Factor
-        One for each group of rows.
-    dead : float
-        As in `FeedbackConfig`.
+    Prices, ``lam * bits``, of the levels -127 .. 127; tables of the trellis, or None; factors of
+    each group of rows; ``dead`` as in `FeedbackConfig`.
     """
 
     price: Floats
@@ -158,9 +146,8 @@ def fit(
     chosen = config or FeedbackConfig()
     # Feedback moves the targets a little beyond the weights.
     peak = 1.5 * check_range(scaled, MAX_LEVEL // 2)
-    by_energy = chosen.by_energy and method == "uniform"
     parts = split_groups(scaled, moment)
-    factors = tuple(factorize(h, chosen.damping, by_energy) for _, h in parts)
+    factors = tuple(factorize(h, chosen.damping, method == "uniform") for _, h in parts)
     groups = spread(len(parts), _SAMPLE_GROUPS)
     count = -(-_SAMPLE // max(1, len(groups) * scaled.shape[1]))
     sample = [(g, parts[g][0][spread(len(parts[g][0]), count)]) for g in groups]
@@ -198,6 +185,8 @@ def quantize_rows(scaled: Floats, fitted: Fitted, group: int = 0) -> Integers:
 
 def factorize(moment: Moment, damping: float, by_energy: bool) -> Factor:
     """Factor a second moment: positive semidefinite, of any scale; all zeros counts as white.
+
+    ``by_energy``: columns come in descending order of input energy, which the trellis cannot use.
 
     Raises
     ------

@@ -69,9 +69,7 @@ MEAN_COUPLING: Final = 0.2
 _SWEEPS: Final = 2
 
 
-def balanced(
-    scaled: Floats, channels: int, coupling: float = MEAN_COUPLING
-) -> npt.NDArray[np.int32]:
+def balanced(scaled: Floats, channels: int) -> npt.NDArray[np.int32]:
     """Levels of weights in steps; the errors of the first columns nearly cancel.
 
     Parameters
@@ -79,8 +77,6 @@ def balanced(
     scaled : ndarray of float32, shape (R, C)
     channels : int
         Columns 0 .. channels - 1 are balanced: those of frequency 0.
-    coupling : float
-        b, >= 0.
 
     Returns
     -------
@@ -97,7 +93,7 @@ def balanced(
     error = np.ascontiguousarray((scaled[:, :channels] - levels[:, :channels]).T)
     change = np.zeros_like(error)
     total = error.sum(axis=0)
-    b, gain = np.float32(coupling), np.float32(1 / (1 + coupling))
+    b, gain = np.float32(MEAN_COUPLING), np.float32(1 / (1 + MEAN_COUPLING))
     for _ in range(_SWEEPS):
         for column in range(channels):
             moved = np.rint((error[column] + b * total) * gain)

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.levels.transform import View, view_of
-from weightvid.loader import Array, Floats, TensorSpec
-from weightvid.spec import to_float32
+from weightvid.loader import Array, Floats, TensorSpec, to_float32
 
 #: a weight further than so many scales of its row from zero is an outlier, kept exactly.
 OUTLIER_SCALES = 48.0

@@ -146,11 +146,10 @@ class TensorPlan:
         return replace(self, method=UNIFORM, price=price)
 
 
-def round_step(step: float, mantissa_bits: int = 8) -> float:
+def round_step(step: float) -> float:
     """Step with 8 significant bits, rounded to nearest, so that it is a float32 in any case."""
     mantissa, exponent = frexp(step)
-    scale = 1 << mantissa_bits
-    return ldexp(round(mantissa * scale) / scale, exponent)
+    return ldexp(round(mantissa * 256) / 256, exponent)
 
 
 #: zeros alone are smaller.
@@ -172,7 +171,6 @@ def plan_tensor(
     stats: TensorStats,
     step: float,
     fidelity: str = "outputs",
-    growth: float = FREQUENCY_GROWTH,
     moments: Moments | None = None,
 ) -> TensorPlan | None:
     """Plan of a tensor at a step; None if it must be kept exactly.
@@ -185,8 +183,6 @@ def plan_tensor(
     fidelity : str
         ``outputs``: kernels transformed, rounded, with steps by frequency; matrices by the trellis.
         ``weights``: trellis everywhere, one step for all. ``integers``: rounded, untransformed.
-    growth : float
-        Of the steps by frequency.
     moments : Moments, optional
         What calibration knows: steps by frequency follow from it, and the trellis pays.
     """
@@ -215,8 +211,8 @@ def plan_tensor(
         row_steps = moments.row_steps
     elif fidelity == "outputs" and _in_order_of_frequency(stats):
         row_steps = steps_from_counts(np.zeros(view.rows), _usual_shares(view.rows))
-    if transformed and fidelity == "outputs" and growth != 1.0:
-        frequency_steps = steps_by_frequency(view.kernel, growth)
+    if transformed and fidelity == "outputs":
+        frequency_steps = steps_by_frequency(view.kernel)
     convolution = fidelity == "outputs" and (transformed or is_pointwise(spec))
     if moments is not None:
         if transformed and moments.frequency_steps is not None:
@@ -241,17 +237,17 @@ def is_pointwise(spec: TensorSpec) -> bool:
     return len(spec.shape) >= 3 and all(size == 1 for size in spec.shape[2:])
 
 
-def steps_by_frequency(kernel: Sequence[int], growth: float) -> Steps:
-    """Quarter octaves of ``growth ** f`` over their mean; f counts 0..2 along each axis.
+def steps_by_frequency(kernel: Sequence[int]) -> Steps:
+    """Quarter octaves of `FREQUENCY_GROWTH` ** f over their mean; f counts 0..2 along each axis.
 
     Examples
     --------
-    >>> steps_by_frequency((3,), 2.0).tolist()
-    [-4, 0, 4]
+    >>> steps_by_frequency((3,)).tolist()
+    [-3, 0, 3]
     """
     places = np.indices(tuple(kernel)).reshape(len(kernel), -1)
     spans = np.array([max(size - 1, 1) for size in kernel])[:, None]
-    octaves = log2(growth) * (2 * places / spans).sum(axis=0)
+    octaves = log2(FREQUENCY_GROWTH) * (2 * places / spans).sum(axis=0)
     made: Steps = np.rint(4 * (octaves - octaves.mean())).astype(np.int8)
     return made
 

@@ -9,7 +9,7 @@ of levels; bits is a static price of the level alone, see `RateModel`.
 A level comes from one of four subsets: first quantizer even, first odd, second even, second odd.
 What the best member of each costs depends on the weight alone, so it is one look-up per subset; the
 Viterbi algorithm then chooses among four numbers per weight. Rows are searched side by side as
-lanes of one vector, those of several matrices together, so that small ones also fill it.
+lanes of one vector.
 
 Sources: G. Ungerboeck, "Channel coding with multilevel/phase signals", 1982, table I; Fischer and
 Wang, "Entropy-constrained trellis-coded quantization", 1992; ITU-T H.266, 8.7.3.
@@ -22,7 +22,6 @@ signs would give away up to 3 % of the stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -145,8 +144,6 @@ _CHUNK_WEIGHTS: Final = 1 << 14
 
 Integers = npt.NDArray[np.int32]
 Places = npt.NDArray[np.intp]
-#: rows searched side by side: matrix, first row, one past the last row.
-_Batch = list[tuple[int, int, int]]
 
 
 def next_state(state: int, parity: int) -> int:
@@ -164,43 +161,33 @@ def second_quantizer(state: int) -> int:
 
 
 def trellis(scaled: Floats, lam: float = LAM, model: RateModel | None = None) -> Integers:
-    """Trellis levels of one matrix; parameters, result and errors as of `trellis_many`."""
-    return trellis_many([scaled], lam, None if model is None else [model])[0]
-
-
-def trellis_many(
-    matrices: Sequence[Floats], lam: float = LAM, models: Sequence[RateModel] | None = None
-) -> list[Integers]:
-    """Trellis levels of matrices; the result for each is the same as alone.
+    """Trellis levels of a matrix.
 
     Parameters
     ----------
-    matrices : sequence of ndarray of float32, shapes (R, C)
+    scaled : ndarray of float32, shape (R, C)
         Weights in steps of the plain quantizer of the same rate. Each row is a run of its own.
     lam : float
         Price of a bit in squared steps, >= 0; 0 minimises the squared error alone.
-    models : sequence of RateModel, optional
-        Prices of levels, by matrix; fitted to a sample of each when absent. With a given model
-        the levels of a row depend on nothing but that row.
+    model : RateModel, optional
+        Prices of levels; fitted to a sample when absent. With a given model the levels of a row
+        depend on nothing but that row.
 
     Returns
     -------
-    list of ndarray of int32, shapes (R, C)
+    ndarray of int32, shape (R, C)
         ``|level|`` at most 2**22.
 
     Raises
     ------
     QuantizationError
-        Not matrices, weights that are not finite or out of range, or a negative ``lam``.
+        No matrix, weights that are not finite or out of range, or a negative ``lam``.
     """
     check_lam(lam)
-    for matrix in matrices:
-        if matrix.ndim != 2:
-            raise QuantizationError(f"weights must be a matrix, not {matrix.ndim}-dimensional")
-    peaks = _peaks(matrices)
-    if models is None:
-        models = fit_models([sample_of(matrix) for matrix in matrices], lam)
-    return _search_all(matrices, models, peaks, lam)
+    if scaled.ndim != 2:
+        raise QuantizationError(f"weights must be a matrix, not {scaled.ndim}-dimensional")
+    check_range(scaled, MAX_LEVEL - 2)
+    return _search(scaled, model or fit_model(sample_of(scaled), lam), lam)
 
 
 def sample_of(matrix: Floats) -> Floats:
@@ -235,18 +222,10 @@ def check_lam(lam: float) -> None:
         raise QuantizationError(f"lam must be finite and at least 0, not {lam!r}")
 
 
-def _peaks(matrices: Sequence[Floats]) -> list[float]:
-    return [check_range(matrix, MAX_LEVEL - 2) for matrix in matrices]
-
-
-def fit_models(samples: Sequence[Floats], lam: float = LAM) -> list[RateModel]:
-    """Prices of the levels that the trellis chooses for samples, such as `sample_of` makes."""
-    peaks = _peaks(samples)
-    guesses = [
-        RateModel.from_levels(np.rint(sample - np.float32(MEAN_POINT)).astype(np.int32))
-        for sample in samples
-    ]
-    return [RateModel.from_levels(found) for found in _search_all(samples, guesses, peaks, lam)]
+def fit_model(sample: Floats, lam: float = LAM) -> RateModel:
+    """Prices of the levels that the trellis chooses for a sample, such as `sample_of` makes."""
+    nearest = np.rint(sample - np.float32(MEAN_POINT)).astype(np.int32)
+    return RateModel.from_levels(_search(sample, RateModel.from_levels(nearest), lam))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -290,10 +269,13 @@ class CostTables:
         nearest = 2 * np.rint((weight - offset - parity) / 2) + parity
         steps = np.array([-4, -2, 0, 2, 4])[:, None, None]
         candidates = np.concatenate([nearest + steps, [0 * nearest - parity]])
-        best = np.argmin((weight - candidates - offset) ** 2 + lam * model.of(candidates), axis=0)
+        most = reach + 6
+        prices = lam * model.of(np.arange(-most, most + 1))
+        errors = (weight - candidates - offset) ** 2
+        best = np.argmin(errors + prices[candidates.astype(np.intp) + most], axis=0)
         level = np.choose(best, candidates)
-        price = (lam * model.of(level)).astype(np.float32)
-        cost = ((weight - level - offset) ** 2).astype(np.float32) + price
+        price = prices[level.astype(np.intp) + most].astype(np.float32)
+        cost = np.choose(best, errors).astype(np.float32) + price
         return cls(level.astype(np.int16), price, cost, middle, used)
 
     def cells(self, weights: Floats) -> tuple[Integers, Floats | None]:
@@ -316,71 +298,22 @@ def _cells(weights: Floats, middle: int) -> tuple[Integers, Floats | None]:
     return position.astype(np.int32), moved
 
 
-def _plan(shapes: Iterable[tuple[int, ...]], lanes: int) -> list[_Batch]:
-    """Group rows of like length into batches of at most ``lanes``; padding below a third."""
-    batches: list[_Batch] = []
-    batch: _Batch = []
-    length = used = 0
-    order = sorted(
-        ((rows, size, matrix) for matrix, (rows, size) in enumerate(shapes) if rows and size),
-        key=lambda item: -item[1],
-    )
-    for rows, size, matrix in order:
-        start = 0
-        while start < rows:
-            if not batch or used == lanes or (3 * size < 2 * length and used >= 64):
-                batches.append(batch := [])
-                length, used = size, 0
-            stop = min(rows, start + lanes - used)
-            batch.append((matrix, start, stop))
-            used += stop - start
-            start = stop
-    return batches
-
-
-def _search_all(
-    matrices: Sequence[Floats], models: Sequence[RateModel], peaks: Sequence[float], lam: float
-) -> list[Integers]:
-    found = [np.zeros(matrix.shape, np.int32) for matrix in matrices]
-    tables = [
-        CostTables.build(model, lam, peak, matrix)
-        for model, peak, matrix in zip(models, peaks, matrices, strict=True)
-    ]
-    longest = max((matrix.shape[1] for matrix in matrices), default=1)
-    lanes = min(_LANES, max(_LANES // 8, _DECISION_BYTES // (STATES * max(longest, 1))))
-    for batch in _plan((matrix.shape for matrix in matrices), lanes):
-        rows = [matrices[matrix][start:stop] for matrix, start, stop in batch]
-        levels = _search_batch(rows, [tables[matrix] for matrix, _, _ in batch])
-        for (matrix, start, stop), part in zip(batch, levels, strict=True):
-            found[matrix][start:stop] = part
-    return found
-
-
-def _search_batch(rows: Sequence[Floats], tables: Sequence[CostTables]) -> list[Integers]:
-    """Cheapest levels of rows searched side by side.
-
-    Shorter ones are padded with columns whose subsets all cost nothing, which leaves the best path
-    through the real columns as it is.
-    """
-    # One table for all; its first cell is the padding's.
-    cost = np.hstack([np.zeros((_SUBSETS, 1), np.float32), *(table.cost for table in tables)])
-    level = np.hstack([np.zeros((_SUBSETS, 1), np.int16), *(table.level for table in tables)])
-    ends = np.cumsum([len(part) for part in rows])
-    cells = np.zeros((max(part.shape[1] for part in rows), ends[-1]), np.int32)
-    moves: list[Floats | None] = []
-    base = 1
-    for part, table, end in zip(rows, tables, ends, strict=True):
-        cell, moved = table.cells(part)
-        cells[: part.shape[1], end - len(part) : end] = (cell + base).T
-        moves.append(moved)
-        base += table.cost.shape[1]
-    place = _subsets(cells, cost) * np.intp(level.shape[1])
-    place += cells
-    every = level.ravel().take(place, mode="clip").astype(np.int32)
-    found = []
-    for part, end, moved in zip(rows, ends, moves, strict=True):
-        levels = every[: part.shape[1], end - len(part) : end].T
-        found.append(levels if moved is None else levels + moved.astype(np.int32))
+def _search(matrix: Floats, model: RateModel, lam: float) -> Integers:
+    """Cheapest levels of a matrix at given prices."""
+    found = np.zeros(matrix.shape, np.int32)
+    if not matrix.size:
+        return found
+    table = CostTables.build(model, lam, check_range(matrix, MAX_LEVEL - 2), matrix)
+    lanes = min(_LANES, max(_LANES // 8, _DECISION_BYTES // (STATES * matrix.shape[1])))
+    for first in range(0, len(matrix), lanes):
+        cells, moved = table.cells(matrix[first : first + lanes])
+        cells = np.ascontiguousarray(cells.T)
+        place = _subsets(cells, table.cost) * np.intp(table.level.shape[1])
+        place += cells
+        levels = table.level.ravel().take(place, mode="clip").T
+        found[first : first + lanes] = levels
+        if moved is not None:
+            found[first : first + lanes] += moved.astype(np.int32)
     return found
 
 

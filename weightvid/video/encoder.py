@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from math import gcd
 from pathlib import Path
 from types import MappingProxyType
@@ -227,9 +228,7 @@ class Encoder:
     def __init__(self, video: Video, width: int, height: int) -> None:
         self._video, self._codec = video.for_levels(0), CODECS[video.codec]
         self._shape = height, width
-        # Only a picture shows all headers: SVT-AV1 announces another sequence header than it uses.
-        self._headers, _ = self._encode(np.full(self._shape, ZERO_SAMPLE, np.uint8))
-        self.record = self._headers
+        self.record = self._headers = _headers(self._video, width, height)
         if self._codec.entry == b"hvc1":
             most = width * height * _USUAL_BITS // 8
             self.record = with_level(self._headers, hevc_level(width, height, most, most).level_idc)
@@ -257,45 +256,53 @@ class Encoder:
                 f"a frame is {luma.dtype} of shape {luma.shape}; the encoder was opened for uint8 "
                 f"of shape {self._shape}"
             )
-        headers, sample = self._encode(luma)
+        headers, sample = _encode(self._video, luma)
         if headers != self._headers:
             raise CodecError(f"{self._codec.name} wrote other headers for this frame than before")
         return sample
 
-    def _encode(self, luma: Bytes) -> tuple[bytes, bytes]:
-        """Record and sample of one frame, by an encoder of its own."""
-        height, width = self._shape
-        frame, chroma = av.VideoFrame(width, height, "yuv420p"), np.uint8(ZERO_SAMPLE)
-        for plane, samples in zip(frame.planes, (luma, chroma, chroma), strict=True):
-            rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(plane.height, plane.line_size)
-            rows[:, : plane.width] = samples
-        frame.pts, frame.pict_type = 0, PictureType.I
-        try:
-            context = self._open()
-            packets = [*context.encode(frame), *context.encode(None)]
-        except (av.FFmpegError, ValueError, MemoryError) as error:
-            raise CodecError(
-                f"{self._codec.name} failed on a frame of {width} x {height}: {error}; "
-                f"is this PyAV built with {self._codec.encoder}?"
-            ) from error
-        if len(packets) != 1:
-            raise CodecError(f"{self._codec.name} gave {len(packets)} packets for one frame")
-        return _WRAPPERS[self._codec.entry](bytes(context.extradata or b""), bytes(packets[0]))
 
-    def _open(self) -> Any:
-        # SVT-AV1 would print a banner; FFmpeg's log level does not reach it.
-        os.environ.setdefault("SVT_LOG", "0")
-        context: Any = av.CodecContext.create(self._codec.encoder, "w")
-        context.height, context.width = self._shape
-        context.pix_fmt = "yuv420p"
-        context.color_range = _FULL_RANGE
-        context.time_base = context.framerate = Fraction(1, 1)
-        context.thread_count = context.gop_size = 1
-        context.flags |= Flags.global_header
-        context.options = _OPTIONS[self._codec.name](self._video, context.width, context.height)
-        with _usual_priority():
-            context.open()
-        return context
+@lru_cache
+def _headers(video: Video, width: int, height: int) -> bytes:
+    """Record of frames of one size; only a picture shows it, as SVT-AV1 announces another one."""
+    return _encode(video, np.full((height, width), ZERO_SAMPLE, np.uint8))[0]
+
+
+def _encode(video: Video, luma: Bytes) -> tuple[bytes, bytes]:
+    """Record and sample of one frame, by an encoder of its own."""
+    (height, width), codec = luma.shape, CODECS[video.codec]
+    frame, chroma = av.VideoFrame(width, height, "yuv420p"), np.uint8(ZERO_SAMPLE)
+    for plane, samples in zip(frame.planes, (luma, chroma, chroma), strict=True):
+        rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(plane.height, plane.line_size)
+        rows[:, : plane.width] = samples
+    frame.pts, frame.pict_type = 0, PictureType.I
+    try:
+        context = _open(video, width, height)
+        packets = [*context.encode(frame), *context.encode(None)]
+    except (av.FFmpegError, ValueError, MemoryError) as error:
+        raise CodecError(
+            f"{codec.name} failed on a frame of {width} x {height}: {error}; "
+            f"is this PyAV built with {codec.encoder}?"
+        ) from error
+    if len(packets) != 1:
+        raise CodecError(f"{codec.name} gave {len(packets)} packets for one frame")
+    return _WRAPPERS[codec.entry](bytes(context.extradata or b""), bytes(packets[0]))
+
+
+def _open(video: Video, width: int, height: int) -> Any:
+    # SVT-AV1 would print a banner; FFmpeg's log level does not reach it.
+    os.environ.setdefault("SVT_LOG", "0")
+    context: Any = av.CodecContext.create(CODECS[video.codec].encoder, "w")
+    context.width, context.height = width, height
+    context.pix_fmt = "yuv420p"
+    context.color_range = _FULL_RANGE
+    context.time_base = context.framerate = Fraction(1, 1)
+    context.thread_count = context.gop_size = 1
+    context.flags |= Flags.global_header
+    context.options = _OPTIONS[video.codec](video, width, height)
+    with _usual_priority():
+        context.open()
+    return context
 
 
 @contextmanager

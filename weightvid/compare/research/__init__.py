@@ -18,6 +18,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from weightvid.compare.model import Array, Coded, Method, Model
+from weightvid.compare.plain import lacks
 from weightvid.compare.research.kernels import Codebook, KernelPrediction
 from weightvid.compare.research.pyramid import Pyramid
 from weightvid.compare.research.scalar import (
@@ -69,11 +70,12 @@ SCHEMES: Final[dict[str, Scheme]] = {
 
 def research_methods() -> Iterator[Method]:
     """Every untrained method of the research, and the scalar quantizers it is judged against."""
+    missing = lacks("constriction", "pip install 'weightvid[compare]'")
     for name, scheme in SCHEMES.items():
         code = partial(_code, scheme)
         depends = ("compare/research/", "compare/rans", "levels/transform")
         yield Method(
-            f"research {name}", "research", code, "step factor", FACTORS, depends=depends
+            f"research {name}", "research", code, "step factor", FACTORS, missing, depends=depends
         )  # fmt: skip
 
 
