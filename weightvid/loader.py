@@ -584,8 +584,10 @@ def parse_index(body: bytes, header: Header, offset: int) -> Index:
             offset += size
     if len(frames) < len(sizes) or len(places) < len(boxes):
         raise FormatError("the index has frames or boxes of no layer", "record")
-    roots = [fields.take(32) for fields in rooted]
-    return Index(frames, spans, places, stages, roots[0] if roots else b"")
+    root = b"".join(fields.take(32) for fields in rooted)
+    for fields in rooted:
+        fields.end()
+    return Index(frames, spans, places, stages, root)
 
 
 def rectangles(row_energies: Bytes, column_energies: Bytes) -> list[tuple[int, int, int, int]]:

@@ -36,6 +36,7 @@ from weightvid.loader import (
     ITEMS,
     METADATA,
     PART,
+    ROOT,
     SPANS,
     TENSORS,
     open_archive,
@@ -363,6 +364,7 @@ INDEX_CORPUS: dict[str, tuple[Mutation, str]] = {
     "span too short": (data_of(INDEX_UUID, SPANS, put(3, b"\0")), "index"),
     "frames elsewhere": (data_of(INDEX_UUID, FRAMES, lambda _: sizes(3, sidecar(), 1, 1)), "index"),
     "exact boxes elsewhere": (data_of(INDEX_UUID, BOXES, behind), "index"),
+    "root and more": (data_of(INDEX_UUID, ROOT, lambda root: root + b"\0"), "record"),
 }  # fmt: skip
 
 
