@@ -291,11 +291,14 @@ def _read_web(url: str, size: int, start: int, stop: int) -> bytes:
 
 
 class Pieces(io.RawIOBase):
-    """A file of so many bytes of which any part can be asked for, by `_piece`."""
+    """A file of so many bytes of which any part can be asked for.
 
-    def __init__(self, size: int) -> None:
+    ``piece`` gives bytes from a place on: some of so many, if that is not 0.
+    """
+
+    def __init__(self, size: int, piece: Callable[[int, int], bytes]) -> None:
         super().__init__()
-        self._size, self._at = size, 0
+        self._size, self._at, self._piece = size, 0, piece
 
     def readable(self) -> bool:
         """It is."""
@@ -318,10 +321,6 @@ class Pieces(io.RawIOBase):
         self._at += len(data)
         return len(data)
 
-    def _piece(self, at: int, most: int) -> bytes:
-        """Bytes from a place on: some of ``most``, if that is not 0."""
-        raise NotImplementedError
-
 
 class _RemoteFile(Pieces):
     """A file whose parts are read from a server or store."""
@@ -329,14 +328,11 @@ class _RemoteFile(Pieces):
     def __init__(
         self, size: int, read: Callable[[int, int], bytes], close: Callable[[], object] = str
     ) -> None:
-        super().__init__(size)
-        self._read, self._close = read, close
+        super().__init__(size, lambda at, most: read(at, at + most) if most else b"")
+        self._close = close
 
     def readall(self) -> bytes:
         return self.read(self._size) or b""  # at once, where the base class reads bit by bit
-
-    def _piece(self, at: int, most: int) -> bytes:
-        return self._read(at, at + most) if most else b""
 
     def close(self) -> None:
         self._close()

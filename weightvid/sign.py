@@ -305,12 +305,12 @@ class _Checked(Pieces):
     def __init__(self, file: BinaryIO, units: Sequence[Unit]) -> None:
         self._file, self._units, self._number, self._unit = file, units, -1, b""
         self._starts = list(accumulate((unit.size for unit in units), initial=0))
-        super().__init__(self._starts[-1] + len(_END))
+        super().__init__(self._starts[-1] + len(_END), self._some)
 
     def seekable(self) -> bool:
         return self._file.seekable()
 
-    def _piece(self, at: int, most: int) -> bytes:
+    def _some(self, at: int, most: int) -> bytes:
         number = bisect_right(self._starts, at) - 1
         data = self._load(number) if number < len(self._units) else _END
         return data[at - self._starts[number] :][:most]
