@@ -67,15 +67,6 @@ def cut_at(data: bytes, at: int, path: Path) -> None:
     path.with_name(f".{path.name}.part").write_bytes(data[:at])
 
 
-def tasks() -> set[Any]:
-    """What still goes on with any server, also of tests before."""
-
-    async def others() -> set[Any]:
-        return asyncio.all_tasks() - {asyncio.current_task()}
-
-    return asyncio.run_coroutine_threadsafe(others(), asyn.get_loop()).result(5)
-
-
 def left(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
@@ -248,7 +239,6 @@ def test_hostile_servers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """One error, which shows nothing of the address that is secret; nothing goes on behind it."""
     monkeypatch.setattr("weightvid.fetch._MOST_BESIDES", 1 << 20)
     options = FetchOptions(patience=0.3, attempts=1)
-    before = tasks()
     with (
         server(HOSTILE[name]) as url,
         pytest.raises(RemoteError, match=r"^cannot fetch ") as caught,
@@ -260,7 +250,11 @@ def test_hostile_servers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert said.isprintable()
     assert not any(secret in said for secret in ("hidd", "en&exp", "password"))
     assert "m.mp4" not in left(tmp_path)
-    assert not tasks() - before
+
+    async def others() -> set[Any]:
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert not asyncio.run_coroutine_threadsafe(others(), asyn.get_loop()).result(5)
 
 
 def test_user_and_password(data: bytes, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
+from inspect import iscoroutinefunction
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
@@ -246,9 +247,11 @@ def reach(
         except BaseException as error:
             task.set_exception(error)
 
+    seconds = _CALL_S + size / _BYTES_PER_S
+    if iscoroutinefunction(getattr(call, "__wrapped__", None)):
+        more["timeout"] = seconds + 1  # fsspec ends it then, where it would go on for minutes
     # Of no pool: nobody waits for it in the end.
     threading.Thread(target=run, daemon=True).start()
-    seconds = _CALL_S + size / _BYTES_PER_S
     with explained(url, verb):
         return _result(task, seconds, f"no end in {seconds:.3g} seconds")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from weightvid.checkpoint import is_url, open_checkpoint
 from weightvid.errors import CheckpointError, OutputError, RemoteError
 from weightvid.remote import check_upload, file_name, open_remote, shown, upload
 
-pytest.importorskip("fsspec")
+asyn = pytest.importorskip("fsspec.asyn")
 
 DATA = np.random.default_rng(1).bytes(300_000)
 WEIGHTS = normal(3, 30, 40)
@@ -242,6 +243,21 @@ def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         server.stop()
 
 
+@pytest.fixture
+def ended() -> Iterator[None]:
+    """End the tasks that drivers leave: S3's try again, after pauses drawn from `random`."""
+    yield
+
+    async def cancel() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run_coroutine_threadsafe(cancel(), asyn.get_loop()).result(5)
+
+
+@pytest.mark.usefixtures("ended")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["silence", "head by the byte"])
 @pytest.mark.parametrize("scheme", ["s3", "hf"])
