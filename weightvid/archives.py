@@ -6,9 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,6 +18,7 @@ import numpy as np
 from weightvid import checkpoint
 from weightvid.container import root_of
 from weightvid.errors import CodecError, FormatError, TruncatedError
+from weightvid.exact import ahead
 from weightvid.loader import (
     BAND,
     DTYPES,
@@ -307,10 +306,13 @@ def _pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
         dtype = header.tensors[part.tensor].dtype
         ready.append((part.tensor, part.first_row * part.columns, from_float32(values, dtype)))
 
+    def parse(event: Any) -> list[tuple[int, int, Array]]:
+        return list(parse_exact(event, header)) if isinstance(event, bytes) else []
+
     assembler, digests = Assembler(header, sink=take), dict[int, Any]()
     left = {number: spec.size for number, spec in enumerate(header.tensors)}
     try:
-        for event, parsed in _ahead(archive):
+        for event, parsed in ahead(parse, archive.events()):
             ready.extend(parsed.result())
             if isinstance(event, tuple):
                 all(assembler.add(*event))
@@ -338,25 +340,6 @@ def _pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
     if left:
         name = header.tensors[min(left)].name
         raise FormatError(f"tensor {name!r} is not in the archive", "order", tensor=name)
-
-
-def _ahead(archive: Archive) -> Iterator[tuple[Any, Future[list[tuple[int, int, Array]]]]]:
-    """Events, and what boxes hold: the next ones are inflated while one is used."""
-
-    def parse(event: Any) -> list[tuple[int, int, Array]]:
-        return list(parse_exact(event, archive.header)) if isinstance(event, bytes) else []
-
-    waiting = deque[tuple[Any, Future[list[tuple[int, int, Array]]]]]()
-    with ThreadPoolExecutor(2) as pool:  # inflating needs no Python lock
-        try:
-            for event in archive.events():
-                waiting.append((event, pool.submit(parse, event)))
-                if len(waiting) > 2:
-                    yield waiting.popleft()
-        except (CodecError, FormatError):
-            yield from waiting
-            raise
-        yield from waiting
 
 
 def walk_boxes(file: BinaryIO, at: int = 0) -> Iterator[tuple[bytes, int, int]]:

@@ -6,9 +6,11 @@ Elements lie by byte planes; floats that must keep every bit by planes of expone
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -17,6 +19,27 @@ from weightvid.container import record, uint
 from weightvid.errors import QuantizationError
 from weightvid.loader import Array, Floats, TensorSpec
 from weightvid.spec import stored_dtype
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def ahead(task: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[tuple[_T, Future[_R]]]:
+    """Items and what becomes of them; two are deflated or inflated while one is used.
+
+    What came before an error of the items is given first.
+    """
+    waiting = deque[tuple[_T, "Future[_R]"]]()
+    with ThreadPoolExecutor(2) as pool:  # zlib needs no Python lock
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(task, item)))
+                if len(waiting) > 2:
+                    yield waiting.popleft()
+        except Exception:
+            yield from waiting
+            raise
+        yield from waiting
 
 
 def difference(below: Array, array: Array) -> Array:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -27,7 +25,7 @@ from weightvid.container import (
     uint,
 )
 from weightvid.errors import FormatError
-from weightvid.exact import exact_records, float_records, likeness
+from weightvid.exact import ahead, exact_records, float_records, likeness
 from weightvid.loader import Array, Header, Sidecar, Track
 from weightvid.spec import SideFile
 
@@ -122,20 +120,9 @@ class ArchiveWriter:
                 bodies.append(close_body(*exact_records(items, specs)))
             return box(loader.EXACT_UUID, min(bodies, key=len))
 
-        waiting = deque[tuple[tuple[int, ...], Future[bytes]]]()
-
-        def write() -> None:
-            numbers, made = waiting.popleft()
+        for items, made in ahead(make, self._batches(tensors)):
+            numbers = tuple(dict.fromkeys(number for number, _, _ in items))
             self._boxes.append((self._write(made.result()), numbers))
-
-        with ThreadPoolExecutor(2) as pool:  # deflating needs no Python lock
-            for items in self._batches(tensors):
-                numbers = tuple(dict.fromkeys(number for number, _, _ in items))
-                waiting.append((numbers, pool.submit(make, items)))
-                if len(waiting) > 2:
-                    write()
-            while waiting:
-                write()
 
     def _batches(
         self, tensors: Iterable[tuple[int, Array]]

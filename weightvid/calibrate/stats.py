@@ -42,9 +42,6 @@ class CalibrationConfig:
         Part of the inputs that the statistics are checked on, 0 to 0.5; 0: no check.
     dampings : tuple of float
         Tried on held-back inputs; the first one when there is no check.
-    sensitivity_samples : int
-        About so many samples, evenly spaced, tell how much the outputs care for each tensor's
-        error; 0: the steps are those of an archive without statistics.
     trust_inputs : bool
         The inputs are known to be of the kind that the model is used on. Otherwise only
         BatchNorm layers, and language models, can confirm it; where they don't, losses are not
@@ -54,7 +51,6 @@ class CalibrationConfig:
     memory_bytes: int = 1 << 30
     held_back: float = 0.2
     dampings: tuple[float, ...] = (0.01, 0.1, 1.0)
-    sensitivity_samples: int = 128
     trust_inputs: bool = False
 
     def __post_init__(self) -> None:
@@ -70,10 +66,12 @@ class CalibrationConfig:
 class TensorMoments:
     """What one weight tensor sees.
 
-    ``moment`` (groups, C, C) and ``mean`` (groups, C) are means of ``x x'`` and x over the inputs x
-    of the layer. With ``axis`` 1 (linear layers, convolutions, attention) the tensor, as a matrix
-    of first axis by the rest, is ``groups`` equal shares of rows, each applied to its own x of C
-    columns; with ``axis`` 0 (transposed convolutions, ``x @ W``) inputs lie along its rows.
+    ``mean`` (groups, C) is that of the inputs x of the layer. ``moment`` (groups, C + 1, C + 1) is
+    the mean of ``a a'`` over inputs a with a 1 appended or, where gradients are known, over what
+    pulls at them (`weightvid.calibrate.watch`). With ``axis`` 1 (linear layers, convolutions,
+    attention) the tensor, as a matrix of first axis by the rest, is ``groups`` equal shares of
+    rows, each applied to its own x of C columns; with ``axis`` 0 (transposed convolutions,
+    ``x @ W``) inputs lie along its rows.
     ``damping``, a part of the mean diagonal, worked best on samples held back; 0: the tensor is
     better off without its moment. ``gain_db`` is what the output error gains there; None: not
     measured. ``bias`` names what is added to the layer's output or, where ``bias_sign`` is -1,
@@ -111,8 +109,8 @@ class CalibrationStats:
     notes : tuple of str
         What could not be measured.
     sensitivity : mapping of str to float
-        Squared change of the outputs, per sample and squared step, when this tensor alone is
-        quantized. May name tensors that have no other statistics.
+        Squared change of the outputs over all samples, for errors of 1 in each weight of a tensor,
+        of which error feedback leaves its share; the scale is common to all tensors.
     refused : str
         Why none of it is to be used; empty: it is.
     confirmed : bool
@@ -176,6 +174,24 @@ class CalibrationStats:
                 writer.write(name, np.ascontiguousarray(array))
 
 
+def without_ones(
+    products: npt.NDArray[Any],
+    left: npt.NDArray[Any] | None = None,
+    right: npt.NDArray[Any] | None = None,
+) -> npt.NDArray[Any]:
+    """Products of inputs that had a 1 appended, shape (groups, C + 1, C + 1), as (groups, C, C).
+
+    ``left`` and ``right``, shape (groups, C), are the means of the inputs on both sides (None: the
+    same), which are taken from them where a bias makes up for the means.
+    """
+    if left is None:
+        return products[:, :-1, :-1]
+    right = left if right is None else right
+    half = products[:, :-1] - left[:, :, None] * products[:, -1:]
+    centred: npt.NDArray[Any] = half[:, :, :-1] - half[:, :, -1:] * right[:, None]
+    return centred
+
+
 def load_stats(path: str | os.PathLike[str]) -> CalibrationStats:
     """Read a calibration file.
 
@@ -221,7 +237,7 @@ def _read_tensor(reader: CheckpointReader, name: str, entry: Mapping[str, Any]) 
     good = found.axis in (0, 1) and found.bias_sign in (1, -1) and 0.0 <= found.damping < np.inf
     good = good and (steps is None or (steps.dtype == np.int8 and steps.ndim == 1))
     good = good and moment.dtype == mean.dtype == np.float32 and mean.ndim == 2
-    if not good or moment.shape != (*mean.shape, mean.shape[-1]):
+    if not good or moment.shape != (len(mean), *(mean.shape[-1] + 1,) * 2):
         raise ValueError(f"tensor {name!r}")
     return found
 

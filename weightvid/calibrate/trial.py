@@ -107,13 +107,11 @@ class Check:
         parts = np.split(matrix, len(self.held.mean))
         return parts if self.axis else [part.T for part in parts]
 
-    def shift(self, values: Floats, held: bool = False) -> npt.NDArray[np.float64]:
+    def shift(self, values: Floats) -> npt.NDArray[np.float64]:
         """By how much the mean outputs of other weights lie below, shape (outputs,)."""
-        means = self.held if held else self.fitted
-        pairs = zip(self._shares(self.weights), self._shares(values), strict=True)
-        return np.concatenate(
-            [w @ means.original_mean[g] - v @ means.mean[g] for g, (w, v) in enumerate(pairs)]
-        )
+        means = zip(self.fitted.original_mean, self.fitted.mean, strict=True)
+        runs = zip(self._shares(self.weights), self._shares(values), means, strict=True)
+        return np.concatenate([w @ before - v @ after for w, v, (before, after) in runs])
 
     def cost_db(self, coded: Coded, corrected: bool) -> float:
         """Squared error of the outputs held back in decibels, a bit for every weight counted as 6.
@@ -121,14 +119,12 @@ class Check:
         ``corrected``: a bias takes the shift of the means that is known from the inputs fitted to.
         """
         lost, held = 0.0, self.held
-        pairs = zip(self._shares(self.weights), self._shares(coded.values), strict=True)
-        for g, (w, v) in enumerate(pairs):
+        shares = self._shares(self.weights), self._shares(coded.values)
+        shifts = np.split(self.shift(coded.values) * corrected, len(held.mean))
+        for g, (before, after, shift) in enumerate(zip(*shares, shifts, strict=True)):
+            w, v = np.column_stack([before, 0 * shift]), np.column_stack([after, shift])
             lost += float(np.vdot(w @ held.original[g], w) + np.vdot(v @ held.moment[g], v))
             lost -= 2 * float(np.vdot(w @ held.cross[g], v))
-        if corrected:
-            # What the bias makes up for, s, leaves |d - s|^2 of a shift d: |d|^2 is there already.
-            made_up, missing = self.shift(coded.values), self.shift(coded.values, held=True)
-            lost += float(np.vdot(made_up, made_up - 2 * missing))
         return 10 * log10(max(lost, 1e-300)) + DB_PER_BIT * coded.bits
 
 
@@ -168,25 +164,6 @@ def choose_damping(
     best = min(dampings, key=lambda damping: costs[damping])
     gain = cost_db(0.0) - costs[best]
     return (best if gain >= _LEAST_GAIN_DB else 0.0), round(gain, 2)
-
-
-def sensitivities(
-    state: State, moments: Mapping[str, TensorMoments], batches: Sequence[Any], progress: Report
-) -> dict[str, float]:
-    """Squared change of the outputs, per sample and squared step of the quantizer.
-
-    By name; tensors whose errors don't reach the outputs are left out.
-    """
-    survey = with_statistics(_survey(state), moments, {})
-    expected, plans = state.outputs(batches), survey.plans(TRIAL_FACTOR)
-    found: dict[str, float] = {}
-    for place, (number, plan) in enumerate(plans.items()):
-        change, *_ = _trial(state, survey, {number: plan}, batches, expected)
-        if np.isfinite(change) and change > 0.0:
-            samples = sum(map(samples_of, batches))
-            found[plan.spec.name] = change / max(1, samples) / plan.step**2
-        progress(Progress("sensitivity", place + 1, len(plans), unit="tensors"))
-    return found
 
 
 def whole_gain(

@@ -4,17 +4,23 @@ Modules and functional models alike end in a handful of functions (``linear``, `
 torch function mode sees each call; the weight among its arguments says whose input this is. So
 padding modes, wrappers and functional models need no code of their own.
 
-An embedding table has no inputs to shape errors by: an error of a row goes straight to the layers
-behind. What they make of it is known from gradients: with random directions r at the model's output
-y, the second moment of the gradients of ``r y`` by what was looked up says which errors the output
-sees. It takes the place of the inputs' moment, along the columns of the table.
+Not every output of a layer matters as much as the next, and the errors that a weight makes at many
+places of a sample add up. With random directions r at the model's output y, the gradient of
+``r y`` by the weights is, for each sample, ``A = sum_t g_t x_t'`` over the places t where the layer
+is used, x being its inputs and g the gradients by what it makes of them: what **pulls** at it. An
+error E of the weights changes ``r y`` by ``<A, E>``. So the second moment of the rows of A takes
+the place of the inputs' own. An embedding table has no inputs; there the gradients by what was
+looked up do.
+
+Sources: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate
+curvature", 2015; Tseng et al., "Model-preserving adaptive rounding", 2025.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -26,6 +32,7 @@ import torch
 from torch.nn import functional as fn
 from torch.overrides import TorchFunctionMode
 
+from weightvid.calibrate.stats import without_ones
 from weightvid.errors import QuantizationError
 
 _CHUNK_ELEMENTS: Final = 1 << 23
@@ -33,6 +40,8 @@ _CHUNK_ELEMENTS: Final = 1 << 23
 _DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: rows of inputs multiplied at once in float32 before they are added up in float64.
 _ROWS: Final = 4096
+#: of a sample, whose pulls are worth a root.
+_MOST_PLACES: Final = 512
 #: of BatchNorm, as it is by default.
 _EPSILON: Final = 1e-5
 #: factors of the sums of products: x' x', x x', x x.
@@ -40,6 +49,8 @@ _PRODUCTS: Final = ((0, 0), (1, 0), (1, 1))
 _ATTENTION: Final = inspect.signature(fn.multi_head_attention_forward)
 
 Means = npt.NDArray[np.float64]
+#: lays out the inputs of a call, and the gradients by its result if they are known.
+Lay = Callable[[torch.Tensor, "torch.Tensor | None"], "Iterator[Seen]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +59,19 @@ class Seen:
 
     ``inputs`` have the shape (groups, n, C), and lie along ``axis`` of the weight's matrix; axis -1
     means integer rows of an embedding table. ``share`` says which group of how many they are for;
-    (0, 1): all. ``gradient``: gradients by what was looked up, in place of inputs. ``harm``, shape
-    (n,): squared gradients by what the layer made of each input, summed over its outputs.
+    (0, 1): all. They are of so many ``samples``, and belong to the same ``call`` of all. ``pulls``,
+    shape (groups, n, O), are the gradients by what the layer made of them. ``looked_up``: gradients
+    by rows of a table, in place of inputs.
     """
 
     name: str
     inputs: torch.Tensor
     axis: int
     share: tuple[int, int] = (0, 1)
-    gradient: bool = False
-    harm: torch.Tensor | None = None
+    samples: int = 1
+    call: int = 0
+    pulls: torch.Tensor | None = None
+    looked_up: bool = False
 
     @property
     def groups(self) -> int:
@@ -69,9 +83,9 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
     """Reports the inputs of known weights; used as a context manager.
 
     Weights are recognised by their memory. ``send`` receives every `Seen`, piece by piece; with
-    ``gradients`` also those by what is looked up in tables, and, if ``harms`` is set, inputs of
-    linear layers as soon as their harm is known; ``norms`` the inputs, running mean and
-    running variance of BatchNorm layers. Only ``wanted`` tensors are reported (None: all).
+    ``gradients`` as soon as their pulls are known, each time that somebody calls ``backward``, and
+    gradients of what is looked up in tables too; ``norms`` the inputs, running mean and running
+    variance of BatchNorm layers. Only ``wanted`` tensors are reported (None: all).
     """
 
     def __init__(
@@ -89,9 +103,11 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         #: the weight of the last call without a bias, and what came out of it.
         self._unbiased: str | None = None
         self._output: tuple[str | None, Any] = None, None
-        self.harms = False
-        #: inputs of the call that is under way.
-        self._waiting: list[Seen] = []
+        #: each place of a sample counts alone, as the tokens of a text do.
+        self.alone = False
+        #: what the call that is under way is to report, given the gradient by its result.
+        self._waiting: list[tuple[torch.Tensor, Lay]] = []
+        self._calls = 0
         self._weights: dict[Any, tuple[str, bool]] = {}
         self._vectors: dict[Any, str] = {}
         for name, tensor in tensors.items():
@@ -119,8 +135,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         self._unbiased = None
         result = handler(self, {**dict(zip(names, args, strict=False)), **call.keywords}, call)
         result = call() if result is None else result
-        while self._waiting:
-            self._report(self._waiting.pop(0), result)
+        result = self.reported(result)
         if self._unbiased is not None:
             self._output = self._unbiased, result
         return result
@@ -150,26 +165,45 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         """Name of a weight, and whether it is the transpose of the tensor of that name."""
         return self._weights.get(_look(weight))
 
-    def product(self, inputs: Any, weight: Any, axis: int, bias: Any = None) -> None:
+    def product(
+        self, inputs: Any, weight: Any, axis: int, bias: Any = None, share: tuple[int, int] = (0, 1)
+    ) -> None:
         """Report the inputs of a 2-D weight; along ``axis`` 1 or 0 of the weight as given."""
         found = self.name_of(weight)
         if found is None or weight.ndim != 2 or not isinstance(inputs, torch.Tensor):
             return
         name, transposed = found
         self.called(name, bias)
-        self._waiting.append(Seen(name, _rows(inputs), 1 - axis if transposed else axis))
+        axis = 1 - axis if transposed else axis
+        samples = inputs.shape[:-1].numel() if self.alone else len(inputs)
 
-    def _report(self, seen: Seen, output: Any) -> None:
-        if not (self.harms and isinstance(output, torch.Tensor) and output.requires_grad):
-            self.send(seen)
-            return
-        inputs = seen.inputs.clone()  # which nothing can change before the gradient comes
+        def lay(inputs: torch.Tensor, pulls: torch.Tensor | None) -> Iterator[Seen]:
+            yield Seen(name, _rows(inputs), axis, share, samples, pulls=_rows(pulls))
 
-        def harmed(gradient: torch.Tensor) -> None:
-            harm = _rows(gradient)[0].float().square().sum(1)
-            self.send(replace(seen, inputs=inputs, harm=harm))
+        self.wait(inputs, lay)
 
-        output.register_hook(harmed)
+    def wait(self, inputs: torch.Tensor, lay: Lay) -> None:
+        """Report some inputs, which a function lays out, when the call has its result."""
+        self._waiting.append((inputs.detach(), lay))
+
+    def reported(self, result: Any) -> Any:
+        """The result of the call whose inputs wait, which gradients come to if they are wanted."""
+        while self._waiting:
+            inputs, lay = self._waiting.pop(0)
+            self._calls += 1
+            send = partial(self._send, self._calls, lay)
+            if not (self.gradients and torch.is_grad_enabled()):
+                send(inputs, None)
+                continue
+            if not result.requires_grad:
+                result = result.detach().requires_grad_().clone()
+            # Of the inputs as they are now, whatever changes them before the gradient comes.
+            result.register_hook(partial(send, inputs.clone()))
+        return result
+
+    def _send(self, call: int, lay: Lay, inputs: torch.Tensor, pulls: torch.Tensor | None) -> None:
+        for seen in lay(inputs, pulls):
+            self.send(replace(seen, call=call))
 
 
 def _look(tensor: Any) -> Any:
@@ -179,8 +213,8 @@ def _look(tensor: Any) -> Any:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
-def _rows(inputs: torch.Tensor) -> torch.Tensor:
-    return inputs.detach().reshape(1, -1, inputs.shape[-1])
+def _rows(inputs: Any) -> Any:
+    return None if inputs is None else inputs.detach().reshape(1, -1, inputs.shape[-1])
 
 
 # Each takes the watch, the arguments by name, and the call; what it returns is the call's result.
@@ -214,7 +248,7 @@ def _look_up(watch: Watch, given: _Given, call: Any) -> Any:
     if not (watch.gradients and torch.is_grad_enabled()):
         return None
     leaf = call().detach().requires_grad_()
-    leaf.register_hook(lambda g: watch.send(Seen(found[0], _rows(g), 1, gradient=True)))
+    leaf.register_hook(lambda g: watch.send(Seen(found[0], _rows(g), 1, looked_up=True)))
     return leaf
 
 
@@ -237,16 +271,29 @@ def _convolution(watch: Watch, given: _Given, call: Any) -> None:
     )
     step = max(1, _CHUNK_ELEMENTS // max(1, places * data.shape[1] * prod(kernel)))
     watch.called(found[0], given.get("bias"))
-    for part in data.split(step):
-        patches = fn.pad(part, [side for pair in reversed(sides) for side in pair])
-        for dim in range(dims):
-            patches = patches.unfold(2 + dim, reach[dim] + 1, stride[dim])
-        every = [slice(None, None, d) for d in dilation]
-        # (B, C, T1.., k1..) -> (groups, B T, C/groups k)
-        patches = patches[(..., *every)].unflatten(1, (groups, -1)).movedim(1, 0)
-        patches = patches.movedim(2, 2 + dims)
-        rows = patches.reshape(groups, -1, data.shape[1] // groups * prod(kernel))
-        watch.send(Seen(found[0], rows, 1))
+
+    def lay(data: torch.Tensor, pulls: torch.Tensor | None) -> Iterator[Seen]:
+        for first in range(0, len(data), step):
+            part = data[first : first + step]
+            patches = fn.pad(part, [side for pair in reversed(sides) for side in pair])
+            for dim in range(dims):
+                patches = patches.unfold(2 + dim, reach[dim] + 1, stride[dim])
+            every = [slice(None, None, d) for d in dilation]
+            # (B, C, T1.., k1..) -> (groups, B T, C/groups k)
+            patches = patches[(..., *every)].unflatten(1, (groups, -1)).movedim(1, 0)
+            patches = patches.movedim(2, 2 + dims)
+            rows = patches.reshape(groups, -1, data.shape[1] // groups * prod(kernel))
+            own = None if pulls is None else _by_group(pulls[first : first + step], dims, groups)
+            yield Seen(found[0], rows, 1, samples=len(part), pulls=own)
+
+    watch.wait(data, lay)
+
+
+def _by_group(data: torch.Tensor, dims: int, groups: int) -> torch.Tensor:
+    """(B, C, T1..) to (groups, B T, C/groups)."""
+    data = data.detach().reshape(-1, *data.shape[-dims - 1 :])
+    grouped = data.movedim(1, -1).unflatten(-1, (groups, -1)).movedim(-2, 0)
+    return grouped.reshape(groups, -1, data.shape[1] // groups)
 
 
 def _spread(value: Any, dims: int) -> list[int]:
@@ -260,29 +307,38 @@ def _transposed(watch: Watch, given: _Given, call: Any) -> None:
         return
     data = inputs.detach() if inputs.ndim == weight.ndim else inputs.detach()[None]
     groups = given.get("groups", 1)
-    rows = data.movedim(1, -1).unflatten(-1, (groups, -1)).movedim(-2, 0)
-    watch.send(Seen(found[0], rows.reshape(groups, -1, data.shape[1] // groups), 0))
+    # An input meets outputs at many places here, so the inputs alone are taken.
+    watch.wait(data, lambda x, _: iter([Seen(found[0], _by_group(x, x.ndim - 2, groups), 0)]))
 
 
 def _attention(watch: Watch, given: _Given, call: Any) -> Any:
     bound = _ATTENTION.bind(*call.args, **call.keywords)
     bound.apply_defaults()
     given = bound.arguments
-    packed = watch.name_of(given["in_proj_weight"])
+    separate, biases = given["use_separate_proj_weight"], given["in_proj_bias"]
+    made: dict[str, Any] = {}
+
+    def project(inputs: Any, weight: Any, bias: Any) -> Any:
+        """The inputs, places before samples, through one of the layers; reports what waits."""
+        return watch.reported(fn.linear(inputs.transpose(0, -2), weight, bias)).transpose(0, -2)
+
     for place, source in enumerate(("query", "key", "value")):
-        if given["use_separate_proj_weight"]:
-            watch.product(given[source], given[f"{source[0]}_proj_weight"], 1)
-        elif packed is not None:
-            watch.called(packed[0], given["in_proj_bias"])
-            watch.send(Seen(packed[0], _rows(given[source]), 1, (place, 3)))
+        inputs, bias = given[source], None if biases is None else biases.chunk(3)[place]
+        if separate:
+            weight = given[f"{source[0]}_proj_weight"]
+            watch.product(inputs.transpose(0, -2), weight, 1)
+        else:
+            weight = given["in_proj_weight"].chunk(3)[place]
+            watch.product(inputs.transpose(0, -2), given["in_proj_weight"], 1, biases, (place, 3))
+        made[source] = project(inputs, weight, bias)
     projection, bias = given["out_proj_weight"], given["out_proj_bias"]
-    if watch.name_of(projection) is None:
-        return None
-    # With no projection, what comes out is the input of the projection.
+    # With identities for projections, what comes out is the input of the last one.
     none = torch.eye(projection.shape[1], dtype=projection.dtype, device=projection.device)
-    attended, weights = call.func(**{**given, "out_proj_weight": none, "out_proj_bias": None})
-    watch.product(attended, projection, 1, bias)
-    return fn.linear(attended, projection, bias), weights
+    made |= {"in_proj_weight": none.repeat(3, 1), "in_proj_bias": None, "out_proj_weight": none}
+    made |= {"out_proj_bias": None, "use_separate_proj_weight": False}
+    attended, weights = call.func(**{**given, **made})
+    watch.product(attended.transpose(0, -2), projection, 1, bias)
+    return project(attended, projection, bias), weights
 
 
 _CONVOLVED: Final = ("input", "weight", "bias", "stride", "padding")
@@ -317,8 +373,9 @@ def nats_apart(
 class InputMeans:
     """Means over inputs x' of one tensor, and over the inputs x of the original model with them.
 
-    ``moment``, ``cross`` and ``original`` (groups, C, C) are means of x' x'^T, x x'^T and x x^T,
-    ``mean`` and ``original_mean`` (groups, C) those of x' and x. Of one run x' and x are the same.
+    ``moment``, ``cross`` and ``original`` (groups, C + 1, C + 1) are means of x' x'^T, x x'^T and
+    x x^T, each with a 1 appended, or of what pulls at them; ``mean`` and ``original_mean``
+    (groups, C) are those of x' and x. Of one run x' and x are the same.
     """
 
     moment: Means
@@ -327,18 +384,15 @@ class InputMeans:
     mean: Means
     original_mean: Means
 
-    def centred(self) -> InputMeans:
-        """Covariances in place of second moments."""
-        moment = self.moment - self.mean[:, :, None] * self.mean[:, None, :]
-        cross = self.cross - self.original_mean[:, :, None] * self.mean[:, None, :]
+    def inner(self, corrected: bool) -> InputMeans:
+        """Without the 1; of inputs less their means if a bias is ``corrected``."""
+        old, new = (self.original_mean, self.mean) if corrected else (None, None)
+        moment, cross = without_ones(self.moment, new), without_ones(self.cross, old, new)
         return replace(self, moment=moment, cross=cross)
 
 
 class Sums:
-    """Sums over the inputs of one tensor, which the first of them tell the shapes of.
-
-    Inputs count by the harm that errors of what the layer makes of them do, where that is known.
-    """
+    """Sums over the inputs of one tensor, which the first of them tell the shapes of."""
 
     def __init__(self) -> None:
         #: axis, groups and columns.
@@ -348,10 +402,11 @@ class Sums:
         self.form = self.axis, groups, columns = seen.axis, seen.groups, seen.inputs.shape[-1]
         # Apple's GPUs have no float64.
         device = torch.device("cpu") if seen.inputs.device.type == "mps" else seen.inputs.device
-        shape = (products, groups, columns, columns)
+        shape = (products, groups, columns + 1, columns + 1)
         self._square = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._total = torch.zeros(shape[:3], dtype=torch.float64, device=device)
-        self._rows = np.zeros(groups)
+        self._total = torch.zeros((products, groups, columns), dtype=torch.float64, device=device)
+        self._rows, self._samples = np.zeros(groups), np.zeros(groups)
+        self._pulled = seen.pulls is not None or seen.looked_up
 
     def add(self, seen: Seen, original: Seen | None = None) -> None:
         """Take in a piece, of both runs if there are two; refuse NaN, infinity, another form."""
@@ -362,41 +417,73 @@ class Sums:
                 f"tensor {seen.name!r} is used in two ways that don't go together"
             )
         place, shares = seen.share
+        pulls = seen.pulls if original is None else original.pulls
         for group, inputs in enumerate(seen.inputs):
             target = place if shares > 1 else group
-            for first in range(0, len(inputs), _ROWS):
-                rows = slice(first, first + _ROWS)
-                here = [inputs[rows].to(torch.float32)]
-                if original is not None:
-                    here.append(original.inputs[group][rows].to(torch.float32))
-                weighted = [x if seen.harm is None else seen.harm[rows, None] * x for x in here]
+            both = [inputs.float()]
+            if original is not None:
+                both.append(original.inputs[group].float())
+            for number, each in enumerate(both):
+                self._total[number, target] += each.sum(0, dtype=torch.float64)
+            both = [fn.pad(each, (0, 1), value=1.0) for each in both]
+            own = None if pulls is None else pulls[group].float()
+            for here in pieces(both, own, seen.samples):
                 for number, (left, right) in enumerate(_PRODUCTS[: 2 * len(here) - 1]):
-                    self._square[number, target] += weighted[left].T @ here[right]
-                for number, each in enumerate(weighted):
-                    self._total[number, target] += each.sum(0, dtype=torch.float64)
+                    self._square[number, target] += here[left].T @ here[right]
             # Of a NaN or infinity in any input, this diagonal knows.
             if not bool(torch.isfinite(self._square[0, target].diagonal()).all()):
                 raise QuantizationError(
                     f"the inputs of tensor {seen.name!r} hold NaN or infinity (or squares "
                     "beyond float32); look at the layer before it, or at the example inputs"
                 )
-            self._rows[target] += len(inputs) if seen.harm is None else float(seen.harm.sum())
+            self._rows[target] += len(inputs)
+            self._samples[target] += len(inputs) if pulls is None else seen.samples
 
     def add_all(self, other: Sums) -> None:
         """Take in the sums of another one, of the same form."""
         self._square += other._square
         self._total += other._total
         self._rows += other._rows
+        self._samples += other._samples
 
     @property
-    def weight(self) -> float:
-        """What all inputs count together."""
-        return float(self._rows.sum())
+    def weights(self) -> npt.NDArray[np.float64] | None:
+        """What the inputs of each group count together; None where gradients don't tell."""
+        return self._samples if self._pulled else None
 
     def means(self) -> InputMeans:
         """Means over all inputs."""
-        count = np.where(self._rows > 0, self._rows, 1.0)
-        square = list(self._square.cpu().numpy() / count[:, None, None])
-        total = self._total.cpu().numpy() / count[:, None]
+        rows, samples = (np.where(n > 0, n, 1.0) for n in (self._rows, self._samples))
+        square = list(self._square.cpu().numpy() / samples[:, None, None])
+        total = self._total.cpu().numpy() / rows[:, None]
         moment, cross, original = square if len(square) == 3 else square * 3
         return InputMeans(moment, cross, original, total[0], total[min(1, len(square) - 1)])
+
+
+def pieces(
+    inputs: Sequence[torch.Tensor], pulls: torch.Tensor | None, samples: int
+) -> Iterator[list[torch.Tensor]]:
+    """Inputs, or rows whose second moments are those of the gradients by the weights, some at once.
+
+    Parameters
+    ----------
+    inputs : sequence of Tensor, shape (n, C)
+        Of one run, or of two.
+    pulls : Tensor, shape (n, O), or None
+        Gradients by what the layer makes of its inputs.
+    samples : int
+        That the n inputs are of, in order; as many of each.
+    """
+    places = max(1, len(inputs[0]) // max(1, samples))
+    step = _ROWS if pulls is None else max(1, _ROWS // places) * places
+    for first in range(0, len(inputs[0]), step):
+        here = [each[first : first + step] for each in inputs]
+        if pulls is not None:
+            own = pulls[first : first + step].reshape(-1, places, pulls.shape[-1])
+            if places < min(own.shape[-1], _MOST_PLACES) and bool(own.isfinite().all()):
+                # Fewer places than outputs: a root of g g' does the same with fewer rows.
+                values, vectors = torch.linalg.eigh(own @ own.mT)
+                own = vectors * values.clamp(min=0.0).sqrt()[:, None]
+            split = [each.reshape(len(own), places, -1) for each in here]
+            here = [(own.mT @ each).flatten(0, 1) for each in split]
+        yield here
