@@ -60,7 +60,7 @@ def calibrate(
         device. Batches of one sample or many; the first axis counts samples.
     config : CalibrationConfig, optional
     progress : callable
-        Told about the stages ``calibrate``, ``check``, ``sensitivity`` and ``whole``.
+        Told about the stages ``calibrate``, ``check`` and ``whole``.
 
     Returns
     -------
