@@ -126,8 +126,7 @@ class Layer:
         if fit is not None:
             known = self.fitted.inner(self.moments.bias is not None)
             moments = replace(moments, moment=known.moment, mean=known.mean)
-            fitted = refit(self.check.weights, known, fit)
-            elements = from_float32(fitted, self.plan.spec.dtype)
+            elements = from_float32(refit(self.check.weights, known, fit), self.plan.spec.dtype)
         return Coded(self.plan, number, elements, moments)
 
     def choose(self) -> float | None:
@@ -194,8 +193,9 @@ class _Sequence:
             pairs = self._gather(stage, order, batches)
             fits += [self._quantize(numbers[name], pairs.get(name)) for name in stage]
             progress(Progress("recalibrate", done + 1, len(plan), unit="stages"))
-        anew = sum(fit is not None for fit in fits)
-        return self._coded, f"{anew} of {len(self._plans)} tensors fitted anew"
+        sequential = [fit for fit in fits if fit is not None]
+        refitted = sum(fit <= 1.0 for fit in sequential)
+        return self._coded, f"{len(sequential)} of {len(fits)} tensors, {refitted} fitted anew"
 
     def _gather(
         self, stage: Sequence[str], order: Order, batches: Batches
