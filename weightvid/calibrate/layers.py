@@ -240,14 +240,14 @@ class _Sequence:
         watch = Watch(self._state.tensors, note, gradients, wanted=stage)
         with torch.set_grad_enabled(gradients), watch:
             output = first_output(self._state.run(batch))
-            if order is None or not gradients:
-                yield kept
-                return
-            for _ in pulls(output, False, self._draws, share):
-                for seen in kept.values():
-                    seen.sort(key=lambda each: each.call)  # gradients come backwards
-                yield kept
-                kept.clear()
+        if not gradients:
+            yield kept
+            return
+        for _ in pulls(output, False, self._draws, share):
+            for seen in kept.values():
+                seen.sort(key=lambda each: each.call)  # gradients come backwards
+            yield kept
+            kept.clear()
 
     def _quantize(self, number: int, pairs: tuple[InputMeans, InputMeans] | None) -> float | None:
         """Quantize a tensor as is best on held-back inputs, and let the model run with it."""

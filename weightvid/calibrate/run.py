@@ -222,12 +222,12 @@ class _Pass:
     def run(self, batches: Batches, progress: Report, before: int, total: int) -> None:
         """Run the model on all batches; of all passes so many are done before, of so many."""
         draws, samples = torch.Generator().manual_seed(0), count_samples(batches)
-        with self._watch, torch.set_grad_enabled(self._order.differentiable):
-            for place, (batch, self._back) in enumerate(batches):
+        for place, (batch, self._back) in enumerate(batches):
+            with self._watch, torch.set_grad_enabled(self._order.differentiable):
                 output = first_output(self._state.run(batch))
-                for _ in pulls(output, self._order.reads, draws, samples_of(batch) / samples):
-                    pass
-                progress(Progress("calibrate", before + place + 1, total, unit="batches"))
+            for _ in pulls(output, self._order.reads, draws, samples_of(batch) / samples):
+                pass
+            progress(Progress("calibrate", before + place + 1, total, unit="batches"))
 
     def _add(self, seen: Seen) -> None:
         # Gradients of a table that is an output layer too (tied weights) are no part of its
@@ -349,23 +349,23 @@ def pulls(
 ) -> Iterator[None]:
     """Let gradients come, of an output in random directions, once or some times.
 
-    Their second moments say what matters to the squared change of the output. Of a language model
-    they are those of the log likelihood of tokens drawn from its outputs, the Fisher information:
-    what matters to the KL divergence. Where all batches, of which this is a ``share``, give few
-    outputs, these are looked at from more directions.
+    Their second moments say what matters to the squared change of the output; of a language model,
+    by the likelihood of tokens drawn from it (the Fisher information), to the KL divergence. Where
+    all batches, of which this is a ``share``, give few outputs, there are more directions.
     """
     if output is None or not output.requires_grad:
         return
     rows = output.numel() // output.shape[-1] if output.ndim else 1
     turns = max(1, ceil(_PULLS * share / max(1, rows)))
     for turn in range(turns):
-        if reads:
-            spread = output.float().log_softmax(-1).flatten(0, -2)
-            drawn = torch.multinomial(spread.detach().exp().cpu(), 1, generator=draws)
-            total = spread.gather(1, drawn.to(spread.device)).sum()
-        else:
-            total = (output * torch.randn(output.shape, generator=draws).to(output)).sum()
-        total.backward(retain_graph=turn + 1 < turns)
+        with torch.enable_grad():
+            if reads:
+                spread = output.float().log_softmax(-1).flatten(0, -2)
+                drawn = torch.multinomial(spread.detach().exp().cpu(), 1, generator=draws)
+                total = spread.gather(1, drawn.to(spread.device)).sum()
+            else:
+                total = (output * torch.randn(output.shape, generator=draws).to(output)).sum()
+            total.backward(retain_graph=turn + 1 < turns)
         yield
 
 
