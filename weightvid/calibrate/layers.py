@@ -40,8 +40,9 @@ from weightvid.calibrate.state import (
     samples_of,
 )
 from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats
+from weightvid.calibrate.sums import InputMeans, Sums
 from weightvid.calibrate.trial import Check, Coded, sample_rows, values_of
-from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch
+from weightvid.calibrate.watch import Seen, Watch
 from weightvid.levels.code import CodedPart, quality_of
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.loader import Array, Floats, TensorSpec, from_float32

@@ -21,8 +21,9 @@ from weightvid.calibrate.stats import (
     model_hash,
     without_ones,
 )
+from weightvid.calibrate.sums import InputMeans, Sums
 from weightvid.calibrate.trial import choose_damping, whole_gain
-from weightvid.calibrate.watch import InputMeans, Seen, Sums, Watch, nats_apart
+from weightvid.calibrate.watch import Seen, Watch, nats_apart
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import QuantizationError
 from weightvid.levels.feedback import factorize
@@ -202,8 +203,6 @@ class _Pass:
     its training data. What the example inputs make of the same channels is compared with them,
     each as a normal distribution. On CIFAR and keyword models real inputs, even 16 of them, differ
     by 0.01 nats (median over channels, then over layers), blurred ones by 0.2, noise by 0.2 to 0.9.
-
-    Of a model that ``reads`` what it would write itself, gradients tell how much harm is done, too.
     """
 
     def __init__(self, state: State, names: Collection[str], order: Order) -> None:

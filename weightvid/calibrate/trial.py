@@ -1,10 +1,8 @@
 """Tensors quantized in memory, and what that does to outputs.
 
-A tensor's statistics are tried on held-back inputs. How much the outputs care for the error of a
-tensor is tried one tensor at a time: it is quantized as packing would do it at a middling step, and
-the model runs with it in place of its own. Checks tensor by tensor cannot see how errors of layers
-add up, so the whole model is quantized as well, once as without statistics and once with them. What
-no such check can see is inputs of a wrong kind: those held back are of that kind as well.
+A tensor's statistics are tried on held-back inputs. Checks tensor by tensor cannot see how errors
+of layers add up, so the whole model is quantized as well, once as without statistics and once with
+them. What no such check sees is inputs of a wrong kind: those held back are of that kind as well.
 """
 
 from __future__ import annotations
@@ -18,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.calibrate.calibration import DB_PER_BIT, packing_moments, with_statistics
-from weightvid.calibrate.state import Outputs, State, change_of, describe_change, samples_of
+from weightvid.calibrate.state import State, change_of, describe_change, samples_of
 from weightvid.calibrate.stats import TensorMoments
-from weightvid.calibrate.watch import InputMeans
+from weightvid.calibrate.sums import InputMeans
 from weightvid.checkpoint import CheckpointReader
 from weightvid.levels.code import CodedPart, code_part, part_rows
 from weightvid.levels.stats import tensor_stats
@@ -32,8 +30,8 @@ from weightvid.progress import Progress, Report
 from weightvid.survey import Survey, may_code, survey_checkpoint
 from weightvid.workers import Workers
 
-#: step factor of trials, a middling one; and step of those of single tensors, in sigmas.
-TRIAL_FACTOR: Final = 0.25
+#: step factor of the trial of a model, a middling one; step of those of single tensors, in sigmas.
+_TRIAL_FACTOR: Final = 0.25
 _TRIAL_SIGMAS: Final = 0.5
 #: outputs that the trial of a single tensor is made with.
 _SAMPLE_ROWS: Final = 64
@@ -179,41 +177,24 @@ def whole_gain(
     in words. None where nothing changes. The batches are such as the statistics were not gathered
     on.
     """
-    expected, plain = state.outputs(batches), _survey(state)
+    expected = state.outputs(batches)
+    plain = survey_checkpoint(state.reader, PackOptions(), Workers(None, 1))
     changes, rates, words = list[float](), list[float](), list[str]()
     for survey in (plain, with_statistics(plain, moments, sensitivity)):
-        change, rate, said = _trial(state, survey, survey.plans(TRIAL_FACTOR), batches, expected)
-        changes.append(change)
-        rates.append(rate)
-        words.append(said)
+        bits, plans = 0.0, survey.plans(_TRIAL_FACTOR)
+        for number, plan in plans.items():
+            known = survey.moments.get(number)
+            coded = Coded(plan, number, state.reader.read(plan.spec.name), known)
+            coded.put(state, survey)
+            bits += plan.spec.size * coded.bits
+        with state.quantized():
+            found = state.outputs(batches)
+        state.forget()
+        changes.append(change_of(expected, found))
+        rates.append(bits / max(1, sum(plan.spec.size for plan in plans.values())))
+        words.append(describe_change(expected, found, sum(map(samples_of, batches))))
         progress(Progress("whole", len(changes), 2, unit="trials"))
     if not (min(changes) > 0.0 and np.isfinite(changes).all()):
         return None
     gain = 10 * log10(changes[0] / changes[1]) + DB_PER_BIT * (rates[0] - rates[1])
-    return gain, f"{words[0]} -> {words[1]} at step factor {TRIAL_FACTOR:g}"
-
-
-def _survey(state: State) -> Survey:
-    return survey_checkpoint(state.reader, PackOptions(), Workers(None, 1))
-
-
-def _trial(
-    state: State,
-    survey: Survey,
-    plans: Mapping[int, TensorPlan],
-    batches: Sequence[Any],
-    expected: Outputs,
-) -> tuple[float, float, str]:
-    """Change of the outputs where some tensors are quantized; bits per weight; and in words."""
-    bits = 0.0
-    for number, plan in plans.items():
-        elements, moments = state.reader.read(plan.spec.name), survey.moments.get(number)
-        coded = Coded(plan, number, elements, moments)
-        coded.put(state, survey)
-        bits += plan.spec.size * coded.bits
-    with state.quantized():
-        found = state.outputs(batches)
-    state.forget()
-    bits /= max(1, sum(plan.spec.size for plan in plans.values()))
-    said = describe_change(expected, found, sum(map(samples_of, batches)))
-    return change_of(expected, found), bits, said
+    return gain, f"{words[0]} -> {words[1]} at step factor {_TRIAL_FACTOR:g}"

@@ -1,0 +1,145 @@
+"""Sums over what the layers of a model see, and over what pulls at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as fn
+
+from weightvid.calibrate.stats import without_ones
+from weightvid.calibrate.watch import Seen
+from weightvid.errors import QuantizationError
+
+#: rows of inputs multiplied at once in float32 before they are added up in float64.
+_ROWS: Final = 4096
+#: of a sample, whose pulls are worth a root.
+_MOST_PLACES: Final = 512
+#: factors of the sums of products: x' x', x x', x x.
+_PRODUCTS: Final = ((0, 0), (1, 0), (1, 1))
+
+Means = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputMeans:
+    """Means over inputs x' of one tensor, and over the inputs x of the original model with them.
+
+    ``moment``, ``cross`` and ``original`` (groups, C + 1, C + 1) are means of x' x'^T, x x'^T and
+    x x^T, each with a 1 appended, or of what pulls at them; ``mean`` and ``original_mean``
+    (groups, C) are those of x' and x. Of one run x' and x are the same.
+    """
+
+    moment: Means
+    cross: Means
+    original: Means
+    mean: Means
+    original_mean: Means
+
+    def inner(self, corrected: bool) -> InputMeans:
+        """Without the 1; of inputs less their means if a bias is ``corrected``."""
+        old, new = (self.original_mean, self.mean) if corrected else (None, None)
+        moment, cross = without_ones(self.moment, new), without_ones(self.cross, old, new)
+        return replace(self, moment=moment, cross=cross)
+
+
+class Sums:
+    """Sums over the inputs of one tensor, which the first of them tell the shapes of."""
+
+    def __init__(self) -> None:
+        #: axis, groups and columns.
+        self.form: tuple[int, int, int] | None = None
+
+    def _start(self, seen: Seen, products: int) -> None:
+        self.form = self.axis, groups, columns = seen.axis, seen.groups, seen.inputs.shape[-1]
+        # Apple's GPUs have no float64.
+        device = torch.device("cpu") if seen.inputs.device.type == "mps" else seen.inputs.device
+        shape = (products, groups, columns + 1, columns + 1)
+        self._square = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._total = torch.zeros((products, groups, columns), dtype=torch.float64, device=device)
+        self._rows, self._samples = np.zeros(groups), np.zeros(groups)
+        self._pulled = seen.pulls is not None or seen.looked_up
+
+    def add(self, seen: Seen, original: Seen | None = None) -> None:
+        """Take in a piece, of both runs if there are two; refuse NaN, infinity, another form."""
+        if self.form is None:
+            self._start(seen, 1 if original is None else 3)
+        if self.form != (seen.axis, seen.groups, seen.inputs.shape[-1]):
+            raise QuantizationError(
+                f"tensor {seen.name!r} is used in two ways that don't go together"
+            )
+        place, shares = seen.share
+        pulls = seen.pulls if original is None else original.pulls
+        for group, inputs in enumerate(seen.inputs):
+            target = place if shares > 1 else group
+            both = [inputs.float()]
+            if original is not None:
+                both.append(original.inputs[group].float())
+            for number, each in enumerate(both):
+                self._total[number, target] += each.sum(0, dtype=torch.float64)
+            both = [fn.pad(each, (0, 1), value=1.0) for each in both]
+            own = None if pulls is None else pulls[group].float()
+            for here in pieces(both, own, seen.samples):
+                for number, (left, right) in enumerate(_PRODUCTS[: 2 * len(here) - 1]):
+                    self._square[number, target] += here[left].T @ here[right]
+            # Of a NaN or infinity in any input, this diagonal knows.
+            if not bool(torch.isfinite(self._square[0, target].diagonal()).all()):
+                raise QuantizationError(
+                    f"the inputs of tensor {seen.name!r} hold NaN or infinity (or squares "
+                    "beyond float32); look at the layer before it, or at the example inputs"
+                )
+            self._rows[target] += len(inputs)
+            self._samples[target] += len(inputs) if pulls is None else seen.samples
+
+    def add_all(self, other: Sums) -> None:
+        """Take in the sums of another one, of the same form."""
+        self._square += other._square
+        self._total += other._total
+        self._rows += other._rows
+        self._samples += other._samples
+
+    @property
+    def weights(self) -> npt.NDArray[np.float64] | None:
+        """What the inputs of each group count together; None where gradients don't tell."""
+        return self._samples if self._pulled else None
+
+    def means(self) -> InputMeans:
+        """Means over all inputs."""
+        rows, samples = (np.where(n > 0, n, 1.0) for n in (self._rows, self._samples))
+        square = list(self._square.cpu().numpy() / samples[:, None, None])
+        total = self._total.cpu().numpy() / rows[:, None]
+        moment, cross, original = square if len(square) == 3 else square * 3
+        return InputMeans(moment, cross, original, total[0], total[min(1, len(square) - 1)])
+
+
+def pieces(
+    inputs: Sequence[torch.Tensor], pulls: torch.Tensor | None, samples: int
+) -> Iterator[list[torch.Tensor]]:
+    """Inputs, or rows whose second moments are those of the gradients by the weights, some at once.
+
+    Parameters
+    ----------
+    inputs : sequence of Tensor, shape (n, C)
+        Of one run, or of two.
+    pulls : Tensor, shape (n, O), or None
+        Gradients by what the layer makes of its inputs.
+    samples : int
+        That the n inputs are of, in order; as many of each.
+    """
+    places = max(1, len(inputs[0]) // max(1, samples))
+    step = _ROWS if pulls is None else max(1, _ROWS // places) * places
+    for first in range(0, len(inputs[0]), step):
+        here = [each[first : first + step] for each in inputs]
+        if pulls is not None:
+            own = pulls[first : first + step].reshape(-1, places, pulls.shape[-1])
+            if places < min(own.shape[-1], _MOST_PLACES) and bool(own.isfinite().all()):
+                # Fewer places than outputs: a root of g g' does the same with fewer rows.
+                values, vectors = torch.linalg.eigh(own @ own.mT)
+                own = vectors * values.clamp(min=0.0).sqrt()[:, None]
+            split = [each.reshape(len(own), places, -1) for each in here]
+            here = [(own.mT @ each).flatten(0, 1) for each in split]
+        yield here
