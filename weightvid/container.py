@@ -268,9 +268,9 @@ def part_record(part: Part) -> bytes:
         fields += [energies.tobytes() for energies in part.energies]
     if part.escapes is not None:
         has |= loader.HAS_ESCAPES
-        places, numbers = part.escapes
-        gaps = np.diff(places, prepend=-1) - 1
-        fields += [uint(len(places)), *map(uint, gaps.tolist()), numbers.astype("<f4").tobytes()]
+        places, numbers = part.escapes[0], part.escapes[1].astype("<f4").view(np.uint8)
+        gaps = map(uint, (np.diff(places, prepend=-1) - 1).tolist())
+        fields += [uint(len(places)), *gaps, numbers.reshape(-1, 4).T.tobytes()]
     return record(
         loader.PART,
         uint(part.tensor), uint(part.column // loader.ALIGN), uint(part.first_row),

@@ -422,7 +422,7 @@ def parse_part(fields: Fields, header: Header) -> Part:
         places = np.cumsum([fields.uint(MAX_PART) + 1 for _ in range(count)], dtype=np.int64) - 1
         if not count or places[-1] >= rows * columns:
             raise fields.bad("an escape lies outside its part")
-        escapes = places, fields.array("<f4", count)
+        escapes = places, fields.array("u1", 4 * count).reshape(4, -1).T.copy().view("<f4")[:, 0]
     fields.end()
     place = tensor, column, first, rows, columns
     return Part(*place, method, step, bases, shift, frequency, row_steps, energies, escapes)

@@ -274,7 +274,9 @@ class Part:
             gaps = fields.uints(fields.uint(rows * columns))
             places = [sum(gaps[: i + 1]) + i for i in range(len(gaps))]
             require(bool(gaps) and places[-1] < rows * columns, "record", "place of an escape")
-            self.escapes = dict(zip(places, fields.numbers("f", len(gaps)), strict=True))
+            planes = [fields.take(len(gaps)) for _ in range(4)]
+            found = [struct.unpack("<f", bytes(four))[0] for four in zip(*planes, strict=True)]
+            self.escapes = dict(zip(places, found, strict=True))
         fields.finish()
 
     def order(self) -> Array:

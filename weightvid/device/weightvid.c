@@ -338,8 +338,9 @@ typedef struct basis {
 
 /* Escapes of a part that are to come. */
 typedef struct escapes {
-    fields gaps, numbers;
-    uint32_t left;
+    fields gaps;
+    const uint8_t *numbers; /* four planes of so many bytes */
+    uint32_t count, left;
     uint64_t next; /* place */
 } escapes;
 
@@ -941,7 +942,11 @@ static int next_escape(escapes *e, uint64_t end, uint64_t *place, float *number)
     if (!e->left || e->next >= end)
         return 0;
     *place = e->next;
-    *number = float_of(le32(take(&e->numbers, 4)));
+    uint32_t bits = 0;
+    for (size_t plane = 4; plane--;)
+        bits = bits << 8 | e->numbers[plane * e->count];
+    *number = float_of(bits);
+    e->numbers++;
     if (--e->left)
         e->next += leb(&e->gaps, MAX_PART) + 1;
     return 1;
@@ -1088,13 +1093,12 @@ static wv_status parse_part(const wv_archive *a, fields f, part *p)
     }
     if (has & HAS_ESCAPES) {
         escapes *e = &p->escapes;
-        e->left = (uint32_t)leb(&f, (uint64_t)(f.end - f.at) / 5);
+        e->count = e->left = (uint32_t)leb(&f, (uint64_t)(f.end - f.at) / 5);
         uint64_t place = 0;
         e->gaps = f;
         for (uint32_t i = 0; i < e->left; i++)
             place += leb(&f, MAX_PART) + 1;
-        e->numbers = f;
-        take(&f, 4 * (uint64_t)e->left);
+        e->numbers = take(&f, 4 * (uint64_t)e->left);
         if (!f.bad && (!e->left || place > size))
             return WV_FORMAT;
         e->next = leb(&e->gaps, MAX_PART);
