@@ -55,6 +55,8 @@ BITS: Final = (8.0, 7.0, 6.0, 5.0, 4.0, 3.0)
 #: samples that calibrate, and of a batch; of the keyword model the first of its test data.
 CALIBRATING: Final = 500
 BATCH: Final = 50
+#: by how many pixels photographs are moved, each also mirrored, for layers to be fitted to.
+MOVES: Final = ((0, 0), (3, 2), (-2, -3))
 
 
 class ByName(torch.nn.Module):  # type: ignore[misc]
@@ -105,8 +107,8 @@ class Subject:
             return (1.01, 1.03)
         return (0.98, 0.99) if self.judge.embeds else (0.02,)
 
-    def examples(self) -> tuple[torch.nn.Module, list[Any]]:
-        """A module, and inputs that nothing is judged on."""
+    def examples(self, moved: bool = False) -> tuple[torch.nn.Module, list[Any]]:
+        """A module, and inputs that nothing is judged on; of photographs moved copies as well."""
         if self.speaks:
             net, batches = self.script.examples()
             return net, list(batches)
@@ -118,7 +120,13 @@ class Subject:
             images = self.script._data(
                 CALIBRATING, data if self.name.startswith("cifar") else None
             )[0]
-            return net.eval(), list(images.split(BATCH))
+            batches = list(images.split(BATCH))
+            if moved and images.shape[1] == 3:
+                batches = [
+                    torch.cat([each.roll(by, (2, 3)) for by in MOVES for each in (b, b.flip(3))])
+                    for b in batches
+                ]
+            return net.eval(), batches
         text = (self.folder / "_data" / "calibration_sentences.txt").read_text(encoding="utf-8")
         by_length: dict[int, list[list[int]]] = {}
         for ids in self.script.tokens([line for line in text.split("\n") if line]):
@@ -193,9 +201,9 @@ def methods(subject: Subject, options: argparse.Namespace) -> Iterator[Method]:
         chosen = PackOptions(calibration=known, jobs=options.jobs)
         yield archive_method("weightvid calibrated", chosen, factors)
     if "refined" in options.only and not large:
-        known = Calibration.from_examples(*subject.examples())
+        known = Calibration.from_examples(*subject.examples(moved=True))
         chosen = PackOptions(calibration=known, jobs=options.jobs)
-        yield archive_method("weightvid layer by layer", chosen, factors[7:])
+        yield archive_method("weightvid layer by layer", chosen, factors[9:])
 
 
 def run(subject: Subject, options: argparse.Namespace) -> list[Row]:

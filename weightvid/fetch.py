@@ -154,7 +154,13 @@ def fetch_archive(
         with part.open("r+b" if part.exists() else "x+b") as file:
             _lock(file, part)
             download = _Download(part, file, chosen, progress)
-            report = download.run(sources)
+            try:
+                report = download.run(sources)
+            except BaseException:
+                if not part.stat().st_size:  # nothing to go on with
+                    part.unlink()
+                    download.state.path.unlink(missing_ok=True)
+                raise
             if report.layers < report.layers_of:  # the rest may follow
                 output = AtomicFile(target, force=chosen.force)
                 file.seek(0)
@@ -354,7 +360,8 @@ class _Download:
             try:
                 self._receive(url)
             except (OSError, FormatError, CodecError) as error:
-                if getattr(error, "errno", None) == errno.ENOSPC:
+                full = getattr(error, "errno", None) == errno.ENOSPC
+                if full or isinstance(error.__context__, ImportError):
                     raise
                 interruptions += 1
                 left = left[1:] if self._is_final(error) else [*left[1:], url]

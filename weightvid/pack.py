@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from math import log10
 from pathlib import Path
 from time import perf_counter
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
 
@@ -54,6 +54,9 @@ from weightvid.workers import Workers, open_workers
 from weightvid.writer import ArchiveWriter
 
 __all__ = ["PackOptions", "PackReport", "Target", "pack_checkpoint"]
+
+#: an SQNR below which the report says that nothing is left.
+_FAINT_DB: Final = 3.0
 
 
 # --- the pipeline ---------------------------------------------------------------------------------
@@ -110,6 +113,9 @@ def _pack(
         raise
     output.commit()
     contents = reader.contents
+    told = notes or survey.warning(made.factor)
+    if made.sqnr_db is not None and made.sqnr_db < _FAINT_DB:
+        told = (*told, f"next to nothing is left of the weights, {made.sqnr_db:.1f} dB")
     return PackReport(
         file_bytes=made.file_bytes,
         source_bytes=sum(spec.stored_bytes for spec in contents.tensors),
@@ -131,7 +137,7 @@ def _pack(
         step_factor=made.factor,
         encodings=encodings,
         seconds=perf_counter() - began,
-        notes=(*survey.notes, *(notes or survey.warning(made.factor))),
+        notes=(*survey.notes, *told),
     )
 
 

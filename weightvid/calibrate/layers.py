@@ -30,9 +30,11 @@ from weightvid.calibrate.run import (
     look,
     pulls,
     stages,
+    with_or_without,
 )
 from weightvid.calibrate.state import (
     State,
+    batches_of,
     change_of,
     describe_change,
     first_output,
@@ -65,7 +67,7 @@ class Examples:
         self, module: torch.nn.Module, inputs: Iterable[Any], config: CalibrationConfig
     ) -> None:
         self._module, self._config, self._confirmed = module, config, False
-        self._batches = held_back(inputs, config.held_back)
+        self._batches = held_back(batches_of(inputs), config.held_back)
         self._checks = [batch for batch, back in self._batches if back]
         self._expected: list[torch.Tensor | None] = []
 
@@ -85,9 +87,15 @@ class Examples:
                 "neither BatchNorm nor text as the model would write it confirms that inputs are "
                 "of the kind that it is used on (if you know, say that they can be trusted)"
             )
+        batches, memory = self._batches, self._config.memory_bytes
         with running(self._module) as state:
-            sequence = _Sequence(state, survey, factor)
-            return sequence.run(self._batches, self._config.memory_bytes, progress)
+            order = look(state, batches)
+
+            def run() -> Recalibrated | str:
+                state.forget()
+                return _Sequence(state, survey, factor).run(order, batches, memory, progress)
+
+            return with_or_without(order, run)
 
     def loss(self, tensors: Iterable[tuple[TensorSpec, Array]]) -> tuple[float, str]:
         """Squared change of the outputs on held-back inputs, and that and the KL in words."""
@@ -154,9 +162,12 @@ def refit(weights: Floats, means: InputMeans, damping: float) -> Floats:
     found = []
     shares = np.split(weights.reshape(len(weights), -1).astype(np.float64), len(means.moment))
     for part, moment, cross in zip(shares, means.moment, means.cross, strict=True):
-        white = np.eye(len(moment))
-        damped = moment + max(damping * float(np.diagonal(moment).mean()), 1e-30) * white
-        found.append(part + part @ np.linalg.solve(damped, (cross - moment).T).T)
+        mean = float(np.diagonal(moment).mean())
+        if mean > 0:  # else the inputs are constant, and a bias takes them
+            damped = moment + damping * mean * np.eye(len(moment))
+            found.append(part + part @ np.linalg.solve(damped, (cross - moment).T).T)
+        else:
+            found.append(part)
     return np.concatenate(found).astype(np.float32)
 
 
@@ -173,9 +184,10 @@ class _Sequence:
         self._coded: dict[int, list[CodedPart]] = {}
         self._draws = torch.Generator().manual_seed(0)
 
-    def run(self, batches: Batches, memory_bytes: int, progress: Report) -> Recalibrated | str:
+    def run(
+        self, order: Order, batches: Batches, memory_bytes: int, progress: Report
+    ) -> Recalibrated | str:
         """Quantize everything."""
-        order = look(self._state, batches)
         moments, numbers = self._survey.moments, self._numbers
         # Three sums of squares, of those that fit and of those that are held back; both runs.
         sizes = {
@@ -219,7 +231,8 @@ class _Sequence:
                     if forms[0] != forms[1]:
                         lost.add(name)
                     for one, two in zip(*both, strict=False) if name not in lost else ():
-                        sums[name, back].add(two, one)
+                        if not sums[name, back].add(two, one):
+                            lost.add(name)
         return {
             name: (sums[name, False].means(), sums[name, True].means())
             for name in stage

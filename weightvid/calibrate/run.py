@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
 
-from weightvid.calibrate.state import State, first_output, first_tensor, running, samples_of
+from weightvid.calibrate.state import (
+    State,
+    batches_of,
+    first_output,
+    first_tensor,
+    running,
+    samples_of,
+)
 from weightvid.calibrate.stats import (
     CalibrationConfig,
     CalibrationStats,
@@ -42,6 +49,7 @@ _SURPRISE: Final = 0.5
 _PULLS: Final = 1000
 #: a batch, and whether it is held back.
 Batches = Sequence[tuple[Any, bool]]
+Found = TypeVar("Found")
 
 
 def calibrate(
@@ -74,10 +82,10 @@ def calibrate(
         No inputs, no layer seen, or activations with NaN or infinity (the layer is named).
     """
     chosen = config or CalibrationConfig()
-    batches = held_back(inputs, chosen.held_back)
-    if not batches:
-        raise QuantizationError("no example inputs: calibration needs at least one batch")
+    batches = held_back(batches_of(inputs), chosen.held_back)
     samples = count_samples(batches)
+    if not samples:
+        raise QuantizationError("no example inputs: calibration needs at least one batch")
     with running(module) as state:
         found = _gather(state, batches, chosen, progress)
         moments, notes, refused = found.moments, found.notes, found.foreign
@@ -95,7 +103,9 @@ def calibrate(
                     "on inputs held back the model as a whole is no better with calibration than "
                     f"without ({-gain[0]:.1f} dB worse at an equal rate)"
                 )
-            elif gain is not None:
+            elif gain is None:
+                gained = "outputs cannot be compared, so what it gains is not known"
+            else:
                 gained = (
                     f"outputs on inputs held back, without -> with: {gain[1]} "
                     f"({gain[0]:.1f} dB at an equal rate)"
@@ -157,14 +167,31 @@ def _gather(
 ) -> _Gathered:
     """Run the model as often as memory asks for."""
     order = look(state, batches)
-    found = _Gathered(config.trust_inputs or order.reads)
-    if not order.differentiable:
-        found.notes.append("outputs have no gradients, which would say which errors matter")
     if not order.shapes:
         raise QuantizationError(
             "no layer was seen at work: the module's forward uses none of its own weights "
-            "(compiled and scripted modules cannot be watched)"
+            "(scripted modules and recurrent layers cannot be watched)"
         )
+    return with_or_without(order, lambda: _passes(state, batches, order, config, progress))
+
+
+def with_or_without(order: Order, run: Callable[[], Found]) -> Found:
+    """What is found with gradients; without, if anything fails with them."""
+    try:
+        return run()
+    except Exception:
+        if not order.differentiable:
+            raise
+        order.differentiable = False
+        return run()
+
+
+def _passes(
+    state: State, batches: Batches, order: Order, config: CalibrationConfig, progress: Report
+) -> _Gathered:
+    found = _Gathered(config.trust_inputs or order.reads)
+    if not order.differentiable:
+        found.notes.append("outputs have no gradients that can be used, to say which errors matter")
     # Twice, as some inputs are held back.
     sizes = {name: 16 * g * c * (c + 1) for name, (g, c, _) in order.shapes.items()}
     large = [name for name, size in sizes.items() if size > config.memory_bytes]
@@ -189,7 +216,11 @@ def _gather(
                     f"apart; up to {_FOREIGN_NATS:g} is usual)"
                 )
         for place, name in enumerate(sorted(names)):
-            known = current.statistics(name, config.dampings, found.harms)
+            try:
+                known = current.statistics(name, config.dampings, found.harms)
+            except QuantizationError as error:
+                found.notes.append(f"tensor {name!r} is left out: {error}")
+                continue
             if known is not None:
                 found.fitted[name], found.moments[name] = known
             progress(Progress("check", place + 1, len(names), unit="tensors"))
@@ -211,6 +242,8 @@ class _Pass:
         self._watch.alone = order.reads
         self._sums: dict[tuple[str, bool], Sums] = defaultdict(Sums)
         self._direct: set[str] = set()
+        #: used in two ways that don't go together, as in an autoencoder whose halves are tied.
+        self._mixed: set[str] = set()
         #: squared gradients by what is looked up in tables that are output layers, too.
         self._looked_up: dict[str, float] = defaultdict(float)
         #: how often each row of a table is looked up.
@@ -240,7 +273,8 @@ class _Pass:
         else:
             if not seen.looked_up:
                 self._direct.add(seen.name)
-            self._sums[seen.name, self._back].add(seen)
+            if not self._sums[seen.name, self._back].add(seen):
+                self._mixed.add(seen.name)
 
     def _count(self, seen: Seen) -> None:
         # Rows in order are positions, of which those of longer inputs are seen too rarely.
@@ -275,6 +309,8 @@ class _Pass:
         sums, held = self._sums.pop((name, False), None), self._sums.pop((name, True), None)
         if sums is None:
             sums, held = held, None
+        if name in self._mixed:
+            raise QuantizationError("it is used in two ways that don't go together")
         if sums is None or sums.form is None:
             return None
         bias, sign = self._watch.bias_of(name) or (None, 1)
@@ -337,7 +373,7 @@ def look(state: State, batches: Batches) -> Order:
         for batch, _ in batches[:_LOOK_BATCHES]:
             surprises.append(surprise(batch, first_output(state.run(batch))))
     order.reads = max(surprises) < _SURPRISE
-    with suppress(RuntimeError), torch.enable_grad(), Watch(state.tensors, lambda _: None, True):
+    with suppress(Exception), torch.enable_grad(), Watch(state.tensors, lambda _: None, True):
         output = first_output(state.run(batches[0][0]))
         order.differentiable = any(True for _ in pulls(output, False, torch.Generator()))
     return order
@@ -352,9 +388,9 @@ def pulls(
     by the likelihood of tokens drawn from it (the Fisher information), to the KL divergence. Where
     all batches, of which this is a ``share``, give few outputs, there are more directions.
     """
-    if output is None or not output.requires_grad:
+    if output is None or not output.requires_grad or not output.numel():
         return
-    rows = output.numel() // output.shape[-1] if output.ndim else 1
+    rows = output.numel() // output.shape[-1] if output.ndim > 1 else output.numel()
     turns = max(1, ceil(_PULLS * share / max(1, rows)))
     for turn in range(turns):
         with torch.enable_grad():
@@ -376,11 +412,11 @@ def surprise(batch: Any, output: torch.Tensor | None) -> float:
     tokens = first_tensor(batch)
     if output is None or output.ndim != 3 or tokens is None or tokens.is_floating_point():
         return inf
-    known = (tokens >= 0) & (tokens < output.shape[2])
+    known = (tokens >= 0) & (tokens.long() < output.shape[2])
     if tokens.shape != output.shape[:2] or not bool(known.all()):
         return inf
     spread = output[:, :-1].float().log_softmax(-1)
-    found = spread.gather(2, tokens[:, 1:, None].to(spread.device))[..., 0]
+    found = spread.gather(2, tokens[:, 1:, None].to(spread.device).long())[..., 0]
     return float(((spread.exp() * spread).sum(-1) - found).mean()) if found.numel() else inf
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from weightvid.calibrate.evaluation import divergence, is_unit
 from weightvid.checkpoint.base import ArrayReader
 from weightvid.checkpoint.torch_file import from_stored, stored_arrays
+from weightvid.errors import EvaluationError, QuantizationError, WeightvidError
 from weightvid.loader import Array, TensorSpec
 
 Outputs = Sequence[torch.Tensor | None]
@@ -22,7 +24,11 @@ class State:
     def __init__(self, module: torch.nn.Module) -> None:
         state = module.state_dict(keep_vars=True)
         self.module = module
-        self.tensors = {n: t.detach() for n, t in state.items() if isinstance(t, torch.Tensor)}
+        self.tensors = {
+            n: t.detach()
+            for n, t in state.items()
+            if isinstance(t, torch.Tensor) and t.layout == torch.strided
+        }
         #: the module's own weights, as it holds them outside of `quantized`; tied ones are aliases.
         self.reader = ArrayReader(*stored_arrays(self.tensors))
         self._quantized: dict[str, torch.Tensor] = {}
@@ -54,9 +60,17 @@ class State:
         """Output on a tensor, a tuple of arguments or a dict of keyword arguments."""
         device = next((t.device for t in self.module.parameters()), torch.device("cpu"))
         moved = _to(batch, device)
-        if isinstance(moved, Mapping):
-            return self.module(**moved)
-        return self.module(*moved) if isinstance(moved, tuple) else self.module(moved)
+        given: tuple[Any, ...] = moved if isinstance(moved, tuple) else (moved,)
+        # What is drawn in forward is the same in all runs that are compared.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            try:
+                return self.module(**moved) if isinstance(moved, Mapping) else self.module(*given)
+            except WeightvidError:
+                raise
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                raise EvaluationError(f"the module fails on example inputs: {why}") from error
 
     def outputs(self, batches: Sequence[Any]) -> list[torch.Tensor | None]:
         """First output of each batch, as float64 on the CPU."""
@@ -76,22 +90,44 @@ def running(module: torch.nn.Module) -> Iterator[State]:
         for parameter in module.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
+        for buffer in module.buffers():  # which forward may change
+            if buffer.layout == torch.strided and not buffer.is_inference():
+                stack.callback(buffer.copy_, buffer.clone())
         module.eval()
         yield State(module)
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
+    if isinstance(value, torch.Tensor):  # which the module may change in place
+        return value.to(device, copy=True)
     if isinstance(value, Mapping):
         return {key: _to(item, device) for key, item in value.items()}
-    return tuple(_to(item, device) for item in value) if isinstance(value, tuple) else value
+    return tuple(_to(item, device) for item in value) if isinstance(value, tuple | list) else value
+
+
+def batches_of(inputs: Iterable[Any]) -> list[Any]:
+    """The batches of example inputs; `QuantizationError` if they are none."""
+    if isinstance(inputs, torch.Tensor | Mapping) or not isinstance(inputs, Iterable):
+        what = f"the example inputs are of type {type(inputs).__name__}, not a list of batches"
+        raise QuantizationError(f"{what}; of one tensor, give inputs.split(50)")
+    batches = list(inputs)
+    for number, batch in enumerate(batches):
+        kind = isinstance(batch, torch.Tensor | Mapping | tuple | list)
+        if not kind or first_tensor(batch) is None:
+            raise QuantizationError(
+                f"batch {number} is of type {type(batch).__name__}; a batch is a tensor, or a "
+                "tuple of arguments or a dict of keyword arguments with a tensor among them"
+            )
+    return batches
 
 
 def first_output(result: Any) -> torch.Tensor | None:
     """First floating-point tensor of what a model returns."""
     if isinstance(result, torch.Tensor):
+        result = torch.view_as_real(result) if result.is_complex() else result
         return result if result.is_floating_point() else None
+    if is_dataclass(result) and not isinstance(result, Mapping):
+        result = vars(result)
     items = result.values() if isinstance(result, Mapping) else result
     if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
         return None
@@ -100,15 +136,20 @@ def first_output(result: Any) -> torch.Tensor | None:
 
 def change_of(before: Outputs, after: Outputs) -> float:
     """Squared change of outputs, over all samples."""
-    pairs = zip(before, after, strict=True)
-    return sum(float((b - a).square().sum()) for b, a in pairs if b is not None and a is not None)
+    return sum(float((b - a).square().sum()) for b, a in _pairs(before, after))
+
+
+def _pairs(before: Outputs, after: Outputs) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Those that can be compared: how many objects a detector finds depends on its weights."""
+    for b, a in zip(before, after, strict=True):
+        if b is not None and a is not None and a.shape == b.shape:
+            yield b, a
 
 
 def describe_change(before: Outputs, after: Outputs, samples: int) -> str:
     """Change of outputs in words: of logits the KL divergence, of all the mean squared change."""
     said = f"mean squared change {change_of(before, after) / max(1, samples):.3g}"
-    pairs = zip(before, after, strict=True)
-    known = [(b.numpy(), a.numpy()) for b, a in pairs if b is not None and a is not None]
+    known = [(b.numpy(), a.numpy()) for b, a in _pairs(before, after) if b.numel()]
     if known and all(b.ndim == 2 and b.shape[1] > 1 and not is_unit(b) for b, _ in known):
         total = sum(divergence(b, a) * len(b) for b, a in known)
         said = f"KL divergence {total / sum(len(b) for b, _ in known):.3g}, {said}"

@@ -17,8 +17,6 @@ from weightvid.errors import QuantizationError
 
 #: rows of inputs multiplied at once in float32 before they are added up in float64.
 _ROWS: Final = 4096
-#: of a sample, whose pulls are worth a root.
-_MOST_PLACES: Final = 512
 #: factors of the sums of products: x' x', x x', x x.
 _PRODUCTS: Final = ((0, 0), (1, 0), (1, 1))
 
@@ -44,7 +42,8 @@ class InputMeans:
         """Without the 1; of inputs less their means if a bias is ``corrected``."""
         old, new = (self.original_mean, self.mean) if corrected else (None, None)
         moment, cross = without_ones(self.moment, new), without_ones(self.cross, old, new)
-        return replace(self, moment=moment, cross=cross)
+        varies = np.diagonal(moment, axis1=1, axis2=2)[:, None] > 0
+        return replace(self, moment=moment, cross=np.where(varies, cross, 0.0))
 
 
 class Sums:
@@ -59,19 +58,18 @@ class Sums:
         # Apple's GPUs have no float64.
         device = torch.device("cpu") if seen.inputs.device.type == "mps" else seen.inputs.device
         shape = (products, groups, columns + 1, columns + 1)
-        self._square = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._total = torch.zeros((products, groups, columns), dtype=torch.float64, device=device)
+        with torch.inference_mode(False):
+            self._square = torch.zeros(shape, dtype=torch.float64, device=device)
+            self._total = torch.zeros((*shape[:2], columns), dtype=torch.float64, device=device)
         self._rows, self._samples = np.zeros(groups), np.zeros(groups)
         self._pulled = seen.pulls is not None or seen.looked_up
 
-    def add(self, seen: Seen, original: Seen | None = None) -> None:
-        """Take in a piece, of both runs if there are two; refuse NaN, infinity, another form."""
+    def add(self, seen: Seen, original: Seen | None = None) -> bool:
+        """Take in a piece, of both runs if there are two, unless it has another form."""
         if self.form is None:
             self._start(seen, 1 if original is None else 3)
         if self.form != (seen.axis, seen.groups, seen.inputs.shape[-1]):
-            raise QuantizationError(
-                f"tensor {seen.name!r} is used in two ways that don't go together"
-            )
+            return False
         place, shares = seen.share
         pulls = seen.pulls if original is None else original.pulls
         for group, inputs in enumerate(seen.inputs):
@@ -94,6 +92,7 @@ class Sums:
                 )
             self._rows[target] += len(inputs)
             self._samples[target] += len(inputs) if pulls is None else seen.samples
+        return True
 
     def add_all(self, other: Sums) -> None:
         """Take in the sums of another one, of the same form."""
@@ -136,8 +135,10 @@ def pieces(
         here = [each[first : first + step] for each in inputs]
         if pulls is not None:
             own = pulls[first : first + step].reshape(-1, places, pulls.shape[-1])
-            if places < min(own.shape[-1], _MOST_PLACES) and bool(own.isfinite().all()):
-                # Fewer places than outputs: a root of g g' does the same with fewer rows.
+            # With fewer places than outputs a root of g g' does the same with fewer rows.
+            outputs, columns = own.shape[-1], inputs[0].shape[-1]
+            root = places * places * (10 * places + outputs)
+            if root < (outputs - places) * columns * columns and bool(own.isfinite().all()):
                 values, vectors = torch.linalg.eigh(own @ own.mT)
                 own = vectors * values.clamp(min=0.0).sqrt()[:, None]
             split = [each.reshape(len(own), places, -1) for each in here]

@@ -88,9 +88,9 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         self.send, self.gradients, self._norms = send, gradients, norms
         #: what takes the mean outputs of each call of a weight: a tensor's name, and its sign.
         self._biases: dict[str, list[tuple[str, int] | None]] = defaultdict(list)
-        #: the weight of the last call without a bias, and what came out of it.
+        #: the weight of the last call without a bias, and what came out of it, in which version.
         self._unbiased: str | None = None
-        self._output: tuple[str | None, Any] = None, None
+        self._output: tuple[str | None, Any, int | None] = None, None, None
         #: each place of a sample counts alone, as the tokens of a text do.
         self.alone = False
         #: what the call that is under way is to report, given the gradient by its result.
@@ -125,7 +125,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         result = call() if result is None else result
         result = self.reported(result)
         if self._unbiased is not None:
-            self._output = self._unbiased, result
+            self._output = self._unbiased, result, _version(result)
         return result
 
     def bias_of(self, name: str) -> tuple[str, int] | None:
@@ -143,11 +143,12 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         """Note that a running mean is subtracted, from what the layer before puts out."""
         if self._norms is not None and mean is not None and variance is not None:
             self._norms(inputs, mean, variance)
-        name, output = self._output
+        name, *output = self._output
         known = self._vectors.get(_look(mean))
-        if name is not None and output is inputs and known is not None:
+        same = output[0] is inputs and output[1] == _version(inputs)
+        if name is not None and same and known is not None:
             self._biases[name][-1] = known, -1
-        self._output = None, None
+        self._output = None, None, None
 
     def name_of(self, weight: Any) -> tuple[str, bool] | None:
         """Name of a weight, and whether it is the transpose of the tensor of that name."""
@@ -201,8 +202,17 @@ def _look(tensor: Any) -> Any:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
+def _version(tensor: Any) -> int | None:
+    """What changes when a tensor is changed in place; None where torch doesn't count."""
+    counts = isinstance(tensor, torch.Tensor) and not tensor.is_inference()
+    return tensor._version if counts else None
+
+
 def _rows(inputs: Any) -> Any:
-    return None if inputs is None else inputs.detach().reshape(1, -1, inputs.shape[-1])
+    if inputs is None:
+        return None
+    *rows, columns = inputs.shape
+    return inputs.detach().reshape(1, prod(rows), columns)
 
 
 # Each takes the watch, the arguments by name, and the call; what it returns is the call's result.
@@ -237,7 +247,7 @@ def _look_up(watch: Watch, given: _Given, call: Any) -> Any:
         return None
     leaf = call().detach().requires_grad_()
     leaf.register_hook(lambda g: watch.send(Seen(found[0], _rows(g), 1, looked_up=True)))
-    return leaf
+    return leaf.clone()  # which may be changed in place
 
 
 def _convolution(watch: Watch, given: _Given, call: Any) -> None:
@@ -261,6 +271,8 @@ def _convolution(watch: Watch, given: _Given, call: Any) -> None:
     watch.called(found[0], given.get("bias"))
 
     def lay(data: torch.Tensor, pulls: torch.Tensor | None) -> Iterator[Seen]:
+        if pulls is not None and pulls.ndim < data.ndim:
+            pulls = pulls[None]
         for first in range(0, len(data), step):
             part = data[first : first + step]
             patches = fn.pad(part, [side for pair in reversed(sides) for side in pair])

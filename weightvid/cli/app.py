@@ -63,7 +63,7 @@ class _Verbs(TyperGroup):
             sys.stdout.flush()
         except BrokenPipeError:
             # Whoever read our output has gone (`| head`): nobody is left to tell.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _stop_writing()
             raise typer.Exit(FAILED) from None
         except UsageError as error:
             if json:
@@ -72,6 +72,10 @@ class _Verbs(TyperGroup):
         except WeightvidError as error:
             _fail(error, str(error), json)
         except OSError as error:
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _stop_writing()
             named = f"{error.filename}: " if error.filename else ""
             _fail(error, f"{named}{error.strerror or error}", json)
         except MemoryError as error:
@@ -84,10 +88,17 @@ class _Verbs(TyperGroup):
         return result
 
 
+def _stop_writing() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(error: BaseException, message: str, json: bool) -> NoReturn:
     status = _status(error)
     if json:
-        output.emit_failure(error, message, status)
+        try:
+            output.emit_failure(error, message, status)
+        except OSError:
+            _stop_writing()
     output.error(message)
     raise typer.Exit(status) from None
 

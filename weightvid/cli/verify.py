@@ -96,7 +96,7 @@ def verify(
     if failure is not None:
         if found.defect is not None:
             raise failure
-        output.warn(f"the archive is sound, nothing was repaired: {failure}")
+        output.warn("nothing was repaired: the archive is sound")
         if destination is not None:
             with Path(archive).open("rb") as file, atomic_output(destination) as copy:
                 shutil.copyfileobj(file, copy)
@@ -145,13 +145,14 @@ def _show(found: VerifyReport, archive: str) -> None:
         )  # fmt: skip
         equal = sum(row.exact for row in lists.tensors)
         gains = "" if lists.norms_db is None else output.db(lists.norms_db)
-        rows += [
+        compared = [
             ("bit for bit", f"{equal} of {len(lists.tensors)} tensors"),
             ("SQNR", f"{output.db(lists.sqnr_db)} (of those in the pictures)"),
             ("BatchNorms", gains and f"gain and offset {gains}"),
             ("largest error", f"{lists.max_abs_error:.6g}"),
             ("divergence", output.number(lists.divergence, 4)),
         ]
+        rows += compared if lists.tensors else []
         if lists.divergence is not None and lists.divergence > (lists.max_kl or 0):
             problems.append(f"the outputs diverge by {lists.divergence:.4g}, not {lists.max_kl:g}")
         problems += [

@@ -206,6 +206,11 @@ def compare(
     """
     chosen, began = options or CompareOptions(), perf_counter()
     with ExitStack() as stack:
+        if isinstance(source, CheckpointReader):
+            name, reader = source.location or "a checkpoint in memory", source
+        else:
+            name, reader = str(source), stack.enter_context(open_checkpoint(source, progress))
+        model = load_model(reader)
         scratch = Path(stack.enter_context(ScratchFolder()))
         store, judge = RowStore(chosen.folder), None
         if chosen.folder is not None:
@@ -213,11 +218,6 @@ def compare(
             scratch.mkdir(exist_ok=True)
         methods = list(all_methods(chosen, scratch))
         points = _selected([(m, v) for m in methods for v in m.points()], chosen.only)
-        if isinstance(source, CheckpointReader):
-            name, reader = source.location or "a checkpoint in memory", source
-        else:
-            name, reader = str(source), stack.enter_context(open_checkpoint(source, progress))
-        model = load_model(reader)
         if chosen.evaluation is not None:
             function = chosen.evaluation
             wanted = function if chosen.numpy_evaluation else with_torch(function)

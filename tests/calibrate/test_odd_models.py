@@ -1,0 +1,220 @@
+"""Models that do what models do: they change things in place, branch, remember, and draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="calibration needs the extra 'torch'")
+from torch import nn  # noqa: E402
+
+from weightvid.calibrate import calibrate  # noqa: E402
+from weightvid.calibrate.state import change_of, first_output, running  # noqa: E402
+from weightvid.calibrate.watch import Seen, Watch  # noqa: E402
+from weightvid.errors import EvaluationError, QuantizationError  # noqa: E402
+
+NO_GRADIENTS = "outputs have no gradients that can be used, to say which errors matter"
+
+
+def batches(count: int = 5, rows: int = 32, columns: int = 24) -> list[Any]:
+    draws = torch.Generator().manual_seed(0)
+    mixed = torch.randn(8, columns, generator=draws)
+    some = [torch.randn(rows, 8 + columns, generator=draws) for _ in range(count)]
+    return [(each[:, :8] @ mixed + 0.2 * each[:, 8:]) / 3 for each in some]
+
+
+class By(nn.Module):
+    """Layers, and what forward does with them."""
+
+    def __init__(self, function: Callable[[Any, Any], Any], **layers: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        for name, shape in layers.items():
+            setattr(self, name, nn.Linear(*shape) if isinstance(shape, tuple) else shape)
+
+    def forward(self, x: Any) -> Any:
+        return self.function(self, x)
+
+
+@pytest.fixture
+def two() -> dict[str, tuple[int, int]]:
+    return {"a": (24, 48), "o": (48, 10)}
+
+
+def test_scaled_in_place_before_a_norm_its_mean_takes_no_shift() -> None:
+    for change, taker in ((lambda y: y, ("n.running_mean", -1)), (lambda y: y.div_(50), None)):
+        net = By(
+            lambda s, x, change=change: s.n(change(s.c(x))),
+            c=nn.Linear(24, 8, bias=False), n=nn.BatchNorm1d(8),
+        )  # fmt: skip
+        with running(net) as state, Watch(state.tensors, lambda _: None) as watch:
+            net(batches()[0])
+        assert watch.bias_of("c.weight") == taker
+
+
+def test_inputs_and_buffers_stay_what_they_are() -> None:
+    def forward(s: Any, x: Any) -> Any:
+        s.n.running_mean += 1
+        x -= 0.3
+        return s.o(s.n(x))
+
+    given, net = batches(), By(forward, n=nn.BatchNorm1d(24), o=(24, 10))
+    stats = calibrate(net, given)
+    assert all(torch.equal(a, b) for a, b in zip(given, batches(), strict=True))
+    assert not net.n.running_mean.any()
+    again = calibrate(net, given)
+    assert (stats.tensors["o.weight"].mean == again.tensors["o.weight"].mean).all()
+
+
+def test_what_forward_draws_is_the_same_each_time(two: Any) -> None:
+    net = By(lambda s, x: s.o(torch.dropout(s.a(x), 0.5, True)), **two)
+    torch.manual_seed(7)
+    first = torch.rand(3)
+    torch.manual_seed(7)
+    found = [calibrate(net, batches()) for _ in range(2)]
+    assert torch.equal(first, torch.rand(3))
+    assert found[0].gained == found[1].gained != ""
+
+
+def experts(s: Any, x: Any) -> Any:
+    some = x[:, 0] > 2.0
+    y = torch.zeros_like(x)
+    for which, expert in ((some, s.rare), (~some, s.usual)):
+        y[which] = expert(x[which])
+    return s.o(y)
+
+
+@pytest.mark.parametrize(
+    ("net", "inputs"),
+    [
+        (By(experts, rare=(24, 24), usual=(24, 24), o=(24, 10)), batches(5, 8)),
+        (By(lambda s, x: s.o(s.a(x) * s.t(torch.ones(len(x), 8))), a=(24, 48), t=(8, 48),
+            o=(48, 10)), batches()),
+        (By(lambda s, x: s.o(s.a(x + 1e4).relu()), a=(24, 48), o=(48, 10)), batches()),
+    ],
+    ids=["rare", "constant", "far from zero"],
+)  # fmt: skip
+def test_inputs_that_hardly_vary(net: nn.Module, inputs: list[Any]) -> None:
+    stats = calibrate(net, inputs)
+    assert stats.tensors["o.weight"].useful
+    assert not stats.refused
+
+
+def remembering(s: Any, x: Any) -> Any:
+    s.h = torch.tanh(s.a(x) + getattr(s, "h", 0))
+    return s.o(s.h)
+
+
+class Broken(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(context: Any, x: Any) -> Any:
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(context: Any, gradient: Any) -> Any:
+        raise ValueError("inference only")
+
+
+def normalized(s: Any, x: Any) -> Any:
+    h = s.a(x * (torch.arange(len(x)) < 20)[:, None])
+    return s.o(h / h.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-6))
+
+
+def asserting(s: Any, x: Any) -> Any:
+    h = s.a(x)
+    assert not h.requires_grad
+    return s.o(h)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [remembering, normalized, asserting, lambda s, x: s.o(Broken.apply(s.a(x))),
+     torch.inference_mode()(lambda s, x: s.o(s.a(x)))],
+    ids=["remembers", "NaN", "asserts", "broken", "inference"],
+)  # fmt: skip
+def test_where_gradients_fail_it_goes_without(forward: Any) -> None:
+    stats = calibrate(By(forward, a=nn.Linear(24, 48, bias=False), o=(48, 10)), batches())
+    assert stats.notes[0] == NO_GRADIENTS
+    assert stats.tensors.keys() == {"a.weight", "o.weight"}
+
+
+def test_a_weight_that_is_used_both_ways_is_left_out() -> None:
+    net = By(lambda s, x: s.o(s.a(x) @ s.a.weight), a=(24, 16), o=(24, 10))
+    stats = calibrate(net, batches())
+    assert stats.tensors.keys() == {"o.weight"}
+    assert any("'a.weight' is left out: it is used in two ways" in note for note in stats.notes)
+
+
+@dataclass
+class Found:
+    count: int
+    boxes: Any
+
+
+def test_outputs_of_all_kinds(two: Any) -> None:
+    plain = By(lambda s, x: s.o(s.a(x)), **two)
+    for wrap in (
+        lambda y: Found(3, y), lambda y: (y.argmax(1), {"y": y}), torch.Tensor.cfloat,
+        lambda y: y[:, 0], lambda y: y.sum(),
+    ):  # fmt: skip
+        net = By(lambda s, x, wrap=wrap: wrap(plain(x)), net=plain)
+        assert first_output(net(batches()[0])) is not None
+        assert "without -> with" in calibrate(net, batches()).gained
+    for wrap in (torch.argmax, lambda y: y[y > 9]):
+        net = By(lambda s, x, wrap=wrap: wrap(plain(x)), net=plain)
+        assert calibrate(net, batches()).gained.startswith("outputs cannot be compared")
+    detector = [torch.ones(2, 4)], [torch.ones(3, 4)]
+    assert change_of(*detector) == 0
+
+
+def test_bytes_are_tokens_too() -> None:
+    net = By(lambda s, x: s.o(s.e(x.long())), e=nn.Embedding(256, 16), o=(16, 256))
+    draws = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 256, (4, 9), dtype=torch.uint8, generator=draws) for _ in range(5)]
+    assert {"e.weight", "o.weight"} >= calibrate(net, texts).tensors.keys() > set()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_of_one_sample_without_a_batch(groups: int) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(8, 6, 3, padding=1, groups=groups), torch.randn(8, 700, 700)
+
+    def seen(inputs: Any) -> list[Seen]:
+        found: list[Seen] = []
+        with running(layer) as state, torch.enable_grad():
+            with Watch(state.tensors, found.append, gradients=True):
+                result = layer(inputs)
+            torch.manual_seed(1)
+            (result * torch.randn(result.shape[-3:])).sum().backward()
+        return found
+
+    for one, other in zip(seen(x), seen(x[None]), strict=True):
+        assert torch.equal(one.inputs, other.inputs)
+        assert torch.equal(one.pulls, other.pulls)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (batches()[0], r"of type Tensor, not a list of batches; of one tensor, give inputs\.split"),
+        ({"x": batches()[0]}, "of type dict, not a list"),
+        (None, "of type NoneType, not a list"),
+        ([1, 2], "batch 0 is of type int; a batch is a tensor"),
+        ([(3, None)], "batch 0 is of type tuple"),
+        ([batches()[0][:0]], "no example inputs"),
+    ],
+)
+def test_inputs_that_are_none(inputs: Iterable[Any], message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        calibrate(nn.Linear(24, 10), inputs)
+
+
+def test_a_module_that_fails_says_how() -> None:
+    with pytest.raises(EvaluationError, match=r"fails on example inputs: TypeError: .*takes 2"):
+        calibrate(nn.Linear(24, 10), [[x, x] for x in batches()])  # as a DataLoader gives them
+    with pytest.raises(EvaluationError, match=r"RuntimeError: mat1 and mat2 shapes"):
+        calibrate(nn.Linear(3, 10), batches())
