@@ -186,10 +186,11 @@ def test_convolutions_of_one_sample_without_a_batch(groups: int) -> None:
     def seen(inputs: Any) -> list[Seen]:
         found: list[Seen] = []
         with running(layer) as state, torch.enable_grad():
-            with Watch(state.tensors, found.append, gradients=True):
+            with Watch(state.tensors, found.append, gradients=True) as watch:
                 result = layer(inputs)
             torch.manual_seed(1)
             (result * torch.randn(result.shape[-3:])).sum().backward()
+            watch.flush(end=True)
         return found
 
     for one, other in zip(seen(x), seen(x[None]), strict=True):

@@ -14,7 +14,7 @@ tried on samples held back.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -223,16 +223,16 @@ class _Sequence:
         lost, samples = set(), count_samples(batches)
         for batch, back in batches:
             with self._state.quantized():
-                (quantized,) = self._watched(batch, stage)
-            for original in self._watched(batch, stage, order, samples_of(batch) / samples):
-                for name in stage:
-                    both = original.get(name, []), quantized.get(name, [])
-                    forms = [[(s.axis, s.share, s.inputs.shape) for s in run] for run in both]
-                    if forms[0] != forms[1]:
+                quantized = self._watched(batch, stage)
+            original = self._watched(batch, stage, order, samples_of(batch) / samples)
+            for name in stage:
+                both = original.get(name, []), quantized.get(name, [])
+                forms = [[(s.axis, s.share, s.inputs.shape) for s in run] for run in both]
+                if forms[0] != forms[1]:
+                    lost.add(name)
+                for one, two in zip(*both, strict=False) if name not in lost else ():
+                    if not sums[name, back].add(two, one):
                         lost.add(name)
-                    for one, two in zip(*both, strict=False) if name not in lost else ():
-                        if not sums[name, back].add(two, one):
-                            lost.add(name)
         return {
             name: (sums[name, False].means(), sums[name, True].means())
             for name in stage
@@ -241,8 +241,8 @@ class _Sequence:
 
     def _watched(
         self, batch: Any, stage: Sequence[str], order: Order | None = None, share: float = 0.0
-    ) -> Iterator[dict[str, list[Seen]]]:
-        """What the layers of a stage see, once; or as often as an order says how outputs pull."""
+    ) -> dict[str, list[Seen]]:
+        """What the layers of a stage see; with an order, how outputs pull at them, too."""
         kept: dict[str, list[Seen]] = defaultdict(list)
 
         def note(seen: Seen) -> None:
@@ -254,14 +254,11 @@ class _Sequence:
         watch = Watch(self._state.tensors, note, gradients, wanted=stage)
         with torch.set_grad_enabled(gradients), watch:
             output = first_output(self._state.run(batch))
-        if not gradients:
-            yield kept
-            return
-        for _ in pulls(output, False, self._draws, share):
-            for seen in kept.values():
-                seen.sort(key=lambda each: each.call)  # gradients come backwards
-            yield kept
-            kept.clear()
+        if gradients:
+            for _ in pulls(output, False, self._draws, share):
+                pass
+            watch.flush(end=True)
+        return kept
 
     def _quantize(self, number: int, pairs: tuple[InputMeans, InputMeans] | None) -> float | None:
         """Quantize a tensor as is best on held-back inputs, and let the model run with it."""

@@ -47,6 +47,8 @@ _FOREIGN_NATS: Final = 0.1
 _SURPRISE: Final = 0.5
 #: outputs, in one direction each, whose gradients are enough.
 _PULLS: Final = 1000
+#: directions whose gradients are kept until inputs are laid out for them.
+_AT_ONCE: Final = 4
 #: a batch, and whether it is held back.
 Batches = Sequence[tuple[Any, bool]]
 Found = TypeVar("Found")
@@ -241,7 +243,6 @@ class _Pass:
         self._watch = Watch(state.tensors, self._add, order.differentiable, self._see_norm, names)
         self._watch.alone = order.reads
         self._sums: dict[tuple[str, bool], Sums] = defaultdict(Sums)
-        self._direct: set[str] = set()
         #: used in two ways that don't go together, as in an autoencoder whose halves are tied.
         self._mixed: set[str] = set()
         #: squared gradients by what is looked up in tables that are output layers, too.
@@ -257,8 +258,11 @@ class _Pass:
         for place, (batch, self._back) in enumerate(batches):
             with self._watch, torch.set_grad_enabled(self._order.differentiable):
                 output = first_output(self._state.run(batch))
-            for _ in pulls(output, self._order.reads, draws, samples_of(batch) / samples):
-                pass
+            share = samples_of(batch) / samples
+            for turn, _ in enumerate(pulls(output, self._order.reads, draws, share), 1):
+                if turn % _AT_ONCE == 0:
+                    self._watch.flush(end=False)
+            self._watch.flush(end=True)
             progress(Progress("calibrate", before + place + 1, total, unit="batches"))
 
     def _add(self, seen: Seen) -> None:
@@ -268,13 +272,10 @@ class _Pass:
             return
         if seen.axis < 0:
             self._count(seen)
-        elif seen.looked_up and seen.name in self._direct:
+        elif seen.looked_up and self._watch.is_layer(seen.name):
             self._looked_up[seen.name] += float(seen.inputs.float().square().sum())
-        else:
-            if not seen.looked_up:
-                self._direct.add(seen.name)
-            if not self._sums[seen.name, self._back].add(seen):
-                self._mixed.add(seen.name)
+        elif not self._sums[seen.name, self._back].add(seen):
+            self._mixed.add(seen.name)
 
     def _count(self, seen: Seen) -> None:
         # Rows in order are positions, of which those of longer inputs are seen too rarely.

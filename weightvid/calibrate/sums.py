@@ -78,12 +78,12 @@ class Sums:
             if original is not None:
                 both.append(original.inputs[group].float())
             for number, each in enumerate(both):
-                self._total[number, target] += each.sum(0, dtype=torch.float64)
+                self._total[number, target] += each.sum(0)
             both = [fn.pad(each, (0, 1), value=1.0) for each in both]
-            own = None if pulls is None else pulls[group].float()
-            for here in pieces(both, own, seen.samples):
-                for number, (left, right) in enumerate(_PRODUCTS[: 2 * len(here) - 1]):
-                    self._square[number, target] += here[left].T @ here[right]
+            for own in [None] if pulls is None else pulls[:, group].float():
+                for here in pieces(both, own, seen.samples):
+                    for number, (left, right) in enumerate(_PRODUCTS[: 2 * len(here) - 1]):
+                        self._square[number, target] += here[left].T @ here[right]
             # Of a NaN or infinity in any input, this diagonal knows.
             if not bool(torch.isfinite(self._square[0, target].diagonal()).all()):
                 raise QuantizationError(
@@ -91,7 +91,7 @@ class Sums:
                     "beyond float32); look at the layer before it, or at the example inputs"
                 )
             self._rows[target] += len(inputs)
-            self._samples[target] += len(inputs) if pulls is None else seen.samples
+            self._samples[target] += len(inputs) if pulls is None else len(pulls) * seen.samples
         return True
 
     def add_all(self, other: Sums) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any, Final
@@ -37,7 +37,7 @@ _DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EPSILON: Final = 1e-5
 _ATTENTION: Final = inspect.signature(fn.multi_head_attention_forward)
 
-#: lays out the inputs of a call, and the gradients by its result if they are known.
+#: lays out the inputs of a call, and the gradients by its result, of all turns, if they are known.
 Lay = Callable[[torch.Tensor, "torch.Tensor | None"], "Iterator[Seen]"]
 
 
@@ -47,9 +47,9 @@ class Seen:
 
     ``inputs`` have the shape (groups, n, C), and lie along ``axis`` of the weight's matrix; axis -1
     means integer rows of an embedding table. ``share`` says which group of how many they are for;
-    (0, 1): all. They are of so many ``samples``, and belong to the same ``call`` of all. ``pulls``,
-    shape (groups, n, O), are the gradients by what the layer made of them. ``looked_up``: gradients
-    by rows of a table, in place of inputs.
+    (0, 1): all. They are of so many ``samples``. ``pulls``,
+    shape (turns, groups, n, O), are the gradients by what the layer made of them. ``looked_up``:
+    gradients by rows of a table, in place of inputs.
     """
 
     name: str
@@ -57,7 +57,6 @@ class Seen:
     axis: int
     share: tuple[int, int] = (0, 1)
     samples: int = 1
-    call: int = 0
     pulls: torch.Tensor | None = None
     looked_up: bool = False
 
@@ -71,9 +70,9 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
     """Reports the inputs of known weights; used as a context manager.
 
     Weights are recognised by their memory. ``send`` receives every `Seen`, piece by piece; with
-    ``gradients`` as soon as their pulls are known, each time that somebody calls ``backward``, and
-    gradients of what is looked up in tables too; ``norms`` the inputs, running mean and running
-    variance of BatchNorm layers. Only ``wanted`` tensors are reported (None: all).
+    ``gradients`` when `flush` is called after some turns of ``backward``, and gradients of what is
+    looked up in tables too; ``norms`` the inputs, running mean and running variance of BatchNorm
+    layers. Only ``wanted`` tensors are reported (None: all).
     """
 
     def __init__(
@@ -93,9 +92,10 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         self._output: tuple[str | None, Any, int | None] = None, None, None
         #: each place of a sample counts alone, as the tokens of a text do.
         self.alone = False
-        #: what the call that is under way is to report, given the gradient by its result.
+        #: what the call that is under way is to report.
         self._waiting: list[tuple[torch.Tensor, Lay]] = []
-        self._calls = 0
+        #: inputs of all calls, and the gradients by their results that have come.
+        self._pulled: list[tuple[torch.Tensor, Lay, list[torch.Tensor]]] = []
         self._weights: dict[Any, tuple[str, bool]] = {}
         self._vectors: dict[Any, str] = {}
         for name, tensor in tensors.items():
@@ -130,8 +130,12 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
 
     def bias_of(self, name: str) -> tuple[str, int] | None:
         """What takes the shifts of a weight's mean outputs: the same in all of its calls."""
-        found = set(self._biases[name])
+        found = set(self._biases.get(name, ()))
         return found.pop() if len(found) == 1 else None
+
+    def is_layer(self, name: str) -> bool:
+        """Whether a weight was used for a product, not only looked up."""
+        return name in self._biases
 
     def called(self, name: str, bias: Any) -> None:
         """Note a call of a layer, and what is added to its outputs."""
@@ -167,7 +171,9 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         samples = inputs.shape[:-1].numel() if self.alone else len(inputs)
 
         def lay(inputs: torch.Tensor, pulls: torch.Tensor | None) -> Iterator[Seen]:
-            yield Seen(name, _rows(inputs), axis, share, samples, pulls=_rows(pulls))
+            rows = _rows(inputs)
+            own = None if pulls is None else pulls.reshape(len(pulls), *rows.shape[:2], -1)
+            yield Seen(name, rows, axis, share, samples, own)
 
         self.wait(inputs, lay)
 
@@ -179,20 +185,25 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         """The result of the call whose inputs wait, which gradients come to if they are wanted."""
         while self._waiting:
             inputs, lay = self._waiting.pop(0)
-            self._calls += 1
-            send = partial(self._send, self._calls, lay)
             if not (self.gradients and torch.is_grad_enabled()):
-                send(inputs, None)
+                for seen in lay(inputs, None):
+                    self.send(seen)
                 continue
             if not result.requires_grad:
                 result = result.detach().requires_grad_().clone()
             # Of the inputs as they are now, whatever changes them before the gradient comes.
-            result.register_hook(partial(send, inputs.clone()))
+            self._pulled.append((inputs.clone(), lay, []))
+            result.register_hook(self._pulled[-1][-1].append)
         return result
 
-    def _send(self, call: int, lay: Lay, inputs: torch.Tensor, pulls: torch.Tensor | None) -> None:
-        for seen in lay(inputs, pulls):
-            self.send(replace(seen, call=call))
+    def flush(self, end: bool) -> None:
+        """Report the inputs of all calls with the pulls of the turns since; at the end for good."""
+        for inputs, lay, pulls in self._pulled:
+            for seen in lay(inputs, torch.stack(pulls)) if pulls else ():
+                self.send(seen)
+            pulls.clear()
+        if end:
+            self._pulled.clear()
 
 
 def _look(tensor: Any) -> Any:
@@ -208,9 +219,7 @@ def _version(tensor: Any) -> int | None:
     return tensor._version if counts else None
 
 
-def _rows(inputs: Any) -> Any:
-    if inputs is None:
-        return None
+def _rows(inputs: torch.Tensor) -> torch.Tensor:
     *rows, columns = inputs.shape
     return inputs.detach().reshape(1, prod(rows), columns)
 
@@ -271,8 +280,8 @@ def _convolution(watch: Watch, given: _Given, call: Any) -> None:
     watch.called(found[0], given.get("bias"))
 
     def lay(data: torch.Tensor, pulls: torch.Tensor | None) -> Iterator[Seen]:
-        if pulls is not None and pulls.ndim < data.ndim:
-            pulls = pulls[None]
+        if pulls is not None:
+            pulls = pulls.reshape(len(pulls), len(data), *pulls.shape[-dims - 1 :])
         for first in range(0, len(data), step):
             part = data[first : first + step]
             patches = fn.pad(part, [side for pair in reversed(sides) for side in pair])
@@ -283,7 +292,10 @@ def _convolution(watch: Watch, given: _Given, call: Any) -> None:
             patches = patches[(..., *every)].unflatten(1, (groups, -1)).movedim(1, 0)
             patches = patches.movedim(2, 2 + dims)
             rows = patches.reshape(groups, -1, data.shape[1] // groups * prod(kernel))
-            own = None if pulls is None else _by_group(pulls[first : first + step], dims, groups)
+            own = None
+            if pulls is not None:
+                own = _by_group(pulls[:, first : first + step], dims, groups)
+                own = own.unflatten(1, (len(pulls), -1)).transpose(0, 1)
             yield Seen(found[0], rows, 1, samples=len(part), pulls=own)
 
     watch.wait(data, lay)
