@@ -67,8 +67,8 @@ def calibrate(
     module : torch.nn.Module
         With its weights, on any device. It runs in eval mode; its mode is restored.
     inputs : iterable
-        Batches: a tensor, a tuple (positional arguments) or a dict (keyword arguments), on any
-        device. Batches of one sample or many; the first axis counts samples.
+        Batches: a tensor, a tuple or list (positional arguments) or a dict (keyword arguments), on
+        any device. Batches of one sample or many; the first axis counts samples.
     config : CalibrationConfig, optional
     progress : callable
         Told about the stages ``calibrate``, ``check`` and ``whole``.
