@@ -293,6 +293,20 @@ def test_what_cannot_be(site: Site, data: bytes, tmp_path: Path) -> None:
         fetch_archive(url, tmp_path / "absent" / "m.mp4")
 
 
+def test_nothing_is_left_where_nothing_came(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for url in (site.put("text", b"no archive, but a text"), site.put("other", b"") + "/absent"):
+        with pytest.raises(RemoteError):
+            fetch_archive(url, tmp_path / "m.mp4")
+        assert left(tmp_path) == []
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(RemoteError, match=r"weightvid\[remote\]") as caught:
+        fetch_archive(url, tmp_path / "m.mp4")
+    assert isinstance(caught.value.__context__, ImportError)  # which the exit status depends on
+
+
 def test_the_hash_of_the_file(site: Site, data: bytes, tmp_path: Path) -> None:
     path, url = tmp_path / "m.mp4", site.put("m.mp4", data)
     with pytest.raises(RemoteError, match=r"has the SHA-256 [0-9a-f]{64}, not 00; .*thrown away"):

@@ -57,6 +57,14 @@ def test_pipes(folder: Path) -> None:
     assert b"\x1b" not in found.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout(folder: Path) -> None:
+    assert shell("weightvid pack Qwen2.5-0.5B -o full.mp4", folder).returncode == 0
+    for more in ("", "--json"):
+        done = shell(f"weightvid inspect full.mp4 {more} > /dev/full", folder)
+        assert (done.returncode, done.stderr) == (1, b"error: No space left on device\n")
+
+
 def test_a_terminal_of_ascii(folder: Path) -> None:
     weights = np.random.default_rng(2).standard_normal((64, 64)).astype("f4")
     save_file({"wärme → 😀": weights}, folder / "u.safetensors")

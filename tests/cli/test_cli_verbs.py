@@ -302,3 +302,16 @@ def test_version(run: Run) -> None:
 def test_help_teaches_by_example(run: Run, verb: str) -> None:
     assert f"weightvid {verb} " in run(verb, "--help").stdout.replace("demo\n", "demo ") + " "
     assert verb in run("--help").stdout
+
+
+def test_what_is_not_there_is_not_praised(run: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", **{name: np.random.default_rng(0).normal(size=(64, 64))})
+    shown = run("pack", tmp_path / "a.npz", "-o", tmp_path / "a.mp4", "--prune", 100).stdout
+    assert "next to nothing is left of the weights, 0.0 dB" in shown
+    shown = run("verify", tmp_path / "a.mp4", "--against", tmp_path / "b.npz", status=1).stdout
+    assert "FAILED" in shown
+    assert "SQNR  " not in shown
+    assert "largest error" not in shown
+    assert run("compare", tmp_path / "c.npz", "-o", tmp_path / "c", status=4)
+    assert not (tmp_path / "c").exists()

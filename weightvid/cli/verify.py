@@ -132,7 +132,7 @@ def _show(found: VerifyReport, archive: str) -> None:
     if found.affected:
         problems.append(f"missing or damaged: {output.some(found.affected)}")
     lists = found.comparison
-    if lists is not None:
+    if lists is not None and lists.tensors:
         output.table(
             ("tensor", "dtype", ">weights", ">SQNR dB", ">claimed", ">largest error"),
             [
@@ -145,14 +145,14 @@ def _show(found: VerifyReport, archive: str) -> None:
         )  # fmt: skip
         equal = sum(row.exact for row in lists.tensors)
         gains = "" if lists.norms_db is None else output.db(lists.norms_db)
-        compared = [
+        rows += [
             ("bit for bit", f"{equal} of {len(lists.tensors)} tensors"),
             ("SQNR", f"{output.db(lists.sqnr_db)} (of those in the pictures)"),
             ("BatchNorms", gains and f"gain and offset {gains}"),
             ("largest error", f"{lists.max_abs_error:.6g}"),
             ("divergence", output.number(lists.divergence, 4)),
         ]
-        rows += compared if lists.tensors else []
+    if lists is not None:
         if lists.divergence is not None and lists.divergence > (lists.max_kl or 0):
             problems.append(f"the outputs diverge by {lists.divergence:.4g}, not {lists.max_kl:g}")
         problems += [
