@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Final
 
 import numpy as np
@@ -70,6 +71,8 @@ class Examples:
         self._batches = held_back(batches_of(inputs), config.held_back)
         self._checks = [batch for batch, back in self._batches if back]
         self._expected: list[torch.Tensor | None] = []
+        #: of the outputs, by the archive judged last.
+        self._change = inf
 
     def statistics(self, progress: Report) -> CalibrationStats:
         """Statistics of the model as it is."""
@@ -87,6 +90,8 @@ class Examples:
                 "neither BatchNorm nor text as the model would write it confirms that inputs are "
                 "of the kind that it is used on (if you know, say that they can be trusted)"
             )
+        if not 0.0 < self._change < inf:
+            return "outputs cannot be compared"
         batches, memory = self._batches, self._config.memory_bytes
         with running(self._module) as state:
             order = look(state, batches)
@@ -107,7 +112,8 @@ class Examples:
                 found = state.outputs(self._checks)
         samples = sum(map(samples_of, self._checks))
         said = describe_change(self._expected, found, samples)
-        return change_of(self._expected, found), said
+        self._change = change_of(self._expected, found)
+        return self._change, said
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,12 +168,9 @@ def refit(weights: Floats, means: InputMeans, damping: float) -> Floats:
     found = []
     shares = np.split(weights.reshape(len(weights), -1).astype(np.float64), len(means.moment))
     for part, moment, cross in zip(shares, means.moment, means.cross, strict=True):
-        mean = float(np.diagonal(moment).mean())
-        if mean > 0:  # else the inputs are constant, and a bias takes them
-            damped = moment + damping * mean * np.eye(len(moment))
-            found.append(part + part @ np.linalg.solve(damped, (cross - moment).T).T)
-        else:
-            found.append(part)
+        # Of constant inputs both are zeros, and the weights stay.
+        damped = moment + (damping * np.diagonal(moment).mean() or 1.0) * np.eye(len(moment))
+        found.append(part + part @ np.linalg.solve(damped, (cross - moment).T).T)
     return np.concatenate(found).astype(np.float32)
 
 

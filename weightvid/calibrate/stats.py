@@ -193,10 +193,10 @@ def without_ones(
     right = left if right is None else right
     half = products[:, :-1] - left[:, :, None] * products[:, -1:]
     centred: npt.NDArray[Any] = half[:, :, :-1] - half[:, :, -1:] * right[:, None]
-    # Of an input that hardly varies around its mean rounding errors are all that is left.
-    powers = np.diagonal(products, axis1=1, axis2=2)[:, :-1]
-    constant = np.diagonal(centred, axis1=1, axis2=2) <= _VARIES * powers
     if left is right:
+        # Of an input that hardly varies around its mean rounding errors are all that is left.
+        powers = np.diagonal(products, axis1=1, axis2=2)[:, :-1]
+        constant = np.diagonal(centred, axis1=1, axis2=2) <= _VARIES * powers
         centred = np.where(constant[:, :, None] | constant[:, None], 0, centred)
     return centred
 

@@ -47,9 +47,9 @@ class Seen:
 
     ``inputs`` have the shape (groups, n, C), and lie along ``axis`` of the weight's matrix; axis -1
     means integer rows of an embedding table. ``share`` says which group of how many they are for;
-    (0, 1): all. They are of so many ``samples``. ``pulls``,
-    shape (turns, groups, n, O), are the gradients by what the layer made of them. ``looked_up``:
-    gradients by rows of a table, in place of inputs.
+    (0, 1): all. They are of so many ``samples``. ``pulls``, shape (turns, groups, n, O), are the
+    gradients by what the layer made of them. ``looked_up``: gradients by rows of a table, in place
+    of inputs.
     """
 
     name: str
