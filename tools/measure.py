@@ -44,7 +44,7 @@ PAIRS: Final = 300
 #: models above are measured at fewer points, and those above the second not layer by layer.
 MIDDLE: Final = 1_000_000
 LARGE: Final = 10_000_000
-GROUPS: Final = ("weightvid", "calibrated", "refined", "nncodec", "plain")
+GROUPS: Final = ("weightvid", "calibrated", "refined", "own", "own-refined", "nncodec", "plain")
 #: quarter octaves.
 FACTORS: Final = tuple(round(0.18 * 2 ** (i / 4), 4) for i in range(-5, 12))
 DQ_QPS: Final = tuple(range(-38, -17))
@@ -84,6 +84,7 @@ class Subject:
 
     name: str
     folder: Path
+    weights: Path
     script: Any
     model: Model
     judge: Judge
@@ -136,6 +137,13 @@ class Subject:
         inputs = [(batch, torch.ones_like(batch)) for batch in batches]
         return ByName(floats, self.script.forward), inputs
 
+    def own(self) -> Calibration:
+        """Without any data: on what the network makes itself."""
+        folder = self.weights.parent
+        alone = not (folder / "config.json").is_file()
+        with open_checkpoint(self.weights if alone else folder) as reader:
+            return Calibration.from_checkpoint(reader, self.script.Net() if alone else None)
+
 
 def perplexity(original: float) -> Measure:
     """Perplexity over the original's; the log of its excess falls about straight with the rate."""
@@ -175,7 +183,7 @@ def load_subject(name: str, folder: Path, minilm: Path | None) -> Subject:
         return logits[first:], labels[first:]
 
     judge = Judge(with_torch(function), model.state(model.tensors))
-    return Subject(name, folder, script, model, judge)
+    return Subject(name, folder, path, script, model, judge)
 
 
 def methods(subject: Subject, options: argparse.Namespace) -> Iterator[Method]:
@@ -203,7 +211,15 @@ def methods(subject: Subject, options: argparse.Namespace) -> Iterator[Method]:
     if "refined" in options.only and not large:
         known = Calibration.from_examples(*subject.examples(moved=True))
         chosen = PackOptions(calibration=known, jobs=options.jobs)
-        yield archive_method("weightvid layer by layer", chosen, factors[9:])
+        yield archive_method("weightvid layer by layer", chosen, factors[-8:])
+    if {"own", "own-refined"} & set(options.only):
+        known = subject.own()
+        chosen = PackOptions(calibration=Calibration(known.stats), jobs=options.jobs)
+        if "own" in options.only:
+            yield archive_method("weightvid, own inputs", chosen, factors)
+        chosen = replace(chosen, calibration=known)
+        if "own-refined" in options.only and not large:
+            yield archive_method("weightvid, own inputs, layer by layer", chosen, factors[-8:])
 
 
 def run(subject: Subject, options: argparse.Namespace) -> list[Row]:

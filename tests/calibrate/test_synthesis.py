@@ -53,7 +53,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_images_match_what_the_layers_remember(net: Any, few: None) -> None:
-    batches = synthesis.own_inputs(net)
+    batches = synthesis.own_inputs(net).batches
     images = torch.cat(batches)
     assert images.shape[:2] == (64, 3)
     for place in (1, 5):
@@ -61,7 +61,7 @@ def test_images_match_what_the_layers_remember(net: Any, few: None) -> None:
         spread = norm.running_var.sqrt()
         assert float(((seen.mean((0, 2, 3)) - norm.running_mean) / spread).abs().mean()) < 0.25
         assert 0.8 < float((seen.std((0, 2, 3)) / spread).mean()) < 1.2
-    again = synthesis.own_inputs(net)
+    again = synthesis.own_inputs(net).batches
     assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
 
 
@@ -114,11 +114,11 @@ def test_what_cannot_be_done_is_said(net: Any, tmp_path: Path) -> None:
         synthesis.own_inputs(odd)
 
 
-def folder(path: Path, config: Any, model: Any) -> Path:
+def folder(path: Path, config: Any, model: Any, vocabulary: int = 50) -> Path:
     transformers = pytest.importorskip("transformers", reason="builds the networks of folders")
     torch.manual_seed(0)
     made = getattr(transformers, model)(getattr(transformers, config)(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=2, max_position_embeddings=20,
     ))  # fmt: skip
     made.to(torch.bfloat16).save_pretrained(path)
@@ -137,7 +137,7 @@ def test_transformers_read_tokens(
     with open_checkpoint(folder(tmp_path / "model", config, model)) as reader:
         module = synthesis.build(reader.location)
         synthesis.fill(module, reader)
-        batches = synthesis.own_inputs(module)
+        batches = synthesis.own_inputs(module).batches
         ids = [batch["input_ids"] for batch in batches]
         assert max(each.shape[1] for each in ids) == longest
         assert all(set(each.flatten().tolist()) <= set(range(50)) for each in ids)
@@ -150,3 +150,37 @@ def test_transformers_read_tokens(
     result = CliRunner().invoke(app, call)
     assert result.exit_code == 0, result.output
     assert "calibrat" in result.output
+
+
+def test_english_is_read_by_tokenizers_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others, and models of fewer tokens than the tokenizer, get random tokens."""
+    monkeypatch.setattr(synthesis, "_SEQUENCES", 64)
+    transformers = pytest.importorskip("transformers", reason="has the tokenizers of folders")
+    tokenizers = pytest.importorskip("tokenizers", reason="makes a tokenizer")
+    prose = synthesis._prose()
+    assert len(set(prose)) == 64
+    split = tokenizers.pre_tokenizers.BertPreTokenizer()
+    words = sorted({word for text in prose for word, _ in split.pre_tokenize_str(text)})
+
+    def own(words: list[str], vocabulary: int) -> synthesis.OwnInputs:
+        path = folder(
+            tmp_path / f"{len(words)}-{vocabulary}", "BertConfig", "BertModel", vocabulary
+        )
+        numbers = {word: number for number, word in enumerate(["?", *words])}
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="?"))
+        made.pre_tokenizer = split
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
+        fast.save_pretrained(path)
+        with open_checkpoint(path) as reader:
+            module = synthesis.build(reader.location)
+            return synthesis.own_inputs(module, reader.location)
+
+    batches, what, trusted = own(words, 1 + len(words))
+    assert (what, trusted) == ("64 sentences of English", True)
+    ids = [row for batch in batches for row in batch["input_ids"].tolist()]
+    texts = {tuple(word for word, _ in split.pre_tokenize_str(text))[:20] for text in prose}
+    assert {tuple(["?", *words][number] for number in row) for row in ids} == texts
+    for other in (own(words[::2], 1 + len(words)), own(words, len(words) // 2)):
+        assert (other.what, other.trusted) == ("64 sentences of random tokens", False)

@@ -54,10 +54,13 @@ class Calibration:
     examples : Examples or None
         With a model, tensors are quantized layer by layer, each for the inputs that the quantized
         layers before it make, if that is better on held-back inputs.
+    inputs : str
+        What the inputs are, where nobody gave any.
     """
 
     stats: CalibrationStats
     examples: Examples | None = field(default=None, compare=False)
+    inputs: str = ""
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -117,13 +120,15 @@ class Calibration:
         module = build(reader.location) if module is None else module
         foreign = fill(module, reader)
         try:
-            inputs = own_inputs(module, progress)
+            inputs, what, trusted = own_inputs(module, reader.location, progress)
         except EvaluationError as error:
             if not foreign:
                 raise
             why = f"the network has no place for {shorten(foreign)} of the checkpoint: is it that"
             raise EvaluationError(f"{why} of these weights? And {error}") from None
-        return cls.from_examples(module, inputs, config, progress)
+        config = config or CalibrationConfig()
+        config = replace(config, trust_inputs=trusted or config.trust_inputs)
+        return replace(cls.from_examples(module, inputs, config, progress), inputs=what)
 
     def __str__(self) -> str:
         way = "" if self.examples is None else ", layer by layer"
@@ -164,6 +169,7 @@ class Calibration:
         if self.stats.refused:
             return made, 0, (f"calibration was not used: {self.stats.refused}",)
         used = f"calibrated: {len(survey.moments)} of {len(survey.stats)} tensors"
+        used += self.inputs and f", on {self.inputs}"
         notes = ("; ".join(filter(None, (used, self.stats.gained))),)
         target, bound = survey.options.target, None
         if self.examples is None:

@@ -22,10 +22,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from weightvid.calibrate.run import (
+from weightvid.calibrate.order import (
     Batches,
     Order,
-    calibrate,
     count_samples,
     held_back,
     look,
@@ -33,6 +32,7 @@ from weightvid.calibrate.run import (
     stages,
     with_or_without,
 )
+from weightvid.calibrate.run import calibrate
 from weightvid.calibrate.state import (
     State,
     batches_of,

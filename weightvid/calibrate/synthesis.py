@@ -3,7 +3,8 @@
 - BatchNorm layers remember the means and variances of what they saw in training. Images begin as
   noise with the spectrum of photographs, and descend until the layers see what they remember.
 - A causal language model writes text, one token after another from its own distribution.
-- Any other transformer reads random tokens, in sentences of usual lengths.
+- Any other transformer reads English that comes with Python, if its tokenizer is at home in that;
+  else random tokens, in sentences of usual lengths.
 
 Sources: Cai et al., "ZeroQ", 2020, and Jeon et al., "Genie", 2023, for the images; Liu et al.,
 "LLM-QAT", 2023, for the text.
@@ -11,9 +12,11 @@ Sources: Cai et al., "ZeroQ", 2020, and Jeon et al., "Genie", 2023, for the imag
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
@@ -41,6 +44,10 @@ _SEQUENCES: Final = 384
 _LENGTHS: Final = (8, 12, 16, 24, 32, 48, 64, 128)
 _TEXTS: Final = 96
 _TEXT_TOKENS: Final = 256
+#: of sentences of English, words; tokens for each word, at most, and words for each unknown one.
+_SENTENCE_WORDS: Final = range(4, 41)
+_TOKENS_A_WORD: Final = 2
+_WORDS_AN_UNKNOWN: Final = 100
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -94,8 +101,18 @@ def fill(module: nn.Module, reader: CheckpointReader) -> list[str]:
     return [name for name in specs if name not in wanted]
 
 
-def own_inputs(module: nn.Module, progress: Report = quiet) -> list[Any]:
-    """Batches that a module makes itself; the same for the same weights.
+class OwnInputs(NamedTuple):
+    """Batches; what they are; whether they are known to be of the kind that the module reads."""
+
+    batches: list[Any]
+    what: str
+    trusted: bool = False
+
+
+def own_inputs(module: nn.Module, folder: str | None = None, progress: Report = quiet) -> OwnInputs:
+    """Inputs for a module that nobody gives any; the same for the same weights.
+
+    ``folder`` may hold the tokenizer of a transformer.
 
     Raises
     ------
@@ -106,34 +123,72 @@ def own_inputs(module: nn.Module, progress: Report = quiet) -> list[Any]:
     with running(module) as state, torch.random.fork_rng():
         torch.manual_seed(0)
         if isinstance(vocabulary, int):
-            return _texts(state, vocabulary, progress)
-        return _images(state, progress)
+            longest = getattr(module.config, "max_position_embeddings", None) or _TEXT_TOKENS
+            both = getattr(module.config, "is_encoder_decoder", False)
+            if both or not getattr(module, "can_generate", bool)():
+                return _texts(state, vocabulary, longest, folder)
+            texts = _written(module, vocabulary, min(_TEXT_TOKENS, longest), progress)
+            return OwnInputs(texts, f"{_TEXTS} texts that it wrote")
+        return OwnInputs(_images(state, progress), f"{_IMAGES} images that it remembers")
 
 
-def _texts(state: State, vocabulary: int, progress: Report) -> list[Any]:
-    """Text that a model writes; random tokens where it doesn't write."""
-    module: Any = state.module
-    config = module.config
-    longest = getattr(config, "max_position_embeddings", None) or _TEXT_TOKENS
-    both = getattr(config, "is_encoder_decoder", False)
-    batches: list[dict[str, torch.Tensor]] = []
-    if both or not getattr(module, "can_generate", bool)():
-        shares = 1 / (torch.arange(vocabulary) + vocabulary / 100)
-        for place in range(_SEQUENCES // _BATCH):
-            length = min(_LENGTHS[place % len(_LENGTHS)], longest)
-            # As frequent as they are in text, as vocabularies are mostly in that order.
-            tokens = torch.multinomial(shares, _BATCH * length, True).reshape(_BATCH, length)
-            more = {"decoder_input_ids": tokens} if both else {}
-            batches.append({"input_ids": tokens, **more})
-        try:
-            state.run(batches[0])
-        except Exception as error:
-            raise EvaluationError(
-                f"the network does not run on tokens alone ({one_line(error)}): calibrate with "
-                "example inputs"
-            ) from error
-        return batches
-    length = min(_TEXT_TOKENS, longest)
+def _texts(state: State, vocabulary: int, longest: int, folder: str | None) -> OwnInputs:
+    """English, or random tokens, each batch of one length."""
+    both = getattr(state.module.config, "is_encoder_decoder", False)
+    sentences = _sentences(vocabulary, longest, folder)
+    by_length: dict[int, list[list[int]]] = {}
+    for ids in sorted(sentences, key=len):
+        by_length.setdefault(len(ids), []).append(ids)
+    tokens = [part for ids in by_length.values() for part in torch.tensor(ids).split(_BATCH)]
+    shares = 1 / (torch.arange(vocabulary) + vocabulary / 100)
+    for place in range(0 if tokens else _SEQUENCES // _BATCH):
+        length = min(_LENGTHS[place % len(_LENGTHS)], longest)
+        # As frequent as they are in text, as vocabularies are mostly in that order.
+        tokens.append(torch.multinomial(shares, _BATCH * length, True).reshape(_BATCH, length))
+    batches = [{"input_ids": t} | ({"decoder_input_ids": t} if both else {}) for t in tokens]
+    try:
+        state.run(batches[0])
+    except Exception as error:
+        raise EvaluationError(
+            f"the network does not run on tokens alone ({one_line(error)}): calibrate with "
+            "example inputs"
+        ) from error
+    what = "English" if sentences else "random tokens"
+    return OwnInputs(batches, f"{sum(map(len, tokens))} sentences of {what}", what == "English")
+
+
+def _sentences(vocabulary: int, longest: int, folder: str | None) -> list[list[int]]:
+    """English as the tokenizer of a folder splits it; nothing, if it is not made for English."""
+    prose = _prose()
+    words = sum(len(sentence.split()) for sentence in prose)
+    try:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found = [ids[:longest] for ids in tokenizer(prose)["input_ids"]]
+        unknown = sum(ids.count(tokenizer.unk_token_id) for ids in found)
+        fits = sum(map(len, found)) <= _TOKENS_A_WORD * words and max(map(max, found)) < vocabulary
+    except Exception:  # there is no tokenizer, or it needs more than there is
+        return []
+    return found if fits and unknown * _WORDS_AN_UNKNOWN <= words else []
+
+
+def _prose() -> list[str]:
+    """Sentences of the documentation that `help` shows."""
+    with suppress(ImportError):
+        topics: dict[str, str] = import_module("pydoc_data.topics").topics
+        parts = [part for key in sorted(topics) for part in re.split(r"\n\s*\n", topics[key])]
+        every = [s for part in parts for s in re.split(r"(?<=[.!?]) ", " ".join(part.split()))]
+        plain = [s for s in dict.fromkeys(every) if re.fullmatch(r"[A-Z][^|]*[.!?]", s)]
+        plain = [s for s in plain if sum(c.isalpha() or c == " " for c in s) > 0.9 * len(s)]
+        plain = [s for s in plain if len(s.split()) in _SENTENCE_WORDS]
+        return plain[:: max(1, len(plain) // _SEQUENCES)][:_SEQUENCES]
+    return []
+
+
+def _written(module: Any, vocabulary: int, length: int, progress: Report) -> list[Any]:
+    """Text that a language model writes."""
+    batches: list[Any] = []
     for place in range(_TEXTS // _BATCH):
         start = torch.randint(vocabulary, (_BATCH, 1)).to(module.device)
         text = module.generate(
