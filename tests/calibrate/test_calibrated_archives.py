@@ -17,6 +17,10 @@ from weightvid.survey import survey_checkpoint
 from weightvid.workers import Workers
 
 torch = pytest.importorskip("torch", reason="needs the extra: weightvid[torch]")
+from weightvid.calibrate import layers  # noqa: E402
+from weightvid.calibrate.order import held_back, look  # noqa: E402
+from weightvid.calibrate.state import running  # noqa: E402
+
 nn, fn = torch.nn, torch.nn.functional
 
 
@@ -197,6 +201,40 @@ def test_layer_by_layer_only_if_better(
     assert "one -> another" in note
     same = (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert same == (after > 1)
+
+
+class Attention(nn.Module):
+    """Layers that have their inputs in common, and others that follow them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q", "k", "v", "o", "up", "gate", "down"):
+            setattr(self, name, nn.Linear(24, 24))
+
+    def forward(self, x: Any) -> Any:
+        x = x + self.o(fn.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+        return x + self.down(fn.gelu(self.gate(x)) * self.up(x))
+
+
+def test_a_layer_that_follows_another_waits_for_it() -> None:
+    """Else both make up for the same error: the mean of what comes out would be off."""
+    torch.manual_seed(0)
+    net, inputs = nn.Sequential(*(Attention() for _ in range(6))), torch.randn(200, 8, 24) + 1
+    batches, factor = held_back(inputs.split(20), 0.2), 0.6
+    known = Calibration.from_examples(net, inputs.split(20), CalibrationConfig(trust_inputs=True))
+    shown = torch.cat([batch for batch, back in batches if not back])
+    with running(net) as state:
+        options = PackOptions(calibration=known)
+        survey = known.apply(survey_checkpoint(state.reader, options, Workers(None, 1)))
+        order = look(state, batches)
+        names = [name.split(".")[1] for name in order.shapes if name.startswith("3.")]
+        sources = {order.sources[f"3.{name}.weight"] for name in names}
+        assert (len(names), len(sources)) == (7, 4)
+        layers._Sequence(state, survey, factor).run(order, batches, 1 << 30, lambda _: None)
+        expected = net(shown)
+        with state.quantized():
+            error = net(shown) - expected
+    assert float(error.mean((0, 1)).square().mean()) < 0.01 * float(error.square().mean())
 
 
 @pytest.mark.parametrize("net", [Words], indirect=True)

@@ -1,8 +1,9 @@
 """Quantizing a model layer by layer, each for the inputs that the quantized layers before it make.
 
 Both models run on the same batches: the original one shows what a layer is to put out, and the one
-whose first layers are quantized already what the layer really gets. Layers of a stage are watched
-in one pass.
+whose first layers are quantized already what the layer really gets. Layers with the same inputs are
+watched in one pass; one that follows another needs a pass of its own, or it would make up for what
+the other is about to make up for itself.
 
 A layer was to put out ``W x``, but is given x' in place of x. The weights V that come nearest,
 ``E |W x - V x'|^2`` least, are ``W C (H')^-1`` with ``C = E[x x'^T]`` and ``H' = E[x' x'^T]``; with
@@ -52,8 +53,6 @@ from weightvid.loader import Array, Floats, TensorSpec, from_float32
 from weightvid.progress import Progress, Report
 from weightvid.survey import Survey
 
-#: stages at most, if memory allows: each runs both models once.
-_MOST_STAGES: Final = 32
 #: dampings of the fit, as parts of the mean diagonal; the first leaves the weights what they are.
 #: None: quantized for the inputs of the original model.
 FITS: Final = (None, 1e6, 1.0, 0.1, 0.01)
@@ -200,7 +199,7 @@ class _Sequence:
             and numbers.get(name) in moments
             and moments[numbers[name]].axis
         }
-        plan = stages(sizes, memory_bytes, _MOST_STAGES)
+        plan = stages(sizes, memory_bytes, order.sources)
         if not plan:
             return "no layer could be followed at work"
         staged = {numbers[name] for stage in plan for name in stage}

@@ -47,26 +47,33 @@ def count_samples(batches: Batches) -> int:
 class Order:
     """What a look at a few batches shows: tensors in the order of first use.
 
-    ``shapes`` gives groups, columns, and elements of the inputs of one call. ``reads``: the model
-    is a language model, and the batches hold text of the kind that it would write.
-    ``differentiable``: gradients of the output are known.
+    ``shapes`` gives groups, columns, and elements of the inputs of one call; ``sources`` numbers
+    inputs, which queries, keys and values have in common. ``reads``: the model is a language model,
+    and the batches hold text of the kind that it would write. ``differentiable``: gradients of the
+    output are known.
     """
 
     shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
+    sources: dict[str, int] = field(default_factory=dict)
     reads: bool = False
     differentiable: bool = False
 
 
 def look(state: State, batches: Batches) -> Order:
     """Run a few batches and note what is used."""
-    order = Order()
+    order, last, source = Order(), torch.empty(0), 0
 
     def note(seen: Seen) -> None:
+        nonlocal last, source
         if seen.axis < 0:
             order.tables.add(seen.name)
             order.shapes[seen.name] = 1, state.tensors[seen.name].shape[-1], 0
         elif seen.name not in order.tables:
+            kinds = [(each.device, each.dtype) for each in (last, seen.inputs)]
+            source += not (kinds[0] == kinds[1] and torch.equal(last, seen.inputs))
+            order.sources.setdefault(seen.name, source)
+            last = seen.inputs
             size = seen.inputs.numel(), order.shapes.get(seen.name, (0, 0, 0))[2]
             order.shapes[seen.name] = seen.groups, seen.inputs.shape[-1], max(size)
 
@@ -133,23 +140,25 @@ def surprise(batch: Any, output: torch.Tensor | None) -> float:
     return float(((spread.exp() * spread).sum(-1) - found).mean()) if found.numel() else inf
 
 
-def stages(sizes: Mapping[str, int], memory_bytes: int, most: int = 1) -> list[tuple[str, ...]]:
+def stages(
+    sizes: Mapping[str, int], memory_bytes: int, sources: Mapping[str, int] | None = None
+) -> list[tuple[str, ...]]:
     """Layers that are taken together, stage after stage, by the bytes that each takes.
 
-    One that is larger alone has no stage. There are ``most``, or as many as memory asks for.
+    One that is larger alone has no stage. With ``sources`` only layers of one go together.
 
     Examples
     --------
-    >>> stages(dict.fromkeys("qkvo", 10), 20, 3), stages({"q": 10, "k": 30}, 20, 9)
-    ([('q', 'k'), ('v', 'o')], [('q',)])
+    >>> sizes = dict.fromkeys("qkvo", 10)
+    >>> stages(sizes, 20), stages(sizes, 99, {"q": 0, "k": 0, "v": 0, "o": 3})
+    ([('q', 'k'), ('v', 'o')], [('q', 'k', 'v'), ('o',)])
     """
-    fitting = [name for name, size in sizes.items() if size <= memory_bytes]
-    least = -(-len(fitting) // most)
     found: list[list[str]] = []
-    for name in fitting:
+    for name in (name for name, size in sizes.items() if size <= memory_bytes):
         last = found[-1] if found else []
         room = sum(sizes[other] for other in last) + sizes[name] <= memory_bytes
-        if found and room and len(last) < least:
+        alike = sources is None or (last and sources[last[-1]] == sources[name])
+        if found and room and alike:
             last.append(name)
         else:
             found.append([name])

@@ -164,7 +164,8 @@ def _sentences(vocabulary: int, longest: int, folder: str | None) -> list[list[i
     try:
         import transformers
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        here = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **here)
         found = [ids[:longest] for ids in tokenizer(prose)["input_ids"]]
         unknown = sum(ids.count(tokenizer.unk_token_id) for ids in found)
         fits = sum(map(len, found)) <= _TOKENS_A_WORD * words and max(map(max, found)) < vocabulary
