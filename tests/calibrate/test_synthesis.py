@@ -179,6 +179,9 @@ def test_english_is_read_by_tokenizers_made_for_it(
 
     batches, what, trusted = own(words, 1 + len(words))
     assert (what, trusted) == ("64 sentences of English", True)
+    with open_checkpoint(tmp_path / f"{len(words)}-{1 + len(words)}") as reader:
+        known = Calibration.from_checkpoint(reader)
+    assert (known.inputs, known.examples, known.stats.confirmed) == (what, None, True)
     ids = [row for batch in batches for row in batch["input_ids"].tolist()]
     texts = {tuple(word for word, _ in split.pre_tokenize_str(text))[:20] for text in prose}
     assert {tuple(["?", *words][number] for number in row) for row in ids} == texts
