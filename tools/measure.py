@@ -137,12 +137,14 @@ class Subject:
         inputs = [(batch, torch.ones_like(batch)) for batch in batches]
         return ByName(floats, self.script.forward), inputs
 
-    def own(self) -> Calibration:
-        """Without any data: on what the network makes itself."""
-        folder = self.weights.parent
+    def own(self) -> Calibration | None:
+        """Without any data, on what the network makes itself; None if nothing builds it."""
+        folder, network = self.weights.parent, getattr(self.script, "Net", None)
         alone = not (folder / "config.json").is_file()
+        if alone and network is None:
+            return None
         with open_checkpoint(self.weights if alone else folder) as reader:
-            return Calibration.from_checkpoint(reader, self.script.Net() if alone else None)
+            return Calibration.from_checkpoint(reader, network() if alone and network else None)
 
 
 def perplexity(original: float) -> Measure:
@@ -212,14 +214,13 @@ def methods(subject: Subject, options: argparse.Namespace) -> Iterator[Method]:
         known = Calibration.from_examples(*subject.examples(moved=True))
         chosen = PackOptions(calibration=known, jobs=options.jobs)
         yield archive_method("weightvid layer by layer", chosen, factors[-8:])
-    if {"own", "own-refined"} & set(options.only):
-        known = subject.own()
-        chosen = PackOptions(calibration=Calibration(known.stats), jobs=options.jobs)
-        if "own" in options.only:
-            yield archive_method("weightvid, own inputs", chosen, factors)
-        chosen = replace(chosen, calibration=known)
-        if "own-refined" in options.only and not large:
-            yield archive_method("weightvid, own inputs, layer by layer", chosen, factors[-8:])
+    own = subject.own() if {"own", "own-refined"} & set(options.only) else None
+    if own is not None and "own" in options.only:
+        chosen = PackOptions(calibration=Calibration(own.stats), jobs=options.jobs)
+        yield archive_method("weightvid, own inputs", chosen, factors)
+    if own is not None and "own-refined" in options.only and not large:
+        chosen = PackOptions(calibration=own, jobs=options.jobs)
+        yield archive_method("weightvid, own inputs, layer by layer", chosen, factors[-8:])
 
 
 def run(subject: Subject, options: argparse.Namespace) -> list[Row]:

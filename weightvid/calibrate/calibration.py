@@ -171,7 +171,7 @@ class Calibration:
         if self.stats.refused:
             return made, 0, (f"calibration was not used: {self.stats.refused}",)
         used = f"calibrated: {len(survey.moments)} of {len(survey.stats)} tensors"
-        used += self.inputs and f", on {self.inputs}"
+        used += f", on {self.inputs}" if self.inputs else ""
         notes = ("; ".join(filter(None, (used, self.stats.gained))),)
         target, bound = survey.options.target, None
         if self.examples is None:

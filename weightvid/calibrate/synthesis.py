@@ -1,4 +1,4 @@
-"""Example inputs that a network makes itself, for models that nobody has data of.
+"""Example inputs for a network that nobody has data of: most make their own.
 
 - BatchNorm layers remember the means and variances of what they saw in training. Images begin as
   noise with the spectrum of photographs, and descend until the layers see what they remember.
@@ -126,21 +126,20 @@ def own_inputs(module: nn.Module, folder: str | None = None, progress: Report = 
             longest = getattr(module.config, "max_position_embeddings", None) or _TEXT_TOKENS
             both = getattr(module.config, "is_encoder_decoder", False)
             if both or not getattr(module, "can_generate", bool)():
-                return _texts(state, vocabulary, longest, folder)
+                return _texts(state, vocabulary, longest, both, folder)
             texts = _written(module, vocabulary, min(_TEXT_TOKENS, longest), progress)
             return OwnInputs(texts, f"{_TEXTS} texts that it wrote")
-        return OwnInputs(_images(state, progress), f"{_IMAGES} images that it remembers")
+        return OwnInputs(_images(state, progress), f"{_IMAGES} images that it made")
 
 
-def _texts(state: State, vocabulary: int, longest: int, folder: str | None) -> OwnInputs:
-    """English, or random tokens, each batch of one length."""
-    both = getattr(state.module.config, "is_encoder_decoder", False)
-    sentences = _sentences(vocabulary, longest, folder)
+def _texts(state: State, size: int, longest: int, both: bool, folder: str | None) -> OwnInputs:
+    """English, or random tokens of a vocabulary of a size; a decoder, of ``both``, reads the same."""
+    sentences = _sentences(size, longest, folder)
     by_length: dict[int, list[list[int]]] = {}
     for ids in sorted(sentences, key=len):
         by_length.setdefault(len(ids), []).append(ids)
     tokens = [part for ids in by_length.values() for part in torch.tensor(ids).split(_BATCH)]
-    shares = 1 / (torch.arange(vocabulary) + vocabulary / 100)
+    shares = 1 / (torch.arange(size) + size / 100)
     for place in range(0 if tokens else _SEQUENCES // _BATCH):
         length = min(_LENGTHS[place % len(_LENGTHS)], longest)
         # As frequent as they are in text, as vocabularies are mostly in that order.
