@@ -133,7 +133,7 @@ def own_inputs(module: nn.Module, folder: str | None = None, progress: Report = 
 
 
 def _texts(state: State, size: int, longest: int, both: bool, folder: str | None) -> OwnInputs:
-    """English, or random tokens of a vocabulary of a size; a decoder, of ``both``, reads the same."""
+    """English, or random tokens of a vocabulary of a size; a decoder reads the same."""
     sentences = _sentences(size, longest, folder)
     by_length: dict[int, list[list[int]]] = {}
     for ids in sorted(sentences, key=len):
