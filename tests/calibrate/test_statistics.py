@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 
 torch = pytest.importorskip("torch", reason="needs the extra: weightvid[torch]")
+from weightvid.calibrate.state import change_of, describe_change  # noqa: E402
+
 nn = torch.nn
 
 ALL = CalibrationConfig(held_back=0)
@@ -30,8 +33,13 @@ def outer(inputs: Any) -> Any:
     return (rows.T @ rows / len(rows)).numpy()
 
 
-def pulled(run: Any, weights: Sequence[Sequence[Any]], *batches: Any) -> list[Any]:
-    """Mean of A'A over all samples, each run alone; A are gradients by matrices side by side."""
+def pulled(
+    run: Any, weights: Sequence[Sequence[Any]], *batches: Any, turned: bool = False
+) -> list[Any]:
+    """Mean of A'A over all samples, each run alone; A are gradients by matrices side by side.
+
+    ``turned``: of A A', of the first matrices alone.
+    """
     draws, sums, count = torch.Generator().manual_seed(0), [0.0] * len(weights), 0
     samples = sum(map(len, batches))
     for batch in batches:
@@ -44,6 +52,7 @@ def pulled(run: Any, weights: Sequence[Sequence[Any]], *batches: Any) -> list[An
                 for place, parts in enumerate(weights):
                     found = torch.autograd.grad(change, parts, retain_graph=True)
                     rows = torch.cat([part.double().flatten(1) for part in found], 1)
+                    rows = found[0].double().flatten(1).T if turned else rows
                     sums[place] += (rows.T @ rows).numpy()
     return [each / count for each in sums]
 
@@ -89,6 +98,31 @@ def test_moments_are_those_of_gradients(layer: Any, shape: Any, groups: int) -> 
 
     for moment, square in zip(found.moment, pulled(run, own, *batches), strict=True):
         np.testing.assert_allclose(moment, square, rtol=1e-3, atol=1e-3)
+    assert (found.outputs is None) == (groups > 1)
+    if found.outputs is not None:
+        (square,) = pulled(run, own, *batches, turned=True)
+        np.testing.assert_allclose(found.outputs, square, rtol=1e-3, atol=1e-3)
+
+
+def test_outputs_make_up_for_one_another_where_that_is_better(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 3))
+    inputs = torch.randn(800, 8) @ torch.randn(8, 24)
+    stats = calibrate(net, inputs[:500].split(50))
+    first, last = (stats.tensors[f"{place}.weight"] for place in (0, 2))
+    assert first.outputs is not None
+    assert last.outputs is not None
+    alone = {name: replace(known, outputs=None) for name, known in stats.tensors.items()}
+    checkpoint = from_mapping({n: p.detach().numpy() for n, p in net.named_parameters()})
+    expected, errors = net(inputs[500:]), list[float]()
+    for path, known in (tmp_path / "1", stats), (tmp_path / "2", replace(stats, tensors=alone)):
+        options = PackOptions(calibration=Calibration(known), step_factor=0.5, jobs=1)
+        pack_checkpoint(checkpoint, path, options)
+        with open_archive(path) as archive, torch.no_grad():
+            state = {name: torch.from_numpy(np.array(archive[name])) for name in archive}
+            found = torch.func.functional_call(net, state, (inputs[500:],))
+            errors.append(float((found - expected).square().mean()))
+    assert errors[0] < 0.8 * errors[1]
 
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose1d(4, 3, 2, stride=2),
@@ -310,3 +344,16 @@ def test_what_cannot_be_calibrated_says_so() -> None:
                                      (nn.Linear(30, 2), [ones], "memory limit")):  # fmt: skip
         with pytest.raises(QuantizationError, match=message):
             calibrate(module, batches, CalibrationConfig(memory_bytes=100))
+
+
+def test_of_text_the_divergence_counts() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5)
+    shifted, other = logits + 3.0, logits + 0.1 * torch.randn(2, 3, 5)
+    assert change_of([logits], [shifted], reads=True) == pytest.approx(0.0, abs=1e-9)
+    assert change_of([logits], [shifted]) > change_of([logits], [other]) > 0.0
+    known, found = logits.log_softmax(-1), other.log_softmax(-1)
+    expected = float((known.exp() * (known - found)).sum())
+    assert change_of([logits], [other], reads=True) == pytest.approx(expected, rel=1e-4)
+    said = describe_change([logits], [other], 2, reads=True)
+    assert said.startswith(f"KL divergence {expected / 6:.3g}, mean squared change")

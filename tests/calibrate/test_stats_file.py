@@ -75,6 +75,8 @@ def rewritten(path: Path, change: Any) -> None:
         lambda _, a: a.pop("a.weight#mean"),
         lambda _, a: a.update({"a.weight#mean": np.ones((1, 29), np.float32)}),
         lambda _, a: a.update({"a.weight#moment": np.ones((1, 31, 31), np.float16)}),
+        lambda _, a: a.update({"a.weight#outputs": np.ones((3, 4), np.float32)}),
+        lambda _, a: a.update({"a.weight#outputs": np.ones((4, 4), np.int32)}),
     ],
 )  # fmt: skip
 def test_damaged_files(tmp_path: Path, change: Any) -> None:

@@ -98,6 +98,29 @@ def test_white_inputs_leave_the_plain_search(lam: float) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_rows_make_up_for_one_another(method: Method) -> None:
+    scaled, moment = layer(rows=60)
+    turn = np.random.default_rng(1).standard_normal((60, 15))
+    outputs = turn @ turn.T / 15 + 0.1 * np.eye(60)
+    outputs[0] = outputs[:, 0] = 0  # an output that nothing depends on
+    cost, bits = {}, {}
+    for together in (False, True):
+        levels = feedback(scaled, moment, method=method, outputs=outputs if together else None)
+        error = scaled - values_of(levels, method)
+        cost[together] = np.trace(outputs @ error @ moment @ error.T)
+        bits[together] = entropy_bits(levels)
+    assert cost[True] < 0.6 * cost[False]
+    assert bits[True] < bits[False] + 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_that_have_nothing_in_common_are_quantized_alone(method: Method) -> None:
+    scaled, moment = layer(rows=200)
+    alone, both = (feedback(scaled, moment, None, method, g) for g in (None, 3 * np.eye(200)))
+    assert (alone == both).mean() > 0.999  # products may be summed in another order
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_groups_are_layers_of_their_own(method: Method) -> None:
     scaled, moment = layer(rows=8)
     _, other = layer(seed=1)

@@ -21,7 +21,7 @@ from weightvid.calibrate.stats import (
 )
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import EvaluationError, QuantizationError
-from weightvid.levels.feedback import factorize
+from weightvid.levels.feedback import OUTPUT_DAMPING, factorize
 from weightvid.levels.recipes import measured_units
 from weightvid.levels.steps import Moments, steps_from_costs
 from weightvid.levels.transform import forward_moment, view_of
@@ -228,6 +228,11 @@ def with_statistics(
         taker = takers[number] if uses[takers[number]] == 1 else None
         made = packing_moments(found, survey.specs[number], taker)
         moments |= {} if made is None else {number: made}
+    for number, made in moments.items():
+        name = survey.specs[number].name
+        if made.outputs is not None and name in losses:
+            left = factorize(made.outputs, OUTPUT_DAMPING, by_energy=True).mean
+            losses[name] *= left / (1 + OUTPUT_DAMPING) / np.diagonal(made.outputs).mean()
     units = measured_units(list(survey.units.values()), list(survey.stats.values()), losses)
     return replace(survey, moments=moments, units=dict(zip(survey.stats, units, strict=True)))
 
@@ -260,6 +265,9 @@ def packing_moments(known: TensorMoments, spec: TensorSpec, bias: int | None) ->
     made = Moments(moment, known.damping, known.axis, known.mean, bias, known.bias_sign)
     if known.row_steps is not None and len(known.row_steps) == view.rows:
         made = replace(made, row_steps=known.row_steps)
+    tied = known.outputs if groups == known.axis == 1 else None
+    if tied is not None and len(tied) == view.rows and tied.any():
+        made = replace(made, outputs=tied)
     if not view.kernel or known.axis == 0:
         return made
     parts = forward_moment(moment, view.kernel)

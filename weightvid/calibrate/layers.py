@@ -26,6 +26,7 @@ import torch
 from weightvid.calibrate.order import (
     Batches,
     Order,
+    are_read,
     count_samples,
     held_back,
     look,
@@ -102,16 +103,16 @@ class Examples:
             return with_or_without(order, run)
 
     def loss(self, tensors: Iterable[tuple[TensorSpec, Array]]) -> tuple[float, str]:
-        """Squared change of the outputs on held-back inputs, and that and the KL in words."""
+        """Change of the outputs on held-back inputs, see `change_of`, and the same in words."""
         with running(self._module) as state:
             self._expected = self._expected or state.outputs(self._checks)
             for spec, stored in tensors:
                 state.put(spec, stored)
             with state.quantized():
                 found = state.outputs(self._checks)
-        samples = sum(map(samples_of, self._checks))
-        said = describe_change(self._expected, found, samples)
-        self._change = change_of(self._expected, found)
+        samples, reads = sum(map(samples_of, self._checks)), are_read(self._checks, self._expected)
+        said = describe_change(self._expected, found, samples, reads)
+        self._change = change_of(self._expected, found, reads)
         return self._change, said
 
 
@@ -154,7 +155,9 @@ class Layer:
             row_scales=plan.row_scales[rows],
             row_steps=None if plan.row_steps is None else plan.row_steps[rows],
         )
-        some = replace(self, elements=elements, plan=plan)
+        # A tensor for itself is judged by its inputs alone.
+        moments = replace(self.moments, outputs=None)
+        some = replace(self, elements=elements, plan=plan, moments=moments)
         check, corrected = some.check, self.moments.bias is not None
         return min(FITS, key=lambda fit: check.cost_db(some.code(fit), corrected))
 

@@ -77,11 +77,9 @@ def look(state: State, batches: Batches) -> Order:
             size = seen.inputs.numel(), order.shapes.get(seen.name, (0, 0, 0))[2]
             order.shapes[seen.name] = seen.groups, seen.inputs.shape[-1], max(size)
 
-    surprises = []
+    looked = [batch for batch, _ in batches[:_LOOK_BATCHES]]
     with Watch(state.tensors, note):
-        for batch, _ in batches[:_LOOK_BATCHES]:
-            surprises.append(surprise(batch, first_output(state.run(batch))))
-    order.reads = max(surprises) < _SURPRISE
+        order.reads = are_read(looked, [first_output(state.run(batch)) for batch in looked])
     with suppress(Exception), torch.enable_grad(), Watch(state.tensors, lambda _: None, True):
         output = first_output(state.run(batches[0][0]))
         order.differentiable = any(True for _ in pulls(output, False, torch.Generator()))
@@ -122,6 +120,11 @@ def pulls(
                 total = (output * torch.randn(output.shape, generator=draws).to(output)).sum()
             total.backward(retain_graph=turn + 1 < turns)
         yield
+
+
+def are_read(batches: Sequence[Any], outputs: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a language model put out something of texts of the kind that it would write."""
+    return all(surprise(*each) < _SURPRISE for each in zip(batches, outputs, strict=True))
 
 
 def surprise(batch: Any, output: torch.Tensor | None) -> float:

@@ -29,14 +29,13 @@ from weightvid.calibrate.stats import (
     model_hash,
     without_ones,
 )
-from weightvid.calibrate.sums import InputMeans, Sums
+from weightvid.calibrate.sums import MOST_OUTPUTS, InputMeans, Sums
 from weightvid.calibrate.trial import choose_damping, whole_gain
 from weightvid.calibrate.watch import Seen, Watch, nats_apart
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import QuantizationError
 from weightvid.levels.feedback import factorize
 from weightvid.levels.steps import steps_from_counts
-from weightvid.loader import Floats
 from weightvid.progress import Progress, Report, quiet
 
 #: divergence of what BatchNorm layers see from what they remember, above which inputs are foreign.
@@ -91,6 +90,8 @@ def calibrate(
             gained = "nothing was held back, so what it gains is not known: give five batches"
         elif not refused and len(unused) < len(moments):
             gain = whole_gain(state, found.fitted, measured, checks, progress)
+            if gain is not None and not gain[2]:
+                moments = {n: replace(m, outputs=None) for n, m in moments.items()}
             if gain is not None and gain[0] <= 0.0:
                 refused = (
                     "on inputs held back the model as a whole is no better with calibration than "
@@ -158,6 +159,9 @@ def _passes(
         found.notes.append("outputs have no gradients that can be used, to say which errors matter")
     # Twice, as some inputs are held back.
     sizes = {name: 16 * g * c * (c + 1) for name, (g, c, _) in order.shapes.items()}
+    for name in sizes.keys() - order.tables:
+        rows = len(state.tensors[name])
+        sizes[name] += 16 * rows**2 * (rows <= MOST_OUTPUTS)
     large = [name for name, size in sizes.items() if size > config.memory_bytes]
     if large:
         found.notes.append(f"beyond the memory limit of one pass: {shorten(large)}")
@@ -204,7 +208,7 @@ class _Pass:
         self._state, self._names, self._order, self._back = state, names, order, False
         self._watch = Watch(state.tensors, self._add, order.differentiable, self._see_norm, names)
         self._watch.alone = order.reads
-        self._sums: dict[tuple[str, bool], Sums] = defaultdict(Sums)
+        self._sums: dict[tuple[str, bool], Sums] = {}
         #: used in two ways that don't go together, as in an autoencoder whose halves are tied.
         self._mixed: set[str] = set()
         #: squared gradients by what is looked up in tables that are output layers, too.
@@ -236,8 +240,11 @@ class _Pass:
             self._count(seen)
         elif seen.looked_up and self._watch.is_layer(seen.name):
             self._looked_up[seen.name] += float(seen.inputs.float().square().sum())
-        elif not self._sums[seen.name, self._back].add(seen):
-            self._mixed.add(seen.name)
+        else:
+            # Rows of a table matter wherever they are looked up.
+            sums = Sums(across=seen.name not in self._order.tables)
+            if not self._sums.setdefault((seen.name, self._back), sums).add(seen):
+                self._mixed.add(seen.name)
 
     def _count(self, seen: Seen) -> None:
         # Rows in order are positions, of which those of longer inputs are seen too rarely.
@@ -278,7 +285,9 @@ class _Pass:
             return None
         bias, sign = self._watch.bias_of(name) or (None, 1)
         fitted = sums.means()
-        known = TensorMoments(*_rounded(fitted), sums.form[0], dampings[0], None, bias, sign)
+        known = TensorMoments(
+            **_rounded(fitted), axis=sums.form[0], damping=dampings[0], bias=bias, bias_sign=sign
+        )
         uses = [self._uses.pop((name, back), None) for back in (False, True)]
         if uses[0] is not None and uses[1] is not None:
             known = replace(known, row_steps=steps_from_counts(uses[0].numpy(), uses[1].numpy()))
@@ -288,8 +297,7 @@ class _Pass:
             damping, gain = choose_damping(self._state.reader, name, known, means, dampings)
             known = replace(known, damping=damping, gain_db=gain)
             sums.add_all(held)
-            moment, mean = _rounded(sums.means())
-            every = replace(known, moment=moment, mean=mean)
+            every = replace(known, **_rounded(sums.means()))
         if sums.weights is not None:
             # What error feedback leaves of errors of 1 in every weight.
             inner = without_ones(every.moment, every.mean if bias else None)
@@ -300,5 +308,6 @@ class _Pass:
         return known, every
 
 
-def _rounded(means: InputMeans) -> tuple[Floats, Floats]:
-    return means.moment.astype(np.float32), means.mean.astype(np.float32)
+def _rounded(means: InputMeans) -> dict[str, Any]:
+    found = {"moment": means.moment, "mean": means.mean, "outputs": means.outputs}
+    return {key: None if each is None else each.astype(np.float32) for key, each in found.items()}

@@ -134,8 +134,10 @@ def first_output(result: Any) -> torch.Tensor | None:
     return next((t for t in map(first_output, items) if t is not None), None)
 
 
-def change_of(before: Outputs, after: Outputs) -> float:
-    """Squared change of outputs, over all samples."""
+def change_of(before: Outputs, after: Outputs, reads: bool = False) -> float:
+    """Squared change of outputs, over all samples; of a language model's, their KL divergence."""
+    if reads:
+        return sum(divergence(b, a) * len(b) for b, a in _logits(before, after))
     return sum(float((b - a).square().sum()) for b, a in _pairs(before, after))
 
 
@@ -146,12 +148,19 @@ def _pairs(before: Outputs, after: Outputs) -> Iterator[tuple[torch.Tensor, torc
             yield b, a
 
 
-def describe_change(before: Outputs, after: Outputs, samples: int) -> str:
+def _logits(before: Outputs, after: Outputs) -> list[tuple[Any, Any]]:
+    """Matrices of what can be compared and is not empty."""
+    pairs = [(b, a) for b, a in _pairs(before, after) if b.numel()]
+    return [tuple(each.flatten(0, -2).numpy() for each in pair) for pair in pairs]
+
+
+def describe_change(before: Outputs, after: Outputs, samples: int, reads: bool = False) -> str:
     """Change of outputs in words: of logits the KL divergence, of all the mean squared change."""
     said = f"mean squared change {change_of(before, after) / max(1, samples):.3g}"
-    known = [(b.numpy(), a.numpy()) for b, a in _pairs(before, after) if b.numel()]
-    if known and all(b.ndim == 2 and b.shape[1] > 1 and not is_unit(b) for b, _ in known):
-        total = sum(divergence(b, a) * len(b) for b, a in known)
+    shapes = {b.ndim for b, _ in _pairs(before, after) if b.numel()}
+    known = _logits(before, after) if reads or shapes == {2} else []
+    if known and all(b.shape[1] > 1 and not is_unit(b) for b, _ in known):
+        total = change_of(before, after, reads=True)
         said = f"KL divergence {total / sum(len(b) for b, _ in known):.3g}, {said}"
     return said
 

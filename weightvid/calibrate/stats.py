@@ -76,7 +76,9 @@ class TensorMoments:
     better off without its moment. ``gain_db`` is what the output error gains there; None: not
     measured. ``bias`` names what is added to the layer's output or, where ``bias_sign`` is -1,
     subtracted from it, as the running mean of a BatchNorm is. ``row_steps`` are quarter octaves by
-    which the steps of a table's rows are larger, by how often they are looked up.
+    which the steps of a table's rows are larger, by how often they are looked up. ``outputs``
+    (O, O) is the second moment of what pulls at the outputs, if errors in them make up for one
+    another.
     """
 
     moment: Floats
@@ -87,6 +89,7 @@ class TensorMoments:
     bias: str | None = None
     bias_sign: int = 1
     row_steps: npt.NDArray[np.int8] | None = None
+    outputs: Floats | None = None
 
     @property
     def useful(self) -> bool:
@@ -159,8 +162,9 @@ class CalibrationStats:
         records: dict[str, Any] = {}
         for name, tensor in sorted(self.tensors.items()):
             arrays[f"{name}#moment"], arrays[f"{name}#mean"] = tensor.moment, tensor.mean
-            if tensor.row_steps is not None:
-                arrays[f"{name}#row_steps"] = tensor.row_steps
+            for part, found in ("row_steps", tensor.row_steps), ("outputs", tensor.outputs):
+                if found is not None:
+                    arrays[f"{name}#{part}"] = found
             records[name] = {key: getattr(tensor, key) for key in _RECORDED}
         record = {"version": VERSION, "tensors": records, "sensitivity": dict(self.sensitivity)}
         record |= {key: getattr(self, key) for key in _WHOLE}
@@ -240,11 +244,19 @@ def load_stats(path: str | os.PathLike[str]) -> CalibrationStats:
 def _read_tensor(reader: CheckpointReader, name: str, entry: Mapping[str, Any]) -> TensorMoments:
     moment, mean = (cast(Floats, reader.read(f"{name}#{part}")) for part in ("moment", "mean"))
     known = {spec.name for spec in reader.contents.tensors}
-    steps = reader.read(f"{name}#row_steps") if f"{name}#row_steps" in known else None
+    steps, outputs = (
+        reader.read(f"{name}#{part}") if f"{name}#{part}" in known else None
+        for part in ("row_steps", "outputs")
+    )
     entries = {key: entry[key] for key in _RECORDED}
-    found = TensorMoments(moment, mean, **entries, row_steps=cast(npt.NDArray[np.int8], steps))
+    found = TensorMoments(
+        moment, mean, **entries, row_steps=cast(npt.NDArray[np.int8], steps),
+        outputs=cast(Floats, outputs),
+    )  # fmt: skip
     good = found.axis in (0, 1) and found.bias_sign in (1, -1) and 0.0 <= found.damping < np.inf
     good = good and (steps is None or (steps.dtype == np.int8 and steps.ndim == 1))
+    square = outputs is None or (outputs.ndim == 2 and outputs.shape[0] == outputs.shape[1])
+    good = good and square and (outputs is None or outputs.dtype == np.float32)
     good = good and moment.dtype == mean.dtype == np.float32 and mean.ndim == 2
     if not good or moment.shape != (len(mean), *(mean.shape[-1] + 1,) * 2):
         raise ValueError(f"tensor {name!r}")

@@ -19,6 +19,8 @@ from weightvid.errors import QuantizationError
 _ROWS: Final = 4096
 #: factors of the sums of products: x' x', x x', x x.
 _PRODUCTS: Final = ((0, 0), (1, 0), (1, 1))
+#: of layers with more outputs, how they go together is not looked at.
+MOST_OUTPUTS: Final = 4096
 
 Means = npt.NDArray[np.float64]
 
@@ -29,7 +31,8 @@ class InputMeans:
 
     ``moment``, ``cross`` and ``original`` (groups, C + 1, C + 1) are means of x' x'^T, x x'^T and
     x x^T, each with a 1 appended, or of what pulls at them; ``mean`` and ``original_mean``
-    (groups, C) are those of x' and x. Of one run x' and x are the same.
+    (groups, C) are those of x' and x. Of one run x' and x are the same. ``outputs`` (O, O), of one
+    run, is the mean of ``A A'``, where that of ``A' A`` is the moment; None: not known.
     """
 
     moment: Means
@@ -37,6 +40,7 @@ class InputMeans:
     original: Means
     mean: Means
     original_mean: Means
+    outputs: Means | None = None
 
     def inner(self, corrected: bool) -> InputMeans:
         """Without the 1; of inputs less their means if a bias is ``corrected``."""
@@ -47,11 +51,16 @@ class InputMeans:
 
 
 class Sums:
-    """Sums over the inputs of one tensor, which the first of them tell the shapes of."""
+    """Sums over the inputs of one tensor, which the first of them tell the shapes of.
 
-    def __init__(self) -> None:
+    ``across``: of what pulls at its outputs, too, if they are not too many and in one group.
+    """
+
+    def __init__(self, across: bool = False) -> None:
+        self._across = across
         #: axis, groups and columns.
         self.form: tuple[int, int, int] | None = None
+        self._outputs: torch.Tensor | None = None
 
     def _start(self, seen: Seen, products: int) -> None:
         self.form = self.axis, groups, columns = seen.axis, seen.groups, seen.inputs.shape[-1]
@@ -63,6 +72,9 @@ class Sums:
             self._total = torch.zeros((*shape[:2], columns), dtype=torch.float64, device=device)
         self._rows, self._samples = np.zeros(groups), np.zeros(groups)
         self._pulled = seen.pulls is not None or seen.looked_up
+        rows = 0 if seen.pulls is None else seen.pulls.shape[-1]
+        if self._across and groups == self.axis == 1 and 1 < rows <= MOST_OUTPUTS:
+            self._outputs = torch.zeros((rows, rows), dtype=torch.float64, device=device)
 
     def add(self, seen: Seen, original: Seen | None = None) -> bool:
         """Take in a piece, of both runs if there are two, unless it has another form."""
@@ -84,6 +96,8 @@ class Sums:
                 for here in pieces(both, own, seen.samples):
                     for number, (left, right) in enumerate(_PRODUCTS[: 2 * len(here) - 1]):
                         self._square[number, target] += here[left].T @ here[right]
+                if own is not None and self._outputs is not None:
+                    self._outputs += across(inputs.float(), own, seen.samples)
             # Of a NaN or infinity in any input, this diagonal knows.
             if not bool(torch.isfinite(self._square[0, target].diagonal()).all()):
                 raise QuantizationError(
@@ -98,6 +112,8 @@ class Sums:
         """Take in the sums of another one, of the same form."""
         self._square += other._square
         self._total += other._total
+        if self._outputs is not None and other._outputs is not None:
+            self._outputs += other._outputs
         self._rows += other._rows
         self._samples += other._samples
 
@@ -112,7 +128,34 @@ class Sums:
         square = list(self._square.cpu().numpy() / samples[:, None, None])
         total = self._total.cpu().numpy() / rows[:, None]
         moment, cross, original = square if len(square) == 3 else square * 3
-        return InputMeans(moment, cross, original, total[0], total[min(1, len(square) - 1)])
+        outputs = None if self._outputs is None else self._outputs.cpu().numpy() / samples[0]
+        return InputMeans(
+            moment, cross, original, total[0], total[min(1, len(square) - 1)], outputs
+        )
+
+
+def across(inputs: torch.Tensor, pulls: torch.Tensor, samples: int) -> torch.Tensor:
+    """Sum of ``A A'``, shape (O, O), for the gradients A by the weights.
+
+    Parameters
+    ----------
+    inputs : Tensor, shape (n, C)
+    pulls : Tensor, shape (n, O)
+        Gradients by what the layer makes of its inputs.
+    samples : int
+        That the n inputs are of, in order; as many of each.
+    """
+    places = max(1, len(inputs) // max(1, samples))
+    step = max(1, _ROWS // places) * places
+    found = torch.zeros((), device=inputs.device)
+    for first in range(0, len(inputs), step):
+        x, g = (e[first : first + step].unflatten(0, (-1, places)) for e in (inputs, pulls))
+        if places < g.shape[-1]:
+            found = found + g.flatten(0, 1).T @ (x @ x.mT @ g).flatten(0, 1)
+        else:
+            a = (g.mT @ x).transpose(0, 1).flatten(1)
+            found = found + a @ a.T
+    return found
 
 
 def pieces(

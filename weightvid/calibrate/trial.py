@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.calibrate.calibration import DB_PER_BIT, packing_moments, with_statistics
+from weightvid.calibrate.order import are_read
 from weightvid.calibrate.state import State, change_of, describe_change, samples_of
 from weightvid.calibrate.stats import TensorMoments
 from weightvid.calibrate.sums import InputMeans
@@ -151,7 +152,7 @@ def choose_damping(
 
     def cost_db(damping: float) -> float:
         bias = None if known.bias is None else 0
-        moments = packing_moments(replace(known, damping=damping), spec, bias)
+        moments = packing_moments(replace(known, damping=damping, outputs=None), spec, bias)
         plan = plan_tensor(stats, _TRIAL_SIGMAS * stats.typical_scale, moments=moments)
         if plan is None:
             return 0.0
@@ -170,17 +171,22 @@ def whole_gain(
     sensitivity: Mapping[str, float],
     batches: Sequence[Any],
     progress: Report,
-) -> tuple[float, str] | None:
-    """By how much the outputs change less with statistics, in decibels of the squared change.
+) -> tuple[float, str, bool] | None:
+    """By how much the outputs change less with statistics, in decibels.
 
     A bit for every weight counts as six; above 0: better with. And what changes without and with,
-    in words. None where nothing changes. The batches are such as the statistics were not gathered
-    on.
+    in words; and whether outputs had better make up for one another. None where nothing changes.
+    The batches are such as the statistics were not gathered on.
     """
     expected = state.outputs(batches)
+    reads = are_read(batches, expected)
     plain = survey_checkpoint(state.reader, PackOptions(), Workers(None, 1))
-    changes, rates, words = list[float](), list[float](), list[str]()
-    for survey in (plain, with_statistics(plain, moments, sensitivity)):
+    alone = {name: replace(known, outputs=None) for name, known in moments.items()}
+    ways = [plain, with_statistics(plain, alone, sensitivity)]
+    if any(known.outputs is not None for known in moments.values()):
+        ways.append(with_statistics(plain, moments, sensitivity))
+    changes, costs, words = list[float](), list[float](), list[str]()
+    for survey in ways:
         bits, plans = 0.0, survey.plans(_TRIAL_FACTOR)
         for number, plan in plans.items():
             known = survey.moments.get(number)
@@ -190,11 +196,13 @@ def whole_gain(
         with state.quantized():
             found = state.outputs(batches)
         state.forget()
-        changes.append(change_of(expected, found))
-        rates.append(bits / max(1, sum(plan.spec.size for plan in plans.values())))
-        words.append(describe_change(expected, found, sum(map(samples_of, batches))))
-        progress(Progress("whole", len(changes), 2, unit="trials"))
+        changes.append(change_of(expected, found, reads))
+        rate = bits / max(1, sum(plan.spec.size for plan in plans.values()))
+        costs.append(10 * log10(max(changes[-1], 1e-300)) + DB_PER_BIT * rate)
+        words.append(describe_change(expected, found, sum(map(samples_of, batches)), reads))
+        progress(Progress("whole", len(changes), len(ways), unit="trials"))
     if not (min(changes) > 0.0 and np.isfinite(changes).all()):
         return None
-    gain = 10 * log10(changes[0] / changes[1]) + DB_PER_BIT * (rates[0] - rates[1])
-    return gain, f"{words[0]} -> {words[1]} at step factor {_TRIAL_FACTOR:g}"
+    best = 1 + int(np.argmin(costs[1:]))
+    shown = f"{words[0]} -> {words[best]} at step factor {_TRIAL_FACTOR:g}"
+    return costs[0] - costs[best], shown, best > 1

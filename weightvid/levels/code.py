@@ -174,10 +174,10 @@ def quantize(
         if plan.method == TRELLIS:
             return trellis(scaled)
         return balanced(scaled, plan.view.channels) if plan.balanced else uniform(scaled)
-    if plan.row_steps is not None and moments.axis == 0:
+    factors = np.ones(len(scaled))
+    if plan.row_steps is not None:
         factors = quarter_octaves(plan.row_steps[rows]).astype(np.float64)
-        return _fed_back(scaled, plan, rows, moments, factors)
-    return _fed_back(scaled, plan, rows, moments, np.ones(len(scaled)))
+    return _fed_back(scaled, plan, rows, moments, factors)
 
 
 def _fed_back(
@@ -211,6 +211,9 @@ def _fed_back(
     if plan.kernel:
         moment = forward_moment(moment, plan.kernel)
     moment = moment * (steps * steps[:, None])
+    if moments.outputs is not None and not (plan.price or plan.threshold):
+        outputs = moments.outputs[first:last, first:last] * (row_factors * row_factors[:, None])
+        return feedback(scaled, moment, config, method, outputs)
     if not len(scaled) % len(moment):
         return fed_back(scaled, moment, method)
     # A part that begins or ends within a group.

@@ -8,11 +8,17 @@ sum_{i<j} N_ji e_i``: the error of the earlier columns is pushed into those to c
 an error in column j still costs when all later columns make up for it as well as they can. No
 inverse is needed. The bits of the levels are weighed in too (`FeedbackConfig.lam`).
 
+An error in one output matters together with those in others, too. With the second moment of what
+pulls at the outputs, G (see `weightvid.calibrate.watch`), E costs ``trace(G E H E')``, and G is
+factored in the same way: some rows are quantized at once, each to the target ``w_r + sum_{s<r} M_rs
+e_s`` of all columns, so that later outputs make up for the errors of earlier ones.
+
 The decoder knows nothing of this. Weights and moments are given in steps, transformed if need be.
 
 Sources: Frantar and Alistarh, "Optimal Brain Compression", 2022; Frantar et al., "GPTQ", 2022; the
 factorization without inverses is that of Babai's nearest plane, see Chen et al., "The geometry of
-LLM quantization", 2025.
+LLM quantization", 2025; feedback on both sides: Tseng et al., "Model-preserving adaptive rounding",
+2025.
 """
 
 from __future__ import annotations
@@ -36,11 +42,16 @@ Moment = npt.NDArray[np.floating[Any]]
 
 DAMPING: Final = 0.01
 LAM: Final = 0.05
+#: the same for G: errors in other outputs are a weaker tie, which is not to be trusted in full.
+OUTPUT_DAMPING: Final = 0.3
 #: columns whose targets are brought up to date by one product of matrices.
 _BLOCK: Final = 64
 #: rows quantized side by side, and what their number is rounded up to.
 _LANES: Final = 512
 _ALIGN: Final = 64
+#: turns in which rows make up for others, and rows of a turn at least.
+_TURNS: Final = 96
+_LEAST_ROWS: Final = 4
 #: weights, and groups of rows, that prices are fitted to.
 _SAMPLE: Final = 1 << 15
 _SAMPLE_GROUPS: Final = 64
@@ -106,7 +117,11 @@ class Fitted(NamedTuple):
 
 
 def feedback(
-    scaled: Floats, moment: Moment, config: FeedbackConfig | None = None, method: Method = "uniform"
+    scaled: Floats,
+    moment: Moment,
+    config: FeedbackConfig | None = None,
+    method: Method = "uniform",
+    outputs: Moment | None = None,
 ) -> Integers:
     """Levels of a matrix, with error feedback.
 
@@ -119,6 +134,8 @@ def feedback(
         each group.
     config : FeedbackConfig, optional
     method : {"uniform", "trellis"}
+    outputs : ndarray of float, shape (R, R), optional
+        Second moment of what pulls at the rows, in steps; of layers that are not grouped.
 
     Returns
     -------
@@ -131,6 +148,8 @@ def feedback(
         Weights that are not finite or beyond 2**21 steps, or a moment that doesn't fit.
     """
     fitted = fit(scaled, moment, config, method)
+    if outputs is not None:
+        return _both_ways(scaled, fitted, factorize(outputs, OUTPUT_DAMPING, by_energy=True))
     parts = np.split(scaled, len(fitted.factors))
     return np.concatenate([quantize_rows(part, fitted, g) for g, part in enumerate(parts)])
 
@@ -173,14 +192,39 @@ def quantize_rows(scaled: Floats, fitted: Fitted, group: int = 0) -> Integers:
     levels = np.empty(scaled.shape, np.int32)
     for first in range(0, len(scaled), _LANES):
         rows = scaled[first : first + _LANES]
-        weight = np.zeros((scaled.shape[1], -(-len(rows) // _ALIGN) * _ALIGN), np.float32)
-        weight[:, : len(rows)] = rows.T[factor.order]
-        if fitted.table is not None:
-            found = search(weight, factor.feedback, factor.cost, fitted.table)
-        else:
-            found = _feed_back(weight, factor, fitted.price, fitted.dead)
-        levels[first : first + len(rows), factor.order] = found[:, : len(rows)].T
+        weight = np.zeros((-(-len(rows) // _ALIGN) * _ALIGN, scaled.shape[1]), np.float32)
+        weight[: len(rows)] = rows
+        levels[first : first + len(rows)] = _quantized(weight, fitted, factor)[0][: len(rows)]
     return levels
+
+
+def _both_ways(scaled: Floats, fitted: Fitted, outputs: Factor) -> Integers:
+    """Levels of rows that make up for the errors of others."""
+    levels, error = np.empty(scaled.shape, np.int32), np.empty_like(scaled)
+    step = max(_LEAST_ROWS, -(-len(scaled) // _TURNS))
+    for first in range(0, len(scaled), step):
+        now = slice(first, first + step)
+        rows, cost = outputs.order[now], outputs.cost[now].astype(np.float32)
+        target = scaled[rows] + outputs.feedback[now, :first] @ error[:first]
+        levels[rows], value = _quantized(target, fitted, fitted.factors[0], cost)
+        error[now] = scaled[rows] - value
+    return levels
+
+
+def _quantized(
+    rows: Floats, fitted: Fitted, factor: Factor, cost: Floats | None = None
+) -> tuple[Integers, Floats]:
+    """Levels of rows, whose errors cost so much, and what they stand for."""
+    weight = np.ascontiguousarray(rows.T[factor.order])
+    costs = factor.cost.astype(np.float32)[:, None]
+    costs = costs if cost is None else costs * cost
+    if fitted.table is not None:
+        found = search(weight, factor.feedback, costs, fitted.table)
+    else:
+        found = _feed_back(weight, factor.feedback, costs, fitted.price, fitted.dead)
+    levels, values = np.empty(rows.shape, np.int32), np.empty_like(rows)
+    levels[:, factor.order], values[:, factor.order] = found[0].T, found[1].T
+    return levels, values
 
 
 def factorize(moment: Moment, damping: float, by_energy: bool) -> Factor:
@@ -240,38 +284,41 @@ def _model(samples: Iterable[npt.NDArray[Any]]) -> RateModel:
     )
 
 
-def _feed_back(weight: Floats, factor: Factor, price: Floats, dead: float) -> Integers:
-    """Plain levels, shape (C, rows), of weights whose rows are the columns in order."""
+def _feed_back(
+    weight: Floats, feedback: Floats, cost: Floats, price: Floats, dead: float
+) -> tuple[Integers, Floats]:
+    """Plain levels, as `search` gives them, of weights whose rows are the columns in order."""
     error = np.empty_like(weight)
     chosen = np.empty(weight.shape, np.int32)
     for start in range(0, len(weight), _BLOCK):
         stop = min(len(weight), start + _BLOCK)
-        block = weight[start:stop] + factor.feedback[start:stop, :start] @ error[:start]
+        block = weight[start:stop] + feedback[start:stop, :start] @ error[:start]
         for column in range(start, stop):
             target = block[column - start]
-            target += factor.feedback[column, start:column] @ error[start:column]
-            level = _cheapest(target, price / np.float32(factor.cost[column]))
+            target += feedback[column, start:column] @ error[start:column]
+            level = _cheapest(target, cost[column], price)
             level[np.abs(weight[column]) < dead] = 0
             chosen[column] = level
             error[column] = weight[column] - level
-    return chosen
+    return chosen, weight - error
 
 
-def _cheapest(target: Floats, price: Floats) -> Floats:
+def _cheapest(target: Floats, weight: Floats, price: Floats) -> Floats:
     """Of the nearest level, the next one towards zero and zero: the one that costs least."""
     best = nearest = np.rint(target)
     if not price.any():
         return nearest
-    least = _cost(target, nearest, price)
+    least = _cost(target, nearest, weight, price)
     for other in (nearest - np.sign(nearest), np.zeros_like(nearest)):
-        there = _cost(target, other, price)
+        there = _cost(target, other, weight, price)
         best = np.where(there < least, other, best)
         least = np.minimum(there, least)
     return best
 
 
-def _cost(target: Floats, level: Floats, price: Floats) -> Floats:
+def _cost(target: Floats, level: Floats, weight: Floats, price: Floats) -> Floats:
     cost = target - level
     cost *= cost
+    cost *= weight
     cost += price.take(level.astype(np.intp) + TABLE_MAX, mode="clip")
     return cost

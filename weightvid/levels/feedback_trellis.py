@@ -25,9 +25,9 @@ _WINDOW: Final = 96
 
 
 def search(
-    weight: Floats, feedback: Floats, cost: npt.NDArray[np.float64], table: CostTables
-) -> npt.NDArray[np.int32]:
-    """Levels of runs searched side by side.
+    weight: Floats, feedback: Floats, cost: Floats, table: CostTables
+) -> tuple[npt.NDArray[np.int32], Floats]:
+    """Levels of runs searched side by side, and what they stand for, in steps.
 
     Parameters
     ----------
@@ -35,13 +35,13 @@ def search(
         In steps.
     feedback : ndarray of float32, shape (C, C)
         Unit lower triangular: what the errors of earlier columns add to the target of a column.
-    cost : ndarray of float64, shape (C,)
+    cost : ndarray of float32, shape (C, lanes) or (C, 1)
         Of a squared error in each column.
     table : CostTables
 
     Returns
     -------
-    ndarray of int32, shape (C, lanes)
+    ndarray of int32, and of float32, shape (C, lanes)
     """
     columns, lanes = weight.shape
     metric = np.full((STATES, lanes), np.inf, np.float32)
@@ -74,8 +74,8 @@ def search(
         recent = np.concatenate([kept.reshape(recent.shape), block])
     decided[columns - len(recent) :] = _of_best(recent, metric)
     # n / 2 = 2 k, or 2 k + 1 of the second quantizer.
-    levels: npt.NDArray[np.int32] = np.rint(2 * (weight - decided)).astype(np.int32) >> 1
-    return levels
+    value = weight - decided
+    return np.rint(2 * value).astype(np.int32) >> 1, value
 
 
 def _of_best(values: Floats, metric: Floats) -> Floats:
@@ -112,7 +112,7 @@ class _Branches:
         self._price = table.price.ravel()
 
     def step(
-        self, target: Floats, metric: Floats, cost: float
+        self, target: Floats, metric: Floats, cost: Floats
     ) -> tuple[Floats, Floats, npt.NDArray[np.int32]]:
         """Advance every survivor by a column, whose squared errors cost so much.
 
@@ -127,7 +127,7 @@ class _Branches:
             value += moved.reshape(by_branch)
         miss = target.reshape(by_branch) - value
         miss *= miss
-        miss *= np.float32(cost)
+        miss *= cost
         miss += self._price.take(place, mode="clip")
         miss += metric.reshape(by_branch)
         second = miss[1] < miss[0]

@@ -68,6 +68,8 @@ class Moments:
         Quarter octaves by which the step of each frequency is larger.
     row_steps : ndarray of int8, shape (rows,), or None
         The same for rows.
+    outputs : ndarray of float, shape (rows, rows), or None
+        Second moment of what pulls at the outputs; None: each row is quantized for itself.
     """
 
     moment: npt.NDArray[np.floating]
@@ -78,6 +80,7 @@ class Moments:
     bias_sign: int = 1
     frequency_steps: Steps | None = None
     row_steps: Steps | None = None
+    outputs: npt.NDArray[np.floating] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
