@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -108,15 +108,12 @@ def open_chain(bases: Sequence[Location]) -> Iterator[Archive]:
     FormatError, OSError, RemoteError
     """
     with ExitStack() as stack:
-        last: Archive | None = None
-        for location in bases:
-            archive = stack.enter_context(open_anywhere(location))
-            if last is not None:
-                archive.use_base(last)
-            last = archive
-        if last is None:
+        archives = [stack.enter_context(open_anywhere(location)) for location in bases]
+        for before, after in pairwise(archives):
+            after.use_base(before)
+        if not archives:
             raise FormatError("a chain of archives has at least one", "base")
-        yield last
+        yield archives[-1]
 
 
 def checked_tensors(archive: Archive) -> Iterator[tuple[TensorSpec, Array]]:
@@ -149,20 +146,10 @@ class Salvage:
     """Iterates over the whole tensors of an archive, and remembers what was wrong.
 
     A defect does not end the iteration where the archive has its index: the tensors that have not
-    come yet are then tried one by one.
-
-    Attributes
-    ----------
-    archive, progress, stage : Archive, callable, str
-        Progress is reported as this stage.
-    rows : bool
-        Give a tensor of several parts, too, of which some are whole: other rows are zero.
-    defect : Defect or None
-        The first defect met.
-    missing : tuple of str
-        Tensors that did not come; known after the iteration.
-    lost : dict of str to list of (int, int)
-        Of tensors that came in part: first row, and rows, of each span that is lost, and zero.
+    come yet are then tried one by one. With ``rows``, a tensor of several parts is given, too, of
+    which some are whole: other rows are zero. Known after the iteration are the first ``defect``
+    met; the names that are ``missing``; and of tensors that came in part what is ``lost``, and
+    zero: first row, and rows, of each span. Progress is reported as ``stage``.
     """
 
     archive: Archive
@@ -291,14 +278,10 @@ def stored_pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
     FormatError
         The archive is damaged or cut short; ``tensor-digest`` at the last piece of a tensor.
     """
-    if archive.header.layers is None:
-        yield from _pieces(archive)
-    else:  # sums need whole tensors
-        yield from ((spec, 0, array.reshape(-1)) for spec, array in archive.stored_items())
-
-
-def _pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
     header, ready = archive.header, list[tuple[int, int, Array]]()
+    if header.layers is not None:  # sums need whole tensors
+        yield from ((spec, 0, array.reshape(-1)) for spec, array in archive.stored_items())
+        return
 
     def take(part: Part, matrix: Array) -> None:
         bases = [header.bases[basis] for basis in part.bases]
@@ -384,15 +367,8 @@ def find_tail(file: BinaryIO) -> Tail:
     raise TruncatedError("the archive has no index: it is cut short or damaged", size)
 
 
-class FrameBoxes(NamedTuple):
-    """A frame as its boxes tell: its sidecar, and the bytes of its packet."""
-
-    sidecar: Sidecar
-    packet_bytes: int
-
-
-def walk_frames(archive: Archive) -> Iterator[FrameBoxes]:
-    """All whole frames of a file that can seek, without their packets.
+def walk_frames(archive: Archive) -> Iterator[tuple[Sidecar, int]]:
+    """Sidecars and bytes of packets of all whole frames of a file that can seek.
 
     Raises
     ------
@@ -406,7 +382,7 @@ def walk_frames(archive: Archive) -> Iterator[FrameBoxes]:
             body = open_body(file.read(size - 24), f"the sidecar at byte {offset}")
             sidecar = parse_sidecar(body, archive.header)
         elif kind == b"mdat" and sidecar is not None:
-            yield FrameBoxes(sidecar, size - 8)
+            yield sidecar, size - 8
 
 
 def place_parts(

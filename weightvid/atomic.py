@@ -34,18 +34,9 @@ _ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+[^/]")
 class AtomicFile:
     """A file being written under a hidden temporary name beside its destination.
 
-    Parameters
-    ----------
-    path : str or PathLike
-        Destination. A symbolic link is followed: the file it points at is replaced.
-    force : bool
-        Replace a file that exists.
-
-    Attributes
-    ----------
-    file : binary file object
-        Open for writing and reading back (``w+b``). A failing write raises
-        :class:`~weightvid.errors.OutputError` naming the destination.
+    A symbolic link is followed: the file that it points at is replaced. ``file`` is open for
+    writing and reading back (``w+b``), with a mode that follows the umask; a failing write raises
+    an OutputError that names the destination. ``temporary`` is where the bytes lie until `commit`.
 
     Raises
     ------
@@ -62,23 +53,18 @@ class AtomicFile:
         remove_remains(self._target.parent)
         while True:
             # Random, so it never needs to be long enough to hold the target's own name.
-            self._temporary = temporary_path(self._target.parent)
+            self.temporary = temporary_path(self._target.parent)
             # Registered before the file exists: whatever happens from here on, it gets removed.
-            self._cleanup = weakref.finalize(self, _remove, self._temporary, os.getpid())
+            self._cleanup = weakref.finalize(self, _remove, self.temporary, os.getpid())
             try:
-                raw = _OutputFile(self._temporary, self._shown)
+                raw = _OutputFile(self.temporary, self._shown)
             except OSError as error:
                 self._cleanup()
                 raise output_error(self._shown, error) from None
-            if hold(raw.fileno(), self._temporary):
+            if hold(raw.fileno(), self.temporary):
                 break
             raw.close()
         self.file = io.BufferedRandom(raw, _BUFFER_BYTES)
-
-    @property
-    def temporary(self) -> Path:
-        """Where the bytes lie until :meth:`commit` (for a check by another program)."""
-        return self._temporary
 
     def commit(self) -> None:
         """Flush to disk and rename into place; on failure nothing is left.
@@ -96,16 +82,17 @@ class AtomicFile:
             self.file.close()
             self._rename()
         except OutputError:
-            self.abort()
             raise
         except OSError as error:
-            self.abort()
             raise output_error(self._shown, error) from None
-        except BaseException:
+        finally:
             self.abort()
-            raise
-        self._cleanup()
-        _sync_folder(self._target.parent)
+        with suppress(OSError):  # the rename itself, where folders can be opened (not on Windows)
+            descriptor = os.open(self._target.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def abort(self) -> None:
         """Close and remove the temporary file. Does nothing after :meth:`commit`."""
@@ -117,7 +104,7 @@ class AtomicFile:
     def _rename(self) -> None:
         if not self._force:
             try:
-                os.link(self._temporary, self._target)
+                os.link(self.temporary, self._target)
             except FileExistsError:
                 raise _exists(self._shown) from None
             except OSError as error:
@@ -127,30 +114,12 @@ class AtomicFile:
                     raise _exists(self._shown) from None
             else:
                 return
-        self._temporary.replace(self._target)
+        self.temporary.replace(self._target)
 
 
 @contextmanager
 def atomic_output(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[IO[bytes]]:
-    """Binary file (``w+b``) that is renamed to ``path`` at a clean exit and removed otherwise.
-
-    Parameters
-    ----------
-    path : str or PathLike
-        Destination; must be absent (unless ``force``) or a regular file.
-    force : bool
-        Replace a file that exists.
-
-    Yields
-    ------
-    binary file object
-        In the same folder under a hidden temporary name; its mode follows the umask.
-
-    Raises
-    ------
-    OutputError
-        The destination exists, is no regular file, or cannot be written (disk full, ...).
-    """
+    """The ``file`` of an `AtomicFile`, which is committed at a clean exit and removed otherwise."""
     output = AtomicFile(path, force=force)
     try:
         yield output.file
@@ -303,13 +272,3 @@ def _remove(path: Path, owner: int) -> None:
     if os.getpid() == owner:
         with suppress(OSError):
             path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system can (Windows cannot open folders)."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Final, cast
 
 from weightvid import loader
 from weightvid.archives import Location, open_chain
-from weightvid.atomic import AtomicFile, output_error
+from weightvid.atomic import atomic_output, output_error
 from weightvid.errors import CodecError, FormatError, OutputError, RemoteError, SignatureError
 from weightvid.progress import Progress, Report, quiet
 from weightvid.remote import PATIENCE_S, Answer, WrongAnswerError, explain, is_web, shown
@@ -83,17 +83,10 @@ class FetchOptions:
 class FetchReport:
     """What a download did.
 
-    Attributes
-    ----------
-    file_bytes, fetched_bytes, resumed_at : int
-        Of the file; received in this run; there before it.
-    frames, interruptions : int
-        Frames that are there; how often a connection broke off or had to be given up.
-    layers, layers_of : int
-        Layers that are there, and of the archive.
-    sources : tuple of str
-        Addresses that gave something, without their passwords and queries.
-    seconds : float
+    Of ``file_bytes``, ``fetched_bytes`` came in this run, and ``resumed_at`` were there before it.
+    So many ``frames`` are there, and ``layers``, of the archive's ``layers_of``. ``interruptions``
+    is how often a connection broke off or had to be given up; ``sources`` are the addresses that
+    gave something, without their passwords and queries.
     """
 
     file_bytes: int
@@ -162,10 +155,9 @@ def fetch_archive(
                     download.state.path.unlink(missing_ok=True)
                 raise
             if report.layers < report.layers_of:  # the rest may follow
-                output = AtomicFile(target, force=chosen.force)
                 file.seek(0)
-                shutil.copyfileobj(file, output.file)
-                output.commit()
+                with atomic_output(target, force=chosen.force) as output:
+                    shutil.copyfileobj(file, output)
                 return report
         part.replace(target)
         download.state.path.unlink(missing_ok=True)
@@ -207,25 +199,17 @@ class _State:
 
 
 class _Arrived:
-    """The part of an archive that is there, checked box by box.
-
-    Attributes
-    ----------
-    good : int
-        End of the last whole frame, or box that is no part of one: all before it was checked.
-    frames, places : int, list of (int, int)
-        Number of frames; offset and bytes of each.
-    complete : bool
-        Whether the last box is there, or all the layers that are wanted.
-    header : Header or None
-    """
+    """The part of an archive that is there, checked box by box."""
 
     def __init__(self, file: BinaryIO, trusted: int, layers: int, base: bytes) -> None:
         self._file, self._trusted, self._layers, self._base = file, trusted, layers, base
         #: layers wanted that are not there, by tensor; None: the whole file is wanted.
         self._left: Counter[int] | None = None
-        self.good = self.frames = 0
+        #: end of the last whole frame, or box that is no part of one: all before it was checked.
+        self.good = 0
+        #: whether the last box is there, or all the layers that are wanted.
         self.complete = False
+        #: offset and bytes of each frame.
         self.places: list[tuple[int, int]] = []
         self._at = 0
         self._track: loader.Track | None = None
@@ -284,7 +268,7 @@ class _Arrived:
         elif kind == loader.FRAME_UUID:
             header = cast(loader.Header, self.header)
             self._sidecar = loader.parse_sidecar(loader.open_body(payload, what), header)
-            if self._sidecar.frame != self.frames:
+            if self._sidecar.frame != len(self.places):
                 raise FormatError(f"{what} is of frame {self._sidecar.frame}", "order", self._at)
         elif kind == b"mdat":
             self._frame(payload)
@@ -323,9 +307,9 @@ class _Arrived:
             decoded = [*decoder.decode(0, packet), *decoder.decode(0, None)]
             digests = [hashlib.sha256(luma.tobytes()).digest() for _, luma in decoded]
             if digests != [sidecar.sha256]:
-                why = f"frame {self.frames} decodes to other samples than were packed"
+                why = f"frame {len(self.places)} decodes to other samples than were packed"
                 raise FormatError(why, "frame-digest", self.good)
-        self._sidecar, self.frames = None, self.frames + 1
+        self._sidecar = None
         self.places.append((self.good, self._at + 8 + len(packet) - self.good))
         self._note(end.tensor for end in sidecar.ends)
 
@@ -351,10 +335,8 @@ class _Download:
     def run(self, urls: Sequence[str]) -> FetchReport:
         """Fetch what is missing, and check the whole."""
         began, left, failures, interruptions = perf_counter(), list(urls), 0, 0
-        try:
-            self._arrived.check(self._length)
-        except (FormatError, CodecError):  # what is damaged is fetched again
-            self._cut()
+        with suppress(FormatError, CodecError):  # what is damaged is fetched again
+            self._look()
         while not self._arrived.complete:
             before, url = self._arrived.good, left[0]
             try:
@@ -378,13 +360,9 @@ class _Download:
         layers = min(self._options.layers or total, total)
         self._finish(whole=layers == total)
         return FetchReport(
-            self._length, self._fetched, self._resumed_at, self._arrived.frames, interruptions,
+            self._length, self._fetched, self._resumed_at, len(self._arrived.places), interruptions,
             layers, total, tuple(self._used), perf_counter() - began,
         )  # fmt: skip
-
-    def _cut(self) -> None:
-        self._length = self._arrived.good
-        self._file.truncate(self._length)
 
     def _receive(self, url: str) -> None:
         """Ask one source for what is missing."""
@@ -420,7 +398,7 @@ class _Download:
         try:
             self._arrived.check(self._length)
         except (FormatError, CodecError):
-            self._cut()
+            self._length = self._file.truncate(self._arrived.good)
             raise
         finally:
             if self._arrived.good > before:
@@ -451,11 +429,10 @@ class _Download:
 
     def _finish(self, whole: bool) -> None:
         """Check the whole file, if it is there; what is not right is thrown away."""
-        self._length = self._arrived.good
-        self._file.truncate(self._length)
+        self._length = self._file.truncate(self._arrived.good)
         self._file.flush()
         os.fsync(self._file.fileno())
-        why, named = "", None
+        why, unsigned = "", False
         if self._options.sha256:
             self._file.seek(0)
             found = hashlib.file_digest(cast(Any, self._file), "sha256").hexdigest()
@@ -470,11 +447,10 @@ class _Download:
                     while signed.read(1 << 20):
                         pass
         except (FormatError, SignatureError) as error:
-            why = why or str(error)
-            named = error if isinstance(error, SignatureError) else None
+            why, unsigned = why or str(error), isinstance(error, SignatureError)
         if why:
             self._file.truncate(0)
             self.state.path.unlink(missing_ok=True)
             where = ", ".join(self._used) or os.fspath(self._part)
-            kind = RemoteError if named is None else SignatureError
+            kind = SignatureError if unsigned else RemoteError
             raise kind(f"cannot fetch {where}: {why}; what arrived was thrown away")

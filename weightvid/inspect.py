@@ -10,7 +10,6 @@ from typing import Final, NamedTuple
 
 from weightvid import loader
 from weightvid.archives import (
-    FrameBoxes,
     Location,
     find_tail,
     open_anywhere,
@@ -20,7 +19,7 @@ from weightvid.archives import (
     walk_frames,
 )
 from weightvid.checkpoint import is_url
-from weightvid.loader import Archive, End, Part, StoredFile
+from weightvid.loader import Archive, End, Part, Sidecar, StoredFile
 from weightvid.repair import PARITY_UUID
 from weightvid.sign import SIGN_UUID, fingerprint, signatures_in
 from weightvid.spec import weight_count
@@ -173,7 +172,7 @@ def summarize_archive(location: Location, *, details: bool | None = None) -> Arc
         size = archive.source.file.seek(0, os.SEEK_END)
         detailed = index is None or (not is_url(location) if details is None else details)
         frames = list(walk_frames(archive)) if detailed else []
-        packets = [frame.packet_bytes for frame in frames] or [0]
+        packets = [packet_bytes for _, packet_bytes in frames] or [0]
         account = dict.fromkeys(ACCOUNT, 0)
         file = archive.source.file
         signatures = () if index is None else signatures_in(file)
@@ -227,11 +226,11 @@ def _layers(archive: Archive, size: int) -> LayerSummary:
     return LayerSummary(tuple(ends), index.root.hex(), base, *counts)
 
 
-def _tensors(archive: Archive, frames: Sequence[FrameBoxes]) -> Iterator[TensorSummary]:
+def _tensors(archive: Archive, frames: Sequence[tuple[Sidecar, int]]) -> Iterator[TensorSummary]:
     parts: dict[int, list[Part]] = {}
-    for part in (part for frame in frames for part in frame.sidecar.parts):
+    for part in (part for sidecar, _ in frames for part in sidecar.parts):
         parts.setdefault(part.tensor, []).append(part)
-    ends = {end.tensor: end for frame in frames for end in frame.sidecar.ends}
+    ends = {end.tensor: end for sidecar, _ in frames for end in sidecar.ends}
     shares, spans = _shares(archive, frames, ends)
     exact = _boxed(archive)
     if archive.index is not None:
@@ -276,17 +275,17 @@ def _boxed(archive: Archive) -> set[int]:
 
 
 def _shares(
-    archive: Archive, frames: Sequence[FrameBoxes], ends: Mapping[int, End]
+    archive: Archive, frames: Sequence[tuple[Sidecar, int]], ends: Mapping[int, End]
 ) -> tuple[dict[int, float], dict[int, tuple[int, int]]]:
     """Bytes of packets, and first and last frame, by tensor."""
     shares: dict[int, float] = {}
     spans: dict[int, tuple[int, int]] = {}
-    placed = place_parts((frame.sidecar for frame in frames), archive)
-    for number, (frame, pieces) in enumerate(zip(frames, placed, strict=True)):
+    placed = place_parts((sidecar for sidecar, _ in frames), archive)
+    for number, ((_, packet_bytes), pieces) in enumerate(zip(frames, placed, strict=True)):
         costs = [(tensor, _rate(ends.get(tensor)) * columns) for tensor, _, columns in pieces]
         total = sum(cost for _, cost in costs)
         for tensor, cost in costs:
-            shares[tensor] = shares.get(tensor, 0.0) + frame.packet_bytes * cost / total
+            shares[tensor] = shares.get(tensor, 0.0) + packet_bytes * cost / total
             spans[tensor] = spans.get(tensor, (number, 0))[0], number
     return shares, spans
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -248,7 +248,8 @@ class _Conversion:
             probe.SerializeToString(), providers=["CPUExecutionProvider"]
         )
         lows, highs = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-        for part in _batches(examples):
+        for first in range(0, min(map(len, examples.values())), _BATCH):
+            part = {name: array[first : first + _BATCH] for name, array in examples.items()}
             try:
                 values = dict(zip(inner, session.run(inner, part), strict=True)) | part
             except Exception as error:  # onnxruntime's errors share no class
@@ -355,10 +356,3 @@ class _Conversion:
             else:
                 count.subtract(node.input)
         return kept[::-1]
-
-
-def _batches(examples: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-    """Some examples at a time."""
-    total = min(len(array) for array in examples.values())
-    for first in range(0, total, _BATCH):
-        yield {name: array[first : first + _BATCH] for name, array in examples.items()}

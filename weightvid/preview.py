@@ -130,7 +130,7 @@ def _name(archive: Archive) -> str:
 
 
 def _draw_frames(archive: Archive, wanted: list[int], scale: int) -> Iterator[tuple[str, Bytes]]:
-    sidecars = (frame.sidecar for frame in walk_frames(archive))
+    sidecars = (sidecar for sidecar, _ in walk_frames(archive))
     placed = list(islice(place_parts(sidecars, archive), wanted[-1] + 1))
     for number in wanted:
         ((_, luma),) = archive.frames(range(number, number + 1))

@@ -125,14 +125,9 @@ class WrongAnswerError(WeightvidError, OSError):
 class Answer:
     """What a web server gives of a file, in pieces; OSErrors of it become ours by `explain`.
 
-    Attributes
-    ----------
-    start, stop : int
-        Bytes that come: of a server without ranges all. 0 for an end that it does not say.
-    size : int
-        Of the file; 0 if the server does not say it.
-    version : str
-        What changes with the file; may be empty.
+    The bytes from ``start`` to ``stop`` come: of a server without ranges all. The end, and the
+    ``size`` of the file, are 0 if it does not say them. ``version`` is what changes with the file;
+    it may be empty.
     """
 
     def __init__(self, url: str, start: int = 0, stop: int = 0, patience: float = 0) -> None:

@@ -38,14 +38,8 @@ _SEAL: Final = struct.Struct("<QIIHHIIBI")
 _SEAL_BYTES: Final = _SEAL.size + 4
 _SEAL_HEAD: Final = bytes((SEAL, _SEAL_BYTES))
 Span = tuple[int, int]
-
-
-class _Patch(NamedTuple):
-    """Bytes of a line of the grid."""
-
-    line: int
-    here: slice
-    data: Bytes
+#: bytes of a line of the grid: its number, where, what.
+_Patch = tuple[int, slice, Bytes]
 
 
 class _Seal(NamedTuple):
@@ -187,13 +181,11 @@ class _Grid:
         for line, instead in zip(lost, spare, strict=False):
             blocks[line], ids[line] = self.parity[instead, here], self.layout.lines + instead
         found = self._decoder.decode(blocks, ids)
-        return (_Patch(line, here, np.frombuffer(found[line], np.uint8)) for line in lost)
+        return ((line, here, np.frombuffer(found[line], np.uint8)) for line in lost)
 
     def put(self, patches: Sequence[_Patch]) -> list[_Patch]:
         """Write bytes; gives those that were there."""
-        before = [
-            patch._replace(data=self.code[patch.line, patch.here].copy()) for patch in patches
-        ]
+        before = [(line, here, self.code[line, here].copy()) for line, here, _ in patches]
         for line, here, data in patches:
             self.code[line, here] = data
         return before
@@ -301,12 +293,8 @@ def add_parity(file: BinaryIO, share: float) -> int:
 class RepairReport:
     """What a repair did.
 
-    Attributes
-    ----------
-    file_bytes, parity_bytes, restored_bytes : int
-        Of the file, of its parity boxes, and those that differed.
-    spans : tuple of (int, int)
-        First and last of them in places that lie apart.
+    ``parity_bytes`` are those of the parity boxes; ``restored_bytes`` those that differed, which
+    lie in the ``spans``: the first byte, and the one behind the last.
     """
 
     file_bytes: int

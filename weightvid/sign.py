@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from weightvid.archives import Location, find_tail, open_file, walk_boxes
-from weightvid.atomic import AtomicFile
+from weightvid.atomic import atomic_output
 from weightvid.checkpoint import is_url
 from weightvid.container import box, close_body, mfra, record, tail_box, uint
 from weightvid.errors import FormatError, KeyFileError, SignatureError
@@ -34,11 +35,8 @@ _MESSAGE: Final = b"weightvid signature 1\0"
 _UNIT_BYTES: Final = 1 << 32
 
 
-class Unit(NamedTuple):
-    """A stretch of an archive that is checked as one: its bytes, and their SHA-256."""
-
-    size: int
-    sha256: bytes
+#: a stretch of an archive that is checked as one: its bytes, and their SHA-256.
+Unit = tuple[int, bytes]
 
 
 class Signature(NamedTuple):
@@ -97,20 +95,14 @@ def sign_archive(
     path, private = Path(archive), _load(key, "private")
     public = private.public_key().public_bytes_raw()
     target = destination or (path.with_name(f"{path.name}.wvsig") if detached else path)
-    output = AtomicFile(target, force=force or target == path)
-    try:
-        with path.open("rb") as file:
-            units = [uint(unit.size) + unit.sha256 for unit in _units_of(file)]
-            listed = uint(len(units)) + b"".join(units)
-            made = Signature(public, listed, private.sign(_message(listed)))
-            if detached:
-                output.file.write(box(SIGN_UUID, made.body()))
-            else:
-                _embed(file, cast(BinaryIO, output.file), made)
-    except BaseException:
-        output.abort()
-        raise
-    output.commit()
+    with atomic_output(target, force=force or target == path) as output, path.open("rb") as file:
+        units = [uint(size) + sha256 for size, sha256 in _units_of(file)]
+        listed = uint(len(units)) + b"".join(units)
+        made = Signature(public, listed, private.sign(_message(listed)))
+        if detached:
+            output.write(box(SIGN_UUID, made.body()))
+        else:
+            _embed(file, cast(BinaryIO, output), made)
     return SignReport(os.fspath(archive), os.fspath(target), fingerprint(public), len(units))
 
 
@@ -152,21 +144,18 @@ def _openssf(part: str) -> Iterator[Any]:
 
 def _embed(file: BinaryIO, target: BinaryIO, made: Signature) -> None:
     """Copy an archive with one more signature; one of the same key goes, parity is made anew."""
-    tail, size = find_tail(file), file.seek(0, os.SEEK_END)
+    tail = find_tail(file)
     end = min((at for _, at, _ in tail.boxes), default=tail.mfra)
-    _copy(file, target, 0, end)
+    file.seek(0)
+    shutil.copyfileobj(file, target)
+    target.truncate(target.seek(end))
     for signature in (*(s for s in signatures_in(file) if s.key != made.key), made):
         target.write(tail_box(SIGN_UUID, signature.body(), target.tell() - tail.start))
-    _copy(file, target, tail.mfra, size)
+    file.seek(tail.mfra)
+    shutil.copyfileobj(file, target)
     parity = sum(size for kind, _, size in tail.boxes if kind == PARITY_UUID)
     if parity:
         add_parity(target, min(max(parity / end, MIN_SHARE), MAX_SHARE))
-
-
-def _copy(file: BinaryIO, target: BinaryIO, first: int, last: int) -> None:
-    file.seek(first)
-    for at in range(first, last, 1 << 22):
-        target.write(file.read(min(1 << 22, last - at)))
 
 
 def _units_of(file: BinaryIO) -> Iterator[Unit]:
@@ -180,7 +169,7 @@ def _units_of(file: BinaryIO) -> Iterator[Unit]:
             break
     file.seek(0)
     for first, last in pairwise(starts):
-        yield Unit(last - first, hashlib.sha256(file.read(last - first)).digest())
+        yield last - first, hashlib.sha256(file.read(last - first)).digest()
 
 
 # --- checking
@@ -289,7 +278,7 @@ def _accept(found: Sequence[Signature], public: Any) -> list[Unit]:
             except import_module("cryptography.exceptions").InvalidSignature:
                 raise SignatureError("the signature is not of this archive's units") from None
             fields = Fields(signature.units, "the signature")
-            return [Unit(fields.uint(_UNIT_BYTES), fields.take(32)) for _ in fields.items(1 << 25)]
+            return [(fields.uint(_UNIT_BYTES), fields.take(32)) for _ in fields.items(1 << 25)]
     others = ", ".join(fingerprint(signature.key) for signature in found)
     raise SignatureError(
         f"the archive is signed by another key: {others}, where {fingerprint(wanted)} is wanted"
@@ -304,7 +293,7 @@ class _Checked(Pieces):
 
     def __init__(self, file: BinaryIO, units: Sequence[Unit]) -> None:
         self._file, self._units, self._number, self._unit = file, units, -1, b""
-        self._starts = list(accumulate((unit.size for unit in units), initial=0))
+        self._starts = list(accumulate((size for size, _ in units), initial=0))
         super().__init__(self._starts[-1] + len(_END), self._some)
 
     def seekable(self) -> bool:
@@ -318,15 +307,14 @@ class _Checked(Pieces):
     def _load(self, number: int) -> bytes:
         if number == self._number:
             return self._unit
-        unit = self._units[number]
         if self._file.seekable():
             self._file.seek(self._starts[number])
-        parts, left = list[bytes](), unit.size
+        parts, (left, sha256) = list[bytes](), self._units[number]
         while left and (part := self._file.read(min(left, 1 << 20))):
             parts.append(part)
             left -= len(part)
         data = b"".join(parts)
-        if hashlib.sha256(data).digest() != unit.sha256:
+        if hashlib.sha256(data).digest() != sha256:
             what = "the head" if not number else f"unit {number} of {len(self._units) - 1}"
             short = ": the archive ends early" if left else ""
             raise SignatureError(
@@ -344,6 +332,7 @@ def _load(path: str | os.PathLike[str], kind: str) -> Any:
     try:
         keys: Any = import_module("cryptography.hazmat.primitives.serialization")
         ed25519: Any = import_module("cryptography.hazmat.primitives.asymmetric.ed25519")
+        unsupported = import_module("cryptography.exceptions").UnsupportedAlgorithm
     except ImportError:
         why = "signatures need the package cryptography: pip install 'weightvid[sign]'"
         raise SignatureError(why) from None
@@ -353,11 +342,7 @@ def _load(path: str | os.PathLike[str], kind: str) -> Any:
     for form in ("pem", "ssh"):
         try:
             key = getattr(keys, f"load_{form}_{kind}_key")(data, *more)
-        except (
-            ValueError,
-            TypeError,
-            import_module("cryptography.exceptions").UnsupportedAlgorithm,
-        ):
+        except (ValueError, TypeError, unsupported):
             continue
         if isinstance(key, wanted):
             return key

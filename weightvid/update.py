@@ -14,12 +14,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
-from typing import BinaryIO, Final, NamedTuple, cast
+from typing import BinaryIO, Final, cast
 
 import numpy as np
 
 from weightvid.archives import Location, checked_tensors, open_anywhere
-from weightvid.atomic import AtomicFile
+from weightvid.atomic import atomic_output
 from weightvid.errors import FormatError
 from weightvid.levels.frames import Energies, FrameSize, lay_out, to_sequence
 from weightvid.loader import (
@@ -52,15 +52,9 @@ _ANY_LEVEL: Final = 120
 class ApplyReport:
     """What a merging did.
 
-    Attributes
-    ----------
-    layers, tensors, file_bytes : int
-        Of the archive that was made.
-    copied, coded : int
-        Frames that were taken over as they were, and that had to be coded again, without loss.
-    root : str
-        Of the archive, and of the last update: both have the same tensors.
-    seconds : float
+    ``layers``, ``tensors`` and ``file_bytes`` are those of the archive that was made. Frames were
+    ``copied`` as they were, or had to be ``coded`` again, without loss. ``root`` is that of the
+    archive, and of the last update: both have the same tensors.
     """
 
     layers: int
@@ -104,21 +98,9 @@ def apply_updates(
         chain = [stack.enter_context(open_anywhere(location)) for location in (base, *updates)]
         for before, after in pairwise(chain):
             after.use_base(before)
-        output = AtomicFile(destination, force=force)
-        try:
-            report = _Merge(chain, progress).write(cast(BinaryIO, output.file))
-        except BaseException:
-            output.abort()
-            raise
-        output.commit()
+        with atomic_output(destination, force=force) as file:
+            report = _Merge(chain, progress).write(cast(BinaryIO, file))
     return replace(report, seconds=perf_counter() - began)
-
-
-class _Place(NamedTuple):
-    """Where a layer of a tensor lies: number of the archive, and of the tensor there."""
-
-    archive: int
-    tensor: int
 
 
 class _Merge:
@@ -142,8 +124,8 @@ class _Merge:
             | dict(archive.header.aliases)
             for archive in chain
         ]
-        #: new numbers of what is kept.
-        self._numbers: dict[_Place, int] = {}
+        #: new numbers of what is kept, by the numbers of the archive and of the tensor there.
+        self._numbers: dict[tuple[int, int], int] = {}
         self._masks = [
             self._trace(len(chain) - 1, spec.name, number)
             for number, spec in enumerate(self._last.header.tensors)
@@ -157,7 +139,7 @@ class _Merge:
         if there is None:
             raise FormatError(f"tensor {name!r} is not in the base as it should be", "base")
         mask = self._chain[place].header.mask(there)
-        self._numbers[_Place(place, there)] = number
+        self._numbers[place, there] = number
         own = (mask >> 1) << (1 + self._first[place])
         return own | (self._trace(place - 1, name, number) if mask & 1 else 0)
 
@@ -168,9 +150,10 @@ class _Merge:
             for basis in archive.header.bases:
                 if not any(basis.tobytes() == known.tobytes() for known in self._bases):
                     self._bases.append(basis)
+        numbers = {spec.name: number for number, spec in enumerate(header.tensors)}
         heads = {
-            number: tensor_sha256(array)[:TENSOR_SHA_BYTES]
-            for number, (_, array) in enumerate(self._in_order())
+            numbers[spec.name]: tensor_sha256(array)[:TENSOR_SHA_BYTES]
+            for spec, array in checked_tensors(self._last)
         }
         track = self._track()
         layers = Layers(self._total, b"", tuple(self._masks))
@@ -204,11 +187,6 @@ class _Merge:
             self._last.root.hex(), 0.0,
         )  # fmt: skip
 
-    def _in_order(self) -> Iterator[tuple[int, Array]]:
-        numbers = {spec.name: n for n, spec in enumerate(self._last.header.tensors)}
-        found = {numbers[spec.name]: array for spec, array in checked_tensors(self._last)}
-        return iter(sorted(found.items()))
-
     def _track(self) -> Track:
         """The track of the base, if it is one that frames can be coded for anew."""
         first = self._chain[0].track
@@ -222,7 +200,7 @@ class _Merge:
         archive = self._chain[place]
         if _same(archive.track, track):
             spans = archive.index.spans.items() if archive.index else ()
-            kept = [span for n, own in spans if _Place(place, n) in self._numbers for span in own]
+            kept = [span for n, own in spans if (place, n) in self._numbers for span in own]
             for number in (n for n in frames if any(n in span for span in kept)):
                 sidecar, packet = archive.packet(number)
                 parts = tuple(self._kept(place, sidecar.parts))
@@ -258,7 +236,7 @@ class _Merge:
         """Parts that are still needed, by their new numbers."""
         known = [basis.tobytes() for basis in self._bases]
         for part in parts:
-            number = self._numbers.get(_Place(place, part.tensor))
+            number = self._numbers.get((place, part.tensor))
             if number is not None:
                 matrices = (self._chain[place].header.bases[basis] for basis in part.bases)
                 bases = tuple(known.index(matrix.tobytes()) for matrix in matrices)
@@ -266,7 +244,7 @@ class _Merge:
 
     def _ended(self, place: int, ends: Sequence[End]) -> Iterator[End]:
         for end in ends:
-            number = self._numbers.get(_Place(place, end.tensor))
+            number = self._numbers.get((place, end.tensor))
             if number is not None:
                 yield end._replace(tensor=number)
 
@@ -275,7 +253,7 @@ class _Merge:
         archive, pieces = self._chain[place], dict[int, list[Array]]()
         for at in boxes:
             for tensor, first, elements in parse_exact(archive.source.box(at)[1], archive.header):
-                number = self._numbers.get(_Place(place, tensor))
+                number = self._numbers.get((place, tensor))
                 if number is not None:
                     pieces.setdefault(number, []).append(elements)
                     if first + elements.size == made.tensors[number].size:

@@ -158,7 +158,7 @@ def verify_archive(
             intact = [spec for spec, _ in salvage]
         else:
             with open_checkpoint(against) as reader:
-                judged = None if evaluation is None else _Judged(evaluation, reader, max_kl)
+                judged = None if evaluation is None else _Judged(evaluation, max_kl)
                 intact, comparison = _compare(salvage, reader, min_sqnr_db, judged)
         return VerifyReport(
             tensors=len(opened.header.tensors),
@@ -176,18 +176,15 @@ def verify_archive(
 class _Judged:
     """Collects the tensors of an archive, and judges them next to the checkpoint's."""
 
-    def __init__(
-        self, function: str | Function, reader: CheckpointReader, max_kl: float | None
-    ) -> None:
+    def __init__(self, function: str | Function, max_kl: float | None) -> None:
         self._function, self._torch = load_function(function)
-        self._reader, self.max_kl = reader, max_kl
-        self._found: dict[str, Any] = {}
+        self.max_kl, self._found = max_kl, dict[str, Any]()
 
     def add(self, spec: TensorSpec, array: Array) -> None:
         self._found[spec.name] = natural_tensor(array, spec, self._torch)
 
-    def divergence(self, aliases: Mapping[str, str]) -> float:
-        read, contents = self._reader.read, self._reader.contents
+    def divergence(self, reader: CheckpointReader, aliases: Mapping[str, str]) -> float:
+        read, contents = reader.read, reader.contents
         state = {s.name: natural_tensor(read(s.name), s, self._torch) for s in contents.tensors}
         judge = Judge(self._function, state | {a: state[n] for a, n in contents.aliases.items()})
         verdict = judge.judge(self._found | {a: self._found[n] for a, n in aliases.items()})
@@ -246,7 +243,8 @@ def _compare(
     whole = not (salvage.missing or mismatched or ours != others)
     if judged is not None and whole:
         numbers, tensors = archive.header.aliases, archive.header.tensors
-        divergence = judged.divergence({alias: tensors[n].name for alias, n in numbers.items()})
+        named = {alias: tensors[n].name for alias, n in numbers.items()}
+        divergence = judged.divergence(reader, named)
     return intact, Comparison(
         tensors=tuple(rows),
         missing=tuple(name for name in theirs if name not in ours),

@@ -145,19 +145,16 @@ def open_workers(workers: str | Executor | None = None, jobs: int = 0) -> Iterat
     count = jobs or os.cpu_count() or 1
     if isinstance(workers, Executor):
         yield Workers(workers, count, remote=not isinstance(workers, ThreadPoolExecutor))
-    elif workers in (None, "threads"):
-        if count == 1:
-            yield Workers(None, 1)
-            return
-        threads = ThreadPoolExecutor(count, "weightvid")
+    elif workers in (None, "threads") and count == 1:
+        yield Workers(None, 1)
+    elif workers in (None, "threads", "processes"):
+        pool: Executor = (
+            ProcessPoolExecutor(count, get_context("spawn"), _quiet_child)
+            if workers == "processes"
+            else ThreadPoolExecutor(count, "weightvid")
+        )
         try:
-            yield Workers(threads, count)
-        finally:
-            threads.shutdown(cancel_futures=True)
-    elif workers == "processes":
-        pool = ProcessPoolExecutor(count, get_context("spawn"), _quiet_child)
-        try:
-            yield Workers(pool, count, remote=True)
+            yield Workers(pool, count, remote=workers == "processes")
         finally:
             pool.shutdown(cancel_futures=True)
     elif workers == "dask" or str(workers).startswith(("tcp://", "tls://")):
@@ -209,16 +206,11 @@ class _RayExecutor(Executor):
     """Submits tasks to Ray."""
 
     def __init__(self, ray: Any) -> None:
-        self._run = ray.remote(_call)
-        self._objects: list[Any] = []
+        self._run = ray.remote(lambda task, args, kwargs: task(*args, **kwargs))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         made: Future[Any] = self._run.remote(fn, args, kwargs).future()
         return made
-
-
-def _call(task: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    return task(*args, **kwargs)
 
 
 @contextmanager

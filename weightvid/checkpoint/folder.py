@@ -117,7 +117,7 @@ class Reader(CheckpointReader):
         try:
             super().__init__(self._look(*_placed(path)))
         except BaseException:
-            self._close_shards()
+            self.close()
             raise
         self.shareable = all(reader.shareable for reader in self._open.values())
 
@@ -177,14 +177,11 @@ class Reader(CheckpointReader):
             raise CheckpointError(f"{self._folder} was changed while it was open")
         return reader
 
-    def _close_shards(self) -> None:
+    def close(self) -> None:
+        """Close the shards."""
         for reader in self._open.values():
             reader.close()
         self._open = {}
-
-    def close(self) -> None:
-        """Close the shards."""
-        self._close_shards()
         super().close()
 
 
@@ -214,11 +211,19 @@ class Writer(CheckpointWriter):
                 self.notes += self._writers[shard].notes
 
     def _side_files(self) -> dict[str, bytes]:
-        """Files besides the weights, by their paths."""
-        files, left_out = _restored(self.contents.files)
+        """Files besides the weights, by their paths, without what is run or loaded unasked."""
+        found = {file.path: file.data for file in self.contents.files if file.role == "file"}
+        modules, left_out = _modules(found.get("modules.json", b"")), []
+        for name in tuple(found):
+            if not is_safe_path(name):
+                raise CheckpointError(f"the side file {name!r} would leave its folder")
+            path = PurePosixPath(name)
+            if _foreign(path, modules) or _is_startup(name) or is_index(path.name):
+                del found[name]
+                left_out.append(name)
         if left_out:
             self.notes += (f"side files that are not restored: {shorten(left_out)}",)
-        return files
+        return found
 
     def _make_folder(self) -> None:
         """Make the hidden folder, which stays marked as in use while its descriptor is open."""
@@ -424,20 +429,6 @@ def _remove(folder: Path, owner: int, held: int | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if held is not None:
             os.close(held)
-
-
-def _restored(files: Iterable[SideFile]) -> tuple[dict[str, bytes], list[str]]:
-    """Side files that a folder gets, and which it does not: what is run or loaded unasked."""
-    found = {file.path: file.data for file in files if file.role == "file"}
-    modules, left_out = _modules(found.get("modules.json", b"")), []
-    for name in tuple(found):
-        if not is_safe_path(name):
-            raise CheckpointError(f"the side file {name!r} would leave its folder")
-        path = PurePosixPath(name)
-        if _foreign(path, modules) or _is_startup(name) or is_index(path.name):
-            del found[name]
-            left_out.append(name)
-    return found, left_out
 
 
 def _is_startup(name: str) -> bool:

@@ -21,15 +21,9 @@ from weightvid.loader import Array, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor in a file.
+    """A tensor in a file: a view of what is mapped.
 
-    Attributes
-    ----------
-    stored : ndarray
-        A view of the mapped file.
-    dtype : str
-    axes : tuple of int
-        Its axes in the order in which they are shown; empty: as they are stored.
+    ``axes`` are in the order in which they are shown; empty: as they are stored.
     """
 
     stored: Array

@@ -105,22 +105,17 @@ def _fail(error: BaseException, message: str, json: bool) -> NoReturn:
 
 def _status(error: BaseException) -> int:
     """Exit status that tells scripts whether another download may help."""
-    from weightvid.errors import (
-        FormatError,
-        KeyFileError,
-        RemoteError,
-        RepairError,
-        SignatureError,
-    )
+    from weightvid import errors
 
     # A package, a key or a base is what is wrong, not the archive.
-    own = isinstance(error.__context__, ImportError) or isinstance(error, KeyFileError)
+    own = isinstance(error.__context__, ImportError) or isinstance(error, errors.KeyFileError)
     if own or getattr(error, "code", "") == "base":
         return FAILED
-    if isinstance(error, (FormatError, RepairError, SignatureError)):
+    if isinstance(error, (errors.FormatError, errors.RepairError, errors.SignatureError)):
         return DAMAGED
     absent = isinstance(error.__context__, FileNotFoundError)
-    return MISSING if absent or isinstance(error, (FileNotFoundError, RemoteError)) else FAILED
+    absent = absent or isinstance(error, (FileNotFoundError, errors.RemoteError))
+    return MISSING if absent else FAILED
 
 
 app = typer.Typer(

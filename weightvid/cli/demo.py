@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
-
-import typer
 
 from weightvid.cli import output
 from weightvid.cli.output import JSON, option
@@ -24,11 +21,9 @@ def demo(
     """
     from weightvid.demo import run_demo, sample_dir
 
-    terminal = sys.stderr.isatty()
-
     def announce(stage: str) -> None:
-        if terminal:
-            typer.echo(f"{stage} ...", err=True)
+        if output.on_terminal():
+            output.note(f"{stage} ...")
 
     report = run_demo(sample_dir(), folder, announce)
     if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from weightvid.cli import output
@@ -75,10 +76,7 @@ def inspect(
 
 def _facts(summary: ArchiveSummary, path: str) -> None:
     video = summary.video
-    kinds: dict[str, int] = {}
-    for tensor in summary.tensors:
-        kind = "tied" if tensor.alias_of else tensor.coding
-        kinds[kind] = kinds.get(kind, 0) + 1
+    kinds = Counter("tied" if tensor.alias_of else tensor.coding for tensor in summary.tensors)
     rows = [
         ("archive", path),
         ("size", f"{output.size(summary.file_bytes)} ({summary.file_bytes:,} bytes)"),

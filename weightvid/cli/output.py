@@ -54,6 +54,14 @@ def argument(metavar: str, text: str) -> Any:
 #: addresses are of type str, because a Path would make one slash of the two in them.
 ARCHIVE: Final = argument("ARCHIVE", "The archive (.mp4): a file or an address.")
 ARCHIVE_OR_PIPE: Final = argument("ARCHIVE", "A file, an address, or - for a pipe.")
+BASE: Final = option(
+    [], "What ARCHIVE is an update to; of a chain of updates the oldest first.",
+    "--base", "-b", metavar="ARCHIVE",
+)  # fmt: skip
+KEY: Final = option(
+    None, "Public key by which ARCHIVE must be signed: PEM or OpenSSH.", metavar="KEY"
+)
+SIGNATURE: Final = option(None, "The signature, if it is in a file of its own.", metavar="FILE")
 FORCE: Final = option(False, "Replace an existing file.", "--force", "-f")
 JSON: Final = option(False, "Print one JSON object instead of a table.", "--json")
 

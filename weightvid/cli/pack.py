@@ -170,7 +170,8 @@ def pack(
             verify=not no_verify,
         )
         options.check()
-        Layering(layers, tuple(base)).check(options)
+        layering = Layering(layers, tuple(base))
+        layering.check(options)
     except QuantizationError as error:
         usage_error(str(error), "--recipe / --step / --target / --for / --prune / --qp")
     except CodecError as error:
@@ -181,7 +182,7 @@ def pack(
         usage_error("the archive goes to a file or a pipe, without other output", "--output")
     if Path(destination).exists() and Path(destination).resolve() == Path(model).resolve():
         usage_error(f"{destination} is the model itself", "--output")
-    made = _pack(model, destination, options, Layering(layers, tuple(base)))
+    made = _pack(model, destination, options, layering)
     for entry in made.skipped:
         output.warn(f"not packed: {entry}")
     if json:
@@ -255,9 +256,7 @@ def _evaluation(
         return None
     from weightvid.calibrate import Evaluation
 
-    drop = None
-    if max_drop:
-        drop = _share(max_drop, "--max-drop")
+    drop = _share(max_drop, "--max-drop") if max_drop else None
     return Evaluation(check_function(function, "--eval"), drop, max_kl, lower)
 
 

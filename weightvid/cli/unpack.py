@@ -30,19 +30,12 @@ def unpack(
     partial: bool = option(
         False, "Write what is whole of a broken archive; say what is missing; exit 3.", "--partial"
     ),
-    base: list[str] = option(
-        [], "What ARCHIVE is an update to; of a chain of updates the oldest first.",
-        "--base", "-b", metavar="ARCHIVE",
-    ),
+    base: list[str] = output.BASE,
     layer: int | None = option(
         None, "Read the first N layers of an archive of several.", min=1, max=16, metavar="N"
     ),
-    key: str | None = option(
-        None, "Public key by which ARCHIVE must be signed: PEM or OpenSSH.", metavar="KEY"
-    ),
-    signature: str | None = option(
-        None, "The signature, if it is in a file of its own.", metavar="FILE"
-    ),
+    key: str | None = output.KEY,
+    signature: str | None = output.SIGNATURE,
     force: bool = FORCE,
     json: bool = JSON,
 ) -> None:  # fmt: skip

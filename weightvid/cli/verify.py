@@ -46,16 +46,9 @@ def verify(
         None, "Where the repaired archive goes, instead of the damaged one's place.",
         "--output", "-o", metavar="FILE",
     ),
-    base: list[str] = option(
-        [], "What ARCHIVE is an update to; of a chain of updates the oldest first.",
-        "--base", "-b", metavar="ARCHIVE",
-    ),
-    key: str | None = option(
-        None, "Public key by which ARCHIVE must be signed: PEM or OpenSSH.", metavar="KEY"
-    ),
-    signature: str | None = option(
-        None, "The signature, if it is in a file of its own.", metavar="FILE"
-    ),
+    base: list[str] = output.BASE,
+    key: str | None = output.KEY,
+    signature: str | None = output.SIGNATURE,
     json: bool = JSON,
 ) -> None:  # fmt: skip
     """Decode an archive and check the hash of every frame, box and tensor.
@@ -143,12 +136,11 @@ def _show(found: VerifyReport, archive: str) -> None:
                 for row in lists.tensors
             ],
         )  # fmt: skip
-        equal = sum(row.exact for row in lists.tensors)
-        gains = "" if lists.norms_db is None else output.db(lists.norms_db)
+        equal, norms = sum(row.exact for row in lists.tensors), lists.norms_db
         rows += [
             ("bit for bit", f"{equal} of {len(lists.tensors)} tensors"),
             ("SQNR", f"{output.db(lists.sqnr_db)} (of those in the pictures)"),
-            ("BatchNorms", gains and f"gain and offset {gains}"),
+            ("BatchNorms", "" if norms is None else f"gain and offset {output.db(norms)}"),
             ("largest error", f"{lists.max_abs_error:.6g}"),
             ("divergence", output.number(lists.divergence, 4)),
         ]

@@ -34,24 +34,12 @@ _TIMEOUT_S: Final = 30
 class FrameCodec:
     """A codec and its options, as FFmpeg takes them.
 
-    Attributes
-    ----------
-    name, encoder : str
-        Ours, and FFmpeg's.
-    common : mapping of str to str
-        Options that are always set; ``{preset}`` stands for the preset.
-    lossless, lossy : mapping of str to str, or None
-        Options of these modes; ``{value}`` stands for the QP. Values of one key are joined.
-    values : tuple of float
-        QPs of a curve.
-    presets : tuple of str
-        From fast to slow; empty where there is nothing to choose.
-    preset : str
-        The usual one.
-    pixel_format : str
-        ``yuv420p``, ``yuv420p10le`` or ``gray``.
-    muxer, joiner : str
-        What an ffmpeg program writes to a pipe, and what joins values.
+    ``name`` is ours, ``encoder`` FFmpeg's. Options in ``common`` are always set (``{preset}``
+    stands for the preset), those in ``lossless`` and ``lossy`` in these modes (``{value}`` stands
+    for the QP); values of one key are joined by ``joiner``. ``values`` are the QPs of a curve.
+    ``presets`` go from fast to slow, none where there is nothing to choose; ``preset`` is the usual
+    one. ``pixel_format`` is ``yuv420p``, ``yuv420p10le`` or ``gray``; ``muxer`` is what an ffmpeg
+    program writes to a pipe.
     """
 
     name: str
@@ -223,18 +211,16 @@ def through(
 def _run_pyav(frames: Sequence[Bytes], codec: FrameCodec, options: dict[str, str]) -> bytes:
     # SVT-AV1 would write about itself to the terminal; FFmpeg has no say in it.
     os.environ.setdefault("SVT_LOG", "0")
-    file = io.BytesIO()
+    file, gray = io.BytesIO(), codec.pixel_format == "gray"
     with av.open(file, "w", format=codec.muxer) as container:
         video: Any = container.add_stream(codec.encoder, rate=_RATE, options=options)
         video.height, video.width = frames[0].shape
         video.pix_fmt = codec.pixel_format
         video.codec_context.thread_count = video.codec_context.gop_size = 1
         for number, luma in enumerate(frames):
-            frame = av.VideoFrame(luma.shape[1], luma.shape[0], codec.pixel_format)
-            for place, plane in enumerate(frame.planes):
-                rows = np.frombuffer(cast(Any, plane), np.uint8)
-                rows = rows.reshape(plane.height, plane.line_size)
-                rows[:, : plane.width] = luma if place == 0 else 128
+            chroma = np.full((0 if gray else luma.shape[0] // 2, luma.shape[1]), 128, np.uint8)
+            planes = np.concatenate((luma, chroma))
+            frame = av.VideoFrame.from_ndarray(planes, codec.pixel_format)
             frame.pts, frame.pict_type = number, PictureType.I
             container.mux(video.encode(frame))
         container.mux(video.encode(None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from math import inf, isfinite, log, nan, sqrt
@@ -24,17 +24,10 @@ _FIT_POINTS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A measure of quality.
+    """A measure of quality; if ``is_log``, plots have a logarithmic axis.
 
-    Attributes
-    ----------
-    name, title : str
-    value : callable
-        Of a row; None where it has none.
-    level : callable
-        The value as something that falls with the quality, about straight over bits per weight.
-    is_log : bool
-        Plots have a logarithmic axis.
+    ``value`` is that of a row, None where it has none; ``level`` is a value as something that falls
+    with the quality, about straight over bits per weight.
     """
 
     name: str
@@ -57,23 +50,20 @@ def _log(value: float) -> float:
     return log(value) if value > 0 else -inf
 
 
-_KL: Final = Measure("kl", "KL divergence to the original (nats)", lambda row: row.kl, _log, True)
-_COSINE: Final = Measure(
-    "cosine", "cosine to the original", lambda row: row.cosine, lambda value: _log(1 - value)
-)
-_METRIC: Final = Measure("metric", "metric", lambda row: row.metric, lambda value: -value)
-_SQNR: Final = Measure(
-    "sqnr", "SQNR (dB)", lambda row: row.sqnr_db, lambda value: -value * log(10) / 10
-)
-
-
 def measures(lower_is_better: bool = False, title: str = "metric") -> dict[str, Measure]:
     """Every measure, by name; the ones that say most come first.
 
     ``lower_is_better`` and ``title`` are about the metric.
     """
-    metric = replace(_METRIC, title=title, level=float if lower_is_better else _METRIC.level)
-    return {measure.name: measure for measure in (_KL, _COSINE, metric, _SQNR)}
+    kl, cosine = "KL divergence to the original (nats)", "cosine to the original"
+    sign = 1 if lower_is_better else -1
+    found = (
+        Measure("kl", kl, lambda row: row.kl, _log, is_log=True),
+        Measure("cosine", cosine, lambda row: row.cosine, lambda value: _log(1 - value)),
+        Measure("metric", title, lambda row: row.metric, lambda value: sign * value),
+        Measure("sqnr", "SQNR (dB)", lambda row: row.sqnr_db, lambda value: -value * log(10) / 10),
+    )
+    return {measure.name: measure for measure in found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +106,11 @@ def parse_goal(text: str) -> Goal:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """Rate at which a curve reaches a level.
+    """Rate at which a curve reaches a level, in bits per weight.
 
-    Attributes
-    ----------
-    interpolated : float or None
-        Bits per weight between the two neighbouring points; None: never reached.
-    fitted, fitted_se : float or None
-        By a straight line through the levels within 1 bit around, and its standard error: one draw
-        of a quantizer is noisy, and a line through many averages that out. None: too few points.
+    ``interpolated`` lies between the two neighbouring points; None: never reached. ``fitted`` is by
+    a straight line through the levels within 1 bit around, ``fitted_se`` its standard error: one
+    draw of a quantizer is noisy, and a line through many averages that out. None: too few points.
     """
 
     interpolated: float | None = None

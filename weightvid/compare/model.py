@@ -28,19 +28,10 @@ Tensors = dict[str, Array]
 class Model:
     """A checkpoint, all of it in memory.
 
-    Attributes
-    ----------
-    reader : CheckpointReader
-        Packing reads it; it must stay open.
-    specs : tuple of TensorSpec
-    aliases : mapping of str to str
-        Tied names.
-    tensors : dict of str to ndarray
-        By name, without aliases; BF16 as float32, float8 as raw bits.
-    sha256 : str
-        Of names, types, shapes and elements.
-    judged : frozenset of str
-        Tensors that the SQNR is counted over: those that ``weightvid pack`` quantizes.
+    Packing reads ``reader``, which must stay open. ``aliases`` are tied names, which ``tensors``
+    lacks; BF16 is there as float32, float8 as raw bits. ``sha256`` is of names, types, shapes and
+    elements. ``judged`` are the tensors that the SQNR is counted over: those that ``weightvid
+    pack`` quantizes.
     """
 
     reader: CheckpointReader
@@ -127,12 +118,8 @@ def load_model(reader: CheckpointReader) -> Model:
 class Coded:
     """A model that was stored and restored.
 
-    Attributes
-    ----------
-    file_bytes : int
-        Everything that a reader needs.
-    tensors : mapping of str to ndarray
-        What it gets, in the types and shapes of `Model.tensors`.
+    ``file_bytes`` is everything that a reader needs; ``tensors`` are what it gets, in the types and
+    shapes of `Model.tensors`.
     """
 
     file_bytes: int
@@ -146,28 +133,14 @@ class Coded:
 class Method:
     """A way of storing a model: one curve of a comparison.
 
-    Attributes
-    ----------
-    name : str
-        Of the curve.
-    kind : str
-        ``weightvid``, ``codec``, ``plain`` or ``peer``.
-    code : callable
-        Stores and restores a model at a value.
-    parameter : str
-        What the values are: ``step factor``, ``QP``, ``bits``; empty without one.
-    values : tuple of float
-        At least one; without a parameter it is 0.
-    missing : str
-        What this machine lacks for it; empty: nothing.
-    settings : mapping
-        All other settings: they and the value tell points apart.
-    depends : tuple of str
-        Beginnings of the paths of those files of this package that its results depend on.
-    restore : callable or None
-        Gives the tensors of a point that has been stored before, without doing so again.
-    command : tuple of str
-        Arguments of ``weightvid`` that give a point again, before the model's and the value's.
+    ``kind`` is ``weightvid``, ``codec``, ``plain``, ``peer`` or ``research``. ``code`` stores and
+    restores a model at a value. ``parameter`` says what the ``values`` are (``step factor``,
+    ``QP``, ``bits``); where it is empty, the only one is 0. ``missing`` is what this machine lacks
+    for it, if anything. ``settings`` are all others: they and the value tell points apart.
+    ``depends`` are beginnings of the paths of those files of this package that the results depend
+    on. ``restore`` gives the tensors of a point that has been stored before, without doing so
+    again. ``command`` are arguments of ``weightvid`` that give a point again, before the model's
+    and the value's.
     """
 
     name: str

@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from math import sqrt
 from pathlib import Path
 from time import perf_counter
-from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -49,14 +48,10 @@ def _unzstd(data: bytes) -> bytes:
 
 
 #: general compressors, and their inverses.
-_PACKERS: Final[Mapping[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]] = (
-    MappingProxyType(
-        {
-            "xz": (partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
-            "zstd": (_zstd, _unzstd),
-        }
-    )
-)
+_PACKERS: Final[Mapping[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]] = {
+    "xz": (partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
+    "zstd": (_zstd, _unzstd),
+}
 
 
 class _Integers(NamedTuple):

@@ -78,11 +78,15 @@ def write_report(folder: str | os.PathLike[str], result: CompareResult) -> dict[
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {place}: {error}") from None
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.record() for row in result.rows)
     plots = {m.name: plot(result, m, _WIDE) for m in result.measures()}
     narrow = [plot(result, m, _NARROW) for m in result.measures()]
     files = {
         "results": ("results.json", json.dumps(record(result), indent=1) + "\n"),
-        "table": ("results.csv", _csv(result.rows)),
+        "table": ("results.csv", table.getvalue()),
         "report": ("report.html", page(result, list(zip(plots.values(), narrow, strict=True)))),
     }
     files |= {f"plot of {name}": (f"rate_{name}.svg", svg) for name, svg in plots.items() if svg}
@@ -115,14 +119,6 @@ def record(result: CompareResult) -> dict[str, Any]:
         "rates_in_words": {str(g): result.words_at(g) for g in result.options.goals},
         "bd_rates": {m.name: result.bd_rates(m) for m in result.measures()},
     }
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row.record() for row in rows)
-    return text.getvalue()
 
 
 def plot(result: CompareResult, measure: Measure, size: tuple[float, float] = _WIDE) -> str:
@@ -323,7 +319,7 @@ def page(result: CompareResult, plots: Sequence[tuple[str, str]]) -> str:
         parts.append(f"<h2>BD-rate against {escape(result.options.anchor)}</h2>")
         parts.append('<p class="soft">Percent of its rate at equal quality; less is smaller.</p>')
         curves = dict.fromkeys(name for rates in bd.values() for name in rates)
-        rows = [[n, *(_number(bd[m.name].get(n), 1, "+") for m in measures)] for n in curves]
+        rows = [[n, *(_percent(bd[m.name].get(n)) for m in measures)] for n in curves]
         parts.append(_table(["curve", *names], rows))
     parts.append('<h2>All points</h2><p class="soft narrow">The table scrolls sideways.</p>')
     parts.append(_table(["point", "bytes", "bits per weight", *names,
@@ -344,8 +340,8 @@ def _cells(row: Row, measures: Sequence[Measure]) -> list[str]:
     ]  # fmt: skip
 
 
-def _number(value: float | None, digits: int, sign: str = "") -> str:
-    return "–" if value is None else f"{value:{sign}.{digits}f}"
+def _percent(rate: float | None) -> str:
+    return "–" if rate is None else f"{rate:+.1f}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

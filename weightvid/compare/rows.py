@@ -97,7 +97,8 @@ def measure(
     }  # fmt: skip
     if method.missing:
         return Row(**about, status=MISSING, message=method.missing)
-    load, cpu = load_average(), _cpu_seconds()
+    # Programs that wanted a core in the last minute; 0 where nobody counts them.
+    load, cpu = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, _cpu_seconds()
     try:
         if earlier is not None and method.restore is not None:
             row, tensors = earlier, method.restore(model, value)
@@ -119,11 +120,6 @@ def measure(
     except (WeightvidError, OSError, MemoryError) as error:
         return Row(**about, status=FAILED, message=str(error) or type(error).__name__)
     return replace(row, **asdict(verdict))
-
-
-def load_average() -> float:
-    """Programs that wanted a core in the last minute; 0 where nobody counts them."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _cpu_seconds() -> float:

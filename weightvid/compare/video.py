@@ -20,7 +20,6 @@ from typing import Final
 import numpy as np
 
 from weightvid.archives import walk_frames
-from weightvid.atomic import ScratchFolder
 from weightvid.compare.codecs import CODECS, FrameCodec, Passage, backend, through
 from weightvid.compare.model import Array, Coded, Method, Model, Tensors
 from weightvid.errors import CodecError
@@ -43,15 +42,11 @@ _LOSSY_FACTOR: Final = 0.055
 
 
 def archive_method(
-    name: str,
-    options: PackOptions,
-    factors: Sequence[float] = (),
-    folder: Path | None = None,
-    command: Sequence[str] = (),
+    name: str, options: PackOptions, factors: Sequence[float], folder: Path, command: Sequence[str]
 ) -> Method:
     """Archives of some step factors; of none: one point, at the recipe's own.
 
-    Archives stay in a folder, if there is one; ``command`` are further options of ``pack``.
+    Archives stay in a folder; ``command`` are further options of ``pack``.
     """
     calibration = options.calibration
     settings = {
@@ -61,29 +56,22 @@ def archive_method(
     }  # fmt: skip
 
     def code(model: Model, factor: float) -> Coded:
-        return pack_and_load(model, replace(options, step_factor=factor or None), folder)
-
-    def restore(model: Model, factor: float) -> Tensors:
-        path = place(folder or Path(), model, replace(options, step_factor=factor or None))
-        return load(path, model) if path.exists() else dict(code(model, factor).tensors)
-
-    made = Method(
-        name, "weightvid", code, settings=settings, command=("pack", *command),
-        restore=restore if folder else None,
-    )  # fmt: skip
-    return replace(made, parameter="step factor", values=tuple(factors)) if factors else made
-
-
-def pack_and_load(model: Model, options: PackOptions, folder: Path | None = None) -> Coded:
-    """Pack a model as ``weightvid pack`` does, and load it as programs do."""
-    with ScratchFolder() as scratch:
-        path = place(folder or Path(scratch), model, options)
+        chosen = replace(options, step_factor=factor or None)
+        path = place(folder, model, chosen)
         began = perf_counter()
-        made = pack_to(path, model, options)
+        made = pack_to(path, model, chosen)
         packed = perf_counter()
         tensors = load(path, model)
         details = {"frames": made.frames, "packet_bytes": made.packet_bytes}
         return Coded(made.file_bytes, tensors, packed - began, perf_counter() - packed, details)
+
+    def restore(model: Model, factor: float) -> Tensors:
+        path = place(folder, model, replace(options, step_factor=factor or None))
+        return load(path, model) if path.exists() else dict(code(model, factor).tensors)
+
+    command = ("pack", *command)
+    made = Method(name, "weightvid", code, settings=settings, restore=restore, command=command)
+    return replace(made, parameter="step factor", values=tuple(factors)) if factors else made
 
 
 def place(folder: Path, model: Model, options: PackOptions) -> Path:
@@ -111,15 +99,8 @@ def pack_to(path: Path, model: Model, options: PackOptions) -> PackReport:
 class Pictures:
     """Frames of an archive, and what else is in it.
 
-    Attributes
-    ----------
-    header : Header
-    sidecars : tuple of Sidecar
-    lumas : tuple of ndarray of uint8, shape (height, width)
-    kept : dict of str to ndarray
-        Tensors that are not in the frames.
-    other_bytes : int
-        Of the file without its packets and parameter sets.
+    ``lumas`` are of shape (height, width); ``kept`` are the tensors that are not in the frames, and
+    ``other_bytes`` those of the file without its packets and parameter sets.
     """
 
     header: Header
@@ -172,16 +153,10 @@ def frame_methods(
 ) -> Iterator[Method]:
     """Codecs on the same frames, lossless and lossy, and an ideal entropy coder of the levels.
 
-    Parameters
-    ----------
-    names, presets : sequence of str
-        Of `weightvid.compare.codecs.CODECS`; a codec without any of the presets has its usual one.
-    more : sequence of str
-        Options of a codec, ``x265:rd=6``: curves of their own.
-    factors : tuple of float
-        Step factors of the frames for lossless codecs.
-    folder : Path
-        For archives that several points take their frames from.
+    ``names`` are of `weightvid.compare.codecs.CODECS`; a codec without any of the ``presets`` has
+    its usual one. ``more`` are options of a codec, ``x265:rd=6``: curves of their own. ``factors``
+    are those of the frames for lossless codecs. The archives that several points take their frames
+    from lie in ``folder``.
 
     Raises
     ------
@@ -255,7 +230,7 @@ def pictures(folder: Path, model: Model, factor: float, fidelity: str) -> Pictur
             for number, spec in enumerate(archive.header.tensors)
             if number not in archive.index.spans
         }
-        video = len(archive.track.record) + sum(f.packet_bytes for f in walk_frames(archive))
+        video = len(archive.track.record) + sum(size for _, size in walk_frames(archive))
         return Pictures(archive.header, sidecars, lumas, kept, path.stat().st_size - video)
 
 

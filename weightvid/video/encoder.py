@@ -10,7 +10,7 @@ Sources: ISO/IEC 14496-15 5.3.3 and 8.3.3; AV1 Codec ISO Media File Format Bindi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,7 +18,7 @@ from functools import lru_cache
 from math import gcd
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import av
 import numpy as np
@@ -158,38 +158,24 @@ _OTHER_LEVELS: Final = {
 }  # fmt: skip
 
 
-def _level(codec: str, samples: int) -> str:
-    return next(name for most, name in _OTHER_LEVELS[codec] if samples <= most)
-
-
-def _x265_options(video: Video, width: int, height: int) -> dict[str, str]:
-    if video.qp is None:
-        least, search = _X265_LOSSLESS[video.preset]
-        # Sides that are multiples of it need no padding and no conformance window.
-        mode = f"lossless=1:min-cu-size={gcd(width, height, least)}:{search}"
-    else:
-        mode = f"qp={video.qp}:min-cu-size=8:{_X265_LOSSY}"
-    return {"preset": video.preset, "x265-params": f"{mode}:{_X265_PROFILE}", "forced-idr": "1"}
-
-
-def _x264_options(video: Video, width: int, height: int) -> dict[str, str]:
-    return {
-        "preset": video.preset, "qp": str(video.qp or 0), "bf": "0", "aq-mode": "0", "psy": "0",
-        "x264-params": "log-level=none:ipratio=1", "level": _level("x264", width * height),
-    }  # fmt: skip
-
-
-def _svt_av1_options(video: Video, width: int, height: int) -> dict[str, str]:
+def _options(video: Video, width: int, height: int) -> dict[str, str]:
+    """What FFmpeg is told besides the preset."""
+    if video.codec == "x265":
+        if video.qp is None:
+            least, search = _X265_LOSSLESS[video.preset]
+            # Sides that are multiples of it need no padding and no conformance window.
+            mode = f"lossless=1:min-cu-size={gcd(width, height, least)}:{search}"
+        else:
+            mode = f"qp={video.qp}:min-cu-size=8:{_X265_LOSSY}"
+        return {"x265-params": f"{mode}:{_X265_PROFILE}", "forced-idr": "1"}
+    level = next(name for most, name in _OTHER_LEVELS[video.codec] if width * height <= most)
+    if video.codec == "x264":
+        return {
+            "qp": str(video.qp or 0), "bf": "0", "aq-mode": "0", "psy": "0", "level": level,
+            "x264-params": "log-level=none:ipratio=1",
+        }  # fmt: skip
     mode = "lossless=1" if video.qp is None else f"rc=0:aq-mode=0:qp={video.qp}"
-    return {
-        "preset": video.preset, "svtav1-params": f"{mode}:pred-struct=1:lp=1",
-        "level": _level("svt-av1", width * height),
-    }  # fmt: skip
-
-
-_OPTIONS: Final[dict[str, Callable[[Video, int, int], dict[str, str]]]] = {
-    "x265": _x265_options, "x264": _x264_options, "svt-av1": _svt_av1_options,
-}  # fmt: skip
+    return {"svtav1-params": f"{mode}:pred-struct=1:lp=1", "level": level}
 
 
 def open_encoder(video: Video, width: int, height: int) -> Encoder:
@@ -271,10 +257,8 @@ def _headers(video: Video, width: int, height: int) -> bytes:
 def _encode(video: Video, luma: Bytes) -> tuple[bytes, bytes]:
     """Record and sample of one frame, by an encoder of its own."""
     (height, width), codec = luma.shape, CODECS[video.codec]
-    frame, chroma = av.VideoFrame(width, height, "yuv420p"), np.uint8(ZERO_SAMPLE)
-    for plane, samples in zip(frame.planes, (luma, chroma, chroma), strict=True):
-        rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(plane.height, plane.line_size)
-        rows[:, : plane.width] = samples
+    chroma = np.full((height // 2, width), ZERO_SAMPLE, np.uint8)
+    frame = av.VideoFrame.from_ndarray(np.concatenate((luma, chroma)), "yuv420p")
     frame.pts, frame.pict_type = 0, PictureType.I
     try:
         context = _open(video, width, height)
@@ -299,7 +283,7 @@ def _open(video: Video, width: int, height: int) -> Any:
     context.time_base = context.framerate = Fraction(1, 1)
     context.thread_count = context.gop_size = 1
     context.flags |= Flags.global_header
-    context.options = _OPTIONS[video.codec](video, width, height)
+    context.options = {"preset": video.preset, **_options(video, width, height)}
     with _usual_priority():
         context.open()
     return context

@@ -102,5 +102,4 @@ def _code(scheme: Scheme, model: Model, factor: float) -> Coded:
     }
     for (name, tensor), found in zip(matrices.items(), scheme.decode(data[8:], views), strict=True):
         restored[name] = (found * step).reshape(tensor.shape).astype(tensor.dtype)
-    tensors = {name: restored[name] for name in model.tensors}
-    return Coded(len(data) + len(other), tensors, coded - began, perf_counter() - coded)
+    return Coded(len(data) + len(other), restored, coded - began, perf_counter() - coded)

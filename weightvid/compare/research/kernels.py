@@ -9,12 +9,11 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from weightvid.compare.rans import decode, encode
+from weightvid.compare.rans import Integers, decode, encode
 from weightvid.compare.research.scalar import (
     CLASSES,
     SLOPE,
     Floats64,
-    Integers,
     Matrix,
     classes_of,
     coefficients,

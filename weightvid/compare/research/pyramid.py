@@ -8,10 +8,9 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from weightvid.compare.rans import decode, encode
+from weightvid.compare.rans import Integers, decode, encode
 from weightvid.compare.research.scalar import (
     Floats64,
-    Integers,
     Matrix,
     flattened,
     in_shapes,

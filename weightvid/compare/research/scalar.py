@@ -13,10 +13,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.compare.rans import decode, encode
+from weightvid.compare.rans import Integers, decode, encode
 from weightvid.levels.transform import View, whole_basis
 
-Integers = npt.NDArray[Any]
 #: in steps: integers, or not.
 Matrix = npt.NDArray[Any]
 Floats64 = npt.NDArray[np.float64]
