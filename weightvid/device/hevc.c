@@ -31,8 +31,8 @@ typedef struct { unsigned x, y, log2, there; } block;
 /* A NAL unit that is read. The lowest `spare` bits of `value` were read ahead; above them is the
    offset of arithmetic decoding. Zeros behind the end may be read ahead, but not used. */
 typedef struct {
-    const uint8_t *at, *stop, *end; /* stop: a byte to leave out (7.4.2), or the end */
-    unsigned past;                  /* bytes read behind the end */
+    const uint8_t *data;
+    size_t at, stop, end; /* offsets; stop: of a byte to leave out (7.4.2); at may pass the end */
     uint32_t value, range;
     unsigned spare;
 } reader;
@@ -55,32 +55,24 @@ struct wv_hevc {
     unsigned modes[4], mode, quartered, log2;
 };
 
-/* The next byte that prevents emulation of start codes: a 3 behind two zeros (7.4.2). */
-static const uint8_t *find_stop(const uint8_t *from, const uint8_t *end) {
-    const size_t size = (size_t)(end - from);
-    for (size_t i = 2; i < size; i += from[i] > 3 ? 3 : 1)
-        if (from[i] == 3 && !(from[i - 1] | from[i - 2]))
-            return from + i;
-    return end;
+/* The next byte that prevents emulation of start codes: a 3 behind two zeros (7.4.2), if any. */
+static size_t find_stop(const uint8_t *data, size_t from, size_t end) {
+    for (size_t i = from + 2; i < end; i += data[i] > 3 ? 3 : 1)
+        if (data[i] == 3 && !(data[i - 1] | data[i - 2]))
+            return i;
+    return SIZE_MAX;
 }
 
 static void open_unit(wv_hevc *hevc, const uint8_t *data, size_t size) {
-    hevc->in = (reader){.at = data, .stop = find_stop(data, data + size), .end = data + size};
-    hevc->refused = 0;
+    hevc->in = (reader){.data = data, .stop = find_stop(data, 0, size), .end = size};
 }
 
 /* Reads ahead until 16 to 23 bits are spare. */
 static inline void refill(reader *in) {
-    for (; in->spare < 16; in->spare += 8) {
-        if (in->at == in->stop && in->at < in->end) {
-            in->at++;
-            in->stop = find_stop(in->at, in->end);
-        }
-        in->value <<= 8;
-        if (in->at < in->end)
-            in->value |= *in->at++;
-        else
-            in->past++;
+    for (; in->spare < 16; in->spare += 8, in->at++) {
+        if (in->at == in->stop)
+            in->stop = find_stop(in->data, ++in->at, in->end);
+        in->value = in->value << 8 | (in->at < in->end ? in->data[in->at] : 0u);
     }
 }
 
@@ -134,14 +126,11 @@ static const uint8_t less_likely_range[64 * 4] = {
     13, 7, 9, 11, 12, 7, 9, 10, 12, 7, 8, 10, 11, 6, 8, 9, 11, 6, 7, 9, 10, 6, 7, 8, 9, 2, 2, 2, 2
 };
 
-/* Table 9-47, of both values: the state after the less likely value. */
-static const uint8_t less_likely_next[128] = {
-    1, 0, 0, 1, 2, 3, 4, 5, 4, 5, 8, 9, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 18, 19, 22,
-    23, 22, 23, 24, 25, 26, 27, 26, 27, 30, 31, 30, 31, 32, 33, 32, 33, 36, 37, 36, 37, 38, 39, 38,
-    39, 42, 43, 42, 43, 44, 45, 44, 45, 46, 47, 48, 49, 48, 49, 50, 51, 52, 53, 52, 53, 54, 55, 54,
-    55, 56, 57, 58, 59, 58, 59, 60, 61, 60, 61, 60, 61, 62, 63, 64, 65, 64, 65, 66, 67, 66, 67, 66,
-    67, 68, 69, 68, 69, 70, 71, 70, 71, 70, 71, 72, 73, 72, 73, 72, 73, 74, 75, 74, 75, 74, 75, 76,
-    77, 76, 77, 126, 127
+/* Table 9-47: the bits of the context that the less likely value flips; by state. */
+static const uint8_t less_likely_flips[64] = {
+    1, 2, 6, 2, 12, 2, 4, 4, 28, 28, 4, 4, 10, 12, 10, 6, 58, 56, 58, 56, 8, 10, 8, 10, 22, 20, 30,
+    28, 20, 22, 18, 14, 112, 112, 112, 114, 126, 124, 116, 116, 106, 110, 104, 106, 102, 26, 28, 28,
+    34, 32, 32, 34, 46, 44, 42, 38, 56, 58, 62, 60, 50, 54, 48, 0
 };
 
 static inline unsigned next_bin(reader *in, uint8_t *context) {
@@ -152,14 +141,13 @@ static inline unsigned next_bin(reader *in, uint8_t *context) {
     in->range -= less;
     if (in->value < in->range << in->spare) {
         *context = (uint8_t)(state < 124 ? state + 2 : state);
-        if (in->range < 256) {
-            in->range <<= 1;
-            in->spare--;
-        }
+        const unsigned small = in->range < 256; /* no branch: it would not be foreseen */
+        in->range <<= small;
+        in->spare -= small;
         return likely;
     }
     in->value -= in->range << in->spare;
-    *context = less_likely_next[state];
+    *context = (uint8_t)(state ^ less_likely_flips[state >> 1]);
     for (in->range = less; in->range < 256; in->range <<= 1)
         in->spare--;
     return likely ^ 1;
@@ -226,8 +214,7 @@ static void read_pps(wv_hevc *hevc) {
     read_ue(hevc);
     read_ue(hevc);
     expect(hevc, read_bits(hevc, 6) & 0x27, 4); /* fields of slices; lossless; tiles, wavefronts */
-    expect(hevc, read_bits(hevc, 5) & 15, 10); /* deblocking: off, in all slices; scaling lists */
-    read_bits(hevc, 1);
+    expect(hevc, read_bits(hevc, 6) & 30, 20); /* deblocking: off, in all slices; scaling lists */
     read_ue(hevc);
     expect(hevc, read_bits(hevc, 1), 0); /* fields of slices */
 }
@@ -248,9 +235,8 @@ static void read_slice_header(wv_hevc *hevc) {
         hevc->contexts[i] = (uint8_t)(state < 64 ? (63 - state) << 1 : (state - 64) << 1 | 1);
     }
     hevc->contexts[END_OF_SLICE] = 126;
-    refill(&hevc->in);
-    hevc->in.value &= (1u << hevc->in.spare) - 1;
-    hevc->in.spare -= 9;
+    read_bits(hevc, 9); /* the offset, which stays above the spare bits */
+    hevc->in.value &= (1u << (hevc->in.spare + 9)) - 1;
     hevc->in.range = 510;
 }
 
@@ -269,23 +255,21 @@ wv_hevc *wv_hevc_open(const uint8_t *config, size_t config_size, uint32_t width,
         config[0] != 1 || (config[21] & 3) != 3 || config[22] != 3) /* lengths of 4 bytes; arrays */
         return NULL;
     *hevc = (wv_hevc){.width = width, .height = height};
-    for (unsigned type = 32; type < 35; type++, at += size) {
+    for (unsigned type = 32; type < 35; type++, at += 5 + size) {
         if (config_size - at < 5 || config[at + 1] || config[at + 2] != 1)
             return NULL;
         size = (size_t)(config[at + 3] << 8 | config[at + 4]);
-        at += 5;
-        if (config_size - at < size)
+        if (config_size - at - 5 < size)
             return NULL;
-        open_unit(hevc, config + at, size);
+        open_unit(hevc, config + at + 5, size);
         expect(hevc, read_bits(hevc, 16) >> 9, type);
         if (type == 33)
             read_sps(hevc);
         if (type == 34)
             read_pps(hevc);
-        if (hevc->refused || hevc->in.past * 8 > hevc->in.spare)
-            return NULL;
+        hevc->refused |= hevc->in.at > hevc->in.end + hevc->in.spare / 8;
     }
-    return hevc;
+    return hevc->refused ? NULL : hevc;
 }
 
 /* --- intra prediction (8.4.4.2) --------------------------------------------------------------- */
@@ -403,20 +387,6 @@ static const uint8_t place_context[5][16] = {
     {0, 1, 4, 5, 2, 3, 4, 5, 6, 6, 8, 8, 7, 7, 8, 8}
 };
 
-/* Place of the last coefficient: x, y, or the other way round where rows are columns. */
-static void decode_last(wv_hevc *hevc, unsigned log2, unsigned *last) {
-    const unsigned first = 3 * (log2 - 2) + (log2 - 1) / 4, shift = (log2 + 1) / 4;
-    for (unsigned i = 0; i < 2; i++)
-        while (last[i] < 2 * log2 - 1 &&
-               decode_bin(hevc, (i ? LAST_Y : LAST_X) + first + (last[i] >> shift)))
-            last[i]++;
-    for (unsigned i = 0; i < 2; i++)
-        if (last[i] > 3) {
-            const unsigned count = last[i] / 2 - 1;
-            last[i] = (2 + last[i] % 2) << count | decode_bypass(hevc, count);
-        }
-}
-
 /* coeff_abs_level_remaining */
 static inline unsigned decode_remaining(wv_hevc *hevc, reader *in, unsigned rice) {
     const uint32_t peeked = peek_bypass(in);
@@ -437,40 +407,28 @@ static inline unsigned decode_remaining(wv_hevc *hevc, reader *in, unsigned rice
 
 /* Adds the coefficients at `count` places of a sub-block to the samples there. `set` is the set of
    contexts for flags of greater ones. Returns whether there was a flag set. */
-static inline unsigned decode_levels(wv_hevc *hevc, reader *in, const uint8_t *places, unsigned count,
-                                     unsigned set, uint8_t *luma) {
+static inline unsigned decode_levels(wv_hevc *hevc, reader *in, const uint8_t *places,
+                                     unsigned count, unsigned set, uint8_t *luma) {
     const unsigned flags = count < 8 ? count : 8;
-    unsigned greater = 0, context = 1, rice = 0;
-    for (unsigned i = 0; i < flags; i++)
-        if (next_bin(in, hevc->contexts + GREATER_1 + 4 * set + context)) {
-            greater |= 1u << i;
-            context = 0;
-        } else if (context) {
-            context += context < 3;
-        }
+    unsigned greater = 0, rice = 0;
+    for (unsigned i = 0; i < flags; i++) {
+        const unsigned context = greater ? 0 : i < 2 ? i + 1 : 3;
+        greater |= next_bin(in, hevc->contexts + GREATER_1 + 4 * set + context) << i;
+    }
     const unsigned first = greater & (0 - greater);
-    unsigned second = first && next_bin(in, hevc->contexts + GREATER_2 + set) ? first : 0;
-    unsigned open = (greater ^ first) | second | ~0u << flags; /* those that may be greater still */
+    const unsigned second = first && next_bin(in, hevc->contexts + GREATER_2 + set) ? first : 0;
+    const unsigned open = (greater ^ first) | second | ~0u << flags; /* may be greater still */
     uint32_t signs = take_bypass(in, peek_bypass(in), count) << (32 - count);
-    const unsigned found = greater;
-    int most = 3; /* larger ones need another Rice parameter */
-    for (unsigned i = 0; i < count; i++) {
+    for (unsigned i = 0; i < count; i++, signs <<= 1) {
         uint8_t *const sample = luma + hevc->places[places[i]];
-        int level = (int)(1 + (greater & 1) + (second & 1));
-        if (open & 1) {
+        int level = (int)(1 + (greater >> i & 1) + (second >> i & 1));
+        if (open >> i & 1) {
             level += (int)decode_remaining(hevc, in, rice);
-            if (level > most) {
-                rice++;
-                most = rice < 4 ? 2 * most : 1 << 16;
-            }
+            rice += rice < 4 && level > 3 << rice; /* larger ones need another parameter */
         }
         *sample = clip(*sample + (signs >> 31 ? -level : level));
-        greater >>= 1;
-        second >>= 1;
-        open >>= 1;
-        signs <<= 1;
     }
-    return found != 0;
+    return greater != 0;
 }
 
 /* The differences of a transform block, which are added to the prediction. */
@@ -481,8 +439,18 @@ static void decode_residual(wv_hevc *hevc, unsigned log2, uint8_t *luma) {
     const unsigned by_size = log2 == 2 ? 0 : log2 > 3 ? 21 : scan == UP_RIGHT ? 9 : 15;
     const uint8_t *const order = scan_order[scan];
     uint8_t coded[9] = {0}; /* sub-blocks with coefficients: a bit each, a byte a row */
+    const unsigned first = 3 * (log2 - 2) + (log2 - 1) / 4, shift = (log2 + 1) / 4;
+    /* place of the last coefficient: x, y, or the other way round where rows are columns */
     unsigned last[2] = {0}, index = 16, is_last = 1, greater = 0;
-    decode_last(hevc, log2, last);
+    for (unsigned i = 0; i < 2; i++)
+        while (last[i] < 2 * log2 - 1 &&
+               decode_bin(hevc, (i ? LAST_Y : LAST_X) + first + (last[i] >> shift)))
+            last[i]++;
+    for (unsigned i = 0; i < 2; i++)
+        if (last[i] > 3) {
+            const unsigned count = last[i] / 2 - 1;
+            last[i] = (2 + last[i] % 2) << count | decode_bypass(hevc, count);
+        }
     reader in = hevc->in; /* here, where samples that are written cannot be it */
     unsigned x = last[scan == DOWN], y = last[scan != DOWN];
     while (order[--index] != y % 4 * 4 + x % 4)
@@ -490,7 +458,7 @@ static void decode_residual(wv_hevc *hevc, unsigned log2, uint8_t *luma) {
     for (x /= 4, y /= 4;; is_last = 0, index = 16) { /* from here on those of the sub-block */
         const unsigned right = (unsigned)coded[y] >> (x + 1) & 1, is_first = !(x | y);
         const unsigned pattern = ((unsigned)coded[y + 1] >> x & 1) * 2 + right;
-        if (is_last || is_first || next_bin(&in, hevc->contexts + CODED_SUB_BLOCK + (pattern != 0))) {
+        if (is_last || is_first || next_bin(&in, hevc->contexts + CODED_SUB_BLOCK + !!pattern)) {
             const uint8_t *const by_place = place_context[log2 == 2 ? 4 : pattern];
             uint8_t *const contexts = hevc->contexts + SIGNIFICANT + by_size + (is_first ? 0 : 3);
             uint8_t places[16];
@@ -504,7 +472,8 @@ static void decode_residual(wv_hevc *hevc, unsigned log2, uint8_t *luma) {
             }
             /* That at place 0 goes without saying where a coded sub-block has no other one. */
             if (index && ((!count && !is_first) ||
-                          next_bin(&in, is_first ? hevc->contexts + SIGNIFICANT : contexts + by_place[0])))
+                          next_bin(&in, is_first ? hevc->contexts + SIGNIFICANT
+                                                 : contexts + by_place[0])))
                 places[count++] = 0;
             if (count)
                 greater = decode_levels(hevc, &in, places, count, (is_first ? 0u : 2u) + greater,
@@ -611,6 +580,7 @@ int wv_hevc_decode(wv_hevc *hevc, const uint8_t *packet, size_t size, uint8_t *l
                      (uint32_t)packet[2] << 8 | packet[3]) != size - 4)
         return -1; /* one slice, so one unit, is a picture */
     open_unit(hevc, packet + 4, size - 4);
+    hevc->refused = 0;
     read_slice_header(hevc);
     hevc->luma = luma;
     hevc->stride = stride;
@@ -621,10 +591,9 @@ int wv_hevc_decode(wv_hevc *hevc, const uint8_t *packet, size_t size, uint8_t *l
         memset(hevc->left, DC, sizeof hevc->left);
         for (unsigned x = 0; x < hevc->width && !hevc->refused; x += side) {
             const unsigned is_right = x + side == hevc->width, is_lowest = y + side == hevc->height;
-            const block tree = {x, y, hevc->ctb, y && !is_right ? ABOVE_RIGHT : 0u};
-            decode_quadtree(hevc, tree);
-            hevc->refused |= hevc->in.past * 8 > hevc->in.spare; /* now: the flag reads too far */
-            expect(hevc, decode_bin(hevc, END_OF_SLICE), is_right & is_lowest);
+            decode_quadtree(hevc, (block){x, y, hevc->ctb, y && !is_right ? ABOVE_RIGHT : 0u});
+            hevc->refused |= hevc->in.at > hevc->in.end + hevc->in.spare / 8;
+            expect(hevc, decode_bin(hevc, END_OF_SLICE), is_right & is_lowest); /* reads too far */
         }
     }
     return hevc->refused ? -1 : 0;
