@@ -29,7 +29,7 @@ from weightvid.calibrate.stats import (
     model_hash,
     without_ones,
 )
-from weightvid.calibrate.sums import MOST_OUTPUTS, InputMeans, Sums
+from weightvid.calibrate.sums import InputMeans, Sums
 from weightvid.calibrate.trial import choose_damping, whole_gain
 from weightvid.calibrate.watch import Seen, Watch, nats_apart
 from weightvid.checkpoint.base import shorten
@@ -42,6 +42,8 @@ from weightvid.progress import Progress, Report, quiet
 _FOREIGN_NATS: Final = 0.1
 #: directions whose gradients are kept until inputs are laid out for them.
 _AT_ONCE: Final = 4
+#: of layers with more outputs, how they go together is not looked at.
+_MOST_OUTPUTS: Final = 4096
 
 
 def calibrate(
@@ -159,9 +161,8 @@ def _passes(
         found.notes.append("outputs have no gradients that can be used, to say which errors matter")
     # Twice, as some inputs are held back.
     sizes = {name: 16 * g * c * (c + 1) for name, (g, c, _) in order.shapes.items()}
-    for name in sizes.keys() - order.tables:
-        rows = len(state.tensors[name])
-        sizes[name] += 16 * rows**2 * (rows <= MOST_OUTPUTS)
+    for name in sizes:
+        sizes[name] += 16 * len(state.tensors[name]) ** 2 * _feeds_across(state, name, order)
     large = [name for name, size in sizes.items() if size > config.memory_bytes]
     if large:
         found.notes.append(f"beyond the memory limit of one pass: {shorten(large)}")
@@ -193,6 +194,16 @@ def _passes(
                 found.fitted[name], found.moments[name] = known
             progress(Progress("check", place + 1, len(names), unit="tensors"))
     return found
+
+
+def _feeds_across(state: State, name: str, order: Order) -> bool:
+    """Whether errors in a tensor's outputs may make up for one another.
+
+    Rows of a table matter wherever they are looked up. What kernels do adds up over places, which a
+    product of two moments cannot tell: on ResNets nothing is gained.
+    """
+    shape = state.tensors[name].shape
+    return name not in order.tables and len(shape) == 2 and shape[0] <= _MOST_OUTPUTS
 
 
 class _Pass:
@@ -241,8 +252,7 @@ class _Pass:
         elif seen.looked_up and self._watch.is_layer(seen.name):
             self._looked_up[seen.name] += float(seen.inputs.float().square().sum())
         else:
-            # Rows of a table matter wherever they are looked up.
-            sums = Sums(across=seen.name not in self._order.tables)
+            sums = Sums(across=_feeds_across(self._state, seen.name, self._order))
             if not self._sums.setdefault((seen.name, self._back), sums).add(seen):
                 self._mixed.add(seen.name)
 

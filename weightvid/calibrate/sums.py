@@ -19,8 +19,6 @@ from weightvid.errors import QuantizationError
 _ROWS: Final = 4096
 #: factors of the sums of products: x' x', x x', x x.
 _PRODUCTS: Final = ((0, 0), (1, 0), (1, 1))
-#: of layers with more outputs, how they go together is not looked at.
-MOST_OUTPUTS: Final = 4096
 
 Means = npt.NDArray[np.float64]
 
@@ -53,7 +51,7 @@ class InputMeans:
 class Sums:
     """Sums over the inputs of one tensor, which the first of them tell the shapes of.
 
-    ``across``: of what pulls at its outputs, too, if they are not too many and in one group.
+    ``across``: of what pulls at its outputs, too, if they are in one group.
     """
 
     def __init__(self, across: bool = False) -> None:
@@ -73,7 +71,7 @@ class Sums:
         self._rows, self._samples = np.zeros(groups), np.zeros(groups)
         self._pulled = seen.pulls is not None or seen.looked_up
         rows = 0 if seen.pulls is None else seen.pulls.shape[-1]
-        if self._across and groups == self.axis == 1 and 1 < rows <= MOST_OUTPUTS:
+        if self._across and rows and groups == self.axis == 1:
             self._outputs = torch.zeros((rows, rows), dtype=torch.float64, device=device)
 
     def add(self, seen: Seen, original: Seen | None = None) -> bool:

@@ -36,7 +36,7 @@ _TRIAL_FACTOR: Final = 0.25
 _TRIAL_SIGMAS: Final = 0.5
 #: outputs that the trial of a single tensor is made with.
 _SAMPLE_ROWS: Final = 64
-#: what the moment must gain on held-back samples to be used.
+#: what a moment must gain on held-back samples to be used.
 _LEAST_GAIN_DB: Final = 0.1
 
 
@@ -203,6 +203,6 @@ def whole_gain(
         progress(Progress("whole", len(changes), len(ways), unit="trials"))
     if not (min(changes) > 0.0 and np.isfinite(changes).all()):
         return None
-    best = 1 + int(np.argmin(costs[1:]))
+    best = 2 if costs[-1] < costs[1] - _LEAST_GAIN_DB else 1
     shown = f"{words[0]} -> {words[best]} at step factor {_TRIAL_FACTOR:g}"
     return costs[0] - costs[best], shown, best > 1
