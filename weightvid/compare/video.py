@@ -20,6 +20,7 @@ from typing import Final
 import numpy as np
 
 from weightvid.archives import walk_frames
+from weightvid.atomic import ScratchFolder
 from weightvid.compare.codecs import CODECS, FrameCodec, Passage, backend, through
 from weightvid.compare.model import Array, Coded, Method, Model, Tensors
 from weightvid.errors import CodecError
@@ -42,11 +43,15 @@ _LOSSY_FACTOR: Final = 0.055
 
 
 def archive_method(
-    name: str, options: PackOptions, factors: Sequence[float], folder: Path, command: Sequence[str]
+    name: str,
+    options: PackOptions,
+    factors: Sequence[float] = (),
+    folder: Path | None = None,
+    command: Sequence[str] = (),
 ) -> Method:
     """Archives of some step factors; of none: one point, at the recipe's own.
 
-    Archives stay in a folder; ``command`` are further options of ``pack``.
+    Archives stay in a folder, if there is one; ``command`` are further options of ``pack``.
     """
     calibration = options.calibration
     settings = {
@@ -56,22 +61,29 @@ def archive_method(
     }  # fmt: skip
 
     def code(model: Model, factor: float) -> Coded:
-        chosen = replace(options, step_factor=factor or None)
-        path = place(folder, model, chosen)
+        return pack_and_load(model, replace(options, step_factor=factor or None), folder)
+
+    def restore(model: Model, factor: float) -> Tensors:
+        path = place(folder or Path(), model, replace(options, step_factor=factor or None))
+        return load(path, model) if path.exists() else dict(code(model, factor).tensors)
+
+    made = Method(
+        name, "weightvid", code, settings=settings, command=("pack", *command),
+        restore=restore if folder else None,
+    )  # fmt: skip
+    return replace(made, parameter="step factor", values=tuple(factors)) if factors else made
+
+
+def pack_and_load(model: Model, options: PackOptions, folder: Path | None = None) -> Coded:
+    """Pack a model as ``weightvid pack`` does, and load it as programs do."""
+    with ScratchFolder() as scratch:
+        path = place(folder or Path(scratch), model, options)
         began = perf_counter()
-        made = pack_to(path, model, chosen)
+        made = pack_to(path, model, options)
         packed = perf_counter()
         tensors = load(path, model)
         details = {"frames": made.frames, "packet_bytes": made.packet_bytes}
         return Coded(made.file_bytes, tensors, packed - began, perf_counter() - packed, details)
-
-    def restore(model: Model, factor: float) -> Tensors:
-        path = place(folder, model, replace(options, step_factor=factor or None))
-        return load(path, model) if path.exists() else dict(code(model, factor).tensors)
-
-    command = ("pack", *command)
-    made = Method(name, "weightvid", code, settings=settings, restore=restore, command=command)
-    return replace(made, parameter="step factor", values=tuple(factors)) if factors else made
 
 
 def place(folder: Path, model: Model, options: PackOptions) -> Path:
