@@ -231,6 +231,7 @@ def with_statistics(
     for number, made in moments.items():
         name = survey.specs[number].name
         if made.outputs is not None and name in losses:
+            # Of errors of 1 in every weight, with what damping adds taken off.
             left = factorize(made.outputs, OUTPUT_DAMPING, by_energy=True).mean
             losses[name] *= left / (1 + OUTPUT_DAMPING) / np.diagonal(made.outputs).mean()
     units = measured_units(list(survey.units.values()), list(survey.stats.values()), losses)
@@ -265,9 +266,9 @@ def packing_moments(known: TensorMoments, spec: TensorSpec, bias: int | None) ->
     made = Moments(moment, known.damping, known.axis, known.mean, bias, known.bias_sign)
     if known.row_steps is not None and len(known.row_steps) == view.rows:
         made = replace(made, row_steps=known.row_steps)
-    tied = known.outputs if groups == known.axis == 1 else None
-    if tied is not None and len(tied) == view.rows and tied.any():
-        made = replace(made, outputs=tied)
+    outputs = known.outputs if groups == known.axis == 1 else None
+    if outputs is not None and len(outputs) == view.rows and outputs.any():
+        made = replace(made, outputs=outputs)
     if not view.kernel or known.axis == 0:
         return made
     parts = forward_moment(moment, view.kernel)

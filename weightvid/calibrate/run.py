@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Final
@@ -161,8 +161,9 @@ def _passes(
         found.notes.append("outputs have no gradients that can be used, to say which errors matter")
     # Twice, as some inputs are held back.
     sizes = {name: 16 * g * c * (c + 1) for name, (g, c, _) in order.shapes.items()}
-    for name in sizes:
-        sizes[name] += 16 * len(state.tensors[name]) ** 2 * _feeds_across(state, name, order)
+    across = _across(state, order, sizes, config.memory_bytes)
+    for name, size in across.items():
+        sizes[name] += size
     large = [name for name, size in sizes.items() if size > config.memory_bytes]
     if large:
         found.notes.append(f"beyond the memory limit of one pass: {shorten(large)}")
@@ -173,7 +174,7 @@ def _passes(
         )
     total = len(passes) * len(batches)
     for number, names in enumerate(passes):
-        current = _Pass(state, names, order)
+        current = _Pass(state, names, order, across)
         current.run(batches, progress, number * len(batches), total)
         apart = current.divergence
         if apart is not None:
@@ -196,14 +197,21 @@ def _passes(
     return found
 
 
-def _feeds_across(state: State, name: str, order: Order) -> bool:
-    """Whether errors in a tensor's outputs may make up for one another.
+def _across(
+    state: State, order: Order, sizes: Mapping[str, int], memory_bytes: int
+) -> dict[str, int]:
+    """Bytes of the outputs' moments, of tensors in which outputs may make up for one another.
 
     Rows of a table matter wherever they are looked up. What kernels do adds up over places, which a
     product of two moments cannot tell: on ResNets nothing is gained.
     """
-    shape = state.tensors[name].shape
-    return name not in order.tables and len(shape) == 2 and shape[0] <= _MOST_OUTPUTS
+    shapes = {n: state.tensors[n].shape for n in sizes if n not in order.tables}
+    found = {
+        name: 16 * shape[0] ** 2
+        for name, shape in shapes.items()
+        if len(shape) == 2 and shape[0] <= _MOST_OUTPUTS
+    }
+    return {name: size for name, size in found.items() if sizes[name] + size <= memory_bytes}
 
 
 class _Pass:
@@ -215,11 +223,13 @@ class _Pass:
     by 0.01 nats (median over channels, then over layers), blurred ones by 0.2, noise by 0.2 to 0.9.
     """
 
-    def __init__(self, state: State, names: Collection[str], order: Order) -> None:
+    def __init__(
+        self, state: State, names: Collection[str], order: Order, across: Collection[str]
+    ) -> None:
         self._state, self._names, self._order, self._back = state, names, order, False
         self._watch = Watch(state.tensors, self._add, order.differentiable, self._see_norm, names)
         self._watch.alone = order.reads
-        self._sums: dict[tuple[str, bool], Sums] = {}
+        self._sums = {(n, back): Sums(n in across) for n in names for back in (False, True)}
         #: used in two ways that don't go together, as in an autoencoder whose halves are tied.
         self._mixed: set[str] = set()
         #: squared gradients by what is looked up in tables that are output layers, too.
@@ -251,10 +261,8 @@ class _Pass:
             self._count(seen)
         elif seen.looked_up and self._watch.is_layer(seen.name):
             self._looked_up[seen.name] += float(seen.inputs.float().square().sum())
-        else:
-            sums = Sums(across=_feeds_across(self._state, seen.name, self._order))
-            if not self._sums.setdefault((seen.name, self._back), sums).add(seen):
-                self._mixed.add(seen.name)
+        elif not self._sums[seen.name, self._back].add(seen):
+            self._mixed.add(seen.name)
 
     def _count(self, seen: Seen) -> None:
         # Rows in order are positions, of which those of longer inputs are seen too rarely.
@@ -286,7 +294,10 @@ class _Pass:
         self, name: str, dampings: Sequence[float], harms: dict[str, float]
     ) -> tuple[TensorMoments, TensorMoments] | None:
         """Statistics of a tensor over what is not held back, and over everything; and its harm."""
-        sums, held = self._sums.pop((name, False), None), self._sums.pop((name, True), None)
+        sums, held = (
+            found if found.form else None
+            for found in (self._sums.pop((name, False)), self._sums.pop((name, True)))
+        )
         if sums is None:
             sums, held = held, None
         if name in self._mixed:

@@ -137,7 +137,7 @@ def first_output(result: Any) -> torch.Tensor | None:
 def change_of(before: Outputs, after: Outputs, reads: bool = False) -> float:
     """Squared change of outputs, over all samples; of a language model's, their KL divergence."""
     if reads:
-        return sum(divergence(b, a) * len(b) for b, a in _logits(before, after))
+        return _divergence(_logits(before, after))
     return sum(float((b - a).square().sum()) for b, a in _pairs(before, after))
 
 
@@ -154,14 +154,17 @@ def _logits(before: Outputs, after: Outputs) -> list[tuple[Any, Any]]:
     return [tuple(each.flatten(0, -2).numpy() for each in pair) for pair in pairs]
 
 
+def _divergence(logits: list[tuple[Any, Any]]) -> float:
+    return sum(divergence(b, a) * len(b) for b, a in logits)
+
+
 def describe_change(before: Outputs, after: Outputs, samples: int, reads: bool = False) -> str:
     """Change of outputs in words: of logits the KL divergence, of all the mean squared change."""
     said = f"mean squared change {change_of(before, after) / max(1, samples):.3g}"
     shapes = {b.ndim for b, _ in _pairs(before, after) if b.numel()}
     known = _logits(before, after) if reads or shapes == {2} else []
     if known and all(b.shape[1] > 1 and not is_unit(b) for b, _ in known):
-        total = change_of(before, after, reads=True)
-        said = f"KL divergence {total / sum(len(b) for b, _ in known):.3g}, {said}"
+        said = f"KL divergence {_divergence(known) / sum(len(b) for b, _ in known):.3g}, {said}"
     return said
 
 

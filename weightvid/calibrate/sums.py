@@ -95,7 +95,7 @@ class Sums:
                     for number, (left, right) in enumerate(_PRODUCTS[: 2 * len(here) - 1]):
                         self._square[number, target] += here[left].T @ here[right]
                 if own is not None and self._outputs is not None:
-                    self._outputs += across(inputs.float(), own, seen.samples)
+                    self._outputs += _across(inputs.float(), own, seen.samples)
             # Of a NaN or infinity in any input, this diagonal knows.
             if not bool(torch.isfinite(self._square[0, target].diagonal()).all()):
                 raise QuantizationError(
@@ -132,7 +132,7 @@ class Sums:
         )
 
 
-def across(inputs: torch.Tensor, pulls: torch.Tensor, samples: int) -> torch.Tensor:
+def _across(inputs: torch.Tensor, pulls: torch.Tensor, samples: int) -> torch.Tensor:
     """Sum of ``A A'``, shape (O, O), for the gradients A by the weights.
 
     Parameters

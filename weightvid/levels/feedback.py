@@ -41,9 +41,9 @@ Integers = npt.NDArray[np.int32]
 Moment = npt.NDArray[np.floating[Any]]
 
 DAMPING: Final = 0.01
-LAM: Final = 0.05
-#: the same for G: errors in other outputs are a weaker tie, which is not to be trusted in full.
+#: of G: how outputs go together differs from input to input, and is not to be trusted in full.
 OUTPUT_DAMPING: Final = 0.3
+LAM: Final = 0.05
 #: columns whose targets are brought up to date by one product of matrices.
 _BLOCK: Final = 64
 #: rows quantized side by side, and what their number is rounded up to.
@@ -303,22 +303,22 @@ def _feed_back(
     return chosen, weight - error
 
 
-def _cheapest(target: Floats, weight: Floats, price: Floats) -> Floats:
+def _cheapest(target: Floats, harm: Floats, price: Floats) -> Floats:
     """Of the nearest level, the next one towards zero and zero: the one that costs least."""
     best = nearest = np.rint(target)
     if not price.any():
         return nearest
-    least = _cost(target, nearest, weight, price)
+    least = _cost(target, nearest, harm, price)
     for other in (nearest - np.sign(nearest), np.zeros_like(nearest)):
-        there = _cost(target, other, weight, price)
+        there = _cost(target, other, harm, price)
         best = np.where(there < least, other, best)
         least = np.minimum(there, least)
     return best
 
 
-def _cost(target: Floats, level: Floats, weight: Floats, price: Floats) -> Floats:
+def _cost(target: Floats, level: Floats, harm: Floats, price: Floats) -> Floats:
     cost = target - level
     cost *= cost
-    cost *= weight
+    cost *= harm
     cost += price.take(level.astype(np.intp) + TABLE_MAX, mode="clip")
     return cost
