@@ -111,8 +111,6 @@ def open_chain(bases: Sequence[Location]) -> Iterator[Archive]:
         archives = [stack.enter_context(open_anywhere(location)) for location in bases]
         for before, after in pairwise(archives):
             after.use_base(before)
-        if not archives:
-            raise FormatError("a chain of archives has at least one", "base")
         yield archives[-1]
 
 

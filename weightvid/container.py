@@ -232,7 +232,11 @@ def header_records(header: Header, files: Sequence[tuple[SideFile, int]]) -> lis
 
 def tensor_fields(tensors: Sequence[TensorSpec]) -> bytes:
     """Names, types and shapes: the data of the record of tensors."""
-    return uint(len(tensors)) + b"".join(map(_spec_fields, tensors))
+    codes = {name: uint(code) for code, name in enumerate(loader.DTYPES)}
+    return uint(len(tensors)) + b"".join(
+        text(name) + codes[dtype] + uint(len(shape)) + b"".join(map(uint, shape))
+        for name, dtype, shape in tensors
+    )
 
 
 def root_of(tensors: Sequence[TensorSpec], heads: Mapping[int, bytes]) -> bytes:
@@ -242,16 +246,6 @@ def root_of(tensors: Sequence[TensorSpec], heads: Mapping[int, bytes]) -> bytes:
     """
     every = b"".join(heads[number] for number in range(len(tensors)))
     return hashlib.sha256(tensor_fields(tensors) + every).digest()
-
-
-def _spec_fields(spec: TensorSpec) -> bytes:
-    if len(spec.name.encode("utf-8", "surrogatepass")) > loader.MAX_NAME_BYTES:
-        raise FormatError(
-            f"the tensor name {spec.name[:40]!r}... is longer than {loader.MAX_NAME_BYTES} bytes",
-            code="limit",
-        )
-    shape = uint(len(spec.shape)) + b"".join(map(uint, spec.shape))
-    return text(spec.name) + uint(list(loader.DTYPES).index(spec.dtype)) + shape
 
 
 def part_record(part: Part) -> bytes:

@@ -90,14 +90,10 @@ class PackOptions:
         units((), self.fidelity)
         if self.parity:
             check_share(self.parity)
-        if self.step_factor is not None and not 0 < self.step_factor < inf:
-            raise QuantizationError(
-                f"the step factor must be a positive number, not {self.step_factor}"
-            )
-        if self.prune is not None and not 0 < self.prune < inf:
-            raise QuantizationError(
-                f"the factor of pruning must be a positive number, not {self.prune}"
-            )
+        factors = ("the step factor", self.step_factor), ("the factor of pruning", self.prune)
+        for name, factor in factors:
+            if factor is not None and not 0 < factor < inf:
+                raise QuantizationError(f"{name} must be a positive number, not {factor}")
         if self.prune is not None and self.video.qp is not None:
             raise QuantizationError("pruning and a QP exclude each other")
         searched = [

@@ -22,9 +22,9 @@ import numpy as np
 
 from weightvid.archives import find_tail
 from weightvid.atomic import AtomicFile
-from weightvid.container import record, tail_box, uint
+from weightvid.container import record, stored_body, tail_box, uint
 from weightvid.errors import QuantizationError, RepairError
-from weightvid.loader import STORED, Bytes
+from weightvid.loader import Bytes
 
 PARITY_UUID: Final = b"weightvid-parity"
 SEAL, TABLE, ROWS, ROW_HASHES = 96, 98, 100, 102
@@ -197,11 +197,10 @@ class _Grid:
         crcs = (zlib.crc32(flat[at : at + seal.group]) for at in range(0, len(flat), seal.group))
         sealed = record(SEAL, seal._replace(table_crc=zlib.crc32(self.table)).pack())
         hashes = record(ROW_HASHES, *(crc.to_bytes(4, "little") for crc in crcs))
-        body = b"".join((sealed, record(TABLE, self.table), record(ROWS, flat), hashes, sealed))
-        head = bytes((STORED,)) + len(body).to_bytes(4, "little")
-        crc = zlib.crc32(body, zlib.crc32(head)).to_bytes(4, "little")
+        table, rows = record(TABLE, self.table), record(ROWS, flat)
         before = sum(_Layout(seal._replace(section=n)).box_bytes for n in range(seal.section))
-        return tail_box(PARITY_UUID, crc + head + body, seal.indexed + before)
+        body = stored_body(sealed, table, rows, hashes, sealed)
+        return tail_box(PARITY_UUID, body, seal.indexed + before)
 
 
 def _zfec() -> Any:

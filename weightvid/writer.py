@@ -24,7 +24,6 @@ from weightvid.container import (
     tail_box,
     uint,
 )
-from weightvid.errors import FormatError
 from weightvid.exact import ahead, exact_records, float_records, likeness
 from weightvid.loader import Array, Header, Sidecar, Track
 from weightvid.spec import SideFile
@@ -188,8 +187,6 @@ class ArchiveWriter:
     def replace_record(self, record: bytes) -> None:
         """Put another configuration record of the same size into ``moov`` of a seekable file."""
         place = (ftyp() + moov(self._track)).index(self._track.record)
-        if len(record) != len(self._track.record):
-            raise FormatError("a configuration record of another size does not fit", code="moov")
         self._file.seek(place)
         self._file.write(record)
         self._file.seek(self._at)

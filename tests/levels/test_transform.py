@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from weightvid.levels import transform
 from weightvid.levels.transform import (
     View,
-    bases_of,
     dct,
     forward,
     precision,
@@ -98,7 +97,7 @@ def test_back_to_the_last_bit(kernel: tuple[int, ...], rows: int, channels: int,
 
 def test_kernel_matrix_is_refused_where_its_sums_are_not_exact() -> None:
     part = Part(0, 0, 0, 1, 9, 0, 1.0, (0, 1), precision((3, 3), None))
-    bases = bases_of((3, 3))
+    bases = [dct(3), dct(3)]
     assert np.abs(kernel_matrix(part, bases)).sum(axis=0).max() > 2**14
     for bad in (replace(part, shift=part.shift + 1), replace(part, frequency_steps=np.full(9, 4))):
         with pytest.raises(FormatError, match="kernel matrix"):

@@ -15,7 +15,7 @@ from weightvid.levels.frames import choose_energies, to_sequence
 from weightvid.levels.rounding import balanced, uniform
 from weightvid.levels.stats import outlier_mask, row_scales
 from weightvid.levels.steps import Moments, TensorPlan
-from weightvid.levels.transform import bases_of, forward, forward_moment, precision
+from weightvid.levels.transform import dct, forward, forward_moment, precision
 from weightvid.levels.trellis import trellis
 from weightvid.loader import (
     TRELLIS,
@@ -140,7 +140,7 @@ def code_part(
         energies=energies,
         escapes=escapes,
     )
-    found = dequantize(samples, part, bases_of(plan.kernel))
+    found = dequantize(samples, part, [dct(size) for size in plan.kernel])
     if below is not None:
         found += under
         quiet = original

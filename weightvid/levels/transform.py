@@ -89,11 +89,6 @@ def dct(size: int) -> Floats:
     return made
 
 
-def bases_of(kernel: Sequence[int]) -> list[Floats]:
-    """Basis of each kernel axis."""
-    return [dct(size) for size in kernel]
-
-
 @cache
 def whole_basis(kernel: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Basis of all kernel axes together, (K, K): row f is frequency f, positions row-major."""
