@@ -281,8 +281,8 @@ class _Pile:
         if moments is not None and moments.bias is not None:
             self._moved(moments, mean_shift(error, moments, plan))
 
-    def _moved(self, moments: Moments, shift: Floats | None) -> None:
-        if moments.bias is not None and shift is not None and np.isfinite(shift).all():
+    def _moved(self, moments: Moments, shift: Floats) -> None:
+        if moments.bias is not None and np.isfinite(shift).all():
             before = self._shifts.get(moments.bias, np.float32(0))
             self._shifts[moments.bias] = before + moments.bias_sign * shift
 
@@ -324,13 +324,12 @@ class _Pile:
             tally = self._tallies[number] = Tally(survey.specs[number].name)
             for part in coded:
                 tally.add(part)
+                if part.shift is not None:
+                    self._moved(survey.moments[number], part.shift)
             self._below[number] = np.concatenate([part.stored.reshape(-1) for part in coded])
             digest = tensor_sha256(self._below[number])[:TENSOR_SHA_BYTES]
             self._ends[layer, number] = End(number, digest, tally.sqnr_db)
             self._masks[number] |= 2 << layer
-            moments = survey.moments.get(number)
-            for part in coded if moments is not None else ():
-                self._moved(cast(Moments, moments), part.shift)
         made.coded = {
             number: [replace(part, stored=np.empty(0)) for part in coded]
             for number, coded in made.coded.items()

@@ -145,22 +145,17 @@ def _choose(
     survey: Survey, encoder: Encoder, progress: Report
 ) -> tuple[Written, int, tuple[str, ...]]:
     """Encode until the archive is as it was asked for."""
-    options = survey.options
-    notes: tuple[str, ...] = ()
-    calibration, evaluation = options.calibration, options.evaluation
-    if evaluation is not None:
-        made, encodings, notes = evaluation.search(survey, encoder.encode, encoder.file, progress)
-        return made, encodings, notes
+    options, factor = survey.options, survey.first_factor
+    if options.evaluation is not None:
+        return options.evaluation.search(survey, encoder.encode, encoder.file, progress)
     if options.target is not None:
-        made, encodings = search(
-            survey.weights, survey.first_factor, options.target, encoder.encode
-        )
+        made, encodings = search(survey.weights, factor, options.target, encoder.encode)
     else:
-        made, encodings = encoder.encode(survey.first_factor), 1
-    if calibration is not None:
-        made, more, notes = calibration.refine(survey, made, encoder, progress)
-        encodings += more
-    return made, encodings, notes
+        made, encodings = encoder.encode(factor), 1
+    if options.calibration is None:
+        return made, encodings, ()
+    made, more, notes = options.calibration.refine(survey, made, encoder, progress)
+    return made, encodings + more, notes
 
 
 # --- encoding -------------------------------------------------------------------------------------
@@ -228,7 +223,7 @@ class _Run:
         workers: Workers,
         progress: Report,
     ) -> None:
-        self._survey, self._plans, self._coded = survey, plans, coded
+        self._survey, self._coded = survey, coded
         self._workers, self._progress = workers, progress
         #: by the number of a bias: what the weights of its layer have taken from the mean outputs.
         self._shifts: dict[int, Floats] = {}
@@ -296,8 +291,7 @@ class _Run:
         tasks = (task for number in rows for task in self._tasks(number, rows[number]))
         results = self._workers.map(code_task, tasks)
         for number, parts in rows.items():
-            plan, tally = self._plans[number], Tally(self._plans[number].spec.name)
-            self._reports[number] = tally
+            tally = self._reports[number] = Tally(self._plans[number].spec.name)
             digest = self._hashes[number] = hashlib.sha256()
             for place in range(len(parts)):
                 part = self._coded[number][place] if number in self._coded else next(results)
@@ -308,7 +302,6 @@ class _Run:
                 self._done += part.stored.size
                 self._progress(Progress("encode", self._done, self._total))
                 yield replace(part, stored=np.empty((0,))), part.samples
-            del plan
 
     def _shift(self, moments: Moments, shift: Floats) -> None:
         if moments.bias is not None and np.isfinite(shift).all():

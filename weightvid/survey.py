@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from math import log2
-from typing import Final, NamedTuple
+from typing import Final
 
 from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
@@ -244,11 +244,6 @@ class Survey:
         return found
 
 
-class _Looked(NamedTuple):
-    spec: TensorSpec
-    pieces: tuple[Piece, ...]
-
-
 def survey_checkpoint(
     reader: CheckpointReader, options: PackOptions, workers: Workers, progress: Report = quiet
 ) -> Survey:
@@ -274,7 +269,7 @@ def survey_checkpoint(
     }
     total = sum(spec.size for spec in wanted.values())
     done, stats = 0, {}
-    tasks = (_Looked(spec, _pieces(reader, spec, workers)) for spec in wanted.values())
+    tasks = ((spec, _pieces(reader, spec, workers)) for spec in wanted.values())
     for number, found in zip(wanted, workers.map(_look_at, tasks), strict=True):
         done += found.spec.size
         progress(Progress("survey", done, total))
@@ -321,5 +316,6 @@ def _pieces(reader: CheckpointReader, spec: TensorSpec, workers: Workers) -> tup
     )
 
 
-def _look_at(task: _Looked) -> TensorStats:
-    return tensor_stats(task.spec, (piece.read() for piece in task.pieces))
+def _look_at(task: tuple[TensorSpec, tuple[Piece, ...]]) -> TensorStats:
+    spec, pieces = task
+    return tensor_stats(spec, (piece.read() for piece in pieces))

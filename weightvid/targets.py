@@ -136,8 +136,8 @@ def search(
         tried.append((at, value))
         if _met(target, value):
             return made, len(tried)
-        if _is_too_coarse(target, value):
-            high = at
+        if value < target.value * (1 if target.kind == "sqnr" else 1 - SIZE_TOLERANCE):
+            high = at  # too coarse
         else:
             low = at
         following = _next(target, tried)
@@ -164,10 +164,6 @@ def _met(target: Target, value: float) -> bool:
     if target.kind == "sqnr":
         return abs(value - target.value) <= SQNR_TOLERANCE_DB
     return target.value * (1 - SIZE_TOLERANCE) <= value <= target.value
-
-
-def _is_too_coarse(target: Target, value: float) -> bool:
-    return value < target.value * (1 if target.kind == "sqnr" else 1 - SIZE_TOLERANCE)
 
 
 def _next(target: Target, tried: list[tuple[float, float]]) -> float:

@@ -97,11 +97,6 @@ def find_weights(names: Sequence[str]) -> list[str]:
     return []
 
 
-def is_model(names: Sequence[str]) -> bool:
-    """Whether a folder of these files can be packed: weights, or a package of Core ML."""
-    return bool(find_weights(names)) or "Manifest.json" in names
-
-
 def is_index(name: str) -> bool:
     """Whether a file says which shards the tensors are in."""
     return _INDEX.fullmatch(name) is not None
@@ -386,7 +381,11 @@ def advice(where: str, names: Collection[str]) -> str:
     for name in names:
         inside.setdefault(name.rpartition("/")[0], []).append(name.rpartition("/")[2])
     models = [name for name in names if name.lower().endswith(FILES)]
-    models += [sub for sub in inside if sub and ".mlpackage/" not in sub and is_model(inside[sub])]
+    models += [
+        sub
+        for sub, files in inside.items()
+        if sub and ".mlpackage/" not in sub and (find_weights(files) or "Manifest.json" in files)
+    ]
     if models:
         listed = shorten(f"{where}/{name}" for name in sorted(models))
         return f"the folder {where} has no weights but models; pack them one by one: {listed}"

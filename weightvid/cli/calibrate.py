@@ -61,14 +61,12 @@ def calibrate(
         output.emit_json(record, stats=str(path), notes=made.notes, gained=made.gained)
         return
     middle = f"; {gains[len(gains) // 2]:.1f} dB less output error (median)" if gains else ""
-    output.facts(
-        [
-            ("statistics", f"{path}, {output.size(path.stat().st_size)}"),
-            ("samples", f"{made.samples:,}"),
-            ("tensors", f"{len(used)} of {len(tensors)} are quantized with them{middle}"),
-            ("gain", made.gained),
-        ]
-    )
+    output.facts([
+        ("statistics", f"{path}, {output.size(path.stat().st_size)}"),
+        ("samples", f"{made.samples:,}"),
+        ("tensors", f"{len(used)} of {len(tensors)} are quantized with them{middle}"),
+        ("gain", made.gained),
+    ])  # fmt: skip
 
 
 def load_examples(script: str, name: str) -> tuple[Any, Any]:

@@ -61,7 +61,16 @@ def archive_method(
     }  # fmt: skip
 
     def code(model: Model, factor: float) -> Coded:
-        return pack_and_load(model, replace(options, step_factor=factor or None), folder)
+        """Pack a model as ``weightvid pack`` does, and load it as programs do."""
+        chosen = replace(options, step_factor=factor or None)
+        with ScratchFolder() as scratch:
+            path = place(folder or Path(scratch), model, chosen)
+            began = perf_counter()
+            made = pack_to(path, model, chosen)
+            packed = perf_counter()
+            tensors = load(path, model)
+            details = {"frames": made.frames, "packet_bytes": made.packet_bytes}
+            return Coded(made.file_bytes, tensors, packed - began, perf_counter() - packed, details)
 
     def restore(model: Model, factor: float) -> Tensors:
         path = place(folder or Path(), model, replace(options, step_factor=factor or None))
@@ -72,18 +81,6 @@ def archive_method(
         restore=restore if folder else None,
     )  # fmt: skip
     return replace(made, parameter="step factor", values=tuple(factors)) if factors else made
-
-
-def pack_and_load(model: Model, options: PackOptions, folder: Path | None = None) -> Coded:
-    """Pack a model as ``weightvid pack`` does, and load it as programs do."""
-    with ScratchFolder() as scratch:
-        path = place(folder or Path(scratch), model, options)
-        began = perf_counter()
-        made = pack_to(path, model, options)
-        packed = perf_counter()
-        tensors = load(path, model)
-        details = {"frames": made.frames, "packet_bytes": made.packet_bytes}
-        return Coded(made.file_bytes, tensors, packed - began, perf_counter() - packed, details)
 
 
 def place(folder: Path, model: Model, options: PackOptions) -> Path:

@@ -213,20 +213,18 @@ def lay_out(items: Iterable[tuple[_T, Bytes]], size: FrameSize) -> Iterator[Fram
     for item, samples in items:
         columns = np.full((ribbon_columns(samples.size), BAND), ZERO_SAMPLE, np.uint8)
         columns.reshape(-1)[: samples.size] = samples
-        if at == size.columns:
-            yield Frame(number, _picture(ribbon, size), tuple(starts), tuple(ends))
-            number, at, ribbon, starts, ends = number + 1, 0, _blank(size), [], []
-        starts.append((item, at))
         begin = 0
         while begin < len(columns):
             if at == size.columns:
                 yield Frame(number, _picture(ribbon, size), tuple(starts), tuple(ends))
                 number, at, ribbon, starts, ends = number + 1, 0, _blank(size), [], []
+            if not begin:
+                starts.append((item, at))
             count = min(len(columns) - begin, size.columns - at)
             ribbon[at : at + count] = columns[begin : begin + count]
             begin, at = begin + count, at + count
         ends.append(item)
-    if starts or ends or at:
+    if at:
         yield Frame(number, _picture(ribbon, size), tuple(starts), tuple(ends))
 
 

@@ -93,15 +93,13 @@ class RateModel:
 
 
 def entropy_bits(levels: Levels) -> float:
-    """Zero-order entropy of levels in bits per level (0 for an empty array).
+    """Zero-order entropy of levels in bits per level.
 
     Examples
     --------
     >>> entropy_bits(np.array([0, 1, 0, 1]))
     1.0
     """
-    if levels.size == 0:
-        return 0.0
     counts = np.bincount(levels.ravel().astype(np.int64) - int(levels.min()))
     share = counts[counts > 0] / levels.size
     return max(0.0, -float((share * np.log2(share)).sum()))
@@ -117,7 +115,7 @@ def sign_coded_bits(levels: Levels) -> float:
     >>> sign_coded_bits(np.array([0, 1, 0, 1]))
     1.5
     """
-    return entropy_bits(np.abs(levels)) + float(np.count_nonzero(levels)) / max(levels.size, 1)
+    return entropy_bits(np.abs(levels)) + float(np.count_nonzero(levels)) / levels.size
 
 
 #: price of a bit in squared steps.
