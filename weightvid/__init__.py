@@ -31,11 +31,8 @@ if TYPE_CHECKING:
     from weightvid.unpack import UnpackReport, unpack_archive
     from weightvid.verify import VerifyReport, verify_archive
 
+#: homes of the names that are no errors.
 _HOMES = {
-    "errors": (
-        "CheckpointError CodecError EvaluationError FormatError OutputError QuantizationError "
-        "TargetError TensorNotFoundError TruncatedError WeightvidError"
-    ),
     "loader": "Archive open_archive",
     "pack": "PackOptions PackReport pack_checkpoint",
     "inspect": "ArchiveSummary summarize_archive",
@@ -72,10 +69,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what has been asked for, once."""
-    home = _HOME.get(name)
-    if home is None:
+    if name not in __all__:
         raise AttributeError(f"module 'weightvid' has no attribute {name!r}")
-    value = getattr(import_module(f"weightvid.{home}"), name)
+    value = getattr(import_module(f"weightvid.{_HOME.get(name, 'errors')}"), name)
     globals()[name] = value
     return value
 

@@ -32,6 +32,7 @@ from weightvid.loader import (
     End,
     Floats,
     Header,
+    Index,
     Layers,
     Part,
     Sidecar,
@@ -271,10 +272,9 @@ def _same(one: Track, other: Track) -> bool:
 
 def _stages(archive: Archive) -> Iterator[tuple[range, list[int]]]:
     """Frames, and offsets of exact boxes, of each layer."""
-    if archive.index is None:
-        raise FormatError("an archive without index cannot be merged", "truncated")
+    index = cast(Index, archive.index)  # or nobody would know its root
     frame = place = 0
-    for frames, boxes in archive.index.stages:
-        offsets = [at for at, _ in archive.index.boxes[place : place + boxes]]
+    for frames, boxes in index.stages:
+        offsets = [at for at, _ in index.boxes[place : place + boxes]]
         yield range(frame, frame + frames), offsets
         frame, place = frame + frames, place + boxes

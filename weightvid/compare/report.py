@@ -251,8 +251,9 @@ def _headline(result: CompareResult) -> list[str]:
     """What somebody in a hurry reads."""
     found = recommended(result)
     machine = f"{result.machine['processor']}, {result.machine['cores']} cores"
+    measured = f'<p class="soft">{escape(f"{result.date}; {machine}")}</p>'
     if found is None:
-        return [f'<p class="soft">{escape(f"{result.date}; {machine}")}</p>']
+        return [measured]
     row, why = found
     ratio = result.original_bytes / row.file_bytes
     sizes = f"{_mb(result.original_bytes)} → {_mb(row.file_bytes)}"
@@ -275,7 +276,7 @@ def _headline(result: CompareResult) -> list[str]:
         f'<div class="facts">{"".join(cells)}</div>',
         f"<p><b>{escape(row.label)}</b>: {escape(why)}.</p>",
         f"<p><code>{escape(row.command)}</code></p>",
-        f'<p class="soft">{escape(f"{result.date}; {machine}")}</p>',
+        measured,
     ]
 
 
