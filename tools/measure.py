@@ -23,14 +23,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 
 from weightvid.calibrate import Calibration, calibrate
 from weightvid.calibrate.evaluation import Judge
 from weightvid.checkpoint import open_checkpoint
-from weightvid.compare.curves import Crossing, Measure, crossing, measures
+from weightvid.compare.curves import Measure, Pair, crossing, measures
 from weightvid.compare.model import Method, Model, load_model
 from weightvid.compare.peers import peer_methods
 from weightvid.compare.plain import plain_methods
@@ -49,6 +50,9 @@ GROUPS: Final = ("weightvid", "calibrated", "refined", "own", "own-refined", "nn
 FACTORS: Final = tuple(round(0.18 * 2 ** (i / 4), 4) for i in range(-5, 12))
 DQ_QPS: Final = tuple(range(-38, -17))
 OPT_QPS: Final = tuple(range(-40, -19))
+#: points so many bits per weight around a crossing take part in its straight line.
+FIT_HALF_WIDTH: Final = 1.0
+FIT_POINTS: Final = 4
 #: of plain integers.
 BITS: Final = (8.0, 7.0, 6.0, 5.0, 4.0, 3.0)
 
@@ -244,6 +248,45 @@ def summary(subject: Subject, row: Row) -> str:
     )
 
 
+class Crossing(NamedTuple):
+    """Rate at which a curve reaches a level, in bits per weight.
+
+    ``interpolated`` lies between the two neighbouring points; None: never reached. ``fitted`` is by
+    a straight line through the levels within 1 bit around, ``fitted_se`` its standard error: one
+    draw of a quantizer is noisy, and a line through many averages that out. None: too few points.
+    """
+
+    interpolated: float | None = None
+    fitted: float | None = None
+    fitted_se: float | None = None
+
+
+def fitted_crossing(curve: Sequence[Pair], level: float) -> Crossing:
+    """Rate of a curve of (bits per weight, level) at a level, between two points and by a line."""
+    interpolated = at = crossing(curve, level)
+    error = None
+    for _ in range(10):
+        near = [p for p in curve if at is not None and abs(p[0] - at) <= FIT_HALF_WIDTH]
+        if at is None or len(near) < FIT_POINTS:
+            return Crossing(interpolated)
+        before, (at, error) = at, line(sorted(near), level)
+        if at is not None and abs(at - before) < 1e-9:
+            break
+    return Crossing(interpolated, at, error)
+
+
+def line(points: Sequence[Pair], level: float) -> tuple[float | None, float | None]:
+    """Where a straight line through the points has a level, and its standard error."""
+    x, y = np.array(points).T
+    slope, offset = np.polyfit(x, y, 1)
+    if slope >= 0:
+        return None, None
+    at = float((level - offset) / slope)
+    spread = float(np.square(y - slope * x - offset).sum() / max(1, len(x) - 2))
+    lever = 1 / len(x) + (at - x.mean()) ** 2 / np.square(x - x.mean()).sum()
+    return at, float(math.sqrt(spread * lever) / -slope)
+
+
 def crossings(subject: Subject, rows: Sequence[Row]) -> dict[str, list[Crossing]]:
     """Rates of each curve at each goal."""
     curves: dict[str, list[Row]] = {}
@@ -252,7 +295,7 @@ def crossings(subject: Subject, rows: Sequence[Row]) -> dict[str, list[Crossing]
             curves.setdefault(row.curve, []).append(row)
     return {
         name: [
-            crossing(subject.measure.levels(points), subject.measure.level(goal))
+            fitted_crossing(subject.measure.levels(points), subject.measure.level(goal))
             for goal in subject.goals
         ]
         for name, points in curves.items()
@@ -285,7 +328,7 @@ def write(subject: Subject, rows: Sequence[Row], found: Any, options: argparse.N
         "goals": subject.goals,
         "versions": versions(),
         "machine": machine(),
-        "rates": {name: [vars_of(rate) for rate in rates] for name, rates in found.items()},
+        "rates": {name: [rate._asdict() for rate in rates] for name, rates in found.items()},
         "rows": [row.record() for row in rows],
     }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -293,10 +336,6 @@ def write(subject: Subject, rows: Sequence[Row], found: Any, options: argparse.N
     base.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     text = f"# {subject.name}\n\n`{record['command']}`\n\n{table(subject, found)}\n"
     base.with_suffix(".md").write_text(text, encoding="utf-8")
-
-
-def vars_of(rate: Crossing) -> dict[str, float | None]:
-    return {name: getattr(rate, name) for name in ("interpolated", "fitted", "fitted_se")}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
-from math import inf, isfinite, log, nan, sqrt
-from typing import Final
+from math import inf, isfinite, log, nan
 
 import numpy as np
 
@@ -17,9 +16,6 @@ from weightvid.errors import QuantizationError
 
 #: rate in bits per weight, and a level that falls with the quality.
 Pair = tuple[float, float]
-#: points so many bits per weight around a crossing take part in its straight line.
-_FIT_HALF_WIDTH: Final = 1.0
-_FIT_POINTS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,45 +100,22 @@ def parse_goal(text: str) -> Goal:
     return Goal(name, value)
 
 
-@dataclass(frozen=True, slots=True)
-class Crossing:
-    """Rate at which a curve reaches a level, in bits per weight.
+def crossing(curve: Sequence[Pair], level: float) -> float | None:
+    """Rate at which a curve of (bits per weight, level) reaches a level; None: it never does.
 
-    ``interpolated`` lies between the two neighbouring points; None: never reached. ``fitted`` is by
-    a straight line through the levels within 1 bit around, ``fitted_se`` its standard error: one
-    draw of a quantizer is noisy, and a line through many averages that out. None: too few points.
-    """
-
-    interpolated: float | None = None
-    fitted: float | None = None
-    fitted_se: float | None = None
-
-
-def crossing(curve: Sequence[Pair], level: float) -> Crossing:
-    """Rate of a curve of (bits per weight, level) at a level; levels fall with the quality.
+    It lies between the two neighbouring points. Levels fall with the quality.
 
     Examples
     --------
-    >>> found = crossing([(2, 4), (2.5, 3), (3, 2), (3.5, 1), (4, 0)], 1)
-    >>> found.interpolated, round(found.fitted, 6)
-    (3.5, 3.5)
+    >>> crossing([(2, 4), (2.5, 3), (3, 2), (3.5, 1), (4, 0)], 1)
+    3.5
     """
-    points = sorted(curve)
     between = (
         r0 + (r1 - r0) * (l0 - level) / (l0 - l1)
-        for (r0, l0), (r1, l1) in pairwise(_falling(points))
+        for (r0, l0), (r1, l1) in pairwise(_falling(sorted(curve)))
         if l1 <= level <= l0
     )
-    interpolated = at = next(between, None)
-    error = None
-    for _ in range(10):
-        near = [p for p in points if at is not None and abs(p[0] - at) <= _FIT_HALF_WIDTH]
-        if at is None or len(near) < _FIT_POINTS:
-            return Crossing(interpolated)
-        before, (at, error) = at, _line(near, level)
-        if at is not None and abs(at - before) < 1e-9:
-            break
-    return Crossing(interpolated, at, error)
+    return next(between, None)
 
 
 def _falling(points: Sequence[Pair]) -> list[Pair]:
@@ -155,17 +128,6 @@ def _falling(points: Sequence[Pair]) -> list[Pair]:
             n = n0 + n1
             pools.append(((r0 * n0 + r1 * n1) / n, (l0 * n0 + l1 * n1) / n, n))
     return [(rate, loss) for rate, loss, _ in pools]
-
-
-def _line(points: Sequence[Pair], level: float) -> tuple[float | None, float | None]:
-    x, y = np.array(points).T
-    slope, offset = np.polyfit(x, y, 1)
-    if slope >= 0:
-        return None, None
-    at = float((level - offset) / slope)
-    spread = float(np.square(y - slope * x - offset).sum() / max(1, len(x) - 2))
-    lever = 1 / len(x) + (at - x.mean()) ** 2 / np.square(x - x.mean()).sum()
-    return at, float(sqrt(spread * lever) / -slope)
 
 
 def ending(measure: Measure, rows: Sequence[Row], level: float) -> str:

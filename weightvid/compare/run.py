@@ -156,7 +156,7 @@ class CompareResult:
         measure = measures(self.options.lower_is_better)[goal.measure]
         level = measure.level(goal.value)
         return {
-            name: crossing(measure.levels(rows), level).interpolated
+            name: crossing(measure.levels(rows), level)
             for name, rows in self.curves().items()
             if len(rows) > 1
         }
