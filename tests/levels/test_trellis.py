@@ -14,9 +14,11 @@ from weightvid.errors import QuantizationError
 from weightvid.levels import trellis as module
 from weightvid.levels.rounding import uniform
 from weightvid.levels.trellis import (
-    RateModel,
+    TABLE_MAX,
     entropy_bits,
-    fit_model,
+    fit_bits,
+    histogram_bits,
+    laplacian_bits,
     next_state,
     sample_of,
     second_quantizer,
@@ -33,7 +35,7 @@ def values_of(levels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("lam", [0.0, 0.09, 0.4])
 def test_no_sequence_is_cheaper(lam: float) -> None:
-    model = RateModel.laplacian(0.8)
+    bits = laplacian_bits(0.8)
 
     def costs(run: np.ndarray, levels: np.ndarray) -> np.ndarray:
         """Cost of many candidate rows of levels, straight from the definition."""
@@ -43,23 +45,24 @@ def test_no_sequence_is_cheaper(lam: float) -> None:
             for weight, level in zip(run.tolist(), candidate, strict=True):
                 found[row] += (weight - level - 0.5 * second_quantizer(state)) ** 2
                 state = next_state(state, level & 1)
-        return found + lam * model.of(levels).sum(axis=1)
+        return found + lam * bits[levels + TABLE_MAX].sum(axis=1)
 
     every = np.array(list(itertools.product(range(-2, 3), repeat=5)))
     rng = np.random.default_rng(5)
     # The search sees weights at multiples of 1/64.
     for run in (np.rint(rng.normal(0, 0.8, (6, 5)) * 64) / 64).astype(np.float32):
-        found = trellis(run[None], lam, model)
+        found = trellis(run[None], lam, bits)
         assert costs(run, found)[0] <= costs(run, every).min() + 1e-5
 
 
 def test_finer_weights_lose_next_to_nothing() -> None:
     scaled = np.random.default_rng(1).normal(0, 1.5, (64, 200)).astype(np.float32)
-    model = RateModel.laplacian(1.2)
+    bits = laplacian_bits(1.2)
 
     def cost(weights: np.ndarray) -> float:
-        levels = trellis(weights, 0.11, model)
-        return float(np.square(scaled - values_of(levels)).sum() + 0.11 * model.of(levels).sum())
+        levels = trellis(weights, 0.11, bits)
+        error = np.square(scaled - values_of(levels)).sum()
+        return float(error + 0.11 * bits[levels + TABLE_MAX].sum())
 
     # A thousandth of a step either way changes cells, but not what the result is worth.
     assert cost(scaled) == pytest.approx(cost(scaled + np.float32(1e-3)), rel=1e-3)
@@ -102,16 +105,16 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tables_of_a_few_weights_are_parts_of_whole_ones() -> None:
     weights = (np.random.default_rng(3).standard_normal((9, 30)) * 50).astype(np.float32)
     weights[4, 5:7] = 500, -3000  # beyond the tables
-    model, many = RateModel.laplacian(2.0), np.tile(weights, (80, 1))
-    few = trellis(weights, model=model)
-    assert np.array_equal(trellis(many, model=model), np.tile(few, (80, 1)))
+    bits, many = laplacian_bits(2.0), np.tile(weights, (80, 1))
+    few = trellis(weights, bits=bits)
+    assert np.array_equal(trellis(many, bits=bits), np.tile(few, (80, 1)))
 
 
 def test_blocks_of_rows_change_nothing() -> None:
     matrix = np.random.default_rng(3).laplace(0, 2, (300, 120)).astype(np.float32)
     matrix[7, 7] = 500.0
-    model = fit_model(sample_of(matrix))
-    blocks = [trellis(block, model=model) for block in np.split(matrix, [1, 8, 150])]
+    bits = fit_bits(sample_of(matrix))
+    blocks = [trellis(block, bits=bits) for block in np.split(matrix, [1, 8, 150])]
     assert np.array_equal(np.concatenate(blocks), trellis(matrix))
 
 
@@ -168,15 +171,12 @@ def test_gain_over_plain_rounding(draw: str) -> None:
 
 def test_rate_models() -> None:
     levels = np.random.default_rng(0).geometric(0.4, 50_000) * 3 - 4
-    model = RateModel.from_levels(levels)
-    assert model.bits == pytest.approx(model.bits[::-1])
-    assert np.exp2(-model.bits).sum() == pytest.approx(1, abs=0.01)
+    bits = histogram_bits(levels)
+    assert bits == pytest.approx(bits[::-1])
+    assert np.exp2(-bits).sum() == pytest.approx(1, abs=0.01)
     symmetric = np.concatenate([levels, -levels])
-    assert model.of(symmetric).mean() == pytest.approx(entropy_bits(symmetric), rel=0.02)
-    ends = model.of(np.array([127, 128, 1127]))
-    assert ends[1] - ends[0] == pytest.approx(model.tail_bits)
-    assert ends[2] - ends[0] == pytest.approx(1000 * model.tail_bits)
-    assert np.isfinite(RateModel.from_levels(np.zeros(0, np.int32)).bits).all()
+    assert bits[symmetric + TABLE_MAX].mean() == pytest.approx(entropy_bits(symmetric), rel=0.02)
+    assert np.isfinite(histogram_bits(np.zeros(0, np.int32))).all()
 
 
 def test_refusals() -> None:

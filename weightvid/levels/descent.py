@@ -21,7 +21,7 @@ import numpy.typing as npt
 from weightvid.errors import QuantizationError
 from weightvid.levels.feedback import FeedbackConfig, feedback, split_groups
 from weightvid.levels.rounding import MEAN_COUPLING, check_range
-from weightvid.levels.trellis import TABLE_MAX, RateModel
+from weightvid.levels.trellis import TABLE_MAX, histogram_bits
 from weightvid.loader import MAX_LEVEL, Bytes, Floats
 
 _SWEEPS: Final = 5
@@ -116,7 +116,7 @@ def _class_bits(levels: Floats) -> tuple[Bytes, npt.NDArray[np.float64]]:
     classes = (np.clip(np.rint(2 * octaves), -_CLASSES, 0) + _CLASSES).astype(np.uint8)
     whole = np.clip(levels, -TABLE_MAX, TABLE_MAX).astype(np.int32)
     return classes, np.stack(
-        [RateModel.from_levels(whole[classes == kind]).bits for kind in range(_CLASSES + 1)]
+        [histogram_bits(whole[classes == kind]) for kind in range(_CLASSES + 1)]
     )
 
 

@@ -33,7 +33,14 @@ import numpy.typing as npt
 from weightvid.errors import QuantizationError
 from weightvid.levels.feedback_trellis import search
 from weightvid.levels.rounding import check_range
-from weightvid.levels.trellis import MEAN_POINT, TABLE_MAX, CostTables, RateModel, check_lam, spread
+from weightvid.levels.trellis import (
+    MEAN_POINT,
+    TABLE_MAX,
+    CostTables,
+    check_lam,
+    histogram_bits,
+    spread,
+)
 from weightvid.loader import MAX_LEVEL, Floats
 
 Method = Literal["uniform", "trellis"]
@@ -171,15 +178,18 @@ def fit(
     count = -(-_SAMPLE // max(1, len(groups) * scaled.shape[1]))
     sample = [(g, parts[g][0][spread(len(parts[g][0]), count)]) for g in groups]
 
-    def fitted(model: RateModel) -> Fitted:
-        table = CostTables.build(model, chosen.lam, peak) if method == "trellis" else None
-        return Fitted((chosen.lam * model.bits).astype(np.float32), table, factors, chosen.dead)
+    def fitted(samples: Iterable[npt.NDArray[Any]]) -> Fitted:
+        bits = histogram_bits(
+            np.concatenate([levels.astype(np.int32).ravel() for levels in samples])
+        )
+        table = CostTables.build(bits, chosen.lam, peak) if method == "trellis" else None
+        return Fitted((chosen.lam * bits).astype(np.float32), table, factors, chosen.dead)
 
     shift = MEAN_POINT if method == "trellis" else 0.0
-    first = fitted(_model(np.rint(rows - np.float32(shift)) for _, rows in sample))
+    first = fitted(np.rint(rows - np.float32(shift)) for _, rows in sample)
     if not chosen.lam:
         return first
-    return fitted(_model(quantize_rows(rows, first, g) for g, rows in sample))
+    return fitted(quantize_rows(rows, first, g) for g, rows in sample)
 
 
 def quantize_rows(scaled: Floats, fitted: Fitted, group: int = 0) -> Integers:
@@ -276,12 +286,6 @@ def split_groups(matrix: Moment, moment: Moment) -> list[tuple[Moment, Moment]]:
             "don't belong together"
         )
     return list(zip(np.split(matrix, len(moments)), moments, strict=True))
-
-
-def _model(samples: Iterable[npt.NDArray[Any]]) -> RateModel:
-    return RateModel.from_levels(
-        np.concatenate([levels.astype(np.int32).ravel() for levels in samples])
-    )
 
 
 def _feed_back(

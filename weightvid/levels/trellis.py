@@ -4,7 +4,7 @@
 quantizer and ``4 k + 2`` in the second, and the weight is n / 4 steps of a plain quantizer of the
 same rate. A machine of 8 states, driven by the parities of the levels, says which quantizer is
 next. The encoder minimises over each row ``sum (w - n / 4)^2 + lam * bits(k)`` over all sequences
-of levels; bits is a static price of the level alone, see `RateModel`.
+of levels; bits is a static price of the level alone, see `Bits`.
 
 A level comes from one of four subsets: first quantizer even, first odd, second even, second odd.
 What the best member of each costs depends on the weight alone, so it is one look-up per subset; the
@@ -33,63 +33,40 @@ from weightvid.errors import QuantizationError
 from weightvid.levels.rounding import check_range
 from weightvid.loader import MAX_LEVEL, Floats
 
-#: levels beyond -127..127 are priced by a straight line; they are escapes of an 8-bit sample.
+#: levels beyond -127..127, which are escapes of an 8-bit sample, cost as much as the last ones.
 TABLE_MAX: Final = 127
 _PRIOR_WEIGHT: Final = 16.0
-_MIN_TAIL_BITS: Final = 0.02
 
 Levels = npt.NDArray[np.integer[Any]]
+#: what the levels -127 .. 127 cost, shape (255,).
+Bits = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RateModel:
-    """Bits that a level costs.
+def laplacian_bits(mean_magnitude: float) -> Bits:
+    """Bits of levels whose magnitudes are geometric, of a mean (in levels, >= 0), with random sign.
 
-    Attributes
-    ----------
-    bits : ndarray of float64, shape (255,)
-        Of the levels -127 .. 127.
-    tail_bits : float
-        Added bits per unit of magnitude beyond them.
+    Examples
+    --------
+    >>> laplacian_bits(1.0)[TABLE_MAX - 1 : TABLE_MAX + 3].round(3).tolist()
+    [3.0, 1.0, 3.0, 4.0]
     """
+    mean = max(float(mean_magnitude), 1e-6)
+    ratio = mean / (1.0 + mean)
+    magnitudes = np.abs(np.arange(-TABLE_MAX, TABLE_MAX + 1))
+    bits: Bits = -np.log2(1.0 - ratio) - np.log2(ratio) * magnitudes + (magnitudes > 0)
+    return bits
 
-    bits: npt.NDArray[np.float64]
-    tail_bits: float
 
-    @classmethod
-    def laplacian(cls, mean_magnitude: float) -> RateModel:
-        """Model of geometric magnitudes of the given mean (in levels, >= 0) and random sign.
-
-        Examples
-        --------
-        >>> RateModel.laplacian(1.0).of(np.array([0, 1, -1, 200])).round(3).tolist()
-        [1.0, 3.0, 3.0, 202.0]
-        """
-        mean = max(float(mean_magnitude), 1e-6)
-        ratio = mean / (1.0 + mean)
-        slope = -float(np.log2(ratio))
-        magnitudes = np.abs(np.arange(-TABLE_MAX, TABLE_MAX + 1))
-        bits = -np.log2(1.0 - ratio) + slope * magnitudes + (magnitudes > 0)
-        return cls(bits, max(slope, _MIN_TAIL_BITS))
-
-    @classmethod
-    def from_levels(cls, levels: Levels) -> RateModel:
-        """Model of the histogram of some levels (or none) and their negatives, with a prior."""
-        flat = levels.astype(np.int32, copy=False).ravel()
-        prior = cls.laplacian(float(np.abs(flat).mean()) if flat.size else 0.0)
-        clipped = np.clip(flat, -TABLE_MAX, TABLE_MAX) + TABLE_MAX
-        counts = np.bincount(clipped, minlength=2 * TABLE_MAX + 1)
-        folded = 0.5 * (counts + counts[::-1])
-        share = (folded + _PRIOR_WEIGHT * np.exp2(-prior.bits)) / (flat.size + _PRIOR_WEIGHT)
-        return cls(-np.log2(np.maximum(share, 1e-300)), prior.tail_bits)
-
-    def of(self, levels: Levels) -> npt.NDArray[np.float64]:
-        """Bits of each level, same shape."""
-        wide = levels.astype(np.int64)
-        inside = np.clip(wide, -TABLE_MAX, TABLE_MAX)
-        bits: npt.NDArray[np.float64] = self.bits[inside + TABLE_MAX]
-        bits += self.tail_bits * np.abs(wide - inside)
-        return bits
+def histogram_bits(levels: Levels) -> Bits:
+    """Bits by the histogram of some levels (or none) and their negatives, with a prior."""
+    flat = levels.astype(np.int32, copy=False).ravel()
+    prior = laplacian_bits(float(np.abs(flat).mean()) if flat.size else 0.0)
+    clipped = np.clip(flat, -TABLE_MAX, TABLE_MAX) + TABLE_MAX
+    counts = np.bincount(clipped, minlength=2 * TABLE_MAX + 1)
+    folded = 0.5 * (counts + counts[::-1])
+    share = (folded + _PRIOR_WEIGHT * np.exp2(-prior)) / (flat.size + _PRIOR_WEIGHT)
+    bits: Bits = -np.log2(np.maximum(share, 1e-300))
+    return bits
 
 
 def entropy_bits(levels: Levels) -> float:
@@ -158,7 +135,7 @@ def second_quantizer(state: int) -> int:
     return state >> 1 & 1
 
 
-def trellis(scaled: Floats, lam: float = LAM, model: RateModel | None = None) -> Integers:
+def trellis(scaled: Floats, lam: float = LAM, bits: Bits | None = None) -> Integers:
     """Trellis levels of a matrix.
 
     Parameters
@@ -167,9 +144,9 @@ def trellis(scaled: Floats, lam: float = LAM, model: RateModel | None = None) ->
         Weights in steps of the plain quantizer of the same rate. Each row is a run of its own.
     lam : float
         Price of a bit in squared steps, >= 0; 0 minimises the squared error alone.
-    model : RateModel, optional
-        Prices of levels; fitted to a sample when absent. With a given model the levels of a row
-        depend on nothing but that row.
+    bits : ndarray of float64, shape (255,), optional
+        Fitted to a sample when absent. With given ones the levels of a row depend on nothing but
+        that row.
 
     Returns
     -------
@@ -185,7 +162,7 @@ def trellis(scaled: Floats, lam: float = LAM, model: RateModel | None = None) ->
     if scaled.ndim != 2:
         raise QuantizationError(f"weights must be a matrix, not {scaled.ndim}-dimensional")
     check_range(scaled, MAX_LEVEL - 2)
-    return _search(scaled, model or fit_model(sample_of(scaled), lam), lam)
+    return _search(scaled, fit_bits(sample_of(scaled), lam) if bits is None else bits, lam)
 
 
 def sample_of(matrix: Floats) -> Floats:
@@ -220,10 +197,10 @@ def check_lam(lam: float) -> None:
         raise QuantizationError(f"lam must be finite and at least 0, not {lam!r}")
 
 
-def fit_model(sample: Floats, lam: float = LAM) -> RateModel:
-    """Prices of the levels that the trellis chooses for a sample, such as `sample_of` makes."""
+def fit_bits(sample: Floats, lam: float = LAM) -> Bits:
+    """Bits of the levels that the trellis chooses for a sample, such as `sample_of` makes."""
     nearest = np.rint(sample - np.float32(MEAN_POINT)).astype(np.int32)
-    return RateModel.from_levels(_search(sample, RateModel.from_levels(nearest), lam))
+    return histogram_bits(_search(sample, histogram_bits(nearest), lam))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,7 +227,7 @@ class CostTables:
 
     @classmethod
     def build(
-        cls, model: RateModel, lam: float, peak: float, weights: Floats | None = None
+        cls, bits: Bits, lam: float, peak: float, weights: Floats | None = None
     ) -> CostTables:
         """Tables for magnitudes up to ``peak``; longer ones start and end with more cells.
 
@@ -268,7 +245,7 @@ class CostTables:
         steps = np.array([-4, -2, 0, 2, 4])[:, None, None]
         candidates = np.concatenate([nearest + steps, [0 * nearest - parity]])
         most = reach + 6
-        prices = lam * model.of(np.arange(-most, most + 1))
+        prices = lam * bits[TABLE_MAX - most : TABLE_MAX + most + 1]
         errors = (weight - candidates - offset) ** 2
         best = np.argmin(errors + prices[candidates.astype(np.intp) + most], axis=0)
         level = np.choose(best, candidates)
@@ -296,12 +273,12 @@ def _cells(weights: Floats, middle: int) -> tuple[Integers, Floats | None]:
     return position.astype(np.int32), moved
 
 
-def _search(matrix: Floats, model: RateModel, lam: float) -> Integers:
+def _search(matrix: Floats, bits: Bits, lam: float) -> Integers:
     """Cheapest levels of a matrix at given prices."""
     found = np.zeros(matrix.shape, np.int32)
     if not matrix.size:
         return found
-    table = CostTables.build(model, lam, check_range(matrix, MAX_LEVEL - 2), matrix)
+    table = CostTables.build(bits, lam, check_range(matrix, MAX_LEVEL - 2), matrix)
     lanes = min(_LANES, max(_LANES // 8, _DECISION_BYTES // (STATES * matrix.shape[1])))
     for first in range(0, len(matrix), lanes):
         cells, moved = table.cells(matrix[first : first + lanes])
