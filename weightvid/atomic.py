@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, BinaryIO, Final
 
 from weightvid.errors import OutputError
 
@@ -44,7 +44,7 @@ class AtomicFile:
         The destination exists (without ``force``), is no regular file, or cannot be written.
     """
 
-    file: IO[bytes]
+    file: BinaryIO
 
     def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         self._shown = os.fspath(path)
@@ -118,7 +118,7 @@ class AtomicFile:
 
 
 @contextmanager
-def atomic_output(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[IO[bytes]]:
+def atomic_output(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[BinaryIO]:
     """The ``file`` of an `AtomicFile`, which is committed at a clean exit and removed otherwise."""
     output = AtomicFile(path, force=force)
     try:

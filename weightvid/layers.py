@@ -21,12 +21,12 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import log2, log10
 from time import perf_counter
-from typing import BinaryIO, Final, cast
+from typing import BinaryIO, Final
 
 import numpy as np
 
 from weightvid.archives import Location, checked_tensors, open_chain
-from weightvid.atomic import AtomicFile
+from weightvid.atomic import atomic_output
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.container import root_of
 from weightvid.errors import FormatError, QuantizationError
@@ -166,25 +166,19 @@ def pack_layers(
             else stack.enter_context(open_checkpoint(source, progress))
         )
         base = stack.enter_context(open_chain(layering.base)) if layering.base else None
-        output = AtomicFile(destination, force=chosen.force)
-        try:
-            workers = stack.enter_context(open_workers(chosen.workers, chosen.jobs))
-            survey = survey_checkpoint(reader, chosen, workers, progress)
-            pile = _Pile(survey, workers, progress)
-            if base is None:
-                pile.refine(layering.layers)
-            else:
-                pile.update(base)
-            report = pile.write(cast(BinaryIO, output.file), base)
-            if chosen.parity:
-                size = add_parity(cast(BinaryIO, output.file), chosen.parity)
-                report = replace(report, file_bytes=size)
-            if chosen.verify:
-                _verify(cast(BinaryIO, output.file), base, pile.root())
-        except BaseException:
-            output.abort()
-            raise
-        output.commit()
+        file = stack.enter_context(atomic_output(destination, force=chosen.force))
+        workers = stack.enter_context(open_workers(chosen.workers, chosen.jobs))
+        survey = survey_checkpoint(reader, chosen, workers, progress)
+        pile = _Pile(survey, workers, progress)
+        if base is None:
+            pile.refine(layering.layers)
+        else:
+            pile.update(base)
+        report = pile.write(file, base)
+        if chosen.parity:
+            report = replace(report, file_bytes=add_parity(file, chosen.parity))
+        if chosen.verify:
+            _verify(file, base, pile.root())
     return replace(report, seconds=perf_counter() - began)
 
 

@@ -18,12 +18,12 @@ from fnmatch import fnmatchcase
 from math import log10
 from pathlib import Path
 from time import perf_counter
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
 from weightvid.archives import stored_pieces
-from weightvid.atomic import AtomicFile
+from weightvid.atomic import atomic_output
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError
 from weightvid.levels.code import CodedPart, compare_rows, part_rows
@@ -100,18 +100,13 @@ def _pack(
 ) -> PackReport:
     began = perf_counter()
     options.check()
-    output = AtomicFile(destination, force=options.force)
-    try:
+    with atomic_output(destination, force=options.force) as file:
         with open_workers(options.workers, options.jobs) as workers:
             survey = survey_checkpoint(reader, options, workers, progress)
-            encoder = Encoder(survey, cast(BinaryIO, output.file), workers, progress)
+            encoder = Encoder(survey, file, workers, progress)
             made, encodings, notes = _choose(survey, encoder, progress)
         if options.verify:
-            _verify(cast(BinaryIO, output.file), reader, options.jobs, progress)
-    except BaseException:
-        output.abort()
-        raise
-    output.commit()
+            _verify(file, reader, options.jobs, progress)
     contents = reader.contents
     told = notes or survey.warning(made.factor)
     if made.sqnr_db is not None and made.sqnr_db < _FAINT_DB:

@@ -102,7 +102,7 @@ def sign_archive(
         if detached:
             output.write(box(SIGN_UUID, made.body()))
         else:
-            _embed(file, cast(BinaryIO, output), made)
+            _embed(file, output, made)
     return SignReport(os.fspath(archive), os.fspath(target), fingerprint(public), len(units))
 
 

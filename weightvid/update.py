@@ -100,7 +100,7 @@ def apply_updates(
         for before, after in pairwise(chain):
             after.use_base(before)
         with atomic_output(destination, force=force) as file:
-            report = _Merge(chain, progress).write(cast(BinaryIO, file))
+            report = _Merge(chain, progress).write(file)
     return replace(report, seconds=perf_counter() - began)
 
 
