@@ -48,7 +48,6 @@ from weightvid.levels.frames import (
 )
 from weightvid.levels.stats import TensorStats
 from weightvid.levels.steps import Moments, TensorPlan
-from weightvid.levels.transform import dct
 from weightvid.levels.trellis import sign_coded_bits
 from weightvid.loader import (
     MAX_LAYERS,
@@ -57,7 +56,6 @@ from weightvid.loader import (
     Array,
     End,
     Floats,
-    Header,
     Layers,
     Sidecar,
     Track,
@@ -385,13 +383,8 @@ class _Pile:
         kernels = sorted(
             {k for layer in self._layers for p in layer.plans.values() for k in p.kernel}
         )
-        numbers = {spec.name: number for number, spec in enumerate(specs)}
         layers = Layers(len(self._layers), base.root if base else b"", tuple(self._masks))
-        header = Header(
-            specs, {alias: numbers[name] for alias, name in contents.aliases.items()},
-            contents.metadata, (), tuple(dct(kernel) for kernel in kernels), about_packing(options),
-            layers,
-        )  # fmt: skip
+        header = survey.header(kernels, about_packing(options), layers)
         writer = ArchiveWriter(file, track, header, contents.files if options.side_files else ())
         count = 0
         for place, layer in enumerate(self._layers):

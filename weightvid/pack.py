@@ -29,14 +29,12 @@ from weightvid.errors import CheckpointError, FormatError
 from weightvid.levels.code import CodedPart, compare_rows, part_rows
 from weightvid.levels.frames import Frame, choose_frame_size, lay_out, ribbon_columns
 from weightvid.levels.steps import Moments, TensorPlan
-from weightvid.levels.transform import dct
 from weightvid.loader import (
     TENSOR_SHA_BYTES,
     Assembler,
     Bytes,
     End,
     Floats,
-    Header,
     Sidecar,
     Track,
     open_archive,
@@ -243,17 +241,10 @@ class _Run:
         size = choose_frame_size(columns)
         record = open_encoder(self._video, *size).record
         track = Track(size.width, size.height, CODECS[options.video.codec].entry, record)
-        contents = survey.reader.contents
-        numbers = {spec.name: number for number, spec in enumerate(survey.specs)}
-        header = Header(
-            survey.specs,
-            {alias: numbers[name] for alias, name in contents.aliases.items()},
-            contents.metadata,
-            (),
-            tuple(dct(kernel) for kernel in self._bases),
-            about_packing(options) | ({"calibrated": "yes"} if survey.moments else {}),
-        )
-        writer = ArchiveWriter(file, track, header, contents.files if options.side_files else ())
+        about = about_packing(options) | ({"calibrated": "yes"} if survey.moments else {})
+        header = survey.header(self._bases, about)
+        files = survey.reader.contents.files if options.side_files else ()
+        writer = ArchiveWriter(file, track, header, files)
         frames = lay_out(self._code(rows), size)
         decoded = Assembler(header) if options.video.qp is not None else None
         count = 0

@@ -6,7 +6,7 @@ for bit, and what people should know of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -28,13 +28,15 @@ from weightvid.levels.steps import (
     plan_tensor,
     sample_step,
 )
-from weightvid.levels.transform import view_of
+from weightvid.levels.transform import dct, view_of
 from weightvid.loader import (
     MAX_AXES,
     MAX_NAME_BYTES,
     PACKABLE,
     Array,
     Floats,
+    Header,
+    Layers,
     TensorSpec,
     from_float32,
     to_float32,
@@ -159,6 +161,15 @@ class Survey:
             f"the outputs will be about {noise:.1f} times as far off as with int8 per channel: "
             "check them, or choose the recipe balanced or an evaluation",
         )
+
+    def header(
+        self, kernels: Iterable[int], about: Mapping[str, str], layers: Layers | None = None
+    ) -> Header:
+        """Header of an archive of all tensors, with bases of kernel axes of these sizes."""
+        contents, numbers = self.reader.contents, {s.name: n for n, s in enumerate(self.specs)}
+        aliases = {alias: numbers[name] for alias, name in contents.aliases.items()}
+        bases = tuple(map(dct, kernels))
+        return Header(self.specs, aliases, contents.metadata, (), bases, about, layers)
 
     def keeps(self, name: str) -> bool:
         """Whether a tensor that is not quantized is kept bit for bit."""
