@@ -47,7 +47,7 @@ from weightvid.levels.frames import (
     ribbon_columns,
 )
 from weightvid.levels.stats import TensorStats
-from weightvid.levels.steps import Moments, TensorPlan
+from weightvid.levels.steps import TensorPlan
 from weightvid.levels.trellis import sign_coded_bits
 from weightvid.loader import (
     MAX_LAYERS,
@@ -271,12 +271,7 @@ class _Pile:
         """Have a bias make up for what a tensor that stays as it is takes from the mean outputs."""
         moments = self._survey.moments.get(number)
         if moments is not None and moments.bias is not None:
-            self._moved(moments, mean_shift(error, moments, plan))
-
-    def _moved(self, moments: Moments, shift: Floats) -> None:
-        if moments.bias is not None and np.isfinite(shift).all():
-            before = self._shifts.get(moments.bias, np.float32(0))
-            self._shifts[moments.bias] = before + moments.bias_sign * shift
+            moments.add_shift(self._shifts, mean_shift(error, moments, plan))
 
     def _harm(self, error: Floats, plan: TensorPlan, number: int) -> float:
         """What an error of all weights costs at the outputs, as far as that is known."""
@@ -317,7 +312,7 @@ class _Pile:
             for part in coded:
                 tally.add(part)
                 if part.shift is not None:
-                    self._moved(survey.moments[number], part.shift)
+                    survey.moments[number].add_shift(self._shifts, part.shift)
             self._below[number] = np.concatenate([part.stored.reshape(-1) for part in coded])
             digest = tensor_sha256(self._below[number])[:TENSOR_SHA_BYTES]
             self._ends[layer, number] = End(number, digest, tally.sqnr_db)

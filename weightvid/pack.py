@@ -28,7 +28,7 @@ from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError
 from weightvid.levels.code import CodedPart, compare_rows, part_rows
 from weightvid.levels.frames import Frame, choose_frame_size, lay_out, ribbon_columns
-from weightvid.levels.steps import Moments, TensorPlan
+from weightvid.levels.steps import TensorPlan
 from weightvid.loader import (
     TENSOR_SHA_BYTES,
     Assembler,
@@ -284,15 +284,10 @@ class _Run:
                 digest.update(np.ascontiguousarray(part.stored).data)
                 tally.add(part)
                 if part.shift is not None:
-                    self._shift(self._survey.moments[number], part.shift)
+                    self._survey.moments[number].add_shift(self._shifts, part.shift)
                 self._done += part.stored.size
                 self._progress(Progress("encode", self._done, self._total))
                 yield replace(part, stored=np.empty((0,))), part.samples
-
-    def _shift(self, moments: Moments, shift: Floats) -> None:
-        if moments.bias is not None and np.isfinite(shift).all():
-            before = self._shifts.get(moments.bias, np.float32(0))
-            self._shifts[moments.bias] = before + moments.bias_sign * shift
 
     def _tasks(self, number: int, parts: Sequence[tuple[int, int]]) -> Iterator[PartTask]:
         if number in self._coded:

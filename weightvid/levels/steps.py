@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from weightvid.levels.stats import OUTLIER_SCALES, TensorStats, has_row_steps
 from weightvid.levels.transform import View
-from weightvid.loader import MAX_PART, TRELLIS, UNIFORM, TensorSpec, quarter_octaves
+from weightvid.loader import MAX_PART, TRELLIS, UNIFORM, Floats, TensorSpec, quarter_octaves
 from weightvid.spec import LARGEST
 
 Steps = npt.NDArray[np.int8]
@@ -81,6 +81,12 @@ class Moments:
     frequency_steps: Steps | None = None
     row_steps: Steps | None = None
     outputs: npt.NDArray[np.floating] | None = None
+
+    def add_shift(self, shifts: dict[int, Floats], shift: Floats) -> None:
+        """Add what weights take from the mean outputs to what their bias makes up for."""
+        if self.bias is not None and np.isfinite(shift).all():
+            before = shifts.get(self.bias, np.float32(0))
+            shifts[self.bias] = before + self.bias_sign * shift
 
 
 @dataclass(frozen=True, slots=True, eq=False)
