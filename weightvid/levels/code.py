@@ -26,7 +26,6 @@ from weightvid.loader import (
     Part,
     dequantize,
     from_float32,
-    quarter_octaves,
     to_float32,
     trellis_index,
 )
@@ -163,10 +162,8 @@ def quantize(
     if moments is None:  # else feedback knows what was pruned
         weights = np.where(np.abs(weights) < plan.threshold, np.float32(0), weights)
     coefficients = forward(weights, plan.kernel) if plan.kernel else weights
-    steps = plan.column_steps()
-    scaled = coefficients / steps
-    if plan.row_steps is not None:
-        scaled /= quarter_octaves(plan.row_steps[rows])[:, None]
+    scaled = coefficients / plan.column_steps()
+    scaled /= plan.row_factors(rows)[:, None]
     if moments is None:
         if plan.price:
             moment = balanced_moment(scaled.shape[1], plan.view.channels if plan.balanced else 0)
@@ -174,20 +171,14 @@ def quantize(
         if plan.method == TRELLIS:
             return trellis(scaled)
         return balanced(scaled, plan.view.channels) if plan.balanced else uniform(scaled)
-    factors = np.ones(len(scaled))
-    if plan.row_steps is not None:
-        factors = quarter_octaves(plan.row_steps[rows]).astype(np.float64)
-    return _fed_back(scaled, plan, rows, moments, factors)
+    return _fed_back(scaled, plan, rows, moments)
 
 
 def _fed_back(
-    scaled: Floats,
-    plan: TensorPlan,
-    rows: slice,
-    moments: Moments,
-    row_factors: npt.NDArray[np.float64],
+    scaled: Floats, plan: TensorPlan, rows: slice, moments: Moments
 ) -> npt.NDArray[np.int32]:
     """Levels with error feedback; rows and columns in steps."""
+    row_factors = plan.row_factors(rows).astype(np.float64)
     config = FeedbackConfig(damping=moments.damping, dead=plan.threshold / plan.step)
     method: Method = "trellis" if plan.method == TRELLIS else "uniform"
 
@@ -280,10 +271,7 @@ def _escapes(
     numbers = (trellis_index(levels) if trellis else levels).reshape(-1)[places].astype(np.float32)
     listed = outliers.reshape(-1)[places]
     units = np.broadcast_to(plan.column_steps() / (4 if trellis else 1), levels.shape)
-    factors = (
-        np.ones(len(levels)) if plan.row_steps is None else quarter_octaves(plan.row_steps[rows])
-    )
-    steps = units.astype(np.float64) * factors[:, None]
+    steps = units.astype(np.float64) * plan.row_factors(rows)[:, None]
     nearest = np.rint(weights.reshape(-1)[places] / steps.reshape(-1)[places])
     numbers[listed] = nearest[listed]
     return small, (places, numbers)

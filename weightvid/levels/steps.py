@@ -146,6 +146,12 @@ class TensorPlan:
         every = step * quarter_octaves(self.frequency_steps)
         return np.repeat(every, self.view.columns // prod(self.kernel))
 
+    def row_factors(self, rows: slice) -> Floats:
+        """By what the steps of some rows are larger."""
+        if self.row_steps is None:
+            return np.ones(self.view.rows, np.float32)[rows]
+        return quarter_octaves(self.row_steps[rows])
+
     def with_step(self, step: float) -> TensorPlan:
         """The same plan with another step."""
         return replace(self, step=round_step(step))
