@@ -238,9 +238,8 @@ def draw(luma: Array, tiles: list[Tile], title: str, scale: int = 0) -> Bytes:
 def draw_kernels(weights: Array, title: str, spec: TensorSpec, scale: int = 0) -> Bytes:
     """Picture of a tensor's kernels: a row for each output, a column for each input."""
     view = view_of(spec.shape)
-    tall, wide = (1, 1, *view.kernel)[-2:] if len(view.kernel) < 3 else (
-        view.kernel[0], prod(view.kernel[1:])
-    )  # fmt: skip
+    tall, *others = (1,) * (2 - len(view.kernel)) + view.kernel
+    wide = prod(others)
     whole = weights.reshape(view.rows, view.channels, tall, wide)
     many = _MOST_KERNELS if view.kernel else 8 * _MOST_KERNELS
     shown, gap = whole[:many, :many], int(bool(view.kernel))

@@ -170,11 +170,9 @@ def _next(target: Target, tried: list[tuple[float, float]]) -> float:
     """Logarithm of the factor to try next."""
     at, value = tried[-1]
     if target.kind == "sqnr":
-        aim, slope = target.value, -20 / log(10)
-        there = value
+        aim, there, slope = target.value, value, -20 / log(10)
     else:
-        aim, there = log2(target.value * (1 - 0.4 * SIZE_TOLERANCE)), log2(value)
-        slope = -0.5
+        aim, there, slope = log2(target.value * (1 - 0.4 * SIZE_TOLERANCE)), log2(value), -0.5
     if len(tried) > 1 and tried[-2][0] != at:
         before = tried[-2][1] if target.kind == "sqnr" else log2(tried[-2][1])
         drawn = (there - before) / (at - tried[-2][0])

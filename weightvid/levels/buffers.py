@@ -66,9 +66,8 @@ def tables_of(specs: Iterable[TensorSpec]) -> set[str]:
 
 def is_sinusoid(stats: TensorStats) -> bool:
     """Whether each row is made of pairs of a sine and a cosine: its mean square is a half."""
-    half, largest = np.float32(sqrt(0.5)), stats.absmax
-    close = stats.row_scales.size and bool(np.allclose(stats.row_scales, half, rtol=1e-4))
-    return bool(close) and 0.9 < largest < 1.0001
+    close = np.allclose(stats.row_scales, np.float32(sqrt(0.5)), rtol=1e-4)
+    return close and stats.row_scales.size > 0 and 0.9 < stats.absmax < 1.0001
 
 
 def optimizer_state(specs: Iterable[TensorSpec]) -> list[str]:

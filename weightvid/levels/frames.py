@@ -13,7 +13,7 @@ ribbon in bands of 64 rows, from top to bottom.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from math import log2
+from math import log2, prod
 from typing import Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -181,16 +181,13 @@ def choose_frame_size(columns: int, fewest: int = FEWEST_FRAMES) -> FrameSize:
     low, high = MIN_FRAME // BAND, MAX_FRAME // BAND
     most = LARGEST_FRAME // BAND**2
     frames = max(1, -(-blocks // most), min(fewest, blocks // low**2))
-    best: tuple[tuple[int, int, int], FrameSize] | None = None
-    for wide in range(low, high + 1):
-        tall = max(low, -(-blocks // (frames * wide)))
-        if wide * tall > most or not 0.5 <= wide / tall <= 2.0:
-            continue
-        blank = frames * wide * tall - blocks
-        rank = (blank, abs(wide - tall), wide)
-        if best is None or rank < best[0]:
-            best = (rank, FrameSize(wide * BAND, tall * BAND))
-    return best[1] if best else FrameSize(960, 1024)
+    sizes = ((wide, max(low, -(-blocks // (frames * wide)))) for wide in range(low, high + 1))
+    wide, tall = min(
+        (size for size in sizes if prod(size) <= most and 0.5 <= size[0] / size[1] <= 2.0),
+        key=lambda size: (frames * prod(size) - blocks, abs(size[0] - size[1])),
+        default=(960 // BAND, 1024 // BAND),
+    )
+    return FrameSize(wide * BAND, tall * BAND)
 
 
 class Frame(NamedTuple, Generic[_T]):

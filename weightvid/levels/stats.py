@@ -105,7 +105,7 @@ def tensor_stats(spec: TensorSpec, blocks: Iterable[Array]) -> TensorStats:
         Consecutive stored elements (BF16 as uint16 bits).
     """
     view = view_of(spec.shape)
-    scales, low, high, outliers, finite = [], inf, -inf, 0, True
+    scales, low, high, outliers = [], inf, -inf, 0
     total, filled, peaks = 0.0, 0, 0.0
     for block in blocks:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -113,8 +113,7 @@ def tensor_stats(spec: TensorSpec, blocks: Iterable[Array]) -> TensorStats:
         highest, lowest = rows.max(axis=1), rows.min(axis=1)
         largest = np.maximum(highest, -lowest)
         if not np.isfinite(largest).all():
-            finite = False
-            break
+            return TensorStats(spec, view, np.zeros(0, np.float32), 0.0, 0.0, finite=False)
         found = row_scales(rows, largest)
         scales.append(found)
         low, high = min(low, float(lowest.min())), max(high, float(highest.max()))
@@ -123,12 +122,8 @@ def tensor_stats(spec: TensorSpec, blocks: Iterable[Array]) -> TensorStats:
         with np.errstate(over="ignore"):
             ratios = largest[found > 0] / found[found > 0]
         peaks += float(np.square(np.minimum(ratios, LARGEST_PEAK), dtype=np.float64).sum())
-        for row in np.flatnonzero(largest > _limits(found)):
-            outliers += int(
-                np.count_nonzero(outlier_mask(rows[row : row + 1], found[row : row + 1]))
-            )
-    if not finite:
-        return TensorStats(spec, view, np.zeros(0, np.float32), 0.0, 0.0, finite=False)
+        some = largest > _limits(found)
+        outliers += int(np.count_nonzero(outlier_mask(rows[some], found[some])))
     every = np.concatenate(scales) if scales else np.zeros(0, np.float32)
     sigma = sqrt(float(np.square(every.astype(np.float64)).mean())) if low < high else 0.0
     return TensorStats(

@@ -212,10 +212,8 @@ def plan_tensor(
     step = round_step(min(max(step, finest * scale), coarsest * scale))
     if not (isfinite(step) and _EXPONENTS[0] < frexp(step)[1] < _EXPONENTS[1]):
         return None
-    if (
-        min(stats.absmax, OUTLIER_SCALES * float(stats.row_scales.max())) + 16 * step
-        >= (LARGEST[spec.dtype])
-    ):
+    largest = min(stats.absmax, OUTLIER_SCALES * float(stats.row_scales.max()))
+    if largest + 16 * step >= LARGEST[spec.dtype]:
         return None  # a dequantized weight might round to infinity
     row_steps = frequency_steps = None
     # A transform would spread an outlier over its kernel.
@@ -228,11 +226,10 @@ def plan_tensor(
         row_steps = steps_from_counts(np.zeros(view.rows), _usual_shares(view.rows))
     if transformed and fidelity == "outputs":
         frequency_steps = steps_by_frequency(view.kernel)
-    convolution = fidelity == "outputs" and (transformed or is_pointwise(spec))
-    if moments is not None:
-        if transformed and moments.frequency_steps is not None:
-            frequency_steps = moments.frequency_steps
-        convolution = False
+    if transformed and moments is not None and moments.frequency_steps is not None:
+        frequency_steps = moments.frequency_steps
+    usual = fidelity == "outputs" and moments is None
+    convolution = usual and (transformed or is_pointwise(spec))
     uniform = fidelity == "integers" or convolution or (moments is not None and moments.axis == 0)
     method = UNIFORM if uniform else TRELLIS
     return TensorPlan(
