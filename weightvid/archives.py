@@ -242,9 +242,7 @@ def read_tensors(archive: Archive, names: Collection[str]) -> Iterator[tuple[Ten
         spans = archive.index.spans
         frames = sum(len(span) for number in wanted for span in spans.get(number, ()))
         if frames < len(archive.index.frames):
-            for number in sorted(
-                wanted, key=lambda number: [s.start for s in spans.get(number, ())]
-            ):
+            for number in sorted(wanted, key=lambda n: [s.start for s in spans.get(n, ())]):
                 yield wanted[number], archive.stored(wanted[number].name)
             return
     left, everything = {s.name for s in wanted.values()}, len(archive.header.tensors)

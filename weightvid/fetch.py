@@ -254,7 +254,7 @@ class _Arrived:
                 self.good, self._last = self._at, kind
 
     def _box(self, kind: bytes, payload: bytes) -> None:
-        what = f"the box at byte {self._at}"
+        what, header = f"the box at byte {self._at}", cast(loader.Header, self.header)
         follows = _NEXT.get(self._before, kind)
         if kind != follows or (kind in _NEXT.values() and self._before not in _NEXT):
             raise FormatError(f"{what} is {kind!r}", "order", self._at)
@@ -266,14 +266,12 @@ class _Arrived:
             self.header = loader.parse_header(loader.open_body(payload, what), self._at)
             self._want(self.header)
         elif kind == loader.FRAME_UUID:
-            header = cast(loader.Header, self.header)
             self._sidecar = loader.parse_sidecar(loader.open_body(payload, what), header)
             if self._sidecar.frame != len(self.places):
                 raise FormatError(f"{what} is of frame {self._sidecar.frame}", "order", self._at)
         elif kind == b"mdat":
             self._frame(payload)
         elif kind == loader.EXACT_UUID:
-            header = cast(loader.Header, self.header)
             items = loader.parse_exact(payload, header)
             self._note(n for n, at, a in items if at + a.size == header.tensors[n].size)
         elif kind[:10] == b"weightvid-":

@@ -220,9 +220,8 @@ class _Pile:
             }
             wanted = {number: plan for number, plan in plans.items() if number not in done}
             coded = self._code(wanted, added=left + 1 < layers, damping=COARSE_DAMPING)
-            made = _Layer(plans, dict(coded))
             done |= {number for number, plan in plans.items() if plan is fine[number]}
-            self._add(made)
+            self._add(_Layer(plans, dict(coded)))
 
     def update(self, base: Archive) -> None:
         """Code what changes a base into the model."""

@@ -110,8 +110,8 @@ class _Merge:
     def __init__(self, chain: Sequence[Archive], progress: Report) -> None:
         self._chain, self._progress = chain, progress
         self._last = chain[-1]
-        layers = [archive.header.layers for archive in chain]
-        counts = [1 if each is None else each.total for each in layers]
+        headers = [archive.header for archive in chain]
+        counts = [header.layers.total if header.layers else 1 for header in headers]
         self._total = sum(counts)
         if self._total > MAX_LAYERS:
             raise FormatError(
@@ -121,9 +121,8 @@ class _Merge:
             )
         self._first = [sum(counts[:k]) for k in range(len(chain))]
         self._names = [
-            {spec.name: n for n, spec in enumerate(archive.header.tensors)}
-            | dict(archive.header.aliases)
-            for archive in chain
+            {spec.name: n for n, spec in enumerate(header.tensors)} | dict(header.aliases)
+            for header in headers
         ]
         #: new numbers of what is kept, by the numbers of the archive and of the tensor there.
         self._numbers: dict[tuple[int, int], int] = {}

@@ -318,16 +318,14 @@ def _name_of() -> dict[Any, str]:
 
 def _unsupported(tensor: Any) -> str | None:
     """What keeps a tensor from being stored, or None."""
-    for is_so, what in (
+    problems = (
         (tensor.is_nested, "nested tensor"),
         (tensor.layout != import_torch().strided, f"sparse tensor ({tensor.layout})"),
         (tensor.is_quantized, f"quantized tensor ({tensor.dtype})"),
         (tensor.is_meta, "meta tensor, which has no data"),
         (tensor.dtype not in _name_of(), f"tensor of {tensor.dtype}"),
-    ):
-        if is_so:
-            return what
-    return None
+    )
+    return next((what for is_so, what in problems if is_so), None)
 
 
 def _can_map(path: Path) -> bool:

@@ -180,9 +180,8 @@ def frame_methods(
         codec = CODECS.get(name)
         if codec is None:
             raise CodecError(f"unknown codec {name!r}; choose: {', '.join(CODECS)}")
-        missing = ""
-        if backend(codec) is None:
-            missing = f"neither PyAV nor an ffmpeg program has {codec.encoder}"
+        lacking = f"neither PyAV nor an ffmpeg program has {codec.encoder}"
+        missing = "" if backend(codec) else lacking
         chosen = [p for p in presets if p in codec.presets] or [codec.preset]
         codec = codec.with_options(extra) if extra else codec
         for preset in chosen:

@@ -285,8 +285,7 @@ def _search(matrix: Floats, bits: Bits, lam: float) -> Integers:
         cells = np.ascontiguousarray(cells.T)
         place = _subsets(cells, table.cost) * np.intp(table.level.shape[1])
         place += cells
-        levels = table.level.ravel().take(place, mode="clip").T
-        found[first : first + lanes] = levels
+        found[first : first + lanes] = table.level.ravel().take(place, mode="clip").T
         if moved is not None:
             found[first : first + lanes] += moved.astype(np.int32)
     return found

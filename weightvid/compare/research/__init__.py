@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import lzma
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from math import sqrt
 from time import perf_counter
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
@@ -21,16 +21,9 @@ from weightvid.compare.model import Array, Coded, Method, Model
 from weightvid.compare.plain import lacks
 from weightvid.compare.research.kernels import Codebook, KernelPrediction
 from weightvid.compare.research.pyramid import Pyramid
-from weightvid.compare.research.scalar import (
-    FixedLength,
-    Floats64,
-    Lnq,
-    Matrix,
-    Uniform,
-    shape_of,
-)
+from weightvid.compare.research.scalar import FixedLength, Lnq, Uniform, shape_of
 from weightvid.exact import exact_elements
-from weightvid.levels.transform import View, view_of
+from weightvid.levels.transform import view_of
 
 #: steps in units of the root mean square of all weights.
 FACTORS: Final = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
@@ -38,16 +31,8 @@ FACTORS: Final = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 _MANTISSA_BITS: Final = 7
 
 
-class Scheme(Protocol):
-    """A quantizer of matrices in steps, each of shape (rows, channels, kernel positions)."""
-
-    def encode(self, matrices: Sequence[Floats64], views: Sequence[View]) -> bytes:
-        """Bytes of matrices."""
-
-    def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:
-        """Matrices of bytes."""
-
-
+#: a quantizer of matrices in steps, each of shape (rows, channels, kernel positions).
+Scheme = FixedLength | Uniform | Lnq | KernelPrediction | Codebook | Pyramid
 #: every quantizer, by name.
 SCHEMES: Final[dict[str, Scheme]] = {
     "uniform, fixed length": FixedLength(),
