@@ -135,13 +135,12 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_VERSION = output.option(
-    False, "Print the version and exit.", "--version", callback=_show_version, is_eager=True
-)
-
-
 @app.callback()
-def root(version: bool = _VERSION) -> None:
+def root(
+    version: bool = output.option(
+        False, "Print the version and exit.", "--version", callback=_show_version, is_eager=True
+    ),
+) -> None:
     """Neural-network weights as HEVC video: small archives, exact integers, a tiny loader.
 
     A first round trip:

@@ -310,8 +310,7 @@ def steps_from_counts(counts: npt.NDArray[Any], held: npt.NDArray[Any]) -> Steps
     octaves -= np.log2(shares @ 4**octaves) / 2
     if not held.sum() or octaves.mean() - np.log2(held @ 4**octaves / held.sum()) / 2 < _LEAST_BITS:
         return None
-    made: Steps = np.rint(4 * octaves).astype(np.int8)
-    return made
+    return np.rint(4 * octaves).astype(np.int8)
 
 
 def _usual_shares(rows: int) -> npt.NDArray[np.float64]:

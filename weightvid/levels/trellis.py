@@ -65,8 +65,7 @@ def histogram_bits(levels: Levels) -> Bits:
     counts = np.bincount(clipped, minlength=2 * TABLE_MAX + 1)
     folded = 0.5 * (counts + counts[::-1])
     share = (folded + _PRIOR_WEIGHT * np.exp2(-prior)) / (flat.size + _PRIOR_WEIGHT)
-    bits: Bits = -np.log2(np.maximum(share, 1e-300))
-    return bits
+    return -np.log2(np.maximum(share, 1e-300))
 
 
 def entropy_bits(levels: Levels) -> float:
