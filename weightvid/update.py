@@ -130,7 +130,8 @@ class _Merge:
             self._trace(len(chain) - 1, spec.name, number)
             for number, spec in enumerate(self._last.header.tensors)
         ]
-        self._bases: list[Floats] = []
+        every = (basis for header in headers for basis in header.bases)
+        self._bases: dict[bytes, Floats] = {basis.tobytes(): basis for basis in every}
         self.copied = self.coded = 0
 
     def _trace(self, place: int, name: str, number: int) -> int:
@@ -146,10 +147,6 @@ class _Merge:
     def write(self, file: BinaryIO) -> ApplyReport:
         """Write the archive."""
         header, chain = self._last.header, self._chain
-        for archive in chain:
-            for basis in archive.header.bases:
-                if not any(basis.tobytes() == known.tobytes() for known in self._bases):
-                    self._bases.append(basis)
         numbers = {spec.name: number for number, spec in enumerate(header.tensors)}
         heads = {
             numbers[spec.name]: tensor_sha256(array)[:TENSOR_SHA_BYTES]
@@ -157,7 +154,7 @@ class _Merge:
         }
         track = self._track()
         layers = Layers(self._total, b"", tuple(self._masks))
-        made = header._replace(files=(), bases=tuple(self._bases), layers=layers)
+        made = header._replace(files=(), bases=tuple(self._bases.values()), layers=layers)
         files = [
             SideFile(entry.path, self._last.read_file(entry.path), entry.role)
             for entry in header.files
@@ -234,7 +231,7 @@ class _Merge:
 
     def _kept(self, place: int, parts: Sequence[Part]) -> Iterator[Part]:
         """Parts that are still needed, by their new numbers."""
-        known = [basis.tobytes() for basis in self._bases]
+        known = list(self._bases)
         for part in parts:
             number = self._numbers.get((place, part.tensor))
             if number is not None:

@@ -158,11 +158,10 @@ def plot(result: CompareResult, measure: Measure, size: tuple[float, float] = _W
             ticks = [x for x in _TICKS if low <= x <= high]
             axes.set_xticks(ticks if is_wide else ticks[:: max(1, len(ticks) // 5)])
             axes.set_ylim(heights)
-        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(LogLocator(numticks=7) if measure.is_log else MaxNLocator(7))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("bits per weight (entire file)")
         axes.set_ylabel(measure.title)
         axes.grid(visible=True, alpha=0.3)
