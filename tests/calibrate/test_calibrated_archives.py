@@ -65,7 +65,7 @@ def net(request: pytest.FixtureRequest) -> Any:
 images = pytest.mark.parametrize("net", [Images], indirect=True)
 
 
-def examples(net: Any, count: int = 96, trust: bool = True) -> Calibration:
+def examples(net: Any, count: int = 192, trust: bool = True) -> Calibration:
     torch.manual_seed(1)
     config = CalibrationConfig(trust_inputs=trust)
     return Calibration.from_examples(net, net.inputs(count).split(12), config)

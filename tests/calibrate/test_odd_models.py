@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="calibration needs the extra 'torch'")
 from torch import nn  # noqa: E402
 
-from weightvid.calibrate import calibrate  # noqa: E402
+from weightvid.calibrate import Calibration, CalibrationConfig, calibrate  # noqa: E402
 from weightvid.calibrate.state import change_of, first_output, running  # noqa: E402
 from weightvid.calibrate.watch import Seen, Watch  # noqa: E402
+from weightvid.checkpoint import from_mapping  # noqa: E402
 from weightvid.errors import EvaluationError, QuantizationError  # noqa: E402
+from weightvid.pack import PackOptions, pack_checkpoint  # noqa: E402
 
 NO_GRADIENTS = "outputs have no gradients that can be used, to say which errors matter"
 
@@ -54,6 +57,40 @@ def test_scaled_in_place_before_a_norm_its_mean_takes_no_shift() -> None:
         with running(net) as state, Watch(state.tensors, lambda _: None) as watch:
             net(batches()[0])
         assert watch.bias_of("c.weight") == taker
+
+
+def test_passes_end_once_their_layers_were_seen(tmp_path: Path) -> None:
+    """And one for the original model shows as many layers as memory has room for."""
+    ran: list[str] = []
+
+    def forward(s: Any, x: Any) -> Any:
+        try:
+            y = s.b(torch.relu(s.a(x)).detach())
+        except Exception:  # which is no place for what ends a pass
+            ran.append("caught")
+            raise
+        ran.append("first")
+        y = s.o(torch.relu(y).detach()).detach()
+        ran.append("whole")
+        return y
+
+    net, made = By(forward, a=(24, 48), b=(48, 48), o=(48, 10)), []
+    arrays = {name: tensor.numpy().copy() for name, tensor in net.state_dict().items()}
+    for memory in (1 << 30, 130_000):
+        config = CalibrationConfig(memory_bytes=memory, trust_inputs=True)
+        known = Calibration.from_examples(net, batches(), config)
+        assert NO_GRADIENTS in known.stats.notes
+        ran.clear()
+        path = tmp_path / f"{memory}.mp4"
+        options = PackOptions(calibration=known, step_factor=0.5, jobs=1)
+        pack_checkpoint(from_mapping(arrays), path, options)
+        made.append((ran.count("first"), ran.count("whole"), path.read_bytes()))
+    # A look (2, and 1 with gradients), 5 batches for the original and for the last layer of the
+    # quantized model, the outputs held back (1) of three models.
+    assert made[0][:2] == (3 + 5 + 5 + 3, 3 + 3)
+    # A pass for `a` and `b`, whose first batch shows what there is room for; and one for `o`.
+    assert made[1] == (made[0][0] + 1, *made[0][1:])
+    assert "caught" not in ran
 
 
 def test_inputs_and_buffers_stay_what_they_are() -> None:

@@ -15,8 +15,10 @@ tried on samples held back.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from math import inf
 from typing import Any, Final
 
@@ -47,7 +49,7 @@ from weightvid.calibrate.state import (
 from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats
 from weightvid.calibrate.sums import InputMeans, Sums
 from weightvid.calibrate.trial import Check, Coded, sample_rows, values_of
-from weightvid.calibrate.watch import Seen, Watch
+from weightvid.calibrate.watch import Call, Enough, Seen, Watch
 from weightvid.levels.code import CodedPart, quality_of
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.loader import Array, Floats, TensorSpec, from_float32
@@ -176,6 +178,71 @@ def refit(weights: Floats, means: InputMeans, damping: float) -> Floats:
     return np.concatenate(found).astype(np.float32)
 
 
+def _pieces(calls: Sequence[Call], name: str) -> Iterator[Seen]:
+    return (seen for call in calls if call.name == name for seen in call.seen())
+
+
+class _Runs:
+    """What a model gives its layers; of the original one for stages ahead, if there is room."""
+
+    def __init__(self, state: State, order: Order, batches: Batches, memory_bytes: int) -> None:
+        self.order, self.batches = order, batches
+        self._state, self._room = state, memory_bytes / 2
+        # Layers of a language model are fitted better to all tokens alike.
+        self._pulled = order.differentiable and not order.reads
+        self._draws = torch.Generator().manual_seed(0)
+        self._names = set[str]()
+        self._kept: list[list[Call]] = []
+
+    def watched(
+        self,
+        batch: Any,
+        wanted: Collection[str],
+        keeps: Callable[[str, int, int], bool] = lambda *_: True,
+        share: float = 0.0,
+    ) -> list[Call]:
+        """Calls of layers; for a batch that is a share of all, how outputs pull at them, too."""
+        gradients = share > 0.0 and self._pulled
+        watch = Watch(self._state.tensors, gradients=gradients, wanted=wanted)
+        watch.keeps = keeps
+        if not gradients:
+            watch.until = {name: self.order.calls.get(name, 0) for name in wanted}
+        output = None
+        with torch.set_grad_enabled(gradients), watch, suppress(Enough):
+            output = first_output(self._state.run(batch))
+        if not gradients:
+            return watch.kept
+        for _ in pulls(output, False, self._draws, share):
+            pass
+        return [call for call in watch.kept if call.pulls]
+
+    def originals(self, stages: Sequence[Sequence[str]]) -> Iterator[list[Call]]:
+        """Calls of the layers of the first of the stages that are left, batch by batch; once."""
+        if not self._names.issuperset(stages[0]):
+            self._run(stages)
+        for number, calls in enumerate(self._kept):
+            self._kept[number] = [call for call in calls if call.name not in stages[0]]
+            yield [call for call in calls if call.name in stages[0]]
+
+    def _run(self, stages: Sequence[Sequence[str]]) -> None:
+        """Run all batches; the first of them tells how many layers there is room for."""
+        samples, room = count_samples(self.batches), self._room
+        self._names, self._kept = set(stages[0]), []
+
+        def keeps(name: str, given: int, made: int) -> bool:
+            nonlocal room
+            size = given + made * self.order.turns * self._pulled
+            room -= size * samples / samples_of(self.batches[0][0])
+            if room > 0:
+                self._names.add(name)
+            return name in self._names
+
+        wanted: Collection[str] = {name for stage in stages for name in stage}
+        for batch, _ in self.batches:
+            self._kept.append(self.watched(batch, wanted, keeps, samples_of(batch) / samples))
+            wanted, keeps = self._names, lambda *_: True
+
+
 class _Sequence:
     """Quantizes the module of a state at a step factor, layer by layer."""
 
@@ -187,7 +254,6 @@ class _Sequence:
             if name in self._numbers:
                 self._numbers.setdefault(alias, self._numbers[name])
         self._coded: dict[int, list[CodedPart]] = {}
-        self._draws = torch.Generator().manual_seed(0)
 
     def run(
         self, order: Order, batches: Batches, memory_bytes: int, progress: Report
@@ -207,8 +273,9 @@ class _Sequence:
             return "no layer could be followed at work"
         staged = {numbers[name] for stage in plan for name in stage}
         fits = [self._quantize(number, None) for number in self._plans if number not in staged]
+        runs = _Runs(self._state, order, batches, memory_bytes)
         for done, stage in enumerate(plan):
-            pairs = self._gather(stage, order, batches)
+            pairs = self._gather(plan[done:], runs)
             fits += [self._quantize(numbers[name], pairs.get(name)) for name in stage]
             progress(Progress("recalibrate", done + 1, len(plan), unit="stages"))
         sequential = [fit for fit in fits if fit is not None]
@@ -216,54 +283,30 @@ class _Sequence:
         return self._coded, f"{len(sequential)} of {len(fits)} tensors, {refitted} fitted anew"
 
     def _gather(
-        self, stage: Sequence[str], order: Order, batches: Batches
+        self, stages: Sequence[Sequence[str]], runs: _Runs
     ) -> dict[str, tuple[InputMeans, InputMeans]]:
-        """What both models give the layers of a stage: to fit to, and to check on.
+        """What both models give the layers of the first stage: to fit to, and to check on.
 
         What is quantized is fitted to the former alone, as the archive as a whole is judged on the
         latter. Layers whose two runs don't match are left out: what they see depends on the values
         themselves.
         """
         sums: dict[tuple[str, bool], Sums] = defaultdict(Sums)
-        lost, samples = set(), count_samples(batches)
-        for batch, back in batches:
+        lost, stage = set[str](), stages[0]
+        for (batch, back), original in zip(runs.batches, runs.originals(stages), strict=True):
             with self._state.quantized():
-                quantized = self._watched(batch, stage)
-            original = self._watched(batch, stage, order, samples_of(batch) / samples)
+                quantized = runs.watched(batch, stage)
             for name in stage:
-                both = original.get(name, []), quantized.get(name, [])
-                forms = [[(s.axis, s.share, s.inputs.shape) for s in run] for run in both]
-                if forms[0] != forms[1]:
-                    lost.add(name)
-                for one, two in zip(*both, strict=False) if name not in lost else ():
-                    if not sums[name, back].add(two, one):
+                for both in zip_longest(_pieces(quantized, name), _pieces(original, name)):
+                    forms = [seen and (seen.axis, seen.share, seen.inputs.shape) for seen in both]
+                    if forms[0] != forms[1] or not sums[name, back].add(*both):
                         lost.add(name)
+                        break
         return {
             name: (sums[name, False].means(), sums[name, True].means())
             for name in stage
             if name not in lost and {(name, False), (name, True)} <= sums.keys()
         }
-
-    def _watched(
-        self, batch: Any, stage: Sequence[str], order: Order | None = None, share: float = 0.0
-    ) -> dict[str, list[Seen]]:
-        """What the layers of a stage see; with an order, how outputs pull at them, too."""
-        kept: dict[str, list[Seen]] = defaultdict(list)
-
-        def note(seen: Seen) -> None:
-            if seen.axis >= 0:
-                kept[seen.name].append(replace(seen, inputs=seen.inputs.clone()))
-
-        # Layers of a language model are fitted better to all tokens alike.
-        gradients = order is not None and order.differentiable and not order.reads
-        watch = Watch(self._state.tensors, note, gradients, wanted=stage)
-        with torch.set_grad_enabled(gradients), watch:
-            output = first_output(self._state.run(batch))
-        if gradients:
-            for _ in pulls(output, False, self._draws, share):
-                pass
-            watch.flush(end=True)
-        return kept
 
     def _quantize(self, number: int, pairs: tuple[InputMeans, InputMeans] | None) -> float | None:
         """Quantize a tensor as is best on held-back inputs, and let the model run with it."""

@@ -48,21 +48,23 @@ class Order:
     """What a look at a few batches shows: tensors in the order of first use.
 
     ``shapes`` gives groups, columns, and elements of the inputs of one call; ``sources`` numbers
-    inputs, which queries, keys and values have in common. ``reads``: the model is a language model,
-    and the batches hold text of the kind that it would write. ``differentiable``: gradients of the
-    output are known.
+    inputs, which queries, keys and values have in common; ``calls`` counts those of a layer in a
+    pass. ``reads``: the model is a language model, and the batches hold text of the kind that
+    it would write. ``differentiable``: gradients of the output are known, in so many ``turns``.
     """
 
     shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
     sources: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, float] = field(default_factory=dict)
     reads: bool = False
     differentiable: bool = False
+    turns: int = 0
 
 
 def look(state: State, batches: Batches) -> Order:
     """Run a few batches and note what is used."""
-    order, last, source = Order(), torch.empty(0), 0
+    order, last, source, samples = Order(), torch.empty(0), 0, max(1, count_samples(batches))
 
     def note(seen: Seen) -> None:
         nonlocal last, source
@@ -78,11 +80,13 @@ def look(state: State, batches: Batches) -> Order:
             order.shapes[seen.name] = seen.groups, seen.inputs.shape[-1], max(size)
 
     looked = [batch for batch, _ in batches[:_LOOK_BATCHES]]
-    with Watch(state.tensors, note):
+    with Watch(state.tensors, note) as watch:
         order.reads = are_read(looked, [first_output(state.run(batch)) for batch in looked])
+    order.calls = {name: count / len(looked) for name, count in watch.calls.items()}
     with suppress(Exception), torch.enable_grad(), Watch(state.tensors, lambda _: None, True):
-        output = first_output(state.run(batches[0][0]))
-        order.differentiable = any(True for _ in pulls(output, False, torch.Generator()))
+        output, share = first_output(state.run(looked[0])), samples_of(looked[0]) / samples
+        order.turns = sum(1 for _ in pulls(output, False, torch.Generator(), share))
+        order.differentiable = order.turns > 0
     return order
 
 

@@ -259,7 +259,7 @@ class _Pass:
             return
         if seen.axis < 0:
             self._count(seen)
-        elif seen.looked_up and self._watch.is_layer(seen.name):
+        elif seen.looked_up and seen.name in self._watch.calls:
             self._looked_up[seen.name] += float(seen.inputs.float().square().sum())
         elif not self._sums[seen.name, self._back].add(seen):
             self._mixed.add(seen.name)

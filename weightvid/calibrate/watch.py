@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from typing import Any, Final
@@ -66,6 +66,24 @@ class Seen:
         return max(len(self.inputs), self.share[1])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """Inputs of a call, as they were, and gradients by its result, of as many turns as came."""
+
+    name: str
+    inputs: torch.Tensor
+    lay: Lay
+    pulls: list[torch.Tensor] = field(default_factory=list)
+
+    def seen(self) -> Iterator[Seen]:
+        """The inputs, laid out piece by piece."""
+        return self.lay(self.inputs, torch.stack(self.pulls) if self.pulls else None)
+
+
+class Enough(BaseException):
+    """Ends a forward pass that has nothing more to show; no `except Exception` stops it."""
+
+
 class Watch(TorchFunctionMode):  # type: ignore[misc]
     """Reports the inputs of known weights; used as a context manager.
 
@@ -78,7 +96,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
     def __init__(
         self,
         tensors: Mapping[str, torch.Tensor],
-        send: Callable[[Seen], None],
+        send: Callable[[Seen], None] = lambda _: None,
         gradients: bool = False,
         norms: Callable[[Any, Any, Any], None] | None = None,
         wanted: Collection[str] | None = None,
@@ -92,10 +110,14 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         self._output: tuple[str | None, Any, int | None] = None, None, None
         #: each place of a sample counts alone, as the tokens of a text do.
         self.alone = False
+        #: of a name, bytes of inputs and of the result: whether a call stays in `kept`, or is
+        #: forgotten; None: all are reported.
+        self.keeps: Callable[[str, int, int], bool] | None = None
+        #: after so many calls of these layers `Enough` is raised.
+        self.until: Mapping[str, float] = {}
         #: what the call that is under way is to report.
-        self._waiting: list[tuple[torch.Tensor, Lay]] = []
-        #: inputs of all calls, and the gradients by their results that have come.
-        self._pulled: list[tuple[torch.Tensor, Lay, list[torch.Tensor]]] = []
+        self._waiting: list[Call] = []
+        self.kept: list[Call] = []
         self._weights: dict[Any, tuple[str, bool]] = {}
         self._vectors: dict[Any, str] = {}
         for name, tensor in tensors.items():
@@ -124,6 +146,8 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         result = handler(self, {**dict(zip(names, args, strict=False)), **call.keywords}, call)
         result = call() if result is None else result
         result = self.reported(result)
+        if self.until and self.until == self.calls:
+            raise Enough
         if self._unbiased is not None:
             self._output = self._unbiased, result, _version(result)
         return result
@@ -133,9 +157,10 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         found = set(self._biases.get(name, ()))
         return found.pop() if len(found) == 1 else None
 
-    def is_layer(self, name: str) -> bool:
-        """Whether a weight was used for a product, not only looked up."""
-        return name in self._biases
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often each layer was called."""
+        return {name: len(found) for name, found in self._biases.items()}
 
     def called(self, name: str, bias: Any) -> None:
         """Note a call of a layer, and what is added to its outputs."""
@@ -175,35 +200,40 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
             own = None if pulls is None else pulls.reshape(len(pulls), *rows.shape[:2], -1)
             yield Seen(name, rows, axis, share, samples, own)
 
-        self.wait(inputs, lay)
+        self.wait(name, inputs, lay)
 
-    def wait(self, inputs: torch.Tensor, lay: Lay) -> None:
+    def wait(self, name: str, inputs: torch.Tensor, lay: Lay) -> None:
         """Report some inputs, which a function lays out, when the call has its result."""
-        self._waiting.append((inputs.detach(), lay))
+        self._waiting.append(Call(name, inputs.detach(), lay))
 
     def reported(self, result: Any) -> Any:
         """The result of the call whose inputs wait, which gradients come to if they are wanted."""
+        gradients = self.gradients and torch.is_grad_enabled()
         while self._waiting:
-            inputs, lay = self._waiting.pop(0)
-            if not (self.gradients and torch.is_grad_enabled()):
-                for seen in lay(inputs, None):
+            call = self._waiting.pop(0)
+            if self.keeps is not None:
+                if not self.keeps(call.name, call.inputs.nbytes, result.nbytes):
+                    continue
+            elif not gradients:
+                for seen in call.seen():
                     self.send(seen)
                 continue
-            if not result.requires_grad:
-                result = result.detach().requires_grad_().clone()
-            # Of the inputs as they are now, whatever changes them before the gradient comes.
-            self._pulled.append((inputs.clone(), lay, []))
-            result.register_hook(self._pulled[-1][-1].append)
+            # Of the inputs as they are now, whatever changes them later.
+            self.kept.append(replace(call, inputs=call.inputs.clone()))
+            if gradients:
+                if not result.requires_grad:
+                    result = result.detach().requires_grad_().clone()
+                result.register_hook(self.kept[-1].pulls.append)
         return result
 
     def flush(self, end: bool) -> None:
         """Report the inputs of all calls with the pulls of the turns since; at the end for good."""
-        for inputs, lay, pulls in self._pulled:
-            for seen in lay(inputs, torch.stack(pulls)) if pulls else ():
+        for call in self.kept:
+            for seen in call.seen() if call.pulls else ():
                 self.send(seen)
-            pulls.clear()
+            call.pulls.clear()
         if end:
-            self._pulled.clear()
+            self.kept.clear()
 
 
 def _look(tensor: Any) -> Any:
@@ -298,7 +328,7 @@ def _convolution(watch: Watch, given: _Given, call: Any) -> None:
                 own = own.unflatten(1, (len(pulls), -1)).transpose(0, 1)
             yield Seen(found[0], rows, 1, samples=len(part), pulls=own)
 
-    watch.wait(data, lay)
+    watch.wait(found[0], data, lay)
 
 
 def _by_group(data: torch.Tensor, dims: int, groups: int) -> torch.Tensor:
@@ -320,7 +350,8 @@ def _transposed(watch: Watch, given: _Given, call: Any) -> None:
     data = inputs.detach() if inputs.ndim == weight.ndim else inputs.detach()[None]
     groups = given.get("groups", 1)
     # An input meets outputs at many places here, so the inputs alone are taken.
-    watch.wait(data, lambda x, _: iter([Seen(found[0], _by_group(x, x.ndim - 2, groups), 0)]))
+    name = found[0]
+    watch.wait(name, data, lambda x, _: iter([Seen(name, _by_group(x, x.ndim - 2, groups), 0)]))
 
 
 def _attention(watch: Watch, given: _Given, call: Any) -> Any:
