@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from weightvid.calibrate import Calibration, calibrate
+from weightvid.calibrate import Calibration, CalibrationConfig, calibrate
 from weightvid.calibrate.evaluation import Judge
 from weightvid.checkpoint import open_checkpoint
 from weightvid.compare.curves import Measure, Pair, crossing, measures
@@ -211,9 +211,11 @@ def methods(subject: Subject, options: argparse.Namespace) -> Iterator[Method]:
             chosen = PackOptions(fidelity=fidelity, jobs=options.jobs)
             yield archive_method(name, chosen, factors)
     if "calibrated" in options.only:
-        known = Calibration(calibrate(*subject.examples()))
+        config = CalibrationConfig(trust_inputs=options.trust_inputs)
+        known = Calibration(calibrate(*subject.examples(), config))
         chosen = PackOptions(calibration=known, jobs=options.jobs)
-        yield archive_method("weightvid calibrated", chosen, factors)
+        trusted = ", inputs trusted" if options.trust_inputs else ""
+        yield archive_method(f"weightvid calibrated{trusted}", chosen, factors)
     if "refined" in options.only and not large:
         known = Calibration.from_examples(*subject.examples(moved=True))
         chosen = PackOptions(calibration=known, jobs=options.jobs)
@@ -344,6 +346,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("models", nargs="*", default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
     add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="curves to measure")
     add("--fidelity", nargs="+", default=["outputs"], help="of the data-free archives")
+    add("--trust-inputs", action="store_true", help="of the calibrated archives")
     add("--minilm", type=Path, metavar="SAFETENSORS", help="weights of minilm_l6")
     add("--nncodec", metavar="PYTHON", help="Python that has NNCodec 2.1.3")
     add("--cache", type=Path, help="folder that keeps finished points")
