@@ -172,6 +172,11 @@ def test_verbs(folder: Path, tmp_path: Path) -> None:
         assert {s.name for s in made.contents.tensors} == set(archive)
         assert all(made.read(name).tobytes() == archive.stored(name).tobytes() for name in archive)
         assert verify_archive(archive).ok
+        # Of a tensor that did not change, the base says what it keeps.
+        np.savez(tmp_path / "model.npz", **second())
+        assert verify_archive(archive, tmp_path / "model.npz").ok
+    apply_updates(base, [update], tmp_path / "merged.mp4")
+    assert verify_archive(tmp_path / "merged.mp4", tmp_path / "model.npz").ok
     assert not verify_archive(update).ok
 
 

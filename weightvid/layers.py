@@ -378,7 +378,7 @@ class _Pile:
             {k for layer in self._layers for p in layer.plans.values() for k in p.kernel}
         )
         layers = Layers(len(self._layers), base.root if base else b"", tuple(self._masks))
-        header = survey.header(kernels, about_packing(options), layers)
+        header = survey.header(kernels, about_packing(survey), layers)
         writer = ArchiveWriter(file, track, header, contents.files if options.side_files else ())
         count = 0
         for place, layer in enumerate(self._layers):
@@ -409,6 +409,9 @@ class _Pile:
         if count and track.entry == b"hvc1":
             level = hevc_level(*size, writer.largest_packet, writer.first_packet)
             writer.replace_record(with_level(record, level.level_idc))
+        known, notes = options.calibration, survey.notes
+        if known is not None:
+            notes += (known.used(survey), *known.alone("layers are added to each other"))
         signal = sum(tally.signal for tally in self._tallies.values())
         noise = sum(tally.noise for tally in self._tallies.values())
         return PackReport(
@@ -421,7 +424,7 @@ class _Pile:
             tensors=tuple(tally.report() for tally in self._tallies.values()),
             frames=count, width=size.width, height=size.height, skipped=contents.skipped,
             unused_keeps=(), side_files=tuple(file.path for file in contents.files),
-            step_factor=self._survey.first_factor, encodings=1, seconds=0.0,
+            step_factor=self._survey.first_factor, encodings=1, seconds=0.0, notes=notes,
         )  # fmt: skip
 
     def _frame_size(self, base: Archive | None) -> FrameSize:

@@ -1066,7 +1066,8 @@ class Archive(Mapping[str, Array]):
     """An open archive: a mapping of names to tensors; made by `open_archive`.
 
     ``archive[name]`` reads one tensor; `items` gives all of them in file order as their frames
-    arrive, which is the only way to read a pipe. BF16 comes as float32, float8 as raw bits.
+    arrive, which is the only way to read a pipe. BF16 comes as float32, float8 as raw bits. It is
+    for one thread at a time: let each open its own.
 
     Attributes
     ----------

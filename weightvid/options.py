@@ -96,11 +96,14 @@ class PackOptions:
                 raise QuantizationError(f"{name} must be a positive number, not {factor}")
         if self.prune is not None and self.video.qp is not None:
             raise QuantizationError("pruning and a QP exclude each other")
+        if self.lossless and self.prune is not None:
+            raise QuantizationError("lossless and pruning exclude each other")
         searched = [
             name
             for name, value in (
                 ("a step factor", self.step_factor), ("a target", self.target),
                 ("an evaluation", self.evaluation), ("a QP", self.video.qp),
+                ("lossless", self.lossless or None),
             )
             if value is not None
         ]  # fmt: skip

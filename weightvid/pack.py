@@ -139,15 +139,20 @@ def _choose(
 ) -> tuple[Written, int, tuple[str, ...]]:
     """Encode until the archive is as it was asked for."""
     options, factor = survey.options, survey.first_factor
+    known = options.calibration
     if options.evaluation is not None:
-        return options.evaluation.search(survey, encoder.encode, encoder.file, progress)
+        found = options.evaluation.search(survey, encoder.encode, encoder.file, progress)
+        if known is None:
+            return found
+        alone = known.alone("an evaluation tries many steps")
+        return *found[:2], (known.used(survey), *alone, *found[2])
     if options.target is not None:
         made, encodings = search(survey.weights, factor, options.target, encoder.encode)
     else:
         made, encodings = encoder.encode(factor), 1
-    if options.calibration is None:
+    if known is None:
         return made, encodings, ()
-    made, more, notes = options.calibration.refine(survey, made, encoder, progress)
+    made, more, notes = known.refine(survey, made, encoder, progress)
     return made, encodings + more, notes
 
 
@@ -241,8 +246,7 @@ class _Run:
         size = choose_frame_size(columns)
         record = open_encoder(self._video, *size).record
         track = Track(size.width, size.height, CODECS[options.video.codec].entry, record)
-        about = about_packing(options) | ({"calibrated": "yes"} if survey.moments else {})
-        header = survey.header(self._bases, about)
+        header = survey.header(self._bases, about_packing(survey))
         files = survey.reader.contents.files if options.side_files else ()
         writer = ArchiveWriter(file, track, header, files)
         frames = lay_out(self._code(rows), size)
@@ -344,8 +348,9 @@ class _Run:
         return sidecar._replace(ends=tuple(ends))
 
 
-def about_packing(options: PackOptions) -> dict[str, str]:
+def about_packing(survey: Survey) -> dict[str, str]:
     """What the header says to people about the making of the archive."""
+    options = survey.options
     made = options.recipe if options.step_factor is None else f"step {options.step_factor:g}"
     if options.target is not None:
         made = f"target {options.target}"
@@ -356,6 +361,8 @@ def about_packing(options: PackOptions) -> dict[str, str]:
         about["fidelity"] = options.fidelity
     if options.video.codec != "x265":
         about["encoder"] = options.video.codec
+    if survey.moments:
+        about["calibrated"] = "yes"
     return about
 
 

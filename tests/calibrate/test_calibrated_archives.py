@@ -11,9 +11,11 @@ import pytest
 
 from weightvid.calibrate import Calibration, CalibrationConfig
 from weightvid.checkpoint import from_mapping
+from weightvid.layers import Layering, pack_layers
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, PackReport, Target, pack_checkpoint
 from weightvid.survey import survey_checkpoint
+from weightvid.verify import verify_archive
 from weightvid.workers import Workers
 
 torch = pytest.importorskip("torch", reason="needs the extra: weightvid[torch]")
@@ -115,6 +117,17 @@ def test_outputs_are_nearer_at_the_same_bytes(net: Any, example: Any, tmp_path: 
     assert layered.notes[-1].startswith("layer by layer: ")
     assert layered.notes[-1].count("KL divergence") == 2
     assert all(np.array_equal(array, before[name]) for name, array in arrays(net).items())
+
+
+def test_layers_of_a_file_are_calibrated_too(net: Any, example: Any, tmp_path: Path) -> None:
+    path, model = tmp_path / "m.mp4", tmp_path / "m.npz"
+    np.savez(model, **arrays(net))
+    options = PackOptions(step_factor=0.4, calibration=example, jobs=1)
+    notes = pack_layers(from_mapping(arrays(net)), path, Layering(2), options).notes
+    assert notes[0].startswith("calibrated: ")
+    assert notes[1] == "not layer by layer: layers are added to each other"
+    # The biases have moved.
+    assert verify_archive(path, model).ok
 
 
 @images

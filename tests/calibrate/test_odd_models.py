@@ -256,3 +256,17 @@ def test_a_module_that_fails_says_how() -> None:
         calibrate(nn.Linear(24, 10), [[x, x] for x in batches()])  # as a DataLoader gives them
     with pytest.raises(EvaluationError, match=r"RuntimeError: mat1 and mat2 shapes"):
         calibrate(nn.Linear(3, 10), batches())
+
+
+def test_weights_that_cannot_be_replaced_are_named() -> None:
+    with torch.inference_mode():
+        frozen = nn.Linear(24, 10)
+    shared = nn.Linear(24, 10)
+    shared.weight = nn.Parameter(torch.randn(1, 24).expand(10, 24))
+    for net, why in (
+        (frozen, "tensor 'weight' of the module was made in inference mode"),
+        (nn.LazyLinear(10), "tensor 'weight' of the module has no shape yet"),
+        (shared, "tensor 'weight' of the module has elements that share memory"),
+    ):
+        with pytest.raises(QuantizationError, match=why):
+            calibrate(net, batches())

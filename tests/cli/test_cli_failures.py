@@ -300,3 +300,25 @@ def test_verbs_import_what_they_use(
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_what_is_read_is_never_replaced(run: Run, model: Path, tmp_path: Path) -> None:
+    (base, again), key = (tmp_path / f"{n}.mp4" for n in "ab"), tmp_path / "key"
+    run("pack", model, "-o", base)
+    run("pack", model, "--base", base, "-o", again)
+    key.write_text("key")
+    script = tmp_path / "script.py"
+    script.write_text("make = print")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for line in (
+        ("pack", model, "--base", base, "-o", base),
+        ("pack", model, "--eval", f"{script}:make", "--max-kl", 1, "-o", script),
+        ("unpack", again, "--base", base, "-o", base),
+        ("unpack", base, "--key", key, "-o", key, "--kind", "npz"),
+        ("unpack", base, "-o", ""),
+        ("sign", base, "--key", key, "-o", key),
+        ("calibrate", f"{script}:make", "-o", script),
+    ):
+        run(*line, "--force", status=2)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    run("pack", model, "--lossless", "--step", 0.3, "-o", tmp_path / "c.mp4", status=2)

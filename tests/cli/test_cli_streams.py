@@ -57,6 +57,38 @@ def test_pipes(folder: Path) -> None:
     assert b"\x1b" not in found.stdout
 
 
+PRINTING = """
+import subprocess, torch
+from safetensors.torch import load_file
+
+class Net(torch.nn.Linear):
+    def forward(self, x):
+        print("forward")
+        return super().forward(x)
+
+def make():
+    subprocess.run(["echo", "make"])
+    net = Net(64, 64, bias=False)
+    net.load_state_dict(load_file("linear.safetensors"))
+    return net, torch.randn(50, 64).split(10)
+"""
+
+
+def test_what_a_model_prints_is_no_part_of_the_output(folder: Path) -> None:
+    pytest.importorskip("torch", reason="calibration needs the extra 'torch'")
+    weights = np.random.default_rng(2).standard_normal((64, 64)).astype("f4")
+    save_file({"weight": weights}, folder / "linear.safetensors")
+    (folder / "printing.py").write_text(PRINTING)
+    line = "weightvid pack linear.safetensors -o - --calibrate printing.py:make > printed.mp4"
+    done = shell(line, folder)
+    assert done.returncode == 0, done.stderr
+    assert {b"make", b"forward"} <= set(done.stderr.split())
+    with open_archive(folder / "printed.mp4") as archive:
+        assert list(archive) == ["weight"]
+    done = shell("weightvid calibrate printing.py:make -o printed.stats --json", folder)
+    assert json.loads(done.stdout)["ok"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_behind_stdout(folder: Path) -> None:
     assert shell("weightvid pack Qwen2.5-0.5B -o full.mp4", folder).returncode == 0

@@ -136,6 +136,19 @@ class Calibration:
         way = "" if self.examples is None else ", layer by layer"
         return f"{self.stats.samples} samples of model {self.stats.model_sha256[:12]}{way}"
 
+    def used(self, survey: Survey) -> str:
+        """What the statistics were used for, in words."""
+        if self.stats.refused:
+            return f"calibration was not used: {self.stats.refused}"
+        used = f"calibrated: {len(survey.moments)} of {len(survey.stats)} tensors"
+        used += f", on {self.inputs}" if self.inputs else ""
+        return "; ".join(filter(None, (used, self.stats.gained)))
+
+    def alone(self, why: str) -> tuple[str, ...]:
+        """That statistics alone are used although the model is at hand, and why."""
+        at_hand = self.examples is not None and not self.stats.refused
+        return (f"not layer by layer: {why}",) if at_hand else ()
+
     def apply(self, survey: Survey, progress: Report = quiet) -> Survey:
         """The survey of the checkpoint that these statistics are of, with what they say.
 
@@ -168,18 +181,13 @@ class Calibration:
         Returned are what the encoder's file holds now; the number of further encodings; what was
         done, and its gain.
         """
-        if self.stats.refused:
-            return made, 0, (f"calibration was not used: {self.stats.refused}",)
-        used = f"calibrated: {len(survey.moments)} of {len(survey.stats)} tensors"
-        used += f", on {self.inputs}" if self.inputs else ""
-        notes = ("; ".join(filter(None, (used, self.stats.gained))),)
+        notes: tuple[str, ...] = (self.used(survey),)
         target, bound = survey.options.target, None
-        if self.examples is None:
+        if self.examples is None or self.stats.refused:
             return made, 0, notes
         if target is not None:
             if target.kind == "sqnr":
-                why = "a target of SQNR is about the weights alone"
-                return made, 0, (*notes, f"not layer by layer: {why}")
+                return made, 0, notes + self.alone("a target of SQNR is about the weights alone")
             bound = target.value * (survey.weights / 8 if target.kind == "bpw" else 1.0)
         before, first = _loss(self.examples, encoder)
         factor, tries = made.factor, 0

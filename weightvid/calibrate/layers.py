@@ -90,7 +90,7 @@ class Examples:
         if not self._confirmed:
             return (
                 "neither BatchNorm nor text as the model would write it confirms that inputs are "
-                "of the kind that it is used on (if you know, say that they can be trusted)"
+                "of the kind that it is used on (in Python, trust_inputs=True would say so)"
             )
         if not 0.0 < self._change < inf:
             return "outputs cannot be compared"
@@ -270,7 +270,7 @@ class _Sequence:
         }
         plan = stages(sizes, memory_bytes, order.sources)
         if not plan:
-            return "no layer could be followed at work"
+            return "no layer of weights (outputs, inputs) could be followed at work"
         staged = {numbers[name] for stage in plan for name in stage}
         fits = [self._quantize(number, None) for number in self._plans if number not in staged]
         runs = _Runs(self._state, order, batches, memory_bytes)

@@ -81,6 +81,10 @@ class State:
 @contextmanager
 def running(module: torch.nn.Module) -> Iterator[State]:
     """A module in eval mode, without gradients and without the fast paths that hide its layers."""
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        why = _unusable(tensor)
+        if why:
+            raise QuantizationError(f"tensor {name!r} of the module {why}")
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack, torch.no_grad():
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
@@ -97,6 +101,18 @@ def running(module: torch.nn.Module) -> Iterator[State]:
         yield State(module)
 
 
+def _unusable(tensor: Any) -> str:
+    """Why the quantized model cannot have another tensor in place of one; empty if it can."""
+    if torch.nn.parameter.is_lazy(tensor):
+        return "has no shape yet: run the module once before"
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        return ""
+    if tensor.is_inference():
+        return "was made in inference mode: make the module outside of torch.inference_mode()"
+    shared = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return "has elements that share memory: make it contiguous" if shared else ""
+
+
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):  # which the module may change in place
         return value.to(device, copy=True)
@@ -110,7 +126,8 @@ def batches_of(inputs: Iterable[Any]) -> list[Any]:
     if isinstance(inputs, torch.Tensor | Mapping) or not isinstance(inputs, Iterable):
         what = f"the example inputs are of type {type(inputs).__name__}, not a list of batches"
         raise QuantizationError(f"{what}; of one tensor, give inputs.split(50)")
-    batches = list(inputs)
+    # One by one: in `list` an endless iterable could not be interrupted.
+    batches = [batch for batch in inputs]  # noqa: C416
     for number, batch in enumerate(batches):
         kind = isinstance(batch, torch.Tensor | Mapping | tuple | list)
         if not kind or first_tensor(batch) is None:

@@ -38,14 +38,16 @@ def calibrate(
     """
     if path.exists() and not force:
         usage_error(f"{path} exists; --force replaces it", "--output")
-    module, inputs = load_examples(script, "SCRIPT:FUNCTION")
+    output.check_output(path, {"the script": script.rpartition(":")[0]})
+    with output.others_on_stderr():
+        module, inputs = load_examples(script, "SCRIPT:FUNCTION")
     if inputs is None:
         usage_error("the function must return inputs, too; pack makes some", "SCRIPT:FUNCTION")
     from weightvid.calibrate import CalibrationConfig
     from weightvid.calibrate import calibrate as run
 
     config = CalibrationConfig(memory_bytes=memory << 20, trust_inputs=trust_inputs)
-    with output.progress_bars() as report:
+    with output.progress_bars() as report, output.others_on_stderr():
         made = run(module, inputs, config, report)
     made.save(path, force=force)
     for note in made.notes:
@@ -90,6 +92,7 @@ def load_examples(script: str, name: str) -> tuple[Any, Any]:
         raise EvaluationError(f"{script} failed: {type(error).__name__}: {error}") from error
     if isinstance(given, torch.nn.Module):
         return given, None
-    if not isinstance(given, tuple) or len(given) != 2:
+    pair = isinstance(given, tuple) and len(given) == 2
+    if not pair or not isinstance(given[0], torch.nn.Module):
         usage_error("the function must return two things: a module and its inputs", name)
-    return given
+    return given[0], given[1]

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, is_dataclass
 from math import isfinite
 from pathlib import Path
@@ -96,6 +96,15 @@ def usage_error(message: str, option: str) -> NoReturn:
     raise typer.BadParameter(message, param_hint=option)
 
 
+def check_output(path: Path | str, inputs: Mapping[str, Path | str]) -> None:
+    """Refuse an empty path, and to write over what is read; inputs by what they are."""
+    if not path or not os.fspath(path).strip():
+        usage_error("the path is empty", "--output")
+    for what, source in inputs.items():
+        if os.path.exists(source) and os.path.exists(path) and os.path.samefile(source, path):  # noqa: PTH110, PTH121
+            usage_error(f"{path} is {what} itself", "--output")
+
+
 def check_function(text: str, option: str) -> str:
     """Refuse what is not the name of a function in a script or module."""
     place, _, name = text.rpartition(":")
@@ -107,6 +116,18 @@ def check_function(text: str, option: str) -> str:
 
 
 # --- stdout
+
+
+@contextmanager
+def others_on_stderr() -> Iterator[None]:
+    """What models and functions print meanwhile, and programs that they run, goes to stderr."""
+    with redirect_stdout(sys.stderr), ExitStack() as stack:
+        with suppress(OSError):  # of a stream that is closed
+            kept = os.dup(1)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 1)
+            os.dup2(2, 1)
+        yield
 
 
 def console(*, stderr: bool = False) -> Console:

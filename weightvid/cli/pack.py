@@ -180,8 +180,9 @@ def pack(
     piped = destination in _STDOUT
     if piped and (json or sys.stdout.isatty()):
         usage_error("the archive goes to a file or a pipe, without other output", "--output")
-    if Path(destination).exists() and Path(destination).resolve() == Path(model).resolve():
-        usage_error(f"{destination} is the model itself", "--output")
+    own = {"the model": model, "the calibration": calibrate.rpartition(":")[0] or calibrate}
+    own |= {"the evaluation": evaluate.rpartition(":")[0]}
+    output.check_output(destination, own | {f"the base {each}": each for each in base})
     made = _pack(model, destination, options, layering)
     for entry in made.skipped:
         output.warn(f"not packed: {entry}")
@@ -230,8 +231,9 @@ def load_calibration(text: str, model: str) -> Calibration:
     if text != "auto" and (Path(text).exists() or ":" not in text):
         return Calibration.from_file(text)
     import_torch()
-    module, inputs = load_examples(text, "--calibrate") if text != "auto" else (None, None)
-    with output.progress_bars() as report:
+    with output.others_on_stderr():
+        module, inputs = load_examples(text, "--calibrate") if text != "auto" else (None, None)
+    with output.progress_bars() as report, output.others_on_stderr():
         if module is not None and inputs is not None:
             return Calibration.from_examples(module, inputs, progress=report)
         with open_checkpoint(model, report) as reader:
@@ -273,9 +275,10 @@ def _pack(model: str, destination: str, options: PackOptions, layering: Layering
         raise OutputError("cannot write to the standard output: it is closed")
 
     def pack_into(path: Path | str) -> PackReport:
-        if layering == Layering():
-            return pack_checkpoint(reader, path, options, report)
-        return pack_layers(reader, path, layering, options, report)
+        with output.others_on_stderr():
+            if layering == Layering():
+                return pack_checkpoint(reader, path, options, report)
+            return pack_layers(reader, path, layering, options, report)
 
     remote = checkpoint.is_url(destination)
     if remote:

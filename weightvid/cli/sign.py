@@ -35,6 +35,9 @@ def sign(
     """
     from weightvid.sign import sign_archive, sign_for_openssf
 
+    if destination is not None:
+        output.check_output(destination, {"the key": key})
+
     if openssf:
         made = sign_for_openssf(archive, key, destination or "")
     else:

@@ -53,6 +53,8 @@ def unpack(
 
     if dtype and dtype.upper() not in OUTPUT_DTYPES:
         usage_error(f"{dtype!r} is none of {', '.join(OUTPUT_DTYPES)}", "--dtype")
+    own = {"the archive": archive, "the key": key or "", "the signature": signature or ""}
+    output.check_output(destination, own | {f"the base {each}": each for each in base})
     if destination.endswith(("/", os.sep)) and not (kind or ".mlpackage" in destination[-12:]):
         kind = "folder"
     try:
