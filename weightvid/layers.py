@@ -411,7 +411,7 @@ class _Pile:
             writer.replace_record(with_level(record, level.level_idc))
         known, notes = options.calibration, survey.notes
         if known is not None:
-            notes += (known.used(survey), *known.alone("layers are added to each other"))
+            notes += known.notes(survey, "layers are added to each other")
         signal = sum(tally.signal for tally in self._tallies.values())
         noise = sum(tally.noise for tally in self._tallies.values())
         return PackReport(
@@ -423,7 +423,8 @@ class _Pile:
             sqnr_db=10 * log10(signal / noise) if signal and noise else None,
             tensors=tuple(tally.report() for tally in self._tallies.values()),
             frames=count, width=size.width, height=size.height, skipped=contents.skipped,
-            unused_keeps=(), side_files=tuple(file.path for file in contents.files),
+            unused_keeps=survey.unused_keeps,
+            side_files=tuple(file.path for file in contents.files) if options.side_files else (),
             step_factor=self._survey.first_factor, encodings=1, seconds=0.0, notes=notes,
         )  # fmt: skip
 

@@ -14,7 +14,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from math import log10
 from pathlib import Path
 from time import perf_counter
@@ -121,11 +120,7 @@ def _pack(
         width=made.width,
         height=made.height,
         skipped=contents.skipped,
-        unused_keeps=tuple(
-            pattern
-            for pattern in options.keep
-            if not any(fnmatchcase(spec.name, pattern) for spec in contents.tensors)
-        ),
+        unused_keeps=survey.unused_keeps,
         side_files=tuple(file.path for file in contents.files) if options.side_files else (),
         step_factor=made.factor,
         encodings=encodings,
@@ -142,10 +137,8 @@ def _choose(
     known = options.calibration
     if options.evaluation is not None:
         found = options.evaluation.search(survey, encoder.encode, encoder.file, progress)
-        if known is None:
-            return found
-        alone = known.alone("an evaluation tries many steps")
-        return *found[:2], (known.used(survey), *alone, *found[2])
+        notes = () if known is None else known.notes(survey, "an evaluation tries many steps")
+        return *found[:2], (*notes, *found[2])
     if options.target is not None:
         made, encodings = search(survey.weights, factor, options.target, encoder.encode)
     else:

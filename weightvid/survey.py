@@ -175,6 +175,12 @@ class Survey:
         """Whether a tensor that is not quantized is kept bit for bit."""
         return name in self.apart or any(fnmatchcase(name, p) for p in self.options.keep)
 
+    @property
+    def unused_keeps(self) -> tuple[str, ...]:
+        """Patterns of tensors to keep that no tensor matches."""
+        names = [spec.name for spec in self.specs]
+        return tuple(p for p in self.options.keep if not any(fnmatchcase(n, p) for n in names))
+
     def turn(self, number: int) -> int:
         """When a tensor comes: the place of the first pattern of ``first`` that it matches."""
         name, patterns = self.specs[number].name, self.options.first

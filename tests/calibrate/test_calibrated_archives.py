@@ -122,8 +122,10 @@ def test_outputs_are_nearer_at_the_same_bytes(net: Any, example: Any, tmp_path: 
 def test_layers_of_a_file_are_calibrated_too(net: Any, example: Any, tmp_path: Path) -> None:
     path, model = tmp_path / "m.mp4", tmp_path / "m.npz"
     np.savez(model, **arrays(net))
-    options = PackOptions(step_factor=0.4, calibration=example, jobs=1)
-    notes = pack_layers(from_mapping(arrays(net)), path, Layering(2), options).notes
+    options = PackOptions(step_factor=0.4, calibration=example, jobs=1, keep=("nothing*",))
+    report = pack_layers(from_mapping(arrays(net)), path, Layering(2), options)
+    notes = report.notes
+    assert report.unused_keeps == options.keep
     assert notes[0].startswith("calibrated: ")
     assert notes[1] == "not layer by layer: layers are added to each other"
     # The biases have moved.

@@ -136,18 +136,14 @@ class Calibration:
         way = "" if self.examples is None else ", layer by layer"
         return f"{self.stats.samples} samples of model {self.stats.model_sha256[:12]}{way}"
 
-    def used(self, survey: Survey) -> str:
-        """What the statistics were used for, in words."""
+    def notes(self, survey: Survey, why: str = "") -> tuple[str, ...]:
+        """What the statistics were used for; and why they alone, if the model is at hand."""
         if self.stats.refused:
-            return f"calibration was not used: {self.stats.refused}"
+            return (f"calibration was not used: {self.stats.refused}",)
         used = f"calibrated: {len(survey.moments)} of {len(survey.stats)} tensors"
         used += f", on {self.inputs}" if self.inputs else ""
-        return "; ".join(filter(None, (used, self.stats.gained)))
-
-    def alone(self, why: str) -> tuple[str, ...]:
-        """That statistics alone are used although the model is at hand, and why."""
-        at_hand = self.examples is not None and not self.stats.refused
-        return (f"not layer by layer: {why}",) if at_hand else ()
+        used = "; ".join(filter(None, (used, self.stats.gained)))
+        return (used, f"not layer by layer: {why}") if why and self.examples else (used,)
 
     def apply(self, survey: Survey, progress: Report = quiet) -> Survey:
         """The survey of the checkpoint that these statistics are of, with what they say.
@@ -181,13 +177,13 @@ class Calibration:
         Returned are what the encoder's file holds now; the number of further encodings; what was
         done, and its gain.
         """
-        notes: tuple[str, ...] = (self.used(survey),)
+        notes = self.notes(survey)
         target, bound = survey.options.target, None
         if self.examples is None or self.stats.refused:
             return made, 0, notes
         if target is not None:
             if target.kind == "sqnr":
-                return made, 0, notes + self.alone("a target of SQNR is about the weights alone")
+                return made, 0, self.notes(survey, "a target of SQNR is about the weights alone")
             bound = target.value * (survey.weights / 8 if target.kind == "bpw" else 1.0)
         before, first = _loss(self.examples, encoder)
         factor, tries = made.factor, 0

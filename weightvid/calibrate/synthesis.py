@@ -82,7 +82,7 @@ def fill(module: nn.Module, reader: CheckpointReader) -> list[str]:
     Raises
     ------
     CheckpointError
-        The checkpoint lacks weights, or has them in another shape.
+        The checkpoint lacks weights, or has them in another shape, or under other names.
     """
     wanted, aliases = module.state_dict(), State(module).reader.contents.aliases
     specs = dict(reader.contents.rows())
@@ -96,7 +96,8 @@ def fill(module: nn.Module, reader: CheckpointReader) -> list[str]:
     lost = [name for name in lost if not name.endswith("num_batches_tracked")]
     if lost:
         raise CheckpointError(
-            f"the network is not that of this checkpoint, which lacks {shorten(lost)}"
+            "the network is not that of this checkpoint, or its weights have other names there: "
+            f"it lacks {shorten(lost)}"
         )
     return [name for name in specs if name not in wanted]
 
