@@ -22,7 +22,7 @@ from hostile import HOSTILE, drip, send_forever, server
 
 from weightvid.checkpoint import from_mapping
 from weightvid.errors import OutputError, RemoteError, SignatureError
-from weightvid.fetch import FetchOptions, fetch_archive
+from weightvid.fetch import FetchOptions, WrongArchiveError, WrongHashError, fetch_archive
 from weightvid.layers import Layering, pack_layers
 from weightvid.loader import FRAME_UUID, open_archive
 from weightvid.numpy import save_file
@@ -145,7 +145,7 @@ def test_a_damaged_frame_is_fetched_again(data: bytes, tmp_path: Path) -> None:
 
 def test_damaged_at_the_source(site: Site, data: bytes, tmp_path: Path) -> None:
     url = site.put("m.mp4", data[:40_000] + bytes(8) + data[40_008:])
-    with pytest.raises(RemoteError, match=r"cannot fetch .*frame 0 decodes to other samples"):
+    with pytest.raises(WrongArchiveError, match=r"cannot fetch .*frame 0 decodes to other samples"):
         fetch_archive(url, tmp_path / "m.mp4", QUICK)
     assert "m.mp4" not in left(tmp_path)
 
@@ -309,10 +309,27 @@ def test_nothing_is_left_where_nothing_came(
     assert isinstance(caught.value.__context__, ImportError)  # which the exit status depends on
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "code"), [(0, 5, "truncated"), (0, -70, "truncated"), (8, None, "ftyp")]
+)
+def test_what_is_no_archive_is_no_trouble_of_the_network(
+    site: Site, data: bytes, tmp_path: Path, start: int, end: int | None, code: str
+) -> None:
+    with pytest.raises(WrongArchiveError) as caught:
+        fetch_archive(site.put("m.mp4", data[start:end]), tmp_path / "m.mp4", QUICK)
+    assert caught.value.code == code
+    with pytest.raises(RemoteError) as other:
+        fetch_archive(site.put("m.mp4", b"", status=503), tmp_path / "n.mp4", QUICK)
+    assert not isinstance(other.value, WrongArchiveError)
+
+
 def test_the_hash_of_the_file(site: Site, data: bytes, tmp_path: Path) -> None:
     path, url = tmp_path / "m.mp4", site.put("m.mp4", data)
-    with pytest.raises(RemoteError, match=r"has the SHA-256 [0-9a-f]{64}, not 00; .*thrown away"):
-        fetch_archive(url, path, FetchOptions(sha256="00"))
+    with pytest.raises(WrongHashError, match=r"has the SHA-256 [0-9a-f]{64}, not 0{64}; .*thrown"):
+        fetch_archive(url, path, FetchOptions(sha256="0" * 64))
+    for wrong in ("00", "g" * 64, "0" * 63 + "\n", "٠" * 64):
+        with pytest.raises(RemoteError, match="64 hexadecimal digits"):
+            fetch_archive("http://127.0.0.1:9/m.mp4", path, FetchOptions(sha256=wrong))
     fetch_archive(url, path, FetchOptions(sha256=hashlib.sha256(data).hexdigest().upper()))
 
 
@@ -390,8 +407,10 @@ def test_an_update_to_another_base_is_not_fetched(site: Site, tmp_path: Path) ->
     update = layered(tmp_path / "update.mp4", 1, tmp_path / "base.mp4")
     other = layered(tmp_path / "other.mp4", 2)
     url, path = site.put("u.mp4", update), tmp_path / "got.mp4"
-    with pytest.raises(RemoteError, match=r"to the archive of root [0-9a-f]{64}, and the base has"):
-        fetch_archive(url, path, replace(QUICK, base=(tmp_path / "other.mp4",)))
+    for _ in range(2):  # the second time by what is left of the first
+        with pytest.raises(WrongArchiveError, match=r"root [0-9a-f]{64}, and the base has") as no:
+            fetch_archive(url, path, replace(QUICK, base=(tmp_path / "other.mp4",)))
+        assert no.value.code == "base"
     with pytest.raises(RemoteError, match="it is no update"):
         fetch_archive(
             site.put("o.mp4", other),
@@ -401,3 +420,8 @@ def test_an_update_to_another_base_is_not_fetched(site: Site, tmp_path: Path) ->
     assert not path.exists()
     fetch_archive(url, path, replace(QUICK, base=(tmp_path / "base.mp4",), restart=True))
     assert path.read_bytes() == update
+    base = tmp_path / "base.mp4"
+    before = base.read_bytes()
+    with pytest.raises(OutputError, match="is the base itself"):
+        fetch_archive(url, base, replace(QUICK, base=(base,), force=True))
+    assert base.read_bytes() == before

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import ssl
 from collections import Counter
@@ -39,8 +40,24 @@ _NEXT: Final = {
     b"": b"ftyp", b"ftyp": b"moov", b"moov": loader.HEADER_UUID,
     loader.FRAME_UUID: b"moof", b"moof": b"mdat",
 }  # fmt: skip
+_SHA256: Final = re.compile(r"[0-9A-Fa-f]{64}")
 #: statuses of servers that may answer otherwise a little later.
 _PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+class WrongArchiveError(RemoteError, FormatError):
+    """What servers have is no archive, a damaged one, or an update to another base."""
+
+    def __init__(self, why: str, code: str = "") -> None:
+        OSError.__init__(self, why)  # more arguments would be an errno
+        self.code, self.offset, self.tensor = code, None, ""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # which says the code already
+
+
+class WrongHashError(RemoteError, SignatureError):
+    """What arrived is another file than the one whose hash was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +94,18 @@ class FetchOptions:
     base: tuple[Location, ...] = ()
     patience: float = PATIENCE_S
     attempts: int = 4
+
+    def check(self) -> None:
+        """Refuse what cannot be asked for.
+
+        Raises
+        ------
+        RemoteError
+        """
+        if self.sha256 and not _SHA256.fullmatch(self.sha256):
+            raise RemoteError(f"{self.sha256!r} is no SHA-256: it has 64 hexadecimal digits")
+        if self.layers and (self.sha256 or self.key):
+            raise RemoteError("a hash or signature is of the whole file: leave out layers, or both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,24 +151,28 @@ def fetch_archive(
     Raises
     ------
     RemoteError
-        No server could give the whole file: each of them is slow, without ranges, has another file
-        than before, one that is no archive or damaged, or no update to ``base``. What arrived is
-        kept.
+        No server could give the whole file: each of them is slow, without ranges, or has another
+        file than before; what arrived is kept. Or the options contradict each other.
+    WrongArchiveError, WrongHashError
+        RemoteErrors, too: the last server that was asked has no archive, a damaged one, no update
+        to ``base`` (code ``base``), or another file than ``sha256`` says.
     FormatError
         The base is no archive.
     SignatureError
         The archive is not signed by ``key``.
     OutputError
-        The destination exists (without ``force``), or cannot be written.
+        The destination exists (without ``force``), is the base, or cannot be written.
     """
     chosen = options or FetchOptions()
     sources = [urls] if isinstance(urls, str) else list(urls)
     for url in sources:
         if not is_web(url):
             raise RemoteError(f"cannot fetch {shown(url)}: only http:// and https:// addresses can")
-    if chosen.layers and (chosen.sha256 or chosen.key):
-        raise RemoteError("a hash or signature is of the whole file: leave out layers, or both")
+    chosen.check()
     target = Path(destination)
+    named = [base for base in chosen.base if isinstance(base, (str, os.PathLike))]
+    if target.exists() and os.path.realpath(target) in map(os.path.realpath, named):
+        raise OutputError(f"{target} is the base itself; write to another file")
     if target.exists() and not chosen.force:
         raise OutputError(f"{target} exists already; use --force (force=True) to replace it")
     part = target.with_name(f".{target.name}.part")
@@ -285,7 +318,8 @@ class _Arrived:
         if self._base and (known is None or known.base != self._base):
             of = known.base.hex() if known and known.base else ""
             what = f"an update to the archive of root {of}" if of else "no update"
-            raise WrongAnswerError(f"it is {what}, and the base has the root {self._base.hex()}")
+            why = f"it is {what}, and the base has the root {self._base.hex()}"
+            raise WrongAnswerError(why, code="base")
         if known is not None and 0 < self._layers < known.total:
             lowest = (1 << self._layers) - 1
             masks = enumerate(known.masks)
@@ -333,8 +367,13 @@ class _Download:
     def run(self, urls: Sequence[str]) -> FetchReport:
         """Fetch what is missing, and check the whole."""
         began, left, failures, interruptions = perf_counter(), list(urls), 0, 0
-        with suppress(FormatError, CodecError):  # what is damaged is fetched again
+        try:
             self._look()
+        except WrongAnswerError as error:
+            why = f"cannot go on with {self._part.name}: {error}; --restart begins again"
+            raise WrongArchiveError(why, error.code) from None
+        except (FormatError, CodecError):
+            pass  # what is damaged is fetched again
         while not self._arrived.complete:
             before, url = self._arrived.good, left[0]
             try:
@@ -350,6 +389,8 @@ class _Download:
                     why = str(explain(url, error, "fetch"))
                     why += f" (nor from {len(urls) - 1} others)" if len(urls) > 1 else ""
                     kept = f"; {self._part.name} keeps what arrived" if self._arrived.good else ""
+                    if code := _code(error):
+                        raise WrongArchiveError(why + kept, code) from None
                     raise RemoteError(why + kept) from None
                 if failures:
                     sleep(min(self._options.patience, 0.05 * 2**failures))
@@ -387,7 +428,8 @@ class _Download:
                     most = self._arrived.most
                     raise WrongAnswerError(f"it sends more than the {most} bytes that it can have")
         if answer.size:
-            raise WrongAnswerError(f"its {answer.size} bytes end before the archive does")
+            why = f"its {answer.size} bytes end before the archive does"
+            raise WrongAnswerError(why, code="truncated")
         raise ConnectionError(f"its answer breaks off at byte {self._length}")
 
     def _look(self) -> None:
@@ -430,7 +472,7 @@ class _Download:
         self._length = self._file.truncate(self._arrived.good)
         self._file.flush()
         os.fsync(self._file.fileno())
-        why, unsigned = "", False
+        why, code, unsigned = "", "", False
         if self._options.sha256:
             self._file.seek(0)
             found = hashlib.file_digest(cast(Any, self._file), "sha256").hexdigest()
@@ -439,16 +481,27 @@ class _Download:
         try:
             index = loader.open_archive(self._file).index
             if whole and (index is None or list(index.frames) != self._arrived.places):
-                why = why or "the index contradicts the file"
+                raise FormatError("the index contradicts the file", "index")
             if self._options.key:
                 with open_signed(self._file, self._options.key) as signed:
                     while signed.read(1 << 20):
                         pass
         except (FormatError, SignatureError) as error:
-            why, unsigned = why or str(error), isinstance(error, SignatureError)
+            unsigned = isinstance(error, SignatureError)
+            if not why:
+                why, code = str(error), _code(error)
         if why:
             self._file.truncate(0)
             self.state.path.unlink(missing_ok=True)
             where = ", ".join(self._used) or os.fspath(self._part)
-            kind = SignatureError if unsigned else RemoteError
-            raise kind(f"cannot fetch {where}: {why}; what arrived was thrown away")
+            said = f"cannot fetch {where}: {why}; what arrived was thrown away"
+            if unsigned:
+                raise SignatureError(said)
+            raise WrongArchiveError(said, code) if code else WrongHashError(said)
+
+
+def _code(error: Exception) -> str:
+    """Of the defect, if it is what a server has that is wrong; empty: asking again may help."""
+    if isinstance(error, CodecError):
+        return "decode"
+    return error.code if isinstance(error, (FormatError, WrongAnswerError)) else ""

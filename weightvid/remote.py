@@ -115,11 +115,14 @@ def file_name(url: str) -> str:
 
 
 class WrongAnswerError(WeightvidError, OSError):
-    """A web server refuses (then it has a ``status``), contradicts itself, or sends too much."""
+    """A web server refuses (then it has a ``status``), contradicts itself, or sends too much.
 
-    def __init__(self, why: str, status: int = 0) -> None:
+    Where it has not what was asked for, and would not have it later, ``code`` is the defect's.
+    """
+
+    def __init__(self, why: str, status: int = 0, code: str = "") -> None:
         super().__init__(why)
-        self.status = status
+        self.status, self.code = status, code
 
 
 class Answer:

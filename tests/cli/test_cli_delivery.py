@@ -115,7 +115,18 @@ def test_fetch(
         check(run_json("fetch", url), "fetch")
         assert (tmp_path / "there.mp4").read_bytes() == (tmp_path / "m.mp4").read_bytes()
         run("fetch", url, status=1)
-        run("fetch", url, "--force", "--sha256", "00", status=4)
+        run("fetch", url, "--force", "--sha256", "00", status=2)
+        run("fetch", url, "--layers", 1, "--sha256", "0" * 64, "-o", "new.mp4", status=2)
+        record = run_json("fetch", url, "--force", "--sha256", "0" * 64, status=3)
+        check(record, "failure")
+        assert record["code"] is None
+        text = site.put("text.mp4", b"no archive, but a text")
+        assert run_json("fetch", text, "-o", "t.mp4", status=3)["code"] == "ftyp"
+        assert run_json("fetch", url, "-o", "b.mp4", "-b", "m.mp4", status=1)["code"] == "base"
+        run("fetch", url, "-o", "m.mp4", "-f", "-b", "m.mp4", status=2)
+        run("fetch", url, "-o", "-", status=2)
+        run("fetch", "s3://bucket/m.mp4", status=2)
+        assert not {"-", "t.mp4", "b.mp4", "new.mp4"} & {path.name for path in tmp_path.iterdir()}
         run("fetch", f"{site.url}/absent.mp4", status=4)
         run("fetch", f"{site.url}/", status=2)
         run("fetch", url, "-o", "again.mp4")

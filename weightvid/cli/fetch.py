@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from weightvid.cli import output
 from weightvid.cli.output import FORCE, JSON, option, usage_error
+
+#: where other verbs would write to a pipe.
+_STDOUT: Final = ("-", "/dev/stdout")
 
 
 def fetch(
@@ -40,13 +45,24 @@ def fetch(
     [bold]weightvid fetch https://one.example/m.mp4 https://two.example/m.mp4 -o model.mp4[/bold]
     [bold]weightvid fetch https://example.org/model.mp4 --layers 1[/bold]
     """
+    from weightvid.errors import RemoteError
     from weightvid.fetch import FetchOptions, fetch_archive
-    from weightvid.remote import file_name
+    from weightvid.remote import file_name, is_web, shown
 
+    for url in urls:
+        if not is_web(url):
+            usage_error(f"{shown(url)} is no http:// or https:// address", "URL")
     destination = archive or file_name(urls[0])
     if not destination:
         usage_error("the address has no file name; say where the archive goes", "--output")
+    if destination in _STDOUT:
+        usage_error("a download goes to a file, where it is checked and resumed", "--output")
+    output.check_output(destination, {f"the base {each}": each for each in base})
     options = FetchOptions(force, restart, sha256, key, layers, tuple(base), patience)
+    try:
+        options.check()
+    except RemoteError as error:
+        usage_error(str(error), "--sha256 / --key / --layers")
     with output.progress_bars() as report:
         found = fetch_archive(urls, destination, options, report)
     if json:
