@@ -14,6 +14,7 @@ from weightvid.cli.app import app
 from weightvid.errors import CheckpointError
 from weightvid.int8 import export_int8
 from weightvid.loader import open_archive
+from weightvid.numpy import save_file
 from weightvid.pack import PackOptions, pack_checkpoint
 
 SHAPE = (64, 3, 12, 12)
@@ -137,6 +138,62 @@ def test_examples_must_fit(onnx: Any, graphs: Path, tmp_path: Path) -> None:
         export_int8(*given, tmp_path / "none.npz", tmp_path / "b.onnx")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_examples_are_finite(onnx: Any, graphs: Path, tmp_path: Path, value: float) -> None:
+    given, inputs = (graphs / "model.mp4", graphs / "float.onnx"), examples()
+    inputs[3, 2, 1, 0] = value
+    np.savez(tmp_path / "x.npz", x=inputs)
+    with pytest.raises(CheckpointError, match="the input 'x' hold NaN or infinity"):
+        export_int8(*given, tmp_path / "x.npz", tmp_path / "a.onnx")
+    assert not (tmp_path / "a.onnx").exists()
+
+
+def test_what_examples_make_is_finite(onnx: Any, graphs: Path, tmp_path: Path) -> None:
+    given = graphs / "model.mp4", graphs / "float.onnx"
+    with pytest.raises(CheckpointError, match=r"make '.*' NaN or infinite"):
+        export_int8(*given, {"x": np.full(SHAPE, 3e38, np.float32)}, tmp_path / "a.onnx")
+
+
+def test_what_is_no_graph_is_refused(onnx: Any, graphs: Path, tmp_path: Path) -> None:
+    path, inputs, target = tmp_path / "g.onnx", {"x": examples()}, tmp_path / "a.onnx"
+    model = onnx.load(graphs / "float.onnx")
+    nodes = list(model.graph.node)[::-1]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    for data in (b"", b"\x20\0\0\0\0\0\0\0{no graph}", model.SerializeToString()):
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"g\.onnx is no valid ONNX model: ."):
+            export_int8(graphs / "model.mp4", path, inputs, target)
+    with pytest.raises(FileNotFoundError):
+        export_int8(graphs / "model.mp4", tmp_path / "absent.onnx", inputs, target)
+
+
+def test_weights_that_do_not_fit_the_graph(onnx: Any, graphs: Path, tmp_path: Path) -> None:
+    save_file({"fc": np.ones((10, 12, 2), np.float32)}, tmp_path / "other.mp4")
+    with pytest.raises(CheckpointError, match="does not run with the weights of the archive"):
+        export_int8(
+            tmp_path / "other.mp4", graphs / "float.onnx", {"x": examples()}, tmp_path / "a.onnx"
+        )
+
+
+@pytest.mark.parametrize("name", ["model.mp4", "float.onnx", "x.npz"])
+def test_sources_are_not_overwritten(onnx: Any, graphs: Path, tmp_path: Path, name: str) -> None:
+    for each in ("model.mp4", "float.onnx"):
+        (tmp_path / each).write_bytes((graphs / each).read_bytes())
+    np.savez(tmp_path / "x.npz", x=examples())
+    (tmp_path / "link").symlink_to(name)
+    given = tmp_path / "model.mp4", tmp_path / "float.onnx", tmp_path / "x.npz"
+    before = [path.read_bytes() for path in given]
+    with pytest.raises(CheckpointError, match="itself"):
+        export_int8(*given, tmp_path / "link", force=True)
+    arguments = [
+        "export-int8", str(given[0]), "-g", str(given[1]), "--calibration", str(given[2]),
+        "-o", str(tmp_path / name), "-f",
+    ]  # fmt: skip
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+    assert [path.read_bytes() for path in given] == before
+
+
 def test_a_graph_without_layers_is_refused(onnx: Any, graphs: Path, tmp_path: Path) -> None:
     helper, floats = onnx.helper, onnx.TensorProto.FLOAT
     values = [helper.make_tensor_value_info(name, floats, [1]) for name in "xy"]
@@ -160,3 +217,6 @@ def test_command_line(onnx: Any, graphs: Path, tmp_path: Path) -> None:
     made = json.loads(result.stdout)
     assert made["own"] == ["w1", "w2"]
     assert made["file_bytes"] == (tmp_path / "int8.onnx").stat().st_size
+    for graph, status in (("x.npz", 1), ("absent.onnx", 4)):
+        arguments[3] = str(tmp_path / graph)
+        assert CliRunner().invoke(app, arguments).exit_code == status

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small_models
 
-from weightvid.errors import CodecError, FormatError, OutputError, TensorNotFoundError
+from weightvid.errors import CodecError, OutputError, TensorNotFoundError
 from weightvid.loader import TensorSpec, open_archive
 from weightvid.preview import (
     Tile,
@@ -106,7 +106,7 @@ def test_names_from_files_may_be_anything(tmp_path: Path) -> None:
 
 def test_archive_without_frames(tmp_path: Path) -> None:
     path = small_models.pack({"n": np.arange(4)}, tmp_path / "n.mp4")
-    with pytest.raises(FormatError, match="no frames"):
+    with pytest.raises(TensorNotFoundError, match="no pictures"):
         preview_archive(path, tmp_path / "p")
 
 

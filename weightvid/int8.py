@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from weightvid.archives import Location, open_anywhere
 from weightvid.atomic import atomic_output
-from weightvid.checkpoint.base import need
+from weightvid.checkpoint.base import explained, first_line, need
 from weightvid.errors import CheckpointError, TensorNotFoundError
 from weightvid.loader import Array, Levels
 
@@ -82,13 +83,21 @@ def export_int8(
     Raises
     ------
     CheckpointError
-        A package is missing, the graph holds no layer to convert, or the examples do not fit it.
+        A package is missing, the graph is not valid ONNX or holds no layer to convert, or the
+        examples do not fit it or are not finite; the destination is one of the sources.
+    OSError
+        A source is not there.
     """
+    named = [s for s in (archive, graph, calibration) if isinstance(s, (str, os.PathLike))]
+    place = os.path.realpath(destination)
+    if Path(place).exists() and place in map(os.path.realpath, named):
+        raise CheckpointError(f"{destination} is the archive, the graph or the examples itself")
     onnx = need("onnx", "onnxruntime")
     need("onnxruntime", "onnxruntime")
-    model = onnx.load(os.fspath(graph))
+    model = _load(onnx, graph)
     if max((o.version for o in model.opset_import if o.domain == ""), default=0) < _OPSET:
-        model = onnx.version_converter.convert_version(model, _OPSET)
+        with explained(f"{graph} cannot be converted to opset {_OPSET}"):
+            model = onnx.version_converter.convert_version(model, _OPSET)
     # Some exporters write weights as nodes.
     for node in [n for n in model.graph.node if n.op_type == "Constant" and n.attribute[0].t.dims]:
         model.graph.initializer.add().CopyFrom(node.attribute[0].t)
@@ -112,6 +121,18 @@ def export_int8(
     return Int8Report(tuple(made.own), tuple(made.requantized), len(data))
 
 
+def _load(onnx: Any, graph: str | os.PathLike[str]) -> Any:
+    """A float graph with its weights; its nodes are sorted."""
+    try:
+        model = onnx.load(os.fspath(graph))
+        onnx.checker.check_model(model)
+    except OSError:  # it is not there
+        raise
+    except Exception as error:  # protobuf's and onnx's errors share no class
+        raise CheckpointError(f"{graph} is no valid ONNX model: {first_line(error)}") from None
+    return model
+
+
 def _examples(
     model: Any, calibration: str | os.PathLike[str] | Mapping[str, Array]
 ) -> dict[str, Array]:
@@ -132,6 +153,9 @@ def _examples(
         raise CheckpointError(
             f"the examples lack the input {missing[0]!r}; they have: {', '.join(sorted(found))}"
         )
+    for name in names:
+        if found[name].dtype.kind in "fc" and not np.isfinite(found[name]).all():
+            raise CheckpointError(f"the examples of the input {name!r} hold NaN or infinity")
     return {name: found[name] for name in names}
 
 
@@ -244,9 +268,10 @@ class _Conversion:
         probe.graph.output.extend(
             self._onnx.helper.make_empty_tensor_value_info(n) for n in inner if n not in known
         )
-        session = runtime.InferenceSession(
-            probe.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
+        with explained("the graph does not run with the weights of the archive"):
+            session = runtime.InferenceSession(
+                probe.SerializeToString(), providers=["CPUExecutionProvider"]
+            )
         lows, highs = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         for first in range(0, min(map(len, examples.values())), _BATCH):
             part = {name: array[first : first + _BATCH] for name, array in examples.items()}
@@ -255,8 +280,12 @@ class _Conversion:
             except Exception as error:  # onnxruntime's errors share no class
                 raise CheckpointError(f"the graph does not run on the examples: {error}") from None
             for name in names:
-                lows[name] = min(lows[name], float(values[name].min()))
-                highs[name] = max(highs[name], float(values[name].max()))
+                low, high = float(values[name].min()), float(values[name].max())
+                if not (isfinite(low) and isfinite(high)):
+                    raise CheckpointError(
+                        f"the examples make {name!r} NaN or infinite in the float graph"
+                    )
+                lows[name], highs[name] = min(lows[name], low), max(highs[name], high)
         for name in names:
             scale = np.float32((highs[name] - lows[name]) / (_HIGH - _LOW) or 1.0)
             zero = round(_LOW - lows[name] / float(scale))

@@ -157,7 +157,7 @@ def _choose_frames(archive: Archive, frames: range | None, tensor: str | None) -
         raise FormatError("the archive is cut short: unpack it with --partial", code="truncated")
     count, spans = len(archive.index.frames), archive.index.spans
     if not count:
-        raise FormatError("the archive has no frames: all its tensors are exact", code="no-frames")
+        raise TensorNotFoundError("there are no pictures (but --kernels): all tensors are exact")
     if tensor is None:
         wanted = frames or range(1)
         if wanted.stop > count:

@@ -106,6 +106,13 @@ def test_failure_is_one_line_and_one_object(
     assert record["message"].split() == result.stderr.removeprefix("error: ").split()
 
 
+def test_an_archive_without_pictures_is_not_damaged(run: Run, model: Path, tmp_path: Path) -> None:
+    run("pack", model, "-o", tmp_path / "m.mp4", "--lossless")
+    call = ("preview", tmp_path / "m.mp4", "-o", tmp_path / "p")
+    assert "no pictures" in run(*call, status=FAILED).stderr
+    assert "conv.weight.png" in run(*call, "--kernels").stdout
+
+
 def test_long_names_make_no_long_message(run: Run, run_json: Run, tmp_path: Path) -> None:
     path, arrays = tmp_path / "m.mp4", {c * 4000: weights(k, 40, 50) for k, c in enumerate("abc")}
     save_file(arrays, tmp_path / "m.safetensors")

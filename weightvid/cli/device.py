@@ -12,7 +12,7 @@ from weightvid.cli.output import FORCE, JSON, option
 
 
 def device(
-    folder: Path = option(
+    target: str = option(
         ..., "Where the sources go; made where it is not there.", "--output", "-o", metavar="FOLDER"
     ),
     force: bool = FORCE,
@@ -25,6 +25,8 @@ def device(
     """
     from weightvid.atomic import atomic_output
 
+    output.check_output(target, {})  # Path would take an empty one for the current folder
+    folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for source in sorted(files("weightvid").joinpath("device").iterdir(), key=lambda one: one.name):

@@ -27,6 +27,9 @@ def export_int8(
     """
     from weightvid.int8 import export_int8 as run
 
+    output.check_output(
+        target, {"the archive": archive, "the graph": graph, "the examples": calibration}
+    )
     made = run(archive, graph, calibration, target, force=force)
     if json:
         output.emit_json(made, archive=archive, output=str(target))
