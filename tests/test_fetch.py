@@ -21,7 +21,7 @@ from fuzz_archives import join_boxes, split_boxes
 from hostile import HOSTILE, drip, send_forever, server
 
 from weightvid.checkpoint import from_mapping
-from weightvid.errors import OutputError, RemoteError, SignatureError
+from weightvid.errors import KeyFileError, OutputError, RemoteError, SignatureError
 from weightvid.fetch import FetchOptions, WrongArchiveError, WrongHashError, fetch_archive
 from weightvid.layers import Layering, pack_layers
 from weightvid.loader import FRAME_UUID, open_archive
@@ -345,6 +345,8 @@ def test_the_signature_of_the_file(site: Site, long_archive: Path, tmp_path: Pat
     with pytest.raises(SignatureError, match="by another key"):
         fetch_archive(url, path, FetchOptions(key=str(other.with_suffix(".pub"))))
     assert not path.exists()
+    with pytest.raises(KeyFileError, match="holds no public"):  # before anything is fetched
+        fetch_archive("http://127.0.0.1:9/m.mp4", path, FetchOptions(key=str(owner)))
     fetch_archive(url, path, FetchOptions(key=str(owner.with_suffix(".pub"))))
     assert path.read_bytes() == (tmp_path / "signed.mp4").read_bytes()
 

@@ -29,7 +29,7 @@ from weightvid.atomic import atomic_output, output_error
 from weightvid.errors import CodecError, FormatError, OutputError, RemoteError, SignatureError
 from weightvid.progress import Progress, Report, quiet
 from weightvid.remote import PATIENCE_S, Answer, WrongAnswerError, explain, is_web, shown
-from weightvid.sign import open_signed
+from weightvid.sign import open_signed, read_key
 
 #: bytes that are asked for again when a download goes on, to see that it is the same file.
 _OVERLAP: Final = 1 << 10
@@ -159,7 +159,7 @@ def fetch_archive(
     FormatError
         The base is no archive.
     SignatureError
-        The archive is not signed by ``key``.
+        The archive is not signed by ``key``; KeyFileError: there is no such key in the file.
     OutputError
         The destination exists (without ``force``), is the base, or cannot be written.
     """
@@ -169,6 +169,8 @@ def fetch_archive(
         if not is_web(url):
             raise RemoteError(f"cannot fetch {shown(url)}: only http:// and https:// addresses can")
     chosen.check()
+    if chosen.key:
+        read_key(chosen.key, "public")
     target = Path(destination)
     named = [base for base in chosen.base if isinstance(base, (str, os.PathLike))]
     if target.exists() and os.path.realpath(target) in map(os.path.realpath, named):

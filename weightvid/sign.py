@@ -92,7 +92,7 @@ def sign_archive(
         The package cryptography is missing; KeyFileError: there is no such key in the file.
     FormatError, OutputError, OSError
     """
-    path, private = Path(archive), _load(key, "private")
+    path, private = Path(archive), read_key(key, "private")
     public = private.public_key().public_bytes_raw()
     target = destination or (path.with_name(f"{path.name}.wvsig") if detached else path)
     with atomic_output(target, force=force or target == path) as output, path.open("rb") as file:
@@ -248,7 +248,7 @@ def open_signed(
         with Path(archive).open("rb") as whole:
             yield whole
         return
-    public = _load(key, "public")
+    public = read_key(key, "public")
     with ExitStack() as stack:
         file = open_file(archive, stack)
         try:
@@ -327,8 +327,8 @@ class _Checked(Pieces):
 _END: Final = mfra(())
 
 
-def _load(path: str | os.PathLike[str], kind: str) -> Any:
-    """Ed25519 key of a file, ``private`` or ``public``."""
+def read_key(path: str | os.PathLike[str], kind: str) -> Any:
+    """Ed25519 key of a file, ``private`` or ``public``; else a KeyFileError."""
     try:
         keys: Any = import_module("cryptography.hazmat.primitives.serialization")
         ed25519: Any = import_module("cryptography.hazmat.primitives.asymmetric.ed25519")

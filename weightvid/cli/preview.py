@@ -12,7 +12,7 @@ from weightvid.cli.output import ARCHIVE, FORCE, JSON, named_after, option, usag
 
 def preview(
     archive: str = ARCHIVE,
-    folder: Path | None = option(
+    folder: str | None = option(
         None, "Default: ARCHIVE's name with -preview.", "--output", "-o", metavar="FOLDER"
     ),
     frames: str = option("", "Frames, from 0: 3 or 0-3. Default: the first.", metavar="A-B"),
@@ -44,7 +44,9 @@ def preview(
             usage_error(f"the range {frames!r} is empty", "--frames")
         if tensor is not None or kernels:
             usage_error("give --frames alone, without --tensor and --kernels", "--frames")
-    target = folder or named_after(archive, "-preview")
+    if folder is not None:
+        output.check_output(folder, {})
+    target = Path(folder or named_after(archive, "-preview"))
     if kernels:
         pictures = preview_kernels(archive, target, tensor=tensor or "*", scale=scale, force=force)
     else:
