@@ -270,3 +270,13 @@ def test_weights_that_cannot_be_replaced_are_named() -> None:
     ):
         with pytest.raises(QuantizationError, match=why):
             calibrate(net, batches())
+
+
+def test_a_table_that_forward_scales_down_stays_what_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(300, 24, max_norm=1.0), nn.Linear(24, 32))
+    arrays = {name: tensor.numpy().copy() for name, tensor in net.state_dict().items()}
+    known = calibrate(net, torch.randint(0, 300, (100, 8)).split(20))
+    assert (net.state_dict()["0.weight"].numpy() == arrays["0.weight"]).all()
+    options = PackOptions(calibration=Calibration(known), jobs=1)
+    pack_checkpoint(from_mapping(arrays), tmp_path / "m.mp4", options)

@@ -30,7 +30,11 @@ class State:
             if isinstance(t, torch.Tensor) and t.layout == torch.strided
         }
         #: the module's own weights, as it holds them outside of `quantized`; tied ones are aliases.
-        self.reader = ArrayReader(*stored_arrays(self.tensors))
+        #: A table that its forward scales down (``max_norm``) is what it was before.
+        parts = module.named_modules()
+        scaled = {f"{path}.weight" for path, part in parts if getattr(part, "max_norm", None)}
+        given = {n: t.clone() if n in scaled else t for n, t in self.tensors.items()}
+        self.reader = ArrayReader(*stored_arrays(given))
         self._quantized: dict[str, torch.Tensor] = {}
 
     def put(self, spec: TensorSpec, stored: Array) -> None:
@@ -91,6 +95,8 @@ def running(module: torch.nn.Module) -> Iterator[State]:
         torch.backends.mha.set_fastpath_enabled(False)
         for part in module.modules():
             stack.callback(setattr, part, "training", part.training)
+            if getattr(part, "max_norm", None):
+                stack.callback(part.weight.detach().copy_, part.weight.detach().clone())
         for parameter in module.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
