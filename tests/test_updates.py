@@ -18,7 +18,7 @@ from test_layers import with_header
 from weightvid import loader
 from weightvid.archives import checked_tensors, open_chain
 from weightvid.checkpoint import from_mapping, open_checkpoint
-from weightvid.errors import FormatError, QuantizationError, WeightvidError
+from weightvid.errors import CheckpointError, FormatError, QuantizationError, WeightvidError
 from weightvid.exact import difference
 from weightvid.layers import Layering, pack_layers
 from weightvid.loader import Archive, open_archive
@@ -178,6 +178,18 @@ def test_verbs(folder: Path, tmp_path: Path) -> None:
     apply_updates(base, [update], tmp_path / "merged.mp4")
     assert verify_archive(tmp_path / "merged.mp4", tmp_path / "model.npz").ok
     assert not verify_archive(update).ok
+
+
+def test_a_base_is_never_replaced(folder: Path, tmp_path: Path) -> None:
+    base, link = tmp_path / "base.mp4", tmp_path / "link.mp4"
+    shutil.copy(folder / "v1.mp4", base)
+    link.symlink_to(base)
+    for name in (base, link):
+        with pytest.raises(CheckpointError, match="is the source or a base itself"):
+            pack_layers(
+                from_mapping(second()), name, Layering(base=(base,)), PackOptions(force=True)
+            )
+    assert base.read_bytes() == (folder / "v1.mp4").read_bytes()
 
 
 def test_a_wrong_base_is_refused_by_name(folder: Path, tmp_path: Path) -> None:

@@ -129,6 +129,13 @@ def atomic_output(path: str | os.PathLike[str], *, force: bool = False) -> Itera
     output.commit()
 
 
+def is_source(path: str | os.PathLike[str], *sources: object) -> bool:
+    """Whether what would be written is one of those that are read, by whatever name."""
+    places = [os.fspath(each) for each in sources if isinstance(each, (str, os.PathLike))]
+    real = os.path.realpath(path)
+    return os.path.exists(real) and real in (os.path.realpath(p) for p in places if p)  # noqa: PTH110
+
+
 def output_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
     """Say that ``path`` cannot be written, and why; ``errno`` is carried over."""
     shown = os.fspath(path)

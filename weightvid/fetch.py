@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Final, cast
 
 from weightvid import loader
 from weightvid.archives import Location, open_chain
-from weightvid.atomic import atomic_output, output_error
+from weightvid.atomic import atomic_output, is_source, output_error
 from weightvid.errors import CodecError, FormatError, OutputError, RemoteError, SignatureError
 from weightvid.progress import Progress, Report, quiet
 from weightvid.remote import PATIENCE_S, Answer, WrongAnswerError, explain, is_web, shown
@@ -172,8 +172,7 @@ def fetch_archive(
     if chosen.key:
         read_key(chosen.key, "public")
     target = Path(destination)
-    named = [base for base in chosen.base if isinstance(base, (str, os.PathLike))]
-    if target.exists() and os.path.realpath(target) in map(os.path.realpath, named):
+    if is_source(target, *chosen.base):
         raise OutputError(f"{target} is the base itself; write to another file")
     if target.exists() and not chosen.force:
         raise OutputError(f"{target} exists already; use --force (force=True) to replace it")

@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from weightvid.archives import Location, open_anywhere
-from weightvid.atomic import atomic_output
+from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint.base import explained, first_line, need
 from weightvid.errors import CheckpointError, TensorNotFoundError
 from weightvid.loader import Array, Levels
@@ -88,9 +88,7 @@ def export_int8(
     OSError
         A source is not there.
     """
-    named = [s for s in (archive, graph, calibration) if isinstance(s, (str, os.PathLike))]
-    place = os.path.realpath(destination)
-    if Path(place).exists() and place in map(os.path.realpath, named):
+    if is_source(destination, archive, graph, calibration):
         raise CheckpointError(f"{destination} is the archive, the graph or the examples itself")
     onnx = need("onnx", "onnxruntime")
     need("onnxruntime", "onnxruntime")

@@ -26,10 +26,10 @@ from typing import BinaryIO, Final
 import numpy as np
 
 from weightvid.archives import Location, checked_tensors, open_chain
-from weightvid.atomic import atomic_output
+from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.container import root_of
-from weightvid.errors import FormatError, QuantizationError
+from weightvid.errors import CheckpointError, FormatError, QuantizationError
 from weightvid.exact import (
     FULL_BITS,
     approach,
@@ -157,6 +157,8 @@ def pack_layers(
     began, chosen = perf_counter(), options or PackOptions()
     chosen.check()
     layering.check(chosen)
+    if is_source(destination, source, *layering.base):
+        raise CheckpointError(f"{destination} is the source or a base itself")
     with ExitStack() as stack:
         reader = (
             source

@@ -15,14 +15,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log10
-from pathlib import Path
 from time import perf_counter
 from typing import Any, BinaryIO, Final
 
 import numpy as np
 
 from weightvid.archives import stored_pieces
-from weightvid.atomic import atomic_output
+from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError
 from weightvid.levels.code import CodedPart, compare_rows, part_rows
@@ -83,7 +82,7 @@ def pack_checkpoint(
     chosen = options or PackOptions()
     if isinstance(source, CheckpointReader):
         return _pack(source, destination, chosen, progress)
-    if Path(destination).exists() and os.path.realpath(source) == os.path.realpath(destination):
+    if is_source(destination, source):
         raise CheckpointError(f"{destination} is the source itself")
     with open_checkpoint(source, progress) as reader:
         return _pack(reader, destination, chosen, progress)

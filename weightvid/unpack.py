@@ -24,7 +24,8 @@ from weightvid.archives import (
     seekable,
     stored_pieces,
 )
-from weightvid.checkpoint import Contents, create_checkpoint, is_url, kind_for_output
+from weightvid.atomic import is_source
+from weightvid.checkpoint import Contents, create_checkpoint, kind_for_output
 from weightvid.errors import CheckpointError, FormatError, TensorNotFoundError
 from weightvid.loader import (
     MAX_LAYERS,
@@ -138,8 +139,7 @@ def unpack_archive(
         )
     with ExitStack() as stack:
         if isinstance(archive, (str, os.PathLike)):
-            here = not is_url(archive) and target.exists()
-            if here and os.path.realpath(archive) == os.path.realpath(target):
+            if is_source(target, archive):
                 raise CheckpointError(f"{target} is the archive itself")
         elif chosen.partial:
             archive = stack.enter_context(seekable(archive))

@@ -20,6 +20,8 @@ _LOOK_BATCHES: Final = 2
 _SURPRISE: Final = 0.5
 #: outputs, in one direction each, whose gradients are enough.
 _PULLS: Final = 1000
+#: of BatchNorm, as it is by default.
+_EPSILON: Final = 1e-5
 #: a batch, and whether it is held back.
 Batches = Sequence[tuple[Any, bool]]
 Found = TypeVar("Found")
@@ -145,6 +147,15 @@ def surprise(batch: Any, output: torch.Tensor | None) -> float:
     spread = output[:, :-1].float().log_softmax(-1)
     found = spread.gather(2, tokens[:, 1:, None].to(spread.device).long())[..., 0]
     return float(((spread.exp() * spread).sum(-1) - found).mean()) if found.numel() else inf
+
+
+def nats_apart(
+    mean: torch.Tensor, variance: torch.Tensor, known: torch.Tensor, known_variance: torch.Tensor
+) -> torch.Tensor:
+    """Kullback-Leibler divergence of normal distributions from known ones, by channel."""
+    ratio = (variance + _EPSILON) / (known_variance + _EPSILON)
+    apart = (mean - known).square() / (known_variance + _EPSILON)
+    return 0.5 * (ratio + apart - 1.0 - ratio.log())
 
 
 def stages(

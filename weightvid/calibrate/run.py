@@ -17,6 +17,7 @@ from weightvid.calibrate.order import (
     count_samples,
     held_back,
     look,
+    nats_apart,
     pulls,
     stages,
     with_or_without,
@@ -31,7 +32,7 @@ from weightvid.calibrate.stats import (
 )
 from weightvid.calibrate.sums import InputMeans, Sums
 from weightvid.calibrate.trial import choose_damping, whole_gain
-from weightvid.calibrate.watch import Seen, Watch, nats_apart
+from weightvid.calibrate.watch import Seen, Watch
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import QuantizationError
 from weightvid.levels.feedback import factorize

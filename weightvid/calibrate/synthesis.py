@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from weightvid.calibrate.evaluation import one_line
+from weightvid.calibrate.order import nats_apart
 from weightvid.calibrate.state import State, running
-from weightvid.calibrate.watch import Watch, nats_apart
+from weightvid.calibrate.watch import Watch
 from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
 from weightvid.checkpoint.torch_file import from_stored

@@ -33,8 +33,6 @@ from torch.overrides import TorchFunctionMode
 _CHUNK_ELEMENTS: Final = 1 << 23
 #: dtypes of weights that may be quantized.
 _DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-#: of BatchNorm, as it is by default.
-_EPSILON: Final = 1e-5
 _ATTENTION: Final = inspect.signature(fn.multi_head_attention_forward)
 
 #: lays out the inputs of a call, and the gradients by its result, of all turns, if they are known.
@@ -401,12 +399,3 @@ _CALLS: Final[dict[Any, tuple[Callable[[Watch, _Given, Any], Any], Sequence[str]
     **dict.fromkeys((fn.conv_transpose1d, fn.conv_transpose2d, fn.conv_transpose3d),
                     (_transposed, (*_CONVOLVED, "output_padding", "groups"))),
 }  # fmt: skip
-
-
-def nats_apart(
-    mean: torch.Tensor, variance: torch.Tensor, known: torch.Tensor, known_variance: torch.Tensor
-) -> torch.Tensor:
-    """Kullback-Leibler divergence of normal distributions from known ones, by channel."""
-    ratio = (variance + _EPSILON) / (known_variance + _EPSILON)
-    apart = (mean - known).square() / (known_variance + _EPSILON)
-    return 0.5 * (ratio + apart - 1.0 - ratio.log())

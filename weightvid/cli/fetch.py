@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from weightvid.cli import output
 from weightvid.cli.output import FORCE, JSON, option, usage_error
-
-#: where other verbs would write to a pipe.
-_STDOUT: Final = ("-", "/dev/stdout")
 
 
 def fetch(
@@ -55,7 +50,7 @@ def fetch(
     destination = archive or file_name(urls[0])
     if not destination:
         usage_error("the address has no file name; say where the archive goes", "--output")
-    if destination in _STDOUT:
+    if destination in output.STDOUT:
         usage_error("a download goes to a file, where it is checked and resumed", "--output")
     output.check_output(destination, {f"the base {each}": each for each in base})
     options = FetchOptions(force, restart, sha256, key, layers, tuple(base), patience)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from weightvid.archives import Location
     from weightvid.progress import Progress
 
+#: where a verb writes to a pipe.
+STDOUT: Final = ("-", "/dev/stdout")
 #: exit statuses; a program that a signal ended has 128 and its number.
 FAILED, USAGE, DAMAGED, MISSING, INTERRUPTED = 1, 2, 3, 4, 130
 #: of the JSON objects, as docs/cli.schema.json describes them.
@@ -98,10 +100,12 @@ def usage_error(message: str, option: str) -> NoReturn:
 
 def check_output(path: Path | str, inputs: Mapping[str, Path | str]) -> None:
     """Refuse an empty path, and to write over what is read; inputs by what they are."""
-    if not path or not os.fspath(path).strip():
+    from weightvid.atomic import is_source
+
+    if not os.fspath(path).strip():
         usage_error("the path is empty", "--output")
     for what, source in inputs.items():
-        if os.path.exists(source) and os.path.exists(path) and os.path.samefile(source, path):  # noqa: PTH110, PTH121
+        if is_source(path, source):
             usage_error(f"{path} is {what} itself", "--output")
 
 

@@ -7,7 +7,7 @@ import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from weightvid.cli import output
 from weightvid.cli.output import FORCE, JSON, argument, check_function, option, usage_error
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from weightvid.pack import PackOptions, PackReport
     from weightvid.targets import Target
 
-#: names of the standard output.
-_STDOUT: Final = ("-", "/dev/stdout")
 _QUALITY, _DATA, _VIDEO, _WORK = "Quality", "With the model's own data", "Video", "Work"
 _DELIVERY = "Delivery"
 
@@ -177,7 +175,7 @@ def pack(
     except CodecError as error:
         usage_error(str(error), "--codec / --preset / --qp")
     destination = archive or str(output.named_after(model, ".mp4"))
-    piped = destination in _STDOUT
+    piped = destination in output.STDOUT
     if piped and (json or sys.stdout.isatty()):
         usage_error("the archive goes to a file or a pipe, without other output", "--output")
     own = {"the model": model, "the calibration": calibrate.rpartition(":")[0] or calibrate}
@@ -271,7 +269,7 @@ def _pack(model: str, destination: str, options: PackOptions, layering: Layering
     from weightvid.pack import pack_checkpoint
 
     # What stands in for a closed stream has a number for a name.
-    if destination in _STDOUT and isinstance(getattr(sys.stdout, "name", ""), int):
+    if destination in output.STDOUT and isinstance(getattr(sys.stdout, "name", ""), int):
         raise OutputError("cannot write to the standard output: it is closed")
 
     def pack_into(path: Path | str) -> PackReport:
@@ -287,7 +285,7 @@ def _pack(model: str, destination: str, options: PackOptions, layering: Layering
         check_upload(destination, force=options.force)
     with output.progress_bars() as report, checkpoint.open_checkpoint(model, report) as reader:
         _check_keeps(reader, options)
-        if not remote and destination not in _STDOUT:
+        if not remote and destination not in output.STDOUT:
             return pack_into(destination)
         with ScratchFolder() as folder:
             made = pack_into(Path(folder) / "archive.mp4")
