@@ -321,10 +321,13 @@ def _below(
 ) -> Iterator[str]:
     """What is worse than it should be; calibration may move what lies beside the pictures."""
     moved = "calibrated" in archive.header.about
-    # Of what an update leaves as it was, the claim is about a model that it is near to.
-    slack = _CLAIM_ROUNDING_DB if archive.header.layers is None else _UNCHANGED_DB
+    # Of what the last layer leaves as it was, the claim may be about a model that it is near to.
+    header = archive.header
+    last = 1 << header.layers.total if header.layers else 0
+    left = {s.name for n, s in enumerate(header.tensors) if last and not header.mask(n) & last}
     for row in rows:
         sqnr, claimed = norms.get(row.name, row.sqnr_db), row.claimed_db
+        slack = _UNCHANGED_DB if row.name in left else _CLAIM_ROUNDING_DB
         kept = claimed is None and archive.index is not None and not row.exact
         if kept and row.dtype not in PACKABLE:
             yield f"{row.name}: other elements, and the archive keeps it exactly"
