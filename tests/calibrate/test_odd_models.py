@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import log10
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="calibration needs the extra 'torch'")
 from torch import nn  # noqa: E402
 
 from weightvid.calibrate import Calibration, CalibrationConfig, calibrate  # noqa: E402
+from weightvid.calibrate.layers import refit  # noqa: E402
 from weightvid.calibrate.state import change_of, first_output, running  # noqa: E402
+from weightvid.calibrate.sums import Sums  # noqa: E402
+from weightvid.calibrate.trial import Check  # noqa: E402
 from weightvid.calibrate.watch import Seen, Watch  # noqa: E402
 from weightvid.checkpoint import from_mapping  # noqa: E402
 from weightvid.errors import EvaluationError, QuantizationError  # noqa: E402
@@ -91,6 +97,53 @@ def test_passes_end_once_their_layers_were_seen(tmp_path: Path) -> None:
     # A pass for `a` and `b`, whose first batch shows what there is room for; and one for `o`.
     assert made[1] == (made[0][0] + 1, *made[0][1:])
     assert "caught" not in ran
+
+
+@pytest.mark.parametrize(("forward", "which"), [
+    (lambda x, y: x + y, 0), (lambda x, y: y + x, 0), (lambda x, y: torch.add(y, x), 0),
+    (lambda x, y: y.add_(x), 0), (lambda x, y: x + torch.dropout(y, 0.5, False), 0),
+    (lambda x, y: y + y, 1), (lambda x, y: x + y.relu(), None), (lambda x, y: y + x[0], None),
+    (lambda x, y: y + 1, None), (lambda x, y: x.add(x), None), (lambda x, y: x + y.mul_(2), None),
+    (lambda x, y: (x + 1, y + x)[1], 0), (lambda x, y: torch.add(y, x, alpha=2), None),
+])  # fmt: skip
+def test_what_a_result_is_added_to(forward: Any, which: int | None) -> None:
+    net, x = By(lambda s, x: forward(x, s.a(x)), a=(24, 24)), batches()[0]
+    with torch.no_grad(), Watch(dict(net.named_parameters())) as watch:
+        watch.keeps, watch.added = lambda *_: True, True
+        net(x)
+        expected = None if which is None else (x, net.a(x))[which]
+    (seen,) = watch.kept[0].seen()
+    assert (seen.added is None) == (expected is None)
+    assert expected is None or torch.equal(seen.added[0], expected)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_weights_make_up_for_what_is_missing_besides(corrected: bool) -> None:
+    """Of outputs ``W x + h``, where the quantized model has h' in place of h."""
+    draws = np.random.default_rng(0)
+    w, mixed = draws.normal(size=(3, 4)), draws.normal(size=(4, 3))
+    x = draws.normal(size=(500, 4)) + 1
+    near, added = x + 0.1 * draws.normal(size=x.shape), draws.normal(size=(500, 3))
+    short = added - 0.3 * near @ mixed - 0.2
+    sums, rows = Sums(), lambda matrix: torch.from_numpy(matrix)[None]
+    for first in range(0, 500, 100):
+        runs = [
+            Seen("w", rows(given[first : first + 100]), 1, added=rows(other[first : first + 100]))
+            for given, other in ((near, short), (x, added))
+        ]
+        assert sums.add(*runs)
+    means = sums.means()
+    found = refit(w.astype(np.float32), means.inner(corrected), 1e-9)
+    check = Check(w.astype(np.float32), 1, means, means)
+    shift = check.shift(found) * corrected
+    asked = x @ w.T + added - short
+    design = np.column_stack([near, np.ones(500)]) if corrected else near
+    best = np.linalg.lstsq(design, asked, rcond=None)[0]
+    np.testing.assert_allclose(found, best[:4].T, atol=1e-4)
+    np.testing.assert_allclose(shift, best[4] if corrected else 0, atol=1e-4)
+    off = float(np.square(asked - near @ found.T - shift).mean(0).sum())
+    coded = SimpleNamespace(values=found, bits=0.0)
+    assert check.cost_db(coded, corrected) == pytest.approx(10 * log10(off), abs=1e-3)
 
 
 def test_inputs_and_buffers_stay_what_they_are() -> None:

@@ -10,6 +10,10 @@ A layer was to put out ``W x``, but is given x' in place of x. The weights V tha
 damping they stay near W in directions that x' hardly visits. Where a bias takes the means, C and
 H' are covariances. V is what is quantized then, with error feedback through H'. What is best is
 tried on samples held back.
+
+In language models a layer whose outputs are added to something makes up for the gap r between that
+and the original model's, too: V is ``(W C + E[r x'^T]) (H')^-1`` (residual compensation, as in
+WaterSIC).
 """
 
 from __future__ import annotations
@@ -159,7 +163,7 @@ class Layer:
         )
         # A tensor for itself is judged by its inputs alone.
         moments = replace(self.moments, outputs=None)
-        some = replace(self, elements=elements, plan=plan, moments=moments)
+        some = Layer(elements, plan, moments, self.fitted.of(rows), self.held.of(rows))
         check, corrected = some.check, self.moments.bias is not None
         return min(FITS, key=lambda fit: check.cost_db(some.code(fit), corrected))
 
@@ -171,10 +175,12 @@ def refit(weights: Floats, means: InputMeans, damping: float) -> Floats:
     """
     found = []
     shares = np.split(weights.reshape(len(weights), -1).astype(np.float64), len(means.moment))
+    owed = 0.0 if means.gap is None else means.gap.cross
     for part, moment, cross in zip(shares, means.moment, means.cross, strict=True):
         # Of constant inputs both are zeros, and the weights stay.
         damped = moment + (damping * np.diagonal(moment).mean() or 1.0) * np.eye(len(moment))
-        found.append(part + part @ np.linalg.solve(damped, (cross - moment).T).T)
+        lacking = part @ (cross - moment) + owed
+        found.append(part + np.linalg.solve(damped, lacking.T).T)
     return np.concatenate(found).astype(np.float32)
 
 
@@ -204,7 +210,7 @@ class _Runs:
         """Calls of layers; for a batch that is a share of all, how outputs pull at them, too."""
         gradients = share > 0.0 and self._pulled
         watch = Watch(self._state.tensors, gradients=gradients, wanted=wanted)
-        watch.keeps = keeps
+        watch.keeps, watch.added = keeps, self.order.reads
         if not gradients:
             watch.until = {name: self.order.calls.get(name, 0) for name in wanted}
         output = None
@@ -231,7 +237,7 @@ class _Runs:
 
         def keeps(name: str, given: int, made: int) -> bool:
             nonlocal room
-            size = given + made * self.order.turns * self._pulled
+            size = given + made * (self.order.turns * self._pulled + self.order.reads)
             room -= size * samples / samples_of(self.batches[0][0])
             if room > 0:
                 self._names.add(name)

@@ -24,13 +24,27 @@ Means = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Gap:
+    """By how much that which a layer's outputs are added to lies below the original model's.
+
+    Means over the gap r: of r x'^T and r x^T, shape (O, C + 1), x' and x with a 1 appended; of r r,
+    shape (O,).
+    """
+
+    cross: Means
+    original: Means
+    power: Means
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class InputMeans:
     """Means over inputs x' of one tensor, and over the inputs x of the original model with them.
 
     ``moment``, ``cross`` and ``original`` (groups, C + 1, C + 1) are means of x' x'^T, x x'^T and
     x x^T, each with a 1 appended, or of what pulls at them; ``mean`` and ``original_mean``
     (groups, C) are those of x' and x. Of one run x' and x are the same. ``outputs`` (O, O), of one
-    run, is the mean of ``A A'``, where that of ``A' A`` is the moment; None: not known.
+    run, is the mean of ``A A'``, where that of ``A' A`` is the moment; None: not known. ``gap``:
+    what the layer may make up for besides, if it is known.
     """
 
     moment: Means
@@ -39,13 +53,25 @@ class InputMeans:
     mean: Means
     original_mean: Means
     outputs: Means | None = None
+    gap: Gap | None = None
+
+    def of(self, rows: slice) -> InputMeans:
+        """Those of some outputs."""
+        gap = self.gap
+        if gap is not None:
+            gap = Gap(gap.cross[rows], gap.original[rows], gap.power[rows])
+        return replace(self, gap=gap)
 
     def inner(self, corrected: bool) -> InputMeans:
         """Without the 1; of inputs less their means if a bias is ``corrected``."""
         old, new = (self.original_mean, self.mean) if corrected else (None, None)
         moment, cross = without_ones(self.moment, new), without_ones(self.cross, old, new)
         varies = np.diagonal(moment, axis1=1, axis2=2)[:, None] > 0
-        return replace(self, moment=moment, cross=np.where(varies, cross, 0.0))
+        gap = self.gap
+        if gap is not None:
+            means = np.outer(gap.cross[:, -1], self.mean[0] * corrected)
+            gap = replace(gap, cross=gap.cross[:, :-1] - means)
+        return replace(self, moment=moment, cross=np.where(varies, cross, 0.0), gap=gap)
 
 
 class Sums:
@@ -56,6 +82,7 @@ class Sums:
 
     def __init__(self, across: bool = False) -> None:
         self._across = across
+        self._gap, self._gap_rows = list[torch.Tensor](), 0
         #: axis, groups and columns.
         self.form: tuple[int, int, int] | None = None
         self._outputs: torch.Tensor | None = None
@@ -102,9 +129,21 @@ class Sums:
                     f"the inputs of tensor {seen.name!r} hold NaN or infinity (or squares "
                     "beyond float32); look at the layer before it, or at the example inputs"
                 )
+            if original is not None and pulls is None and self.form[:2] == (1, 1):
+                self._add_gap(seen.added, original.added, both)
             self._rows[target] += len(inputs)
             self._samples[target] += len(inputs) if pulls is None else len(pulls) * seen.samples
         return True
+
+    def _add_gap(
+        self, added: torch.Tensor | None, original: torch.Tensor | None, inputs: list[torch.Tensor]
+    ) -> None:
+        if added is None or original is None or added.shape != original.shape:
+            return
+        gap = original[0].float() - added[0].float()
+        found = [(gap.T @ each).double() for each in inputs] + [gap.double().square().sum(0)]
+        self._gap = [a + b for a, b in zip(self._gap, found, strict=True)] if self._gap else found
+        self._gap_rows += len(gap)
 
     def add_all(self, other: Sums) -> None:
         """Take in the sums of another one, of the same form."""
@@ -127,9 +166,10 @@ class Sums:
         total = self._total.cpu().numpy() / rows[:, None]
         moment, cross, original = square if len(square) == 3 else square * 3
         outputs = None if self._outputs is None else self._outputs.cpu().numpy() / samples[0]
-        return InputMeans(
-            moment, cross, original, total[0], total[min(1, len(square) - 1)], outputs
-        )
+        whole = self._gap_rows == self._rows.sum() > 0
+        gap = Gap(*(each.cpu().numpy() / self._gap_rows for each in self._gap)) if whole else None
+        last = total[min(1, len(square) - 1)]
+        return InputMeans(moment, cross, original, total[0], last, outputs, gap)
 
 
 def _across(inputs: torch.Tensor, pulls: torch.Tensor, samples: int) -> torch.Tensor:

@@ -110,7 +110,8 @@ class Check:
         """By how much the mean outputs of other weights lie below, shape (outputs,)."""
         means = zip(self.fitted.original_mean, self.fitted.mean, strict=True)
         runs = zip(self._shares(self.weights), self._shares(values), means, strict=True)
-        return np.concatenate([w @ before - v @ after for w, v, (before, after) in runs])
+        found = np.concatenate([w @ before - v @ after for w, v, (before, after) in runs])
+        return found if self.fitted.gap is None else found + self.fitted.gap.cross[:, -1]
 
     def cost_db(self, coded: Coded, corrected: bool) -> float:
         """Squared error of the outputs held back in decibels, a bit for every weight counted as 6.
@@ -124,6 +125,9 @@ class Check:
             w, v = np.column_stack([before, 0 * shift]), np.column_stack([after, shift])
             lost += float(np.vdot(w @ held.original[g], w) + np.vdot(v @ held.moment[g], v))
             lost -= 2 * float(np.vdot(w @ held.cross[g], v))
+            if held.gap is not None:
+                lost += float(held.gap.power.sum() + 2 * np.vdot(held.gap.original, w))
+                lost -= 2 * float(np.vdot(held.gap.cross, v))
         return 10 * log10(max(lost, 1e-300)) + DB_PER_BIT * coded.bits
 
 

@@ -47,7 +47,7 @@ class Seen:
     means integer rows of an embedding table. ``share`` says which group of how many they are for;
     (0, 1): all. They are of so many ``samples``. ``pulls``, shape (turns, groups, n, O), are the
     gradients by what the layer made of them. ``looked_up``: gradients by rows of a table, in place
-    of inputs.
+    of inputs. ``added``, shape (groups, n, O): what the results were added to, if it is known.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Seen:
     samples: int = 1
     pulls: torch.Tensor | None = None
     looked_up: bool = False
+    added: torch.Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -66,16 +67,26 @@ class Seen:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """Inputs of a call, as they were, and gradients by its result, of as many turns as came."""
+    """Inputs of a call, as they were, and gradients by its result, of as many turns as came.
+
+    And at most one tensor of the result's shape, which it was added to.
+    """
 
     name: str
     inputs: torch.Tensor
     lay: Lay
     pulls: list[torch.Tensor] = field(default_factory=list)
+    added: list[torch.Tensor] = field(default_factory=list)
 
     def seen(self) -> Iterator[Seen]:
         """The inputs, laid out piece by piece."""
-        return self.lay(self.inputs, torch.stack(self.pulls) if self.pulls else None)
+        laid = self.lay(self.inputs, torch.stack(self.pulls) if self.pulls else None)
+        if not self.added:
+            return laid
+        # Results, what they are added to and gradients by them have one layout.
+        beside = self.lay(self.inputs, self.added[0][None])
+        pairs = zip(laid, beside, strict=True)
+        return (replace(a, added=None if b.pulls is None else b.pulls[0]) for a, b in pairs)
 
 
 class Enough(BaseException):
@@ -111,8 +122,11 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         #: of a name, bytes of inputs and of the result: whether a call stays in `kept`, or is
         #: forgotten; None: all are reported.
         self.keeps: Callable[[str, int, int], bool] | None = None
-        #: after so many calls of these layers `Enough` is raised.
+        #: after so many calls of these layers `Enough` is raised; if it is to be known what the
+        #: results of calls that are kept are ``added`` to, not before another layer is called.
         self.until: Mapping[str, float] = {}
+        self.added = False
+        self._made: tuple[Call, Any, int | None] | None = None
         #: what the call that is under way is to report.
         self._waiting: list[Call] = []
         self.kept: list[Call] = []
@@ -137,15 +151,17 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
     ) -> Any:
         """Look at a call, and let it go on."""
         call = partial(func, *args, **(kwargs or {}))
+        if func in _ADDS and len(args) == 2 and not kwargs:
+            self._add(*args)
         if func not in _CALLS:
             return call()
+        self._end(self.added)
         handler, names = _CALLS[func]
         self._unbiased = None
         result = handler(self, {**dict(zip(names, args, strict=False)), **call.keywords}, call)
         result = call() if result is None else result
         result = self.reported(result)
-        if self.until and self.until == self.calls:
-            raise Enough
+        self._end(not self.added)
         if self._unbiased is not None:
             self._output = self._unbiased, result, _version(result)
         return result
@@ -204,6 +220,19 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         """Report some inputs, which a function lays out, when the call has its result."""
         self._waiting.append(Call(name, inputs.detach(), lay))
 
+    def _end(self, now: bool) -> None:
+        if now and self.until and self.until == self.calls:
+            raise Enough
+
+    def _add(self, one: Any, other: Any) -> None:
+        """Note what the result of the last call is added to, if that is one of both."""
+        call, result, version = self._made or (None, None, None)
+        if call is None or not (one is result or other is result) or version != _version(result):
+            return
+        self._made, other = None, other if one is result else one
+        if isinstance(other, torch.Tensor) and other.shape == result.shape and other.numel():
+            call.added.append(other.detach().clone())
+
     def reported(self, result: Any) -> Any:
         """The result of the call whose inputs wait, which gradients come to if they are wanted."""
         gradients = self.gradients and torch.is_grad_enabled()
@@ -222,6 +251,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
                 if not result.requires_grad:
                     result = result.detach().requires_grad_().clone()
                 result.register_hook(self.kept[-1].pulls.append)
+            self._made = (self.kept[-1], result, _version(result)) if self.added else None
         return result
 
     def flush(self, end: bool) -> None:
@@ -382,6 +412,8 @@ def _attention(watch: Watch, given: _Given, call: Any) -> Any:
     return project(attended, projection, bias), weights
 
 
+_ADDS: Final = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__,
+                torch.Tensor.__iadd__, torch.Tensor.__radd__)  # fmt: skip
 _CONVOLVED: Final = ("input", "weight", "bias", "stride", "padding")
 #: what handles the calls of a function, and the names of its arguments by place.
 _CALLS: Final[dict[Any, tuple[Callable[[Watch, _Given, Any], Any], Sequence[str]]]] = {
