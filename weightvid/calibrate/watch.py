@@ -127,6 +127,8 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         self.until: Mapping[str, float] = {}
         self.added = False
         self._made: tuple[Call, Any, int | None] | None = None
+        #: what came since, and may depend on that result.
+        self._later = set[int]()
         #: what the call that is under way is to report.
         self._waiting: list[Call] = []
         self.kept: list[Call] = []
@@ -154,7 +156,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         if func in _ADDS and len(args) == 2 and not kwargs:
             self._add(*args)
         if func not in _CALLS:
-            return call()
+            return self._came(call())
         self._end(self.added)
         handler, names = _CALLS[func]
         self._unbiased = None
@@ -164,7 +166,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         self._end(not self.added)
         if self._unbiased is not None:
             self._output = self._unbiased, result, _version(result)
-        return result
+        return self._came(result)
 
     def bias_of(self, name: str) -> tuple[str, int] | None:
         """What takes the shifts of a weight's mean outputs: the same in all of its calls."""
@@ -224,13 +226,19 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         if now and self.until and self.until == self.calls:
             raise Enough
 
+    def _came(self, result: Any) -> Any:
+        if self._made is not None:
+            self._later.add(id(result))
+        return result
+
     def _add(self, one: Any, other: Any) -> None:
         """Note what the result of the last call is added to, if that is one of both."""
         call, result, version = self._made or (None, None, None)
         if call is None or not (one is result or other is result) or version != _version(result):
             return
         self._made, other = None, other if one is result else one
-        if isinstance(other, torch.Tensor) and other.shape == result.shape and other.numel():
+        alike = isinstance(other, torch.Tensor) and other.shape == result.shape
+        if alike and other.numel() and id(other) not in self._later:
             call.added.append(other.detach().clone())
 
     def reported(self, result: Any) -> Any:
@@ -252,6 +260,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
                     result = result.detach().requires_grad_().clone()
                 result.register_hook(self.kept[-1].pulls.append)
             self._made = (self.kept[-1], result, _version(result)) if self.added else None
+            self._later.clear()
         return result
 
     def flush(self, end: bool) -> None:
