@@ -22,6 +22,10 @@ from weightvid.compare.video import llm265_method, pictures
 from weightvid.errors import CodecError
 
 
+def scheduling() -> int | None:
+    return os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
+
+
 def frames(count: int = 2) -> list[Any]:
     """Noise around gray, as levels are."""
     noise = np.random.default_rng(0).laplace(128, 3, (count, 192, 256))
@@ -39,7 +43,7 @@ def model() -> Model:
 def test_codecs_keep_their_word(codec: FrameCodec) -> None:
     if backend(codec) is None:
         pytest.skip(f"neither PyAV nor an ffmpeg program has {codec.encoder}")
-    shown = frames()
+    shown, before = frames(), scheduling()
     if codec.lossless is not None:
         passage = through(shown, codec, codec.preset)
         assert all(np.array_equal(a, b) for a, b in zip(shown, passage.lumas, strict=True))
@@ -56,6 +60,7 @@ def test_codecs_keep_their_word(codec: FrameCodec) -> None:
             assert abs(error.mean()) < (0.05 if codec.pixel_format == "yuv420p10le" else 0.3)
         assert sizes[0] > sizes[1]
         assert errors[0] < errors[1]
+    assert scheduling() == before  # SVT-AV1 would leave a real-time process behind
 
 
 def test_options_are_filled_in() -> None:

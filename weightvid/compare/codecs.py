@@ -24,6 +24,7 @@ from av.video.frame import PictureType
 
 from weightvid.errors import CodecError
 from weightvid.loader import Array, Bytes
+from weightvid.video.encoder import usual_priority
 
 #: some encoders demand an ordinary frame rate; nothing depends on it.
 _RATE: Final = 25
@@ -185,7 +186,8 @@ def through(
     began = perf_counter()
     try:
         if program == "PyAV":
-            stream = _run_pyav(frames, codec, options)
+            with usual_priority():
+                stream = _run_pyav(frames, codec, options)
         else:
             stream = _run_program(program, frames, codec, options)
         coded, size, lumas = perf_counter(), 0, []

@@ -284,13 +284,13 @@ def _open(video: Video, width: int, height: int) -> Any:
     context.thread_count = context.gop_size = 1
     context.flags |= Flags.global_header
     context.options = {"preset": video.preset, **_options(video, width, height)}
-    with _usual_priority():
+    with usual_priority():
         context.open()
     return context
 
 
 @contextmanager
-def _usual_priority() -> Iterator[None]:
+def usual_priority() -> Iterator[None]:
     """Give this thread, and those started meanwhile, the scheduling that this thread had before.
 
     SVT-AV1, when root runs it on Linux, makes all its threads and the one that opens it real-time
