@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from math import log2, log10
+from math import log2
 from time import perf_counter
 from typing import BinaryIO, Final
 
@@ -58,18 +58,16 @@ from weightvid.loader import (
     Floats,
     Layers,
     Sidecar,
-    Track,
     open_archive,
     tensor_sha256,
     to_float32,
 )
-from weightvid.pack import PackOptions, PackReport, about_packing
+from weightvid.pack import PackOptions, PackReport, Written, about_packing
 from weightvid.progress import Progress, Report, quiet
 from weightvid.repair import add_parity
-from weightvid.spec import weight_count
 from weightvid.survey import Survey, survey_checkpoint
-from weightvid.tasks import FrameTask, PartTask, Tally, code_task, encode_frame
-from weightvid.video import CODECS, hevc_level, open_encoder, with_level
+from weightvid.tasks import PartTask, Tally, code_task, encode_frames, track_of
+from weightvid.video import CODECS
 from weightvid.workers import Workers, open_workers
 from weightvid.writer import ArchiveWriter
 
@@ -174,12 +172,14 @@ def pack_layers(
             pile.refine(layering.layers)
         else:
             pile.update(base)
-        report = pile.write(file, base)
+        made = pile.write(file, base)
         if chosen.parity:
-            report = replace(report, file_bytes=add_parity(file, chosen.parity))
+            made = replace(made, file_bytes=add_parity(file, chosen.parity))
         if chosen.verify:
             _verify(file, base, pile.root())
-    return replace(report, seconds=perf_counter() - began)
+    known = chosen.calibration
+    notes = () if known is None else known.notes(survey, "layers are added to each other")
+    return made.report(survey, 1, perf_counter() - began, notes)
 
 
 @dataclass(slots=True)
@@ -365,34 +365,27 @@ class _Pile:
             number: tensor_sha256(flat)[:TENSOR_SHA_BYTES] for number, flat in self._below.items()
         }
 
-    def write(self, file: BinaryIO, base: Archive | None) -> PackReport:
+    def write(self, file: BinaryIO, base: Archive | None) -> Written:
         """Write all layers."""
         survey, options = self._survey, self._survey.options
-        contents, specs = survey.reader.contents, survey.specs
         total = sum(
             part.part.size for layer in self._layers for own in layer.coded.values() for part in own
         )
         video = options.video.for_levels(total)
         size = self._frame_size(base)
-        record = open_encoder(video, *size).record
-        track = Track(*size, CODECS[video.codec].entry, record)
         kernels = sorted(
             {k for layer in self._layers for p in layer.plans.values() for k in p.kernel}
         )
         layers = Layers(len(self._layers), base.root if base else b"", tuple(self._masks))
         header = survey.header(kernels, about_packing(survey), layers)
-        writer = ArchiveWriter(file, track, header, contents.files if options.side_files else ())
-        count = 0
+        files = survey.reader.contents.files if options.side_files else ()
+        writer = ArchiveWriter(file, track_of(video, *size), header, files)
         for place, layer in enumerate(self._layers):
             if place:
                 writer.end_layer()
             turns = sorted(layer.coded, key=survey.turn)
             items = [(part, part.samples) for number in turns for part in layer.coded[number]]
-            frames = list(lay_out(items, size))
-            packets = self._workers.map(
-                encode_frame, (FrameTask(frame.luma, video) for frame in frames)
-            )
-            for frame, packet in zip(frames, packets, strict=True):
+            for frame, packet in encode_frames(lay_out(items, size), video, self._workers):
                 parts = []
                 for coded, column in frame.starts:
                     bases = (kernels.index(k) for k in layer.plans[coded.part.tensor].kernel)
@@ -402,33 +395,15 @@ class _Pile:
                     for coded in frame.ends
                     if coded is layer.coded[coded.part.tensor][-1]
                 )
-                writer.add_frame(Sidecar(count, packet.sha256, tuple(parts), ends), packet.data)
-                count += 1
+                writer.add_frame(
+                    Sidecar(len(writer.frames), packet.sha256, tuple(parts), ends), packet.data
+                )
                 self._progress(Progress("encode", place + 1, len(self._layers), unit="layers"))
             writer.add_exact(sorted(layer.exact, key=lambda item: survey.turn(item[0])))
         writer.heads = self._heads()
-        file_bytes = writer.finish()
-        if count and track.entry == b"hvc1":
-            level = hevc_level(*size, writer.largest_packet, writer.first_packet)
-            writer.replace_record(with_level(record, level.level_idc))
-        known, notes = options.calibration, survey.notes
-        if known is not None:
-            notes += known.notes(survey, "layers are added to each other")
-        signal = sum(tally.signal for tally in self._tallies.values())
-        noise = sum(tally.noise for tally in self._tallies.values())
-        return PackReport(
-            file_bytes=file_bytes,
-            source_bytes=sum(spec.stored_bytes for spec in specs),
-            packet_bytes=writer.packet_bytes,
-            weights=weight_count(specs),
-            coded_weights=sum(specs[number].size for number in self._tallies),
-            sqnr_db=10 * log10(signal / noise) if signal and noise else None,
-            tensors=tuple(tally.report() for tally in self._tallies.values()),
-            frames=count, width=size.width, height=size.height, skipped=contents.skipped,
-            unused_keeps=survey.unused_keeps,
-            side_files=tuple(file.path for file in contents.files) if options.side_files else (),
-            step_factor=self._survey.first_factor, encodings=1, seconds=0.0, notes=notes,
-        )  # fmt: skip
+        weights = sum(survey.specs[number].size for number in self._tallies)
+        tallies = list(self._tallies.values())
+        return Written.close(writer, survey.first_factor, weights, tallies)
 
     def _frame_size(self, base: Archive | None) -> FrameSize:
         """One that suits all layers.

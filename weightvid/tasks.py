@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from math import inf, log10
 from typing import NamedTuple
 
 import numpy as np
 
 from weightvid.levels.code import CodedPart, Quality, code_part
+from weightvid.levels.frames import Frame
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.loader import Array, Bytes, Decoder, Track
 from weightvid.options import TensorReport
-from weightvid.video import CODECS, Video, open_encoder
-from weightvid.workers import Piece
+from weightvid.video import CODECS, Video, hevc_level, open_encoder, with_level
+from weightvid.workers import Piece, Workers
+from weightvid.writer import ArchiveWriter
 
 
 class PartTask(NamedTuple):
@@ -85,12 +88,40 @@ def code_task(task: PartTask) -> CodedPart:
 def encode_frame(task: FrameTask) -> Packet:
     """Packet of a frame and SHA-256 of what it decodes to; of a lossy one also what that is."""
     height, width = task.luma.shape
-    encoder = open_encoder(task.video, width, height)
-    data = encoder.encode(task.luma)
+    data = open_encoder(task.video, width, height).encode(task.luma)
     if task.video.qp is None:
         return Packet(data, hashlib.sha256(task.luma.data).digest(), None)
-    track = Track(width, height, CODECS[task.video.codec].entry, encoder.record)
-    decoder = Decoder(track)
+    decoder = Decoder(track_of(task.video, width, height))
     decoded = [*decoder.decode(0, data), *decoder.decode(0, None)]
     luma = np.ascontiguousarray(decoded[0][1])
     return Packet(data, hashlib.sha256(luma.data).digest(), luma)
+
+
+def encode_frames(
+    frames: Iterator[Frame[CodedPart]], video: Video, workers: Workers
+) -> Iterator[tuple[Frame[CodedPart], Packet]]:
+    """Packets of frames, which come without their pictures."""
+    waiting: list[Frame[CodedPart]] = []
+
+    def tasks() -> Iterator[FrameTask]:
+        for frame in frames:
+            waiting.append(frame._replace(luma=np.empty((0, 0), np.uint8)))
+            yield FrameTask(frame.luma, video)
+
+    for packet in workers.map(encode_frame, tasks()):
+        yield waiting.pop(0), packet
+
+
+def track_of(video: Video, width: int, height: int) -> Track:
+    """Track of frames of one size."""
+    record = open_encoder(video, width, height).record
+    return Track(width, height, CODECS[video.codec].entry, record)
+
+
+def finish(writer: ArchiveWriter) -> int:
+    """Write the index, and the level that the packets ask for; gives the size of the file."""
+    size, track = writer.finish(), writer.track
+    if writer.packet_bytes and track.entry == b"hvc1":
+        level = hevc_level(track.width, track.height, writer.largest_packet, writer.first_packet)
+        writer.replace_record(with_level(track.record, level.level_idc))
+    return size

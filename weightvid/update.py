@@ -42,7 +42,8 @@ from weightvid.loader import (
 )
 from weightvid.progress import Progress, Report, quiet
 from weightvid.spec import SideFile
-from weightvid.video import Video, hevc_level, open_encoder, with_level
+from weightvid.tasks import finish, track_of
+from weightvid.video import Video, open_encoder, with_level
 from weightvid.writer import ArchiveWriter
 
 #: a level for comparing configuration records, whatever level each claims.
@@ -160,27 +161,19 @@ class _Merge:
             for entry in header.files
         ]
         writer = ArchiveWriter(file, track, made, files)
-        count = 0
         for place in range(len(chain)):
             for stage, (frames, boxes) in enumerate(_stages(chain[place])):
                 if place or stage:
                     writer.end_layer()
                 for sidecar, packet in self._frames(place, frames, track):
-                    writer.add_frame(sidecar._replace(frame=count), packet)
-                    count += 1
+                    writer.add_frame(sidecar._replace(frame=len(writer.frames)), packet)
                 writer.add_exact(self._exact(place, made, boxes))
                 self._progress(
                     Progress("merge", self._first[place] + stage + 1, self._total, unit="layers")
                 )
         writer.heads = heads
-        file_bytes = writer.finish()
-        if count and track.entry == b"hvc1":
-            level = hevc_level(
-                track.width, track.height, writer.largest_packet, writer.first_packet
-            )
-            writer.replace_record(with_level(track.record, level.level_idc))
         return ApplyReport(
-            self._total, len(header.tensors), file_bytes, self.copied, self.coded,
+            self._total, len(header.tensors), finish(writer), self.copied, self.coded,
             self._last.root.hex(), 0.0,
         )  # fmt: skip
 
@@ -189,8 +182,7 @@ class _Merge:
         first = self._chain[0].track
         if first.entry == b"hvc1" and all(_same(first, one.track) for one in self._chain):
             return first
-        record = open_encoder(Video(), first.width, first.height).record
-        return Track(first.width, first.height, b"hvc1", record)
+        return track_of(Video(), first.width, first.height)
 
     def _frames(self, place: int, frames: range, track: Track) -> Iterator[tuple[Sidecar, bytes]]:
         """Frames of a layer, with what is kept of their tensors."""

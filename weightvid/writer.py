@@ -44,12 +44,17 @@ class ArchiveWriter:
     ----------
     file : binary file object
     track : Track
+    frames : list of int
+        Bytes of each frame so far.
     header : Header
         Its ``files`` are not looked at.
     files : sequence of SideFile
 
     Attributes
     ----------
+    track : Track
+    frames : list of int
+        Bytes of each frame so far.
     packet_bytes, largest_packet, first_packet : int
         Of the frames written so far.
     heads : dict of int to bytes
@@ -60,9 +65,9 @@ class ArchiveWriter:
     def __init__(
         self, file: BinaryIO, track: Track, header: Header, files: Sequence[SideFile] = ()
     ) -> None:
-        self._file, self._track, self._header = file, track, header
+        self._file, self.track, self._header = file, track, header
         self._at = 0
-        self._frames: list[int] = []
+        self.frames: list[int] = []
         self._moofs: list[int] = []
         self._firsts: dict[int, int] = {}
         self._spans: list[tuple[int, range]] = []
@@ -87,7 +92,7 @@ class ArchiveWriter:
         side = box(loader.FRAME_UUID, close_body(*sidecar_records(sidecar)))
         self._moofs.append(self._at + len(side))
         head = moof(sidecar.frame, len(packet))
-        self._frames.append(self._write(side, head, box(b"mdat", packet)))
+        self.frames.append(self._write(side, head, box(b"mdat", packet)))
         for part in sidecar.parts:
             self._firsts.setdefault(part.tensor, sidecar.frame)
         for end in sidecar.ends:
@@ -155,7 +160,7 @@ class ArchiveWriter:
     def end_layer(self) -> None:
         """What follows belongs to the next layer."""
         frames, boxes = (sum(counts) for counts in zip((0, 0), *self._stages, strict=True))
-        self._stages.append((len(self._frames) - frames, len(self._boxes) - boxes))
+        self._stages.append((len(self.frames) - frames, len(self._boxes) - boxes))
 
     def finish(self) -> int:
         """Write the index; returns the size of the file."""
@@ -175,7 +180,7 @@ class ArchiveWriter:
         if len(self.heads) == len(self._header.tensors):
             roots = [record(loader.ROOT, root_of(self._header.tensors, self.heads))]
         body = close_body(
-            record_list(loader.FRAMES, list(map(uint, self._frames))),
+            record_list(loader.FRAMES, list(map(uint, self.frames))),
             record_list(loader.SPANS, spans),
             record_list(loader.BOXES, boxes),
             record_list(loader.STAGES, stages),
@@ -186,7 +191,7 @@ class ArchiveWriter:
 
     def replace_record(self, record: bytes) -> None:
         """Put another configuration record of the same size into ``moov`` of a seekable file."""
-        place = (ftyp() + moov(self._track)).index(self._track.record)
+        place = (ftyp() + moov(self.track)).index(self.track.record)
         self._file.seek(place)
         self._file.write(record)
         self._file.seek(self._at)
