@@ -167,8 +167,6 @@ class _Layer(NamedTuple):
 
 
 class _Conversion:
-    """Rewrites one graph."""
-
     def __init__(self, onnx: Any, model: Any, levels: Mapping[str, Levels], fold: bool) -> None:
         self.model, self.own, self.requantized = model, list[str](), list[str]()
         self._onnx, self._levels, self._fold = onnx, levels, fold

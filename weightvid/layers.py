@@ -25,7 +25,7 @@ from typing import BinaryIO, Final
 
 import numpy as np
 
-from weightvid.archives import Location, checked_tensors, open_chain
+from weightvid.archives import Location, checked_tensors, open_chain, walk_frames
 from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.container import root_of
@@ -228,8 +228,7 @@ class _Pile:
     def update(self, base: Archive) -> None:
         """Code what changes a base into the model."""
         found = {spec.name: (spec, array.reshape(-1)) for spec, array in checked_tensors(base)}
-        for alias, number in base.header.aliases.items():
-            found[alias] = found[base.header.tensors[number].name]
+        found |= {alias: found[base.spec(alias).name] for alias in base.header.aliases}
         for number, spec in enumerate(self._survey.specs):
             if spec.name in found and found[spec.name][0][1:] == spec[1:]:
                 self._below[number] = found[spec.name][1]
@@ -327,7 +326,11 @@ class _Pile:
         self._shifts = {}
         for _, group in groupby(arrays, lambda item: likeness(survey.specs[item[0]])[:3]):
             wanted = [(n, self._near(n, flat)) for n, flat in group]
-            changed = [item for item in wanted if not self._has(*item)]
+            changed = [
+                (n, array)
+                for n, array in wanted
+                if n not in self._below or self._below[n].tobytes() != array.tobytes()
+            ]
             small = all(n in self._below and array.itemsize <= 8 for n, array in changed)
             items = changed
             if small:
@@ -350,14 +353,9 @@ class _Pile:
             return flat
         return approach(below, flat, DIFFERENCE_BITS)
 
-    def _has(self, number: int, flat: Array) -> bool:
-        """Whether a loader has these very elements by now."""
-        return number in self._below and self._below[number].tobytes() == flat.tobytes()
-
     # --- the file
 
     def root(self) -> bytes:
-        """Root of the archive."""
         return root_of(self._survey.specs, self._heads())
 
     def _heads(self) -> dict[int, bytes]:
@@ -366,7 +364,6 @@ class _Pile:
         }
 
     def write(self, file: BinaryIO, base: Archive | None) -> Written:
-        """Write all layers."""
         survey, options = self._survey, self._survey.options
         total = sum(
             part.part.size for layer in self._layers for own in layer.coded.values() for part in own
@@ -425,9 +422,9 @@ class _Pile:
 def _steps(archive: Archive) -> dict[str, float]:
     """Step of each quantized tensor, by name."""
     names = [spec.name for spec in archive.header.tensors]
-    frames = archive.index.frames if archive.index else ()
-    sidecars = (archive.packet(number)[0] for number in range(len(frames)))
-    return {names[part.tensor]: part.step for each in sidecars for part in each.parts}
+    return {
+        names[part.tensor]: part.step for each, _ in walk_frames(archive) for part in each.parts
+    }
 
 
 def _normal_bits(plans: Mapping[int, TensorPlan], stats: Mapping[int, TensorStats]) -> float:

@@ -50,8 +50,7 @@ def session(
             )
         model = library.ModelProto.FromString(archive.read_file(graphs[0]))
         arrays = {spec.name: array for spec, array in archive.stored_items()}
-        for alias, number in archive.header.aliases.items():
-            arrays[alias] = arrays[archive.header.tensors[number].name]
+        arrays |= {alias: arrays[archive.spec(alias).name] for alias in archive.header.aliases}
     values: dict[str, Any] = {}
     in_graph = len(model.graph.initializer)
     for number, (name, slot) in enumerate(places(model)):

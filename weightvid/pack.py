@@ -14,7 +14,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import log10
 from time import perf_counter
 from typing import Any, BinaryIO, Final
 
@@ -24,7 +23,7 @@ from weightvid.archives import stored_pieces
 from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError
-from weightvid.levels.code import CodedPart, compare_rows, part_rows
+from weightvid.levels.code import CodedPart, compare_rows, decibels, part_rows
 from weightvid.levels.frames import Frame, choose_frame_size, lay_out, ribbon_columns
 from weightvid.levels.steps import TensorPlan
 from weightvid.loader import (
@@ -148,9 +147,8 @@ class Written(Trial):
         """Finish an archive of so many quantized weights."""
         signal, noise = sum(t.signal for t in tallies), sum(t.noise for t in tallies)
         return cls(
-            factor, finish(writer), 10 * log10(signal / noise) if signal and noise else None,
-            writer.packet_bytes, weights, len(writer.frames), *writer.track[:2],
-            tuple(tally.report() for tally in tallies),
+            factor, finish(writer), decibels(signal, noise), writer.packet_bytes, weights,
+            len(writer.frames), *writer.track[:2], tuple(tally.report() for tally in tallies),
         )  # fmt: skip
 
     def report(
@@ -243,7 +241,6 @@ class _Run:
         self._video = survey.options.video.for_levels(self._total)
 
     def write(self, file: BinaryIO, factor: float) -> Written:
-        """Write the whole archive."""
         survey, options = self._survey, self._survey.options
         rows = {number: part_rows(plan) for number, plan in self._plans.items()}
         columns = sum(

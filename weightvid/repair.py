@@ -191,7 +191,6 @@ class _Grid:
         return before
 
     def box(self) -> bytes:
-        """The parity box."""
         layout, seal = self.layout, self.layout.seal
         flat = np.roll(self.parity, -(layout.parity % seal.row), axis=1).tobytes()
         crcs = (zlib.crc32(flat[at : at + seal.group]) for at in range(0, len(flat), seal.group))
@@ -401,7 +400,6 @@ def _find_seals(file: BinaryIO, size: int) -> list[_Seal]:
 
 
 def _mend(grid: _Grid) -> None:
-    """Restore a section."""
     layout, parity = grid.layout, grid.bad_parity()
     table = layout.table, layout.table + 4 * layout.groups
     if not grid.table_is_right:

@@ -159,7 +159,6 @@ def _embed(file: BinaryIO, target: BinaryIO, made: Signature) -> None:
 
 
 def _units_of(file: BinaryIO) -> Iterator[Unit]:
-    """Units of a whole archive."""
     starts = [0]
     for kind, at, size in walk_boxes(file):
         if kind in (FRAME_UUID, EXACT_UUID, INDEX_UUID):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from math import inf, log10
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
 
-from weightvid.levels.code import CodedPart, Quality, code_part
+from weightvid.levels.code import CodedPart, Quality, code_part, decibels
 from weightvid.levels.frames import Frame
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.loader import Array, Bytes, Decoder, Track
@@ -69,7 +69,7 @@ class Tally:
     @property
     def sqnr_db(self) -> float | None:
         """Signal over noise; None without either."""
-        return 10 * log10(self.signal / self.noise) if self.signal and self.noise else None
+        return decibels(self.signal, self.noise)
 
     def report(self) -> TensorReport:
         """What the sums say."""

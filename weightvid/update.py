@@ -146,7 +146,6 @@ class _Merge:
         return own | (self._trace(place - 1, name, number) if mask & 1 else 0)
 
     def write(self, file: BinaryIO) -> ApplyReport:
-        """Write the archive."""
         header, chain = self._last.header, self._chain
         numbers = {spec.name: number for number, spec in enumerate(header.tensors)}
         heads = {

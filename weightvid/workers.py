@@ -201,8 +201,6 @@ def _dask(address: str, count: int) -> Iterator[Any]:
 
 
 class _RayExecutor(Executor):
-    """Submits tasks to Ray."""
-
     def __init__(self, ray: Any) -> None:
         self._run = ray.remote(lambda task, args, kwargs: task(*args, **kwargs))
 

@@ -117,7 +117,6 @@ class Reader(CheckpointReader):
         self.shareable = all(reader.shareable for reader in self._open.values())
 
     def _look(self, weights: str, placed: Mapping[str, set[str] | None]) -> Contents:
-        """Contents of all shards together."""
         specs: list[TensorSpec] = []
         aliases: dict[str, str] = {}
         metadata: dict[str, str] = {}

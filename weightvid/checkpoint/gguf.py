@@ -179,7 +179,6 @@ def _maker(source: Any | None) -> Any:
 
 
 def _type(name: str, spec: TensorSpec, matrices: str) -> Any:
-    """Ggml type of a tensor."""
     if len(base.encode_name(name)) > _MAX_NAME_BYTES or len(spec.shape) > _MAX_DIMS:
         raise CheckpointError(
             f"GGUF holds names of {_MAX_NAME_BYTES} bytes and {_MAX_DIMS} dimensions at most; "

@@ -44,10 +44,10 @@ class Quality(NamedTuple):
     worst_db: float
     worst_row: int
 
-    @property
-    def sqnr_db(self) -> float | None:
-        """Signal over noise; None without noise."""
-        return 10 * log10(self.signal / self.noise) if self.noise and self.signal else None
+
+def decibels(signal: float, noise: float) -> float | None:
+    """SQNR of squared sums; None if one of them is zero."""
+    return 10 * log10(signal / noise) if signal and noise else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -216,9 +216,6 @@ def _fed_back(
 def block_diagonal(moment: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     """One moment of all inputs of a grouped layer: those of different groups never meet."""
     groups, columns, _ = moment.shape
-    if groups == 1:
-        alone: npt.NDArray[np.floating] = moment[0]
-        return alone
     whole = np.zeros((groups, columns, groups, columns), moment.dtype)
     whole[np.arange(groups), :, np.arange(groups), :] = moment
     return whole.reshape(groups * columns, groups * columns)
@@ -314,5 +311,5 @@ def quality_of(weights: Floats, stored: Array, dtype: str, first_row: int) -> Qu
             ratios = np.where((errors > 0) & (squares > 0), squares / errors, inf)
         row = int(np.argmin(ratios))
         worst = min(worst, (float(ratios[row]), first_row + begin + row))
-    decibels = 10 * log10(worst[0]) if 0 < worst[0] < inf else inf
-    return Quality(signal, noise, decibels, worst[1])
+    worst_db = 10 * log10(worst[0]) if 0 < worst[0] < inf else inf
+    return Quality(signal, noise, worst_db, worst[1])

@@ -19,6 +19,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from weightvid.levels.trellis import entropy_bits
 from weightvid.loader import (
     ALIGN,
     BAND,
@@ -76,7 +77,8 @@ def choose_energies(levels: Array, kernel: int = 1) -> Energies | None:
         _energies(by_frequency, mean, octaves),
     )
     saved = levels.size * _level_bits(mean) - _ordered_bits(magnitudes, found.rows, found.columns)
-    return found if saved > _ORDER_BITS + sum(map(_entropy, found)) else None
+    taken = _ORDER_BITS + sum(each.size * entropy_bits(each) for each in found)
+    return found if saved > taken else None
 
 
 def _ordered_bits(magnitudes: npt.NDArray[np.int16], rows: Bytes, columns: Bytes) -> float:
@@ -102,13 +104,6 @@ def _level_bits(mean: float) -> float:
     if mean <= 0:
         return 0.0
     return (1 + mean) * log2(1 + mean) - mean * log2(mean) + mean / (1 + mean)
-
-
-def _entropy(energies: Bytes) -> float:
-    """Bits of all energies."""
-    counts = np.bincount(energies)
-    counts = counts[counts > 0]
-    return -float((counts * np.log2(counts / energies.size)).sum())
 
 
 def _energies(means: npt.NDArray[np.float64], mean: float, octaves: float) -> Bytes:
