@@ -287,8 +287,6 @@ class _Conversion:
             zero = round(_LOW - lows[name] / float(scale))
             self._ranges[name] = scale, np.uint8(min(max(zero, _LOW), _HIGH))
 
-    # --- nodes
-
     def _replace(self, layer: _Layer) -> None:
         node, name = layer.node, layer.node.output[0]
         weight, scales = self._integers(node.input[1], node.op_type, self._settings(node))

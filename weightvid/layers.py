@@ -206,8 +206,6 @@ class _Pile:
         self._shifts: dict[int, Floats] = {}
         self._ends: dict[tuple[int, int], End] = {}
 
-    # --- layers
-
     def refine(self, layers: int) -> None:
         """Code a model in so many layers."""
         survey, factor, done = self._survey, self._survey.first_factor, set[int]()
@@ -352,8 +350,6 @@ class _Pile:
         if self._survey.keeps(spec.name):
             return flat
         return approach(below, flat, DIFFERENCE_BITS)
-
-    # --- the file
 
     def root(self) -> bytes:
         return root_of(self._survey.specs, self._heads())

@@ -52,9 +52,6 @@ __all__ = ["PackOptions", "PackReport", "Target", "pack_checkpoint"]
 _FAINT_DB: Final = 3.0
 
 
-# --- the pipeline ---------------------------------------------------------------------------------
-
-
 def pack_checkpoint(
     source: str | os.PathLike[str] | CheckpointReader,
     destination: str | os.PathLike[str],
@@ -124,9 +121,6 @@ def _choose(
         return made, encodings, ()
     made, more, notes = known.refine(survey, made, encoder, progress)
     return made, encodings + more, notes
-
-
-# --- encoding -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +258,6 @@ class _Run:
         tallies = [self._reports[number] for number in self._plans]
         return Written.close(writer, factor, self._total, tallies)
 
-    # --- tensors to samples
-
     def _code(
         self, rows: Mapping[int, Sequence[tuple[int, int]]]
     ) -> Iterator[tuple[CodedPart, Bytes]]:
@@ -294,8 +286,6 @@ class _Run:
                 self._survey.reader, plan.spec.name, first * columns, count * columns
             )
             yield PartTask(piece, plan, number, first, self._survey.moments.get(number))
-
-    # --- samples to packets
 
     def _sidecar(self, frame: Frame[CodedPart], packet: Packet) -> Sidecar:
         parts = []

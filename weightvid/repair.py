@@ -210,9 +210,6 @@ def _zfec() -> Any:
         raise RepairError(why) from None
 
 
-# --- writing
-
-
 def _choose(before: int, after: int, share: float) -> _Seal:
     """Grid of a file: as many parity rows as there may be, and CRC-32s for what is left."""
     check_share(share)
@@ -282,9 +279,6 @@ def add_parity(file: BinaryIO, share: float) -> int:
     file.writelines((*boxes, after))
     file.truncate()
     return file.tell()
-
-
-# --- repairing
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,9 +171,6 @@ def _units_of(file: BinaryIO) -> Iterator[Unit]:
         yield last - first, hashlib.sha256(file.read(last - first)).digest()
 
 
-# --- checking
-
-
 def signatures_in(file: BinaryIO) -> list[Signature]:
     """Signatures that an archive holds, unchecked.
 

@@ -84,9 +84,6 @@ def _refuse_remains(reader: CheckpointReader) -> None:
         )
 
 
-# --- the survey -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Survey:
     """A checkpoint whose tensors have all been looked at once.

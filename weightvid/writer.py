@@ -34,9 +34,6 @@ EXACT_BOX_BYTES: Final = 8 << 20
 _ENOUGH_TENSORS, _ENOUGH_BYTES = 16, 1 << 16
 
 
-# --- the writer -----------------------------------------------------------------------------------
-
-
 class ArchiveWriter:
     """Writes an archive front to back, in constant memory.
 

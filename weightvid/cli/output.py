@@ -119,9 +119,6 @@ def check_function(text: str, option: str) -> str:
     return text
 
 
-# --- stdout
-
-
 @contextmanager
 def others_on_stderr() -> Iterator[None]:
     """What models and functions print meanwhile, and programs that they run, goes to stderr."""
@@ -202,9 +199,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console().print(made)
 
 
-# --- signatures
-
-
 @contextmanager
 def checked(source: Location, key: str | None, signature: str | None) -> Iterator[Location]:
     """An archive of which only what the owner of a key signed can be read; without a key, as is."""
@@ -217,9 +211,6 @@ def checked(source: Location, key: str | None, signature: str | None) -> Iterato
 
     with open_signed(source, key, signature) as file:
         yield file
-
-
-# --- stderr
 
 
 def printable(text: str) -> str:
@@ -278,9 +269,6 @@ def progress_bars() -> Iterator[Callable[[Progress], None]]:
 
     with bars:
         yield report
-
-
-# --- words
 
 
 def some(names: Sequence[str]) -> str:

@@ -272,8 +272,6 @@ def _ideal(folder: Path, model: Model, factor: float) -> Coded:
     return Coded(size, shown.restore(shown.lumas), 0.0, 0.0)
 
 
-# --- LLM.265's recipe -----------------------------------------------------------------------------
-
 #: longest block that is rotated, and width and greatest height of the pictures.
 _ROTATED, _PICTURE_WIDTH, _PICTURE_HEIGHT = 256, 512, 1024
 

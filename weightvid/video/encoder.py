@@ -310,9 +310,6 @@ def _usual_priority() -> Iterator[None]:
                     os.sched_setscheduler(thread, policy, priority)
 
 
-# --- the encoder's output as record and sample ----------------------------------------------------
-
-
 def _wrap_hevc(extradata: bytes, packet: bytes) -> tuple[bytes, bytes]:
     sets = _nal_units(extradata)
     if [unit[0] >> 1 for unit in sets] != [32, 33, 34]:
