@@ -176,7 +176,7 @@ def pack_layers(
         if chosen.parity:
             made = replace(made, file_bytes=add_parity(file, chosen.parity))
         if chosen.verify:
-            _verify(file, base, pile.root())
+            _verify(file, base, pile.root)
     known = chosen.calibration
     notes = () if known is None else known.notes(survey, "layers are added to each other")
     return made.report(survey, 1, perf_counter() - began, notes)
@@ -205,6 +205,8 @@ class _Pile:
         #: by the number of a bias: what the weights of its layer take from the mean outputs.
         self._shifts: dict[int, Floats] = {}
         self._ends: dict[tuple[int, int], End] = {}
+        #: of the archive, known when it is written.
+        self.root = b""
 
     def refine(self, layers: int) -> None:
         """Code a model in so many layers."""
@@ -351,14 +353,6 @@ class _Pile:
             return flat
         return approach(below, flat, DIFFERENCE_BITS)
 
-    def root(self) -> bytes:
-        return root_of(self._survey.specs, self._heads())
-
-    def _heads(self) -> dict[int, bytes]:
-        return {
-            number: tensor_sha256(flat)[:TENSOR_SHA_BYTES] for number, flat in self._below.items()
-        }
-
     def write(self, file: BinaryIO, base: Archive | None) -> Written:
         survey, options = self._survey, self._survey.options
         total = sum(
@@ -393,7 +387,9 @@ class _Pile:
                 )
                 self._progress(Progress("encode", place + 1, len(self._layers), unit="layers"))
             writer.add_exact(sorted(layer.exact, key=lambda item: survey.turn(item[0])))
-        writer.heads = self._heads()
+        for number, flat in self._below.items():
+            writer.heads[number] = tensor_sha256(flat)[:TENSOR_SHA_BYTES]
+        self.root = root_of(survey.specs, writer.heads)
         weights = sum(survey.specs[number].size for number in self._tallies)
         tallies = list(self._tallies.values())
         return Written.close(writer, survey.first_factor, weights, tallies)
