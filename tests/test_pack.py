@@ -200,8 +200,8 @@ def test_verification_finds_what_was_tampered_with(
 ) -> None:
     made = tasks.encode_frame
 
-    def tampered(task: Any) -> Any:
-        packet = made(task)
+    def tampered(*task: Any) -> Any:
+        packet = made(*task)
         changed = bytearray(getattr(packet, field))
         changed[-len(changed) // 2] ^= 1
         return packet._replace(**{field: bytes(changed)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from math import inf
 from typing import NamedTuple
 
@@ -28,13 +29,6 @@ class PartTask(NamedTuple):
     first_row: int
     moments: Moments | None
     below: Array | None = None
-
-
-class FrameTask(NamedTuple):
-    """A picture to be coded."""
-
-    luma: Bytes
-    video: Video
 
 
 class Packet(NamedTuple):
@@ -85,16 +79,16 @@ def code_task(task: PartTask) -> CodedPart:
     return code_part(piece.read(), plan, number, first_row, moments, below)
 
 
-def encode_frame(task: FrameTask) -> Packet:
+def encode_frame(video: Video, luma: Bytes) -> Packet:
     """Packet of a frame and SHA-256 of what it decodes to; of a lossy one also what that is."""
-    height, width = task.luma.shape
-    data = open_encoder(task.video, width, height).encode(task.luma)
-    if task.video.qp is None:
-        return Packet(data, hashlib.sha256(task.luma.data).digest(), None)
-    decoder = Decoder(track_of(task.video, width, height))
+    height, width = luma.shape
+    data = open_encoder(video, width, height).encode(luma)
+    if video.qp is None:
+        return Packet(data, hashlib.sha256(luma.data).digest(), None)
+    decoder = Decoder(track_of(video, width, height))
     decoded = [*decoder.decode(0, data), *decoder.decode(0, None)]
-    luma = np.ascontiguousarray(decoded[0][1])
-    return Packet(data, hashlib.sha256(luma.data).digest(), luma)
+    lossy = np.ascontiguousarray(decoded[0][1])
+    return Packet(data, hashlib.sha256(lossy.data).digest(), lossy)
 
 
 def encode_frames(
@@ -103,12 +97,12 @@ def encode_frames(
     """Packets of frames, which come without their pictures."""
     waiting: list[Frame[CodedPart]] = []
 
-    def tasks() -> Iterator[FrameTask]:
+    def pictures() -> Iterator[Bytes]:
         for frame in frames:
             waiting.append(frame._replace(luma=np.empty((0, 0), np.uint8)))
-            yield FrameTask(frame.luma, video)
+            yield frame.luma
 
-    for packet in workers.map(encode_frame, tasks()):
+    for packet in workers.map(partial(encode_frame, video), pictures()):
         yield waiting.pop(0), packet
 
 
