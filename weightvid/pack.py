@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -47,9 +47,6 @@ from weightvid.workers import Workers, open_workers
 from weightvid.writer import ArchiveWriter
 
 __all__ = ["PackOptions", "PackReport", "Target", "pack_checkpoint"]
-
-#: an SQNR below which the report says that nothing is left.
-_FAINT_DB: Final = 3.0
 
 
 def pack_checkpoint(
@@ -98,7 +95,7 @@ def _pack(
         if options.verify:
             _verify(file, reader, options.jobs, progress)
     told = notes or survey.warning(made.factor)
-    if made.sqnr_db is not None and made.sqnr_db < _FAINT_DB:
+    if made.sqnr_db is not None and made.sqnr_db < 3:
         told = (*told, f"next to nothing is left of the weights, {made.sqnr_db:.1f} dB")
     return made.report(survey, encodings, perf_counter() - began, told)
 

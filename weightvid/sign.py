@@ -30,9 +30,6 @@ from weightvid.repair import MAX_SHARE, MIN_SHARE, PARITY_UUID, add_parity
 
 SIGN_UUID: Final = b"weightvid-sign\0\0"
 KEY, UNITS, SIGNATURE = 112, 114, 116
-_MESSAGE: Final = b"weightvid signature 1\0"
-#: bytes of a unit, at most.
-_UNIT_BYTES: Final = 1 << 32
 
 
 #: a stretch of an archive that is checked as one: its bytes, and their SHA-256.
@@ -195,7 +192,7 @@ def _parse(payload: bytes) -> Signature:
 
 
 def _message(units: bytes) -> bytes:
-    return _MESSAGE + hashlib.sha256(units).digest()
+    return b"weightvid signature 1\0" + hashlib.sha256(units).digest()
 
 
 def fingerprint(key: bytes) -> str:
@@ -274,7 +271,7 @@ def _accept(found: Sequence[Signature], public: Any) -> list[Unit]:
             except import_module("cryptography.exceptions").InvalidSignature:
                 raise SignatureError("the signature is not of this archive's units") from None
             fields = Fields(signature.units, "the signature")
-            return [(fields.uint(_UNIT_BYTES), fields.take(32)) for _ in fields.items(1 << 25)]
+            return [(fields.uint(1 << 32), fields.take(32)) for _ in fields.items(1 << 25)]
     others = ", ".join(fingerprint(signature.key) for signature in found)
     raise SignatureError(
         f"the archive is signed by another key: {others}, where {fingerprint(wanted)} is wanted"

@@ -47,8 +47,6 @@ from weightvid.progress import Progress, Report, quiet
 from weightvid.spec import weight_count
 from weightvid.workers import Piece, Workers
 
-#: elements that the survey looks at in one go.
-_SURVEY_BLOCK: Final = 1 << 20
 #: 1-D floats next to weights that keep all their bits: ResNets have 1 %. A small network of
 #: depthwise layers has 13 %; 5 bits take 2 % from its file, and would harm ResNets more than that.
 _USUAL_FLOATS: Final = 0.03
@@ -323,7 +321,7 @@ def may_code(spec: TensorSpec, keep: Sequence[str] = ()) -> bool:
 def _pieces(reader: CheckpointReader, spec: TensorSpec, workers: Workers) -> tuple[Piece, ...]:
     """Blocks of whole rows of a tensor's matrix."""
     columns = view_of(spec.shape).columns
-    count = max(1, _SURVEY_BLOCK // columns) * columns
+    count = max(1, (1 << 20) // columns) * columns
     return tuple(
         workers.piece(reader, spec.name, first, min(count, spec.size - first))
         for first in range(0, spec.size, count)

@@ -29,9 +29,6 @@ from weightvid.loader import Array
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
-#: tasks handed out ahead of the one whose result comes next, for each worker.
-_AHEAD = 2
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
@@ -85,7 +82,7 @@ class Workers:
         self._executor, self.count, self.remote = executor, count, remote
 
     def map(self, task: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-        """Results of a task for each item, in the order of the items; items are taken as needed.
+        """Results of a task for each item, in order; two for each worker are begun ahead.
 
         Raises
         ------
@@ -99,7 +96,7 @@ class Workers:
         try:
             for item in items:
                 waiting.append(self._executor.submit(task, item))
-                if len(waiting) > _AHEAD * self.count:
+                if len(waiting) > 2 * self.count:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -42,10 +42,7 @@ __all__ = [
     "open_checkpoint",
 ]
 
-_HEAD_BYTES: Final = 512
 _ZIP_STARTS: Final = (b"PK\x03\x04", b"PK\x05\x06")
-#: longest header the safetensors library accepts.
-_SAFETENSORS_HEADER_LIMIT: Final = 100_000_000
 #: two letters at least: one is a drive of Windows.
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.")
 
@@ -219,7 +216,7 @@ def kind_of_file(path: Path) -> Kind:
         raise CheckpointError(f"cannot read {path}: it is no regular file, but a pipe or a device")
     try:
         with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
+            head = file.read(512)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         if str(path) == "-":
@@ -276,9 +273,9 @@ def _recognise(suffix: str, head: bytes, members: tuple[str, ...] | None) -> str
             return None if _is_torchscript(members) else "torch"
         empty = not members and suffix == ".npz"
         return "npz" if empty or any(name.endswith(".npy") for name in members) else None
-    # 8 bytes of header length, then the header: a JSON object.
+    # 8 bytes of header length, then the header: a JSON object, which the library wants no longer.
     length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and (length <= _SAFETENSORS_HEADER_LIMIT or suffix == ".safetensors"):
+    if head[8:9] == b"{" and (length <= 100_000_000 or suffix == ".safetensors"):
         return "safetensors"
     # Before torch 1.6: bare pickles of protocol 2 to 5.
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):

@@ -65,8 +65,6 @@ _DISTRIBUTED: Final = (
 )
 #: code that Python runs without being asked.
 _STARTUP: Final = frozenset({"sitecustomize.py", "usercustomize.py", "__pycache__"})
-#: shards that stay open: reading goes through them one after another.
-_OPEN_SHARDS: Final = 2
 #: what transformers puts into one shard at most.
 SHARD_BYTES: Final = 5_000_000_000
 #: weights that an older version of a folder may hold, which would be loaded instead of ours.
@@ -152,7 +150,7 @@ class Reader(CheckpointReader):
     def _shard(self, name: str) -> CheckpointReader:
         reader = self._open.pop(name, None)
         if reader is None:
-            while len(self._open) >= _OPEN_SHARDS:
+            while len(self._open) >= 2:  # reading goes through them one after another
                 self._open.pop(next(iter(self._open))).close()
             path = self._folder / name
             reader = kind_of_file(path).open(path)

@@ -29,8 +29,6 @@ STDOUT: Final = ("-", "/dev/stdout")
 FAILED, USAGE, DAMAGED, MISSING, INTERRUPTED = 1, 2, 3, 4, 130
 #: of the JSON objects, as docs/cli.schema.json describes them.
 SCHEMA_VERSION: Final = 1
-#: width of a table that goes to a file or a pipe.
-_PLAIN_WIDTH: Final = 160
 #: letters of a message.
 _LINE: Final = 1000
 _SUFFIXES: Final = frozenset(
@@ -136,7 +134,7 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else _PLAIN_WIDTH
+    width = None if stream.isatty() else 160  # for a file or a pipe
     return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 

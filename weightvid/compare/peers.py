@@ -16,7 +16,6 @@ from weightvid.checkpoint.nnc import VARIABLE, run_nncodec
 from weightvid.compare.model import Coded, Method, Model
 from weightvid.errors import CodecError
 
-_TIMEOUT_S: Final = 60
 #: two to an octave of the step.
 DQ_QPS: Final = tuple(range(-34, -17, 2))
 OPT_QPS: Final = tuple(range(-36, -19, 2))
@@ -50,7 +49,7 @@ def _nncodec_version(python: str) -> tuple[str, str]:
     try:
         done = subprocess.run(
             [python, "-c", script], capture_output=True, text=True, check=False,
-            timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL,
+            timeout=60, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", f"{python} cannot be run: {error}"

@@ -24,8 +24,6 @@ from weightvid.compare.model import Array, Coded, Method, Model, Tensors
 from weightvid.errors import CodecError
 from weightvid.exact import exact_elements
 
-#: zstd's strongest level that needs no ``--ultra``.
-_ZSTD_LEVEL: Final = 19
 #: mantissa bits that 1-D floats keep next to a global step, as in weightvid's own recipes.
 _MANTISSA_BITS: Final = 7
 #: weights of a block with a scale of its own.
@@ -40,7 +38,7 @@ _GLOBAL_FACTORS: Final = tuple(round(0.35 * 2 ** (i / 2), 3) for i in range(-4, 
 _PACKERS: Final[Mapping[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]] = {
     "xz": (partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
     "zstd": (
-        lambda data: bytes(import_module("zstandard").compress(data, _ZSTD_LEVEL)),
+        lambda data: bytes(import_module("zstandard").compress(data, 19)),  # more needs --ultra
         lambda data: bytes(import_module("zstandard").decompress(data)),
     ),
 }
