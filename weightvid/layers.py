@@ -30,13 +30,7 @@ from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.container import root_of
 from weightvid.errors import CheckpointError, FormatError, QuantizationError
-from weightvid.exact import (
-    FULL_BITS,
-    approach,
-    difference,
-    likeness,
-    rounds_mantissas,
-)
+from weightvid.exact import FULL_BITS, approach, difference, likeness, rounds_mantissas
 from weightvid.levels.code import CodedPart, mean_shift, part_rows
 from weightvid.levels.feedback import output_error
 from weightvid.levels.frames import (

@@ -186,9 +186,7 @@ class Encoder:
         self.file, self._survey, self._workers, self._progress = file, survey, workers, progress
 
     def encode(
-        self,
-        factor: float,
-        coded: Mapping[int, Sequence[CodedPart]] | None = None,
+        self, factor: float, coded: Mapping[int, Sequence[CodedPart]] | None = None
     ) -> Written:
         """Write the archive of a step factor.
 

@@ -206,9 +206,7 @@ def fingerprint(key: bytes) -> str:
 
 @contextmanager
 def open_signed(
-    archive: Location,
-    key: str | os.PathLike[str],
-    signature: str | os.PathLike[str] | None = None,
+    archive: Location, key: str | os.PathLike[str], signature: str | os.PathLike[str] | None = None
 ) -> Iterator[BinaryIO]:
     """An archive whose bytes are given out only once they are known to be what was signed.
 

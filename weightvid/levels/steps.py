@@ -183,10 +183,7 @@ def finest_sigmas(stats: TensorStats) -> float:
 
 
 def plan_tensor(
-    stats: TensorStats,
-    step: float,
-    fidelity: str = "outputs",
-    moments: Moments | None = None,
+    stats: TensorStats, step: float, fidelity: str = "outputs", moments: Moments | None = None
 ) -> TensorPlan | None:
     """Plan of a tensor at a step; None if it must be kept exactly.
 
