@@ -25,6 +25,7 @@ from typing import BinaryIO, Final
 
 import numpy as np
 
+from weightvid import loader
 from weightvid.archives import Location, checked_tensors, open_chain, walk_frames
 from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
@@ -43,19 +44,7 @@ from weightvid.levels.frames import (
 from weightvid.levels.stats import TensorStats
 from weightvid.levels.steps import TensorPlan
 from weightvid.levels.trellis import sign_coded_bits
-from weightvid.loader import (
-    MAX_LAYERS,
-    TENSOR_SHA_BYTES,
-    Archive,
-    Array,
-    End,
-    Floats,
-    Layers,
-    Sidecar,
-    open_archive,
-    tensor_sha256,
-    to_float32,
-)
+from weightvid.loader import Archive, Array, End, Floats, Layers, tensor_sha256, to_float32
 from weightvid.pack import PackOptions, PackReport, Written, about_packing
 from weightvid.progress import Progress, Report, quiet
 from weightvid.repair import add_parity
@@ -105,8 +94,9 @@ class Layering:
         ------
         QuantizationError
         """
-        if not 1 <= self.layers <= MAX_LAYERS:
-            raise QuantizationError(f"an archive has 1 to {MAX_LAYERS} layers, not {self.layers}")
+        if not 1 <= self.layers <= loader.MAX_LAYERS:
+            most = loader.MAX_LAYERS
+            raise QuantizationError(f"an archive has 1 to {most} layers, not {self.layers}")
         if self.layers == 1 and not self.base:
             return
         if self.layers > 1 and self.base:
@@ -308,7 +298,7 @@ class _Pile:
                 if part.shift is not None:
                     survey.moments[number].add_shift(self._shifts, part.shift)
             self._below[number] = np.concatenate([part.stored.reshape(-1) for part in coded])
-            digest = tensor_sha256(self._below[number])[:TENSOR_SHA_BYTES]
+            digest = tensor_sha256(self._below[number])[: loader.TENSOR_SHA_BYTES]
             self._ends[layer, number] = End(number, digest, tally.sqnr_db)
             self._masks[number] |= 2 << layer
         made.coded = {
@@ -376,13 +366,12 @@ class _Pile:
                     for coded in frame.ends
                     if coded is layer.coded[coded.part.tensor][-1]
                 )
-                writer.add_frame(
-                    Sidecar(len(writer.frames), packet.sha256, tuple(parts), ends), packet.data
-                )
+                sidecar = loader.Sidecar(len(writer.frames), packet.sha256, tuple(parts), ends)
+                writer.add_frame(sidecar, packet.data)
                 self._progress(Progress("encode", place + 1, len(self._layers), unit="layers"))
             writer.add_exact(sorted(layer.exact, key=lambda item: survey.turn(item[0])))
         for number, flat in self._below.items():
-            writer.heads[number] = tensor_sha256(flat)[:TENSOR_SHA_BYTES]
+            writer.heads[number] = tensor_sha256(flat)[: loader.TENSOR_SHA_BYTES]
         self.root = root_of(survey.specs, writer.heads)
         weights = sum(survey.specs[number].size for number in self._tallies)
         tallies = list(self._tallies.values())
@@ -446,7 +435,7 @@ def _verify(file: BinaryIO, base: Archive | None, root: bytes) -> None:
     """Decode the archive and compare the root of what comes with what was packed."""
     file.flush()
     file.seek(0)
-    archive = open_archive(file, base=base, check_tensors=True)
+    archive = loader.open_archive(file, base=base, check_tensors=True)
     deque(checked_tensors(archive), 0)
     if archive.root != root:
         raise FormatError(

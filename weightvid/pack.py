@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from weightvid import loader
 from weightvid.archives import stored_pieces
 from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
@@ -26,16 +27,7 @@ from weightvid.errors import CheckpointError, FormatError
 from weightvid.levels.code import CodedPart, compare_rows, decibels, part_rows
 from weightvid.levels.frames import Frame, choose_frame_size, lay_out, ribbon_columns
 from weightvid.levels.steps import TensorPlan
-from weightvid.loader import (
-    TENSOR_SHA_BYTES,
-    Assembler,
-    Bytes,
-    End,
-    Floats,
-    Sidecar,
-    open_archive,
-    tensor_sha256,
-)
+from weightvid.loader import Assembler, Bytes, End, Floats, Sidecar, open_archive, tensor_sha256
 from weightvid.options import PackOptions, PackReport, TensorReport
 from weightvid.progress import Progress, Report, quiet
 from weightvid.repair import add_parity
@@ -293,7 +285,7 @@ class _Run:
             plan = self._plans[coded.part.tensor]
             if coded.part.first_row + coded.part.rows == plan.view.rows:
                 number = coded.part.tensor
-                digest = self._hashes.pop(number).digest()[:TENSOR_SHA_BYTES]
+                digest = self._hashes.pop(number).digest()[: loader.TENSOR_SHA_BYTES]
                 ends.append(End(number, digest, self._reports[number].sqnr_db))
         return Sidecar(frame.number, packet.sha256, tuple(parts), tuple(ends))
 
@@ -308,7 +300,7 @@ class _Run:
                 compare_rows(original.reshape(shape), array.reshape(shape), spec.dtype)
             )
             self._reports[number] = tally
-            ends.append(End(number, tensor_sha256(array)[:TENSOR_SHA_BYTES], tally.sqnr_db))
+            ends.append(End(number, tensor_sha256(array)[: loader.TENSOR_SHA_BYTES], tally.sqnr_db))
         return sidecar._replace(ends=tuple(ends))
 
 

@@ -13,6 +13,7 @@ from functools import cache
 from math import log2
 from typing import Final
 
+from weightvid import loader
 from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import CheckpointError
@@ -29,18 +30,7 @@ from weightvid.levels.steps import (
     sample_step,
 )
 from weightvid.levels.transform import dct, view_of
-from weightvid.loader import (
-    MAX_AXES,
-    MAX_NAME_BYTES,
-    PACKABLE,
-    Array,
-    Floats,
-    Header,
-    Layers,
-    TensorSpec,
-    from_float32,
-    to_float32,
-)
+from weightvid.loader import PACKABLE, Array, Floats, Header, TensorSpec, from_float32, to_float32
 from weightvid.norms import Norm, norms_of, round_norm
 from weightvid.options import PackOptions
 from weightvid.progress import Progress, Report, quiet
@@ -56,10 +46,11 @@ _LEAST_BITS: Final = 5
 def _refuse_unholdable(reader: CheckpointReader) -> None:
     """Raise where the format has no room for a name or a shape, before any work is done."""
     for name, spec in reader.contents.rows():
-        if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
-            said = f"the name {name[:40]!r}... is longer than {MAX_NAME_BYTES} bytes; rename it"
-        elif len(spec.shape) > MAX_AXES:
-            said = f"{name!r} has {len(spec.shape)} axes, and an archive {MAX_AXES} at most"
+        if len(name.encode("utf-8", "surrogatepass")) > loader.MAX_NAME_BYTES:
+            most = loader.MAX_NAME_BYTES
+            said = f"the name {name[:40]!r}... is longer than {most} bytes; rename it"
+        elif len(spec.shape) > loader.MAX_AXES:
+            said = f"{name!r} has {len(spec.shape)} axes, and an archive {loader.MAX_AXES} at most"
         else:
             continue
         raise CheckpointError(f"a tensor cannot be packed: {said}")
@@ -158,7 +149,7 @@ class Survey:
         )
 
     def header(
-        self, kernels: Iterable[int], about: Mapping[str, str], layers: Layers | None = None
+        self, kernels: Iterable[int], about: Mapping[str, str], layers: loader.Layers | None = None
     ) -> Header:
         """Header of an archive of all tensors, with bases of kernel axes of these sizes."""
         contents, numbers = self.reader.contents, {s.name: n for n, s in enumerate(self.specs)}

@@ -19,17 +19,9 @@ from typing import Final, Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from weightvid import loader
 from weightvid.levels.trellis import entropy_bits
-from weightvid.loader import (
-    ALIGN,
-    BAND,
-    MAX_ENERGY,
-    ZERO_SAMPLE,
-    Array,
-    Bytes,
-    rectangles,
-    sorted_places,
-)
+from weightvid.loader import ALIGN, BAND, ZERO_SAMPLE, Array, Bytes, rectangles, sorted_places
 
 #: one class of energy is this factor in the mean magnitude of levels, as a power of two. Large
 #: matrices get finer classes: their energies cost little, and many rectangles take no time there.
@@ -110,7 +102,7 @@ def _energies(means: npt.NDArray[np.float64], mean: float, octaves: float) -> By
     classes = np.rint(np.log2(np.maximum(means, mean * 1e-9) / mean) / octaves)
     energies = np.clip(classes, -_REACH, _REACH).astype(np.int16)
     energies -= energies.min()
-    return np.minimum(energies, MAX_ENERGY).astype(np.uint8)
+    return np.minimum(energies, loader.MAX_ENERGY).astype(np.uint8)
 
 
 def to_sequence(matrix: Array, energies: Energies | None) -> Array:
