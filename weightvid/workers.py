@@ -8,13 +8,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import (
-    BrokenExecutor,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-)
+from concurrent import futures
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -100,7 +95,7 @@ class Workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        except BrokenExecutor as error:
+        except futures.BrokenExecutor as error:
             raise ClusterError(
                 f"a worker process died ({error or 'no message'}); it may have run out of memory: "
                 "use fewer --jobs"
@@ -139,14 +134,14 @@ def open_workers(workers: str | Executor | None = None, jobs: int = 0) -> Iterat
     """
     count = jobs or os.cpu_count() or 1
     if isinstance(workers, Executor):
-        yield Workers(workers, count, remote=not isinstance(workers, ThreadPoolExecutor))
+        yield Workers(workers, count, remote=not isinstance(workers, futures.ThreadPoolExecutor))
     elif workers in (None, "threads") and count == 1:
         yield Workers(None, 1)
     elif workers in (None, "threads", "processes"):
         pool: Executor = (
-            ProcessPoolExecutor(count, get_context("spawn"), _quiet_child)
+            futures.ProcessPoolExecutor(count, get_context("spawn"), _quiet_child)
             if workers == "processes"
-            else ThreadPoolExecutor(count, "weightvid")
+            else futures.ThreadPoolExecutor(count, "weightvid")
         )
         try:
             yield Workers(pool, count, remote=workers == "processes")

@@ -16,14 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final, TypeGuard, cast
 
-from weightvid.checkpoint.base import (
-    ArrayReader,
-    CheckpointReader,
-    CheckpointWriter,
-    Contents,
-    explained,
-    shorten,
-)
+from weightvid.checkpoint import base
+from weightvid.checkpoint.base import CheckpointReader, CheckpointWriter, Contents
 from weightvid.errors import CheckpointError, OutputError
 from weightvid.loader import Array, TensorSpec
 from weightvid.progress import Report, quiet
@@ -66,7 +60,7 @@ class Kind:
     def open(self, path: Path) -> CheckpointReader:
         """Open a file of this kind."""
         module = import_module(f"weightvid.checkpoint.{self.module}")
-        with explained(f"cannot read {path}"):
+        with base.explained(f"cannot read {path}"):
             return cast(CheckpointReader, module.Reader(path))
 
     def create(self, path: Path, contents: Contents, *, force: bool) -> CheckpointWriter:
@@ -187,7 +181,7 @@ def from_mapping(
     ...     reader.contents.tensors
     (TensorSpec(name='w', dtype='F32', shape=(2, 3)),)
     """
-    return ArrayReader(arrays, dtypes, metadata)
+    return base.ArrayReader(arrays, dtypes, metadata)
 
 
 def is_url(source: object) -> TypeGuard[str]:
@@ -323,7 +317,8 @@ def _explain(path: Path, head: bytes, members: tuple[str, ...] | None) -> str:
             return f"it is {what}"
     if members is not None:
         if models := [name for name in members if name.endswith(".tflite")]:
-            return f"it is a bundle of LiteRT models; extract it first: it holds {shorten(models)}"
+            listed = base.shorten(models)
+            return f"it is a bundle of LiteRT models; extract it first: it holds {listed}"
         return f"it is a zip archive with neither PyTorch's data.pkl nor .npy arrays ({known})"
     if head.startswith(_ZIP_STARTS):
         return "it is a zip archive (npz or PyTorch) that is cut short, damaged or too long"

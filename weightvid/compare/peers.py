@@ -37,6 +37,7 @@ def peer_methods(
         yield Method(
             name, "peer", partial(_nncodec, python, opt_qp), "QP", tuple(map(float, qps)), missing,
             {"version": version}, ("compare/peers", "compare/nncodec", "checkpoint/nnc"),
+            command=("compare", "--nncodec", python) if nncodec else ("compare",),
         )  # fmt: skip
 
 

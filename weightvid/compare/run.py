@@ -287,12 +287,9 @@ def all_methods(options: CompareOptions, folder: Path) -> Iterator[Method]:
         yield from plain_methods()
     if options.peers:
         yield llm265_method()
-        for method in peer_methods(options.nncodec):
-            python = ("--nncodec", os.fspath(options.nncodec)) if options.nncodec else ()
-            yield replace(method, command=("compare", *python))
+        yield from peer_methods(options.nncodec)
     if options.research:
-        for method in research_methods():
-            yield replace(method, command=("compare", "--research"))
+        yield from research_methods()
 
 
 def _selected(
