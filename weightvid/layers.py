@@ -32,15 +32,10 @@ from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.container import root_of
 from weightvid.errors import CheckpointError, FormatError, QuantizationError
 from weightvid.exact import FULL_BITS, approach, difference, likeness, rounds_mantissas
+from weightvid.levels import frames
 from weightvid.levels.code import CodedPart, mean_shift, part_rows
 from weightvid.levels.feedback import output_error
-from weightvid.levels.frames import (
-    FEWEST_FRAMES,
-    FrameSize,
-    choose_frame_size,
-    lay_out,
-    ribbon_columns,
-)
+from weightvid.levels.frames import FrameSize, choose_frame_size, lay_out, ribbon_columns
 from weightvid.levels.stats import TensorStats
 from weightvid.levels.steps import TensorPlan
 from weightvid.levels.trellis import sign_coded_bits
@@ -388,7 +383,7 @@ class _Pile:
             for layer in self._layers
         )
         if base is None:
-            return choose_frame_size(columns, FEWEST_FRAMES // len(self._layers))
+            return choose_frame_size(columns, frames.FEWEST_FRAMES // len(self._layers))
         size = choose_frame_size(columns, 1)
         same = base.track.entry == CODECS[self._survey.options.video.codec].entry
         return FrameSize(*base.track[:2]) if same and columns > size.columns else size
@@ -414,7 +409,6 @@ def _values(coded: Sequence[CodedPart], plan: TensorPlan) -> Floats:
 
 
 def _bits(coded: Sequence[CodedPart]) -> float:
-    """About what levels cost."""
     levels = np.concatenate([part.samples for part in coded]).astype(np.int16) - 128
     return float(sign_coded_bits(levels) * levels.size)
 

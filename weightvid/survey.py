@@ -18,17 +18,10 @@ from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import CheckpointError
 from weightvid.exact import FULL_BITS, exact_elements, likeness, rounds_mantissas
-from weightvid.levels import buffers
+from weightvid.levels import buffers, steps
 from weightvid.levels.recipes import forecast, recipe, recipe_factor, speaks, units
 from weightvid.levels.stats import TensorStats, tensor_stats
-from weightvid.levels.steps import (
-    MIN_WEIGHTS,
-    Moments,
-    TensorPlan,
-    is_codable,
-    plan_tensor,
-    sample_step,
-)
+from weightvid.levels.steps import MIN_WEIGHTS, Moments, TensorPlan, plan_tensor
 from weightvid.levels.transform import dct, view_of
 from weightvid.loader import PACKABLE, Array, Floats, Header, TensorSpec, from_float32, to_float32
 from weightvid.norms import Norm, norms_of, round_norm
@@ -239,7 +232,7 @@ class Survey:
         for number, stats in self.stats.items():
             unit = self.units[number]
             if self.options.video.qp is not None:
-                plan = plan_tensor(stats, sample_step(unit, stats), "integers")
+                plan = plan_tensor(stats, steps.sample_step(unit, stats), "integers")
             else:
                 plan = self.plan(number, factor * unit, self.moments.get(number))
             if plan is not None:
@@ -278,9 +271,9 @@ def survey_checkpoint(
         progress(Progress("survey", done, total))
         if buffers.is_sinusoid(found):
             tables.add(found.spec.name)
-        elif is_codable(found.spec, found):
+        elif steps.is_codable(found.spec, found):
             stats[number] = found
-    steps = dict(zip(stats, units(list(stats.values()), options.fidelity), strict=True))
+    scaled = dict(zip(stats, units(list(stats.values()), options.fidelity), strict=True))
     notes = [
         f"{what}: {shorten(sorted(names))}"
         for what, names in (
@@ -292,7 +285,7 @@ def survey_checkpoint(
         if names
     ]
     survey = Survey(
-        reader, options, stats, steps, apart=frozenset(scales | tables), notes=tuple(notes)
+        reader, options, stats, scaled, apart=frozenset(scales | tables), notes=tuple(notes)
     )
     if options.calibration is not None:
         survey = options.calibration.apply(survey, progress)

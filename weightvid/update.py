@@ -90,8 +90,6 @@ def apply_updates(
 
 
 class _Merge:
-    """Archives that become one."""
-
     def __init__(self, chain: Sequence[Archive], progress: Report) -> None:
         self._chain, self._progress = chain, progress
         self._last = chain[-1]

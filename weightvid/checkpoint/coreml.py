@@ -166,7 +166,6 @@ def _values_of(block: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _blob_file(package: Path, model: Path, name: str) -> str:
-    """Path of a blob file in its package."""
     path = model.parent / name.removeprefix(_HERE)
     if not name.startswith(_HERE) or not is_safe_path(name.removeprefix(_HERE)):
         raise ValueError(f"it has weights in {name[:80]!r}, which is not in the package")

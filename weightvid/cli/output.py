@@ -180,6 +180,14 @@ def facts(rows: Sequence[tuple[str, str]]) -> None:
     console().print(table)
 
 
+def tell(json: bool, record: Any, rows: Sequence[tuple[str, str]], **more: Any) -> None:
+    """Print what a verb has done: one JSON object, or facts."""
+    if json:
+        emit_json(record, **more)
+    else:
+        facts(rows)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; columns whose title starts with ``>`` are aligned to the right."""
     from rich import box

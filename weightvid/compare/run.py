@@ -154,9 +154,8 @@ class CompareResult:
     def rates_at(self, goal: Goal) -> dict[str, float | None]:
         """Bits per weight of each curve at a quality, between its two nearest points."""
         measure = measures(self.options.lower_is_better)[goal.measure]
-        level = measure.level(goal.value)
         return {
-            name: crossing(measure.levels(rows), level)
+            name: crossing(measure.levels(rows), measure.level(goal.value))
             for name, rows in self.curves().items()
             if len(rows) > 1
         }
