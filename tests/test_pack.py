@@ -16,7 +16,7 @@ import small_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weightvid import errors
+from weightvid import errors, tasks
 from weightvid import pack as pack_module
 from weightvid.checkpoint import from_mapping
 from weightvid.levels import code
@@ -198,15 +198,15 @@ def test_a_coarser_qp_is_smaller_and_worse(tmp_path: Path) -> None:
 def test_verification_finds_what_was_tampered_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
-    made = pack_module.encode_frame
+    made = tasks.encode_frame
 
-    def tampered(task: Any) -> Any:
-        packet = made(task)
+    def tampered(*task: Any) -> Any:
+        packet = made(*task)
         changed = bytearray(getattr(packet, field))
         changed[-len(changed) // 2] ^= 1
         return packet._replace(**{field: bytes(changed)})
 
-    monkeypatch.setattr(pack_module, "encode_frame", tampered)
+    monkeypatch.setattr(tasks, "encode_frame", tampered)
     with pytest.raises(errors.WeightvidError, match=r"does not decode|discarded"):
         packed({"w": normal(1, 100, 100)}, tmp_path / "m.mp4")
     assert not list(tmp_path.iterdir())

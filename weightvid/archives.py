@@ -15,32 +15,11 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from weightvid import checkpoint
+from weightvid import checkpoint, loader
 from weightvid.container import root_of
 from weightvid.errors import CodecError, FormatError, TruncatedError
 from weightvid.exact import ahead
-from weightvid.loader import (
-    BAND,
-    DTYPES,
-    FRAME_UUID,
-    INDEX_UUID,
-    MAX_LAYERS,
-    TENSOR_SHA_BYTES,
-    Archive,
-    Array,
-    Assembler,
-    PacketDecoder,
-    Part,
-    Sidecar,
-    TensorSpec,
-    dequantize,
-    from_float32,
-    open_archive,
-    open_body,
-    parse_exact,
-    parse_sidecar,
-    tensor_sha256,
-)
+from weightvid.loader import Archive, Array, Part, Sidecar, TensorSpec, dequantize, from_float32
 from weightvid.progress import Progress, Report, quiet
 
 #: where an archive is: a path, an address, or an open file.
@@ -61,9 +40,9 @@ def open_file(location: Location, stack: ExitStack) -> BinaryIO:
 @contextmanager
 def open_anywhere(
     location: Location | Archive,
-    decoder: str | PacketDecoder = "software",
+    decoder: str | loader.PacketDecoder = "software",
     base: Sequence[Location] = (),
-    layers: int = MAX_LAYERS,
+    layers: int = loader.MAX_LAYERS,
 ) -> Iterator[Archive]:
     """Archive at a path, an address, or in a file: decoded on all cores, every hash checked.
 
@@ -79,7 +58,9 @@ def open_anywhere(
         return
     with ExitStack() as stack:
         file = open_file(location, stack)
-        archive = open_archive(file, decoder=decoder, threads=0, check_tensors=True, layers=layers)
+        archive = loader.open_archive(
+            file, decoder=decoder, threads=0, check_tensors=True, layers=layers
+        )
         if base:
             archive.use_base(stack.enter_context(open_chain(base)))
         yield archive
@@ -125,7 +106,7 @@ def checked_tensors(archive: Archive) -> Iterator[tuple[TensorSpec, Array]]:
     numbers = {spec.name: number for number, spec in enumerate(archive.header.tensors)}
     heads = dict[int, bytes]()
     for spec, array in archive.stored_items():
-        heads[numbers[spec.name]] = tensor_sha256(array)[:TENSOR_SHA_BYTES]
+        heads[numbers[spec.name]] = loader.tensor_sha256(array)[: loader.TENSOR_SHA_BYTES]
         yield spec, array
     if archive.root != root_of(archive.header.tensors, heads):
         raise FormatError("the tensors are not those of the archive's root", "tensor-digest")
@@ -209,17 +190,17 @@ class Salvage:
             parts[part.first_row] = from_float32(dequantize(matrix, part, bases), spec.dtype)
 
         spans = archive.index.spans.get(number, ()) if archive.index else ()
-        assembler = Assembler(archive.header, number, sink=take)
+        assembler = loader.Assembler(archive.header, number, sink=take)
         for frame in chain(*spans) if archive.header.mask(number) == 2 else ():
             try:
                 for sidecar, luma in archive.frames(range(frame, frame + 1)):
                     all(assembler.add(sidecar, luma))
             except (FormatError, CodecError):
-                assembler = Assembler(archive.header, number, sink=take)
+                assembler = loader.Assembler(archive.header, number, sink=take)
         if not parts:
             return None
         columns = next(iter(parts.values())).shape[1]
-        array = np.zeros((spec.size // columns, columns), DTYPES[spec.dtype])
+        array = np.zeros((spec.size // columns, columns), loader.DTYPES[spec.dtype])
         lost = self.lost[spec.name] = []
         for first, elements in [*sorted(parts.items()), (len(array), array[:0])]:
             if first > at:
@@ -286,9 +267,9 @@ def stored_pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
         ready.append((part.tensor, part.first_row * part.columns, from_float32(values, dtype)))
 
     def parse(event: Any) -> list[tuple[int, int, Array]]:
-        return list(parse_exact(event, header)) if isinstance(event, bytes) else []
+        return list(loader.parse_exact(event, header)) if isinstance(event, bytes) else []
 
-    assembler, digests = Assembler(header, sink=take), dict[int, Any]()
+    assembler, digests = loader.Assembler(header, sink=take), dict[int, Any]()
     left = {number: spec.size for number, spec in enumerate(header.tensors)}
     try:
         for event, parsed in ahead(parse, archive.events()):
@@ -309,7 +290,8 @@ def stored_pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
             ready.clear()
             for end in event[0].ends if isinstance(event, tuple) else ():
                 found, name = digests.pop(end.tensor, None), header.tensors[end.tensor].name
-                if left.pop(end.tensor, 1) or found.digest()[:TENSOR_SHA_BYTES] != end.sha256:
+                size = loader.TENSOR_SHA_BYTES
+                if left.pop(end.tensor, 1) or found.digest()[:size] != end.sha256:
                     why = f"tensor {name!r} is not what was packed"
                     raise FormatError(why, "tensor-digest", tensor=name)
     except TruncatedError as error:
@@ -358,7 +340,7 @@ def find_tail(file: BinaryIO) -> Tail:
         file.seek(mfra - 4)
         index = mfra - int.from_bytes(file.read(4), "little")
         boxes = tuple(walk_boxes(file, index)) if index >= 0 else ()
-        if boxes and boxes[0][0] == INDEX_UUID and boxes[-1][:2] == (b"mfra", mfra):
+        if boxes and boxes[0][0] == loader.INDEX_UUID and boxes[-1][:2] == (b"mfra", mfra):
             return Tail(index, boxes[1:-1], mfra)
     raise TruncatedError("the archive has no index: it is cut short or damaged", size)
 
@@ -373,10 +355,10 @@ def walk_frames(archive: Archive) -> Iterator[tuple[Sidecar, int]]:
     """
     file, sidecar = archive.source.file, None
     for kind, offset, size in walk_boxes(file):
-        if kind == FRAME_UUID:
+        if kind == loader.FRAME_UUID:
             file.seek(offset + 24)
-            body = open_body(file.read(size - 24), f"the sidecar at byte {offset}")
-            sidecar = parse_sidecar(body, archive.header)
+            body = loader.open_body(file.read(size - 24), f"the sidecar at byte {offset}")
+            sidecar = loader.parse_sidecar(body, archive.header)
         elif kind == b"mdat" and sidecar is not None:
             yield sidecar, size - 8
 
@@ -385,10 +367,10 @@ def place_parts(
     sidecars: Iterable[Sidecar], archive: Archive
 ) -> Iterator[list[tuple[int, int, int]]]:
     """For each frame what lies on it: number of the tensor, first ribbon column, columns."""
-    capacity = archive.track.width * (archive.track.height // BAND)
+    capacity = archive.track.width * (archive.track.height // loader.BAND)
     going_on: list[tuple[int, int]] = []
     for sidecar in sidecars:
         pieces = [(tensor, 0, left) for tensor, left in going_on]
-        pieces += [(part.tensor, part.column, -(-part.size // BAND)) for part in sidecar.parts]
+        pieces += [(own.tensor, own.column, -(-own.size // loader.BAND)) for own in sidecar.parts]
         going_on = [(tensor, at + n - capacity) for tensor, at, n in pieces if at + n > capacity]
         yield [(tensor, at, max(0, min(n, capacity - at))) for tensor, at, n in pieces]

@@ -25,7 +25,6 @@ _NO_LINKS: Final = frozenset(
     for name in ("EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EINVAL")
     if hasattr(errno, name)
 )
-_BUFFER_BYTES: Final = 1 << 16
 #: hidden names of what is not complete; nobody else may use such.
 _TEMPORARY: Final = re.compile(r"\.weightvid-\w{8,16}\.tmp")
 _ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+[^/]")
@@ -64,7 +63,7 @@ class AtomicFile:
             if hold(raw.fileno(), self.temporary):
                 break
             raw.close()
-        self.file = io.BufferedRandom(raw, _BUFFER_BYTES)
+        self.file = io.BufferedRandom(raw, 1 << 16)
 
     def commit(self) -> None:
         """Flush to disk and rename into place; on failure nothing is left.

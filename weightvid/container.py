@@ -32,9 +32,6 @@ _SYNC_SAMPLE: Final = 0x02000000
 _DEFLATE: Final = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED, zlib.Z_HUFFMAN_ONLY)
 
 
-# --- boxes ----------------------------------------------------------------------------------------
-
-
 def _int(value: int, size: int) -> bytes:
     return value.to_bytes(size, "big")
 
@@ -128,9 +125,6 @@ def mfra(moof_offsets: Sequence[int]) -> bytes:
     count = _int(len(moof_offsets), 4)
     tfra = full_box(b"tfra", int(wide), 0, _int(TRACK_ID, 4), bytes(4), count, entries)
     return box(b"mfra", tfra, full_box(b"mfro", 0, 0, _int(8 + len(tfra) + 16, 4)))
-
-
-# --- records --------------------------------------------------------------------------------------
 
 
 def uint(value: int) -> bytes:

@@ -169,8 +169,7 @@ def conv2d(x: Floats, kernel: Floats) -> Floats:
     padded = np.pad(x, ((0, 0), (0, 0), *sides))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
     if kernel.shape[1] == 1 and x.shape[1] == kernel.shape[0]:
-        depthwise: Floats = np.einsum("nchwij,cij->nchw", windows, kernel[:, 0])
-        return depthwise
+        return np.asarray(np.einsum("nchwij,cij->nchw", windows, kernel[:, 0]))
     return np.moveaxis(np.tensordot(windows, kernel, axes=((1, 4, 5), (1, 2, 3))), 3, 1)
 
 
@@ -180,12 +179,10 @@ def _conv_bn_relu(x: Floats, weights: Mapping[str, Floats], block: str) -> Float
     gain = weights[f"{block}.1.weight"] / deviation
     offset = weights[f"{block}.1.bias"] - weights[f"{block}.1.running_mean"] * gain
     y = conv2d(x, weights[f"{block}.0.weight"])
-    result: Floats = np.maximum(y * gain[:, np.newaxis, np.newaxis] + offset[:, None, None], 0)
-    return result
+    return np.asarray(np.maximum(y * gain[:, None, None] + offset[:, None, None], 0))
 
 
 def _max_pool(x: Floats) -> Floats:
     """Largest of each 2x2 square: (n, c, h, w) -> (n, c, h / 2, w / 2)."""
     n, c, h, w = x.shape
-    pooled: Floats = x.reshape(n, c, h // 2, 2, w // 2, 2).max(axis=(3, 5))
-    return pooled
+    return np.asarray(x.reshape(n, c, h // 2, 2, w // 2, 2).max(axis=(3, 5)))

@@ -31,8 +31,6 @@ from weightvid.progress import Progress, Report, quiet
 from weightvid.remote import PATIENCE_S, Answer, WrongAnswerError, explain, is_web, shown
 from weightvid.sign import open_signed, read_key
 
-#: bytes that are asked for again when a download goes on, to see that it is the same file.
-_OVERLAP: Final = 1 << 10
 #: what an archive has besides its tensors, at most, as far as a download is concerned.
 _MOST_BESIDES: Final = 1 << 28
 #: what must follow a box, and what follows no other.
@@ -40,7 +38,6 @@ _NEXT: Final = {
     b"": b"ftyp", b"ftyp": b"moov", b"moov": loader.HEADER_UUID,
     loader.FRAME_UUID: b"moof", b"moof": b"mdat",
 }  # fmt: skip
-_SHA256: Final = re.compile(r"[0-9A-Fa-f]{64}")
 #: statuses of servers that may answer otherwise a little later.
 _PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -102,7 +99,7 @@ class FetchOptions:
         ------
         RemoteError
         """
-        if self.sha256 and not _SHA256.fullmatch(self.sha256):
+        if self.sha256 and not re.fullmatch("[0-9A-Fa-f]{64}", self.sha256):
             raise RemoteError(f"{self.sha256!r} is no SHA-256: it has 64 hexadecimal digits")
         if self.layers and (self.sha256 or self.key):
             raise RemoteError("a hash or signature is of the whole file: leave out layers, or both")
@@ -406,7 +403,7 @@ class _Download:
 
     def _receive(self, url: str) -> None:
         """Ask one source for what is missing."""
-        start = max(0, self._length - _OVERLAP)
+        start = max(0, self._length - 1024)  # which shows whether it is the same file
         with Answer(url, start, patience=self._options.patience) as answer:
             self._agree(url, start, answer)
             self._file.seek(start)

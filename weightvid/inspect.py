@@ -8,16 +8,8 @@ from dataclasses import dataclass
 from math import e, log2, pi
 from typing import Final, NamedTuple
 
-from weightvid import loader
-from weightvid.archives import (
-    Location,
-    find_tail,
-    open_anywhere,
-    place_parts,
-    seekable,
-    walk_boxes,
-    walk_frames,
-)
+from weightvid import archives, loader
+from weightvid.archives import Location
 from weightvid.checkpoint import is_url
 from weightvid.loader import Archive, End, Part, Sidecar, StoredFile
 from weightvid.repair import PARITY_UUID
@@ -167,16 +159,17 @@ def summarize_archive(location: Location, *, details: bool | None = None) -> Arc
     ------
     FormatError, OSError, RemoteError
     """
-    with seekable(location) as there, open_anywhere(there) as archive:
+    with archives.seekable(location) as there, archives.open_anywhere(there) as archive:
         index, track = archive.index, archive.track
         size = archive.source.file.seek(0, os.SEEK_END)
         detailed = index is None or (not is_url(location) if details is None else details)
-        frames = list(walk_frames(archive)) if detailed else []
+        frames = list(archives.walk_frames(archive)) if detailed else []
         packets = [packet_bytes for _, packet_bytes in frames] or [0]
         account = dict.fromkeys(ACCOUNT, 0)
         file = archive.source.file
         signatures = () if index is None else signatures_in(file)
-        for kind, _, box_bytes in walk_boxes(file) if detailed else find_tail(file).boxes:
+        boxes = archives.walk_boxes(file) if detailed else archives.find_tail(file).boxes
+        for kind, _, box_bytes in boxes:
             account[_KINDS.get(kind, "other")] += box_bytes
         # The head of an mdat box belongs to no packet.
         account["fragment_boxes"] += 8 * len(frames)
@@ -266,7 +259,7 @@ def _boxed(archive: Archive) -> set[int]:
     if archive.index is not None:
         return {number for _, numbers in archive.index.boxes for number in numbers}
     counts: dict[int, int] = {}
-    for kind, offset, _ in walk_boxes(archive.source.file):
+    for kind, offset, _ in archives.walk_boxes(archive.source.file):
         if kind == loader.EXACT_UUID:
             payload = archive.source.box(offset)[1]
             for number, _, elements in loader.parse_exact(payload, archive.header):
@@ -280,7 +273,7 @@ def _shares(
     """Bytes of packets, and first and last frame, by tensor."""
     shares: dict[int, float] = {}
     spans: dict[int, tuple[int, int]] = {}
-    placed = place_parts((sidecar for sidecar, _ in frames), archive)
+    placed = archives.place_parts((sidecar for sidecar, _ in frames), archive)
     for number, ((_, packet_bytes), pieces) in enumerate(zip(frames, placed, strict=True)):
         costs = [(tensor, _rate(ends.get(tensor)) * columns) for tensor, _, columns in pieces]
         total = sum(cost for _, cost in costs)

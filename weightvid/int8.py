@@ -167,8 +167,6 @@ class _Layer(NamedTuple):
 
 
 class _Conversion:
-    """Rewrites one graph."""
-
     def __init__(self, onnx: Any, model: Any, levels: Mapping[str, Levels], fold: bool) -> None:
         self.model, self.own, self.requantized = model, list[str](), list[str]()
         self._onnx, self._levels, self._fold = onnx, levels, fold
@@ -288,8 +286,6 @@ class _Conversion:
             scale = np.float32((highs[name] - lows[name]) / (_HIGH - _LOW) or 1.0)
             zero = round(_LOW - lows[name] / float(scale))
             self._ranges[name] = scale, np.uint8(min(max(zero, _LOW), _HIGH))
-
-    # --- nodes
 
     def _replace(self, layer: _Layer) -> None:
         node, name = layer.node, layer.node.output[0]

@@ -19,57 +19,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from math import log2, log10
+from math import log2
 from time import perf_counter
 from typing import BinaryIO, Final
 
 import numpy as np
 
-from weightvid.archives import Location, checked_tensors, open_chain
+from weightvid import loader
+from weightvid.archives import Location, checked_tensors, open_chain, walk_frames
 from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.container import root_of
 from weightvid.errors import CheckpointError, FormatError, QuantizationError
-from weightvid.exact import (
-    FULL_BITS,
-    approach,
-    difference,
-    likeness,
-    rounds_mantissas,
-)
+from weightvid.exact import FULL_BITS, approach, difference, likeness, rounds_mantissas
+from weightvid.levels import frames
 from weightvid.levels.code import CodedPart, mean_shift, part_rows
 from weightvid.levels.feedback import output_error
-from weightvid.levels.frames import (
-    FEWEST_FRAMES,
-    FrameSize,
-    choose_frame_size,
-    lay_out,
-    ribbon_columns,
-)
+from weightvid.levels.frames import FrameSize, choose_frame_size, lay_out, ribbon_columns
 from weightvid.levels.stats import TensorStats
 from weightvid.levels.steps import TensorPlan
 from weightvid.levels.trellis import sign_coded_bits
-from weightvid.loader import (
-    MAX_LAYERS,
-    TENSOR_SHA_BYTES,
-    Archive,
-    Array,
-    End,
-    Floats,
-    Layers,
-    Sidecar,
-    Track,
-    open_archive,
-    tensor_sha256,
-    to_float32,
-)
-from weightvid.pack import PackOptions, PackReport, about_packing
+from weightvid.loader import Archive, Array, End, Floats, Layers, tensor_sha256, to_float32
+from weightvid.pack import PackOptions, PackReport, Written, about_packing
 from weightvid.progress import Progress, Report, quiet
 from weightvid.repair import add_parity
-from weightvid.spec import weight_count
 from weightvid.survey import Survey, survey_checkpoint
-from weightvid.tasks import FrameTask, PartTask, Tally, code_task, encode_frame
-from weightvid.video import CODECS, hevc_level, open_encoder, with_level
+from weightvid.tasks import PartTask, Tally, code_task, encode_frames, track_of
+from weightvid.video import CODECS
 from weightvid.workers import Workers, open_workers
 from weightvid.writer import ArchiveWriter
 
@@ -113,8 +89,9 @@ class Layering:
         ------
         QuantizationError
         """
-        if not 1 <= self.layers <= MAX_LAYERS:
-            raise QuantizationError(f"an archive has 1 to {MAX_LAYERS} layers, not {self.layers}")
+        if not 1 <= self.layers <= loader.MAX_LAYERS:
+            most = loader.MAX_LAYERS
+            raise QuantizationError(f"an archive has 1 to {most} layers, not {self.layers}")
         if self.layers == 1 and not self.base:
             return
         if self.layers > 1 and self.base:
@@ -174,12 +151,14 @@ def pack_layers(
             pile.refine(layering.layers)
         else:
             pile.update(base)
-        report = pile.write(file, base)
+        made = pile.write(file, base)
         if chosen.parity:
-            report = replace(report, file_bytes=add_parity(file, chosen.parity))
+            made = replace(made, file_bytes=add_parity(file, chosen.parity))
         if chosen.verify:
-            _verify(file, base, pile.root())
-    return replace(report, seconds=perf_counter() - began)
+            _verify(file, base, pile.root)
+    known = chosen.calibration
+    notes = () if known is None else known.notes(survey, "layers are added to each other")
+    return made.report(survey, 1, perf_counter() - began, notes)
 
 
 @dataclass(slots=True)
@@ -205,8 +184,8 @@ class _Pile:
         #: by the number of a bias: what the weights of its layer take from the mean outputs.
         self._shifts: dict[int, Floats] = {}
         self._ends: dict[tuple[int, int], End] = {}
-
-    # --- layers
+        #: of the archive, known when it is written.
+        self.root = b""
 
     def refine(self, layers: int) -> None:
         """Code a model in so many layers."""
@@ -228,8 +207,7 @@ class _Pile:
     def update(self, base: Archive) -> None:
         """Code what changes a base into the model."""
         found = {spec.name: (spec, array.reshape(-1)) for spec, array in checked_tensors(base)}
-        for alias, number in base.header.aliases.items():
-            found[alias] = found[base.header.tensors[number].name]
+        found |= {alias: found[base.spec(alias).name] for alias in base.header.aliases}
         for number, spec in enumerate(self._survey.specs):
             if spec.name in found and found[spec.name][0][1:] == spec[1:]:
                 self._below[number] = found[spec.name][1]
@@ -315,7 +293,7 @@ class _Pile:
                 if part.shift is not None:
                     survey.moments[number].add_shift(self._shifts, part.shift)
             self._below[number] = np.concatenate([part.stored.reshape(-1) for part in coded])
-            digest = tensor_sha256(self._below[number])[:TENSOR_SHA_BYTES]
+            digest = tensor_sha256(self._below[number])[: loader.TENSOR_SHA_BYTES]
             self._ends[layer, number] = End(number, digest, tally.sqnr_db)
             self._masks[number] |= 2 << layer
         made.coded = {
@@ -327,7 +305,11 @@ class _Pile:
         self._shifts = {}
         for _, group in groupby(arrays, lambda item: likeness(survey.specs[item[0]])[:3]):
             wanted = [(n, self._near(n, flat)) for n, flat in group]
-            changed = [item for item in wanted if not self._has(*item)]
+            changed = [
+                (n, array)
+                for n, array in wanted
+                if n not in self._below or self._below[n].tobytes() != array.tobytes()
+            ]
             small = all(n in self._below and array.itemsize <= 8 for n, array in changed)
             items = changed
             if small:
@@ -350,49 +332,26 @@ class _Pile:
             return flat
         return approach(below, flat, DIFFERENCE_BITS)
 
-    def _has(self, number: int, flat: Array) -> bool:
-        """Whether a loader has these very elements by now."""
-        return number in self._below and self._below[number].tobytes() == flat.tobytes()
-
-    # --- the file
-
-    def root(self) -> bytes:
-        """Root of the archive."""
-        return root_of(self._survey.specs, self._heads())
-
-    def _heads(self) -> dict[int, bytes]:
-        return {
-            number: tensor_sha256(flat)[:TENSOR_SHA_BYTES] for number, flat in self._below.items()
-        }
-
-    def write(self, file: BinaryIO, base: Archive | None) -> PackReport:
-        """Write all layers."""
+    def write(self, file: BinaryIO, base: Archive | None) -> Written:
         survey, options = self._survey, self._survey.options
-        contents, specs = survey.reader.contents, survey.specs
         total = sum(
             part.part.size for layer in self._layers for own in layer.coded.values() for part in own
         )
         video = options.video.for_levels(total)
         size = self._frame_size(base)
-        record = open_encoder(video, *size).record
-        track = Track(*size, CODECS[video.codec].entry, record)
         kernels = sorted(
             {k for layer in self._layers for p in layer.plans.values() for k in p.kernel}
         )
         layers = Layers(len(self._layers), base.root if base else b"", tuple(self._masks))
         header = survey.header(kernels, about_packing(survey), layers)
-        writer = ArchiveWriter(file, track, header, contents.files if options.side_files else ())
-        count = 0
+        files = survey.reader.contents.files if options.side_files else ()
+        writer = ArchiveWriter(file, track_of(video, *size), header, files)
         for place, layer in enumerate(self._layers):
             if place:
                 writer.end_layer()
             turns = sorted(layer.coded, key=survey.turn)
             items = [(part, part.samples) for number in turns for part in layer.coded[number]]
-            frames = list(lay_out(items, size))
-            packets = self._workers.map(
-                encode_frame, (FrameTask(frame.luma, video) for frame in frames)
-            )
-            for frame, packet in zip(frames, packets, strict=True):
+            for frame, packet in encode_frames(lay_out(items, size), video, self._workers):
                 parts = []
                 for coded, column in frame.starts:
                     bases = (kernels.index(k) for k in layer.plans[coded.part.tensor].kernel)
@@ -402,33 +361,16 @@ class _Pile:
                     for coded in frame.ends
                     if coded is layer.coded[coded.part.tensor][-1]
                 )
-                writer.add_frame(Sidecar(count, packet.sha256, tuple(parts), ends), packet.data)
-                count += 1
+                sidecar = loader.Sidecar(len(writer.frames), packet.sha256, tuple(parts), ends)
+                writer.add_frame(sidecar, packet.data)
                 self._progress(Progress("encode", place + 1, len(self._layers), unit="layers"))
             writer.add_exact(sorted(layer.exact, key=lambda item: survey.turn(item[0])))
-        writer.heads = self._heads()
-        file_bytes = writer.finish()
-        if count and track.entry == b"hvc1":
-            level = hevc_level(*size, writer.largest_packet, writer.first_packet)
-            writer.replace_record(with_level(record, level.level_idc))
-        known, notes = options.calibration, survey.notes
-        if known is not None:
-            notes += known.notes(survey, "layers are added to each other")
-        signal = sum(tally.signal for tally in self._tallies.values())
-        noise = sum(tally.noise for tally in self._tallies.values())
-        return PackReport(
-            file_bytes=file_bytes,
-            source_bytes=sum(spec.stored_bytes for spec in specs),
-            packet_bytes=writer.packet_bytes,
-            weights=weight_count(specs),
-            coded_weights=sum(specs[number].size for number in self._tallies),
-            sqnr_db=10 * log10(signal / noise) if signal and noise else None,
-            tensors=tuple(tally.report() for tally in self._tallies.values()),
-            frames=count, width=size.width, height=size.height, skipped=contents.skipped,
-            unused_keeps=survey.unused_keeps,
-            side_files=tuple(file.path for file in contents.files) if options.side_files else (),
-            step_factor=self._survey.first_factor, encodings=1, seconds=0.0, notes=notes,
-        )  # fmt: skip
+        for number, flat in self._below.items():
+            writer.heads[number] = tensor_sha256(flat)[: loader.TENSOR_SHA_BYTES]
+        self.root = root_of(survey.specs, writer.heads)
+        weights = sum(survey.specs[number].size for number in self._tallies)
+        tallies = list(self._tallies.values())
+        return Written.close(writer, survey.first_factor, weights, tallies)
 
     def _frame_size(self, base: Archive | None) -> FrameSize:
         """One that suits all layers.
@@ -441,7 +383,7 @@ class _Pile:
             for layer in self._layers
         )
         if base is None:
-            return choose_frame_size(columns, FEWEST_FRAMES // len(self._layers))
+            return choose_frame_size(columns, frames.FEWEST_FRAMES // len(self._layers))
         size = choose_frame_size(columns, 1)
         same = base.track.entry == CODECS[self._survey.options.video.codec].entry
         return FrameSize(*base.track[:2]) if same and columns > size.columns else size
@@ -450,9 +392,9 @@ class _Pile:
 def _steps(archive: Archive) -> dict[str, float]:
     """Step of each quantized tensor, by name."""
     names = [spec.name for spec in archive.header.tensors]
-    frames = archive.index.frames if archive.index else ()
-    sidecars = (archive.packet(number)[0] for number in range(len(frames)))
-    return {names[part.tensor]: part.step for each in sidecars for part in each.parts}
+    return {
+        names[part.tensor]: part.step for each, _ in walk_frames(archive) for part in each.parts
+    }
 
 
 def _normal_bits(plans: Mapping[int, TensorPlan], stats: Mapping[int, TensorStats]) -> float:
@@ -467,7 +409,6 @@ def _values(coded: Sequence[CodedPart], plan: TensorPlan) -> Floats:
 
 
 def _bits(coded: Sequence[CodedPart]) -> float:
-    """About what levels cost."""
     levels = np.concatenate([part.samples for part in coded]).astype(np.int16) - 128
     return float(sign_coded_bits(levels) * levels.size)
 
@@ -488,7 +429,7 @@ def _verify(file: BinaryIO, base: Archive | None, root: bytes) -> None:
     """Decode the archive and compare the root of what comes with what was packed."""
     file.flush()
     file.seek(0)
-    archive = open_archive(file, base=base, check_tensors=True)
+    archive = loader.open_archive(file, base=base, check_tensors=True)
     deque(checked_tensors(archive), 0)
     if archive.root != root:
         raise FormatError(

@@ -22,8 +22,6 @@ from weightvid.loader import Floats, TensorSpec
 #: what PyTorch adds to a variance. Where a network adds 1e-3, gains of channels that hardly vary
 #: err by a few percent.
 _EPS: Final = 1e-5
-#: bits of weight and bias for each bit of mean and variance, which have two at least.
-_SHARE: Final = 3
 #: how near statistics of a base are: the variance to itself, the mean to the deviation.
 _NEAR: Final = 0.25
 
@@ -103,7 +101,7 @@ def round_norm(
     """
     given = list(values)
     weight, bias, mean, variance = (each.astype(np.float64) for each in given)
-    few = max(2, bits // _SHARE)
+    few = max(2, bits // 3)
     with np.errstate(all="ignore"):
         deviation = np.sqrt(variance + _EPS)
         new_mean, new = round_mantissa(given[2], few), round_mantissa(given[3], few)

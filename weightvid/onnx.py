@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from weightvid.archives import Location, open_anywhere
 from weightvid.checkpoint.base import need, raw_bytes
@@ -12,9 +12,6 @@ from weightvid.loader import Array
 
 if TYPE_CHECKING:
     import onnxruntime
-
-#: smaller tensors go into the graph: onnxruntime reads shapes and axes before the session runs.
-_LEAST_EXTERNAL: Final = 1024
 
 
 def session(
@@ -50,16 +47,15 @@ def session(
             )
         model = library.ModelProto.FromString(archive.read_file(graphs[0]))
         arrays = {spec.name: array for spec, array in archive.stored_items()}
-        for alias, number in archive.header.aliases.items():
-            arrays[alias] = arrays[archive.header.tensors[number].name]
+        arrays |= {alias: arrays[archive.spec(alias).name] for alias in archive.header.aliases}
     values: dict[str, Any] = {}
     in_graph = len(model.graph.initializer)
     for number, (name, slot) in enumerate(places(model)):
         array = arrays.get(name)
         if array is None or slot.raw_data:
             continue
-        # Those of branches and functions cannot be handed over.
-        if array.size < _LEAST_EXTERNAL or number >= in_graph:
+        # onnxruntime reads shapes and axes before; those of branches cannot be handed over.
+        if array.size < 1024 or number >= in_graph:
             slot.raw_data = raw_bytes(array).tobytes()
             continue
         values[slot.name] = _value(runtime, array, slot.data_type)

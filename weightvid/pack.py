@@ -14,48 +14,31 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import log10
 from time import perf_counter
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from weightvid import loader
 from weightvid.archives import stored_pieces
 from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError
-from weightvid.levels.code import CodedPart, compare_rows, part_rows
+from weightvid.levels.code import CodedPart, compare_rows, decibels, part_rows
 from weightvid.levels.frames import Frame, choose_frame_size, lay_out, ribbon_columns
 from weightvid.levels.steps import TensorPlan
-from weightvid.loader import (
-    TENSOR_SHA_BYTES,
-    Assembler,
-    Bytes,
-    End,
-    Floats,
-    Sidecar,
-    Track,
-    open_archive,
-    tensor_sha256,
-)
+from weightvid.loader import Assembler, Bytes, End, Floats, Sidecar, open_archive, tensor_sha256
 from weightvid.options import PackOptions, PackReport, TensorReport
 from weightvid.progress import Progress, Report, quiet
 from weightvid.repair import add_parity
 from weightvid.survey import Survey, survey_checkpoint
 from weightvid.targets import Target, Trial, search
-from weightvid.tasks import FrameTask, Packet, PartTask, Tally, code_task, encode_frame
+from weightvid.tasks import Packet, PartTask, Tally, code_task, encode_frames, finish, track_of
 from weightvid.version import __version__
-from weightvid.video import CODECS, hevc_level, open_encoder, with_level
 from weightvid.workers import Workers, open_workers
 from weightvid.writer import ArchiveWriter
 
 __all__ = ["PackOptions", "PackReport", "Target", "pack_checkpoint"]
-
-#: an SQNR below which the report says that nothing is left.
-_FAINT_DB: Final = 3.0
-
-
-# --- the pipeline ---------------------------------------------------------------------------------
 
 
 def pack_checkpoint(
@@ -103,29 +86,10 @@ def _pack(
             made, encodings, notes = _choose(survey, encoder, progress)
         if options.verify:
             _verify(file, reader, options.jobs, progress)
-    contents = reader.contents
     told = notes or survey.warning(made.factor)
-    if made.sqnr_db is not None and made.sqnr_db < _FAINT_DB:
+    if made.sqnr_db is not None and made.sqnr_db < 3:
         told = (*told, f"next to nothing is left of the weights, {made.sqnr_db:.1f} dB")
-    return PackReport(
-        file_bytes=made.file_bytes,
-        source_bytes=sum(spec.stored_bytes for spec in contents.tensors),
-        packet_bytes=made.packet_bytes,
-        weights=survey.weights,
-        coded_weights=made.coded_weights,
-        sqnr_db=made.sqnr_db,
-        tensors=made.tensors,
-        frames=made.frames,
-        width=made.width,
-        height=made.height,
-        skipped=contents.skipped,
-        unused_keeps=survey.unused_keeps,
-        side_files=tuple(file.path for file in contents.files) if options.side_files else (),
-        step_factor=made.factor,
-        encodings=encodings,
-        seconds=perf_counter() - began,
-        notes=(*survey.notes, *told),
-    )
+    return made.report(survey, encodings, perf_counter() - began, told)
 
 
 def _choose(
@@ -148,9 +112,6 @@ def _choose(
     return made, encodings + more, notes
 
 
-# --- encoding -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Written(Trial):
     """An archive that was written: what `Trial` says, and what the report needs."""
@@ -161,6 +122,42 @@ class Written(Trial):
     width: int = 0
     height: int = 0
     tensors: tuple[TensorReport, ...] = ()
+
+    @classmethod
+    def close(
+        cls, writer: ArchiveWriter, factor: float, weights: int, tallies: Sequence[Tally]
+    ) -> Written:
+        """Finish an archive of so many quantized weights."""
+        signal, noise = sum(t.signal for t in tallies), sum(t.noise for t in tallies)
+        return cls(
+            factor, finish(writer), decibels(signal, noise), writer.packet_bytes, weights,
+            len(writer.frames), *writer.track[:2], tuple(tally.report() for tally in tallies),
+        )  # fmt: skip
+
+    def report(
+        self, survey: Survey, encodings: int, seconds: float, notes: Sequence[str]
+    ) -> PackReport:
+        """What a packing did that ended with this archive."""
+        contents, side_files = survey.reader.contents, survey.options.side_files
+        return PackReport(
+            file_bytes=self.file_bytes,
+            source_bytes=sum(spec.stored_bytes for spec in contents.tensors),
+            packet_bytes=self.packet_bytes,
+            weights=survey.weights,
+            coded_weights=self.coded_weights,
+            sqnr_db=self.sqnr_db,
+            tensors=self.tensors,
+            frames=self.frames,
+            width=self.width,
+            height=self.height,
+            skipped=contents.skipped,
+            unused_keeps=survey.unused_keeps,
+            side_files=tuple(file.path for file in contents.files) if side_files else (),
+            step_factor=self.factor,
+            encodings=encodings,
+            seconds=seconds,
+            notes=(*survey.notes, *notes),
+        )
 
 
 class Encoder:
@@ -181,9 +178,7 @@ class Encoder:
         self.file, self._survey, self._workers, self._progress = file, survey, workers, progress
 
     def encode(
-        self,
-        factor: float,
-        coded: Mapping[int, Sequence[CodedPart]] | None = None,
+        self, factor: float, coded: Mapping[int, Sequence[CodedPart]] | None = None
     ) -> Written:
         """Write the archive of a step factor.
 
@@ -227,7 +222,6 @@ class _Run:
         self._video = survey.options.video.for_levels(self._total)
 
     def write(self, file: BinaryIO, factor: float) -> Written:
-        """Write the whole archive."""
         survey, options = self._survey, self._survey.options
         rows = {number: part_rows(plan) for number, plan in self._plans.items()}
         columns = sum(
@@ -236,35 +230,20 @@ class _Run:
             for _, count in parts
         )
         size = choose_frame_size(columns)
-        record = open_encoder(self._video, *size).record
-        track = Track(size.width, size.height, CODECS[options.video.codec].entry, record)
         header = survey.header(self._bases, about_packing(survey))
         files = survey.reader.contents.files if options.side_files else ()
-        writer = ArchiveWriter(file, track, header, files)
+        writer = ArchiveWriter(file, track_of(self._video, *size), header, files)
         frames = lay_out(self._code(rows), size)
         decoded = Assembler(header) if options.video.qp is not None else None
-        count = 0
-        for frame, packet in self._encode(frames):
+        for frame, packet in encode_frames(frames, self._video, self._workers):
             sidecar = self._sidecar(frame, packet)
             if decoded is not None and packet.luma is not None:
                 sidecar = self._decoded(sidecar, decoded, packet.luma)
             writer.add_frame(sidecar, packet.data)
-            count += 1
         kept = survey.exact_tensors(self._plans, self._shifts, survey.mantissa_bits(factor), {})
         writer.add_exact(kept, options.lossless)
-        file_bytes = writer.finish()
-        if count and track.entry == b"hvc1":
-            level = hevc_level(*size, writer.largest_packet, writer.first_packet)
-            writer.replace_record(with_level(record, level.level_idc))
         tallies = [self._reports[number] for number in self._plans]
-        signal, noise = sum(t.signal for t in tallies), sum(t.noise for t in tallies)
-        return Written(
-            factor, file_bytes, 10 * log10(signal / noise) if signal and noise else None,
-            writer.packet_bytes, self._total, count, *size,
-            tuple(tally.report() for tally in tallies),
-        )  # fmt: skip
-
-    # --- tensors to samples
+        return Written.close(writer, factor, self._total, tallies)
 
     def _code(
         self, rows: Mapping[int, Sequence[tuple[int, int]]]
@@ -295,21 +274,6 @@ class _Run:
             )
             yield PartTask(piece, plan, number, first, self._survey.moments.get(number))
 
-    # --- samples to packets
-
-    def _encode(
-        self, frames: Iterator[Frame[CodedPart]]
-    ) -> Iterator[tuple[Frame[CodedPart], Packet]]:
-        waiting: list[Frame[CodedPart]] = []
-
-        def tasks() -> Iterator[FrameTask]:
-            for frame in frames:
-                waiting.append(frame._replace(luma=np.empty((0, 0), np.uint8)))
-                yield FrameTask(frame.luma, self._video)
-
-        for packet in self._workers.map(encode_frame, tasks()):
-            yield waiting.pop(0), packet
-
     def _sidecar(self, frame: Frame[CodedPart], packet: Packet) -> Sidecar:
         parts = []
         for coded, column in frame.starts:
@@ -321,7 +285,7 @@ class _Run:
             plan = self._plans[coded.part.tensor]
             if coded.part.first_row + coded.part.rows == plan.view.rows:
                 number = coded.part.tensor
-                digest = self._hashes.pop(number).digest()[:TENSOR_SHA_BYTES]
+                digest = self._hashes.pop(number).digest()[: loader.TENSOR_SHA_BYTES]
                 ends.append(End(number, digest, self._reports[number].sqnr_db))
         return Sidecar(frame.number, packet.sha256, tuple(parts), tuple(ends))
 
@@ -336,7 +300,7 @@ class _Run:
                 compare_rows(original.reshape(shape), array.reshape(shape), spec.dtype)
             )
             self._reports[number] = tally
-            ends.append(End(number, tensor_sha256(array)[:TENSOR_SHA_BYTES], tally.sqnr_db))
+            ends.append(End(number, tensor_sha256(array)[: loader.TENSOR_SHA_BYTES], tally.sqnr_db))
         return sidecar._replace(ends=tuple(ends))
 
 

@@ -26,15 +26,11 @@ from weightvid.loader import BAND, ZERO_SAMPLE, Archive, Array, Bytes, TensorSpe
 #: colours of the most negative, the zero and the most positive level.
 _NEGATIVE, _ZERO, _POSITIVE = (24, 78, 168), (247, 247, 244), (178, 24, 43)
 _BLANK, _INK, _PAPER = (120, 124, 130), (20, 20, 24), (255, 255, 255)
-#: small levels are by far the most frequent; a power below 1 spreads their colours.
-_GAMMA: Final = 0.6
 #: the scale ends at the level that this share of the samples does not exceed, or at the least.
 _QUANTILE, _LEAST_RANGE = 0.999, 3
 _TARGET_PX, _MAX_SCALE, _FONT_PX, _LEGEND_PX = 1400, 6, 12, 80
 #: letters of a name that are drawn at most.
 _LABEL_LETTERS: Final = 160
-#: longest name of a picture that is named after a tensor.
-_NAME_BYTES: Final = 120
 #: kernels are drawn as large as this, and so many rows and columns of them at most.
 _KERNEL_SCALE, _MOST_KERNELS = 16, 128
 
@@ -147,7 +143,7 @@ def _draw_tensors(archive: Archive, pattern: str, scale: int) -> Iterator[tuple[
     for spec in specs:
         weights = to_float32(archive.stored(spec.name), spec.dtype)
         picture = draw_kernels(weights, _name(archive), spec, scale)
-        stem = re.sub(r"[^\w.-]", "_", spec.name, flags=re.ASCII)[:_NAME_BYTES]
+        stem = re.sub(r"[^\w.-]", "_", spec.name, flags=re.ASCII)[:120]
         taken.append(stem)
         yield f"{stem}-{len(taken)}" if taken.count(stem) > 1 else stem, picture
 
@@ -196,7 +192,7 @@ def colours(largest: int) -> Bytes:
     Levels of the largest magnitude and beyond get the full colour.
     """
     level = np.clip((np.arange(256) - ZERO_SAMPLE) / largest, -1, 1)[:, None]
-    strength = np.abs(level) ** _GAMMA
+    strength = np.abs(level) ** 0.6  # small levels are by far the most frequent
     ends = np.where(level < 0, np.array(_NEGATIVE), np.array(_POSITIVE))
     return np.round(np.array(_ZERO) * (1 - strength) + ends * strength).astype(np.uint8)
 

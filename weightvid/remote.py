@@ -59,8 +59,6 @@ _SAID: Final = {
 }
 #: what may be secret in a text with addresses: user and password, and the query.
 _SECRETS: Final = re.compile(r"(?<=://)[^/\s@]*@|\?\S*")
-#: a shorter part of an address is no secret.
-_SECRET_LETTERS: Final = 4
 _MESSAGE_LETTERS: Final = 300
 
 
@@ -96,7 +94,7 @@ def without_secrets(text: str, url: str) -> str:
         known |= set(parts.netloc.rpartition("@")[0].split(":"))
     said = _SECRETS.sub("", " ".join(text.split()))
     for secret in sorted(known | set(map(unquote, known)), key=len, reverse=True):
-        if len(secret) >= _SECRET_LETTERS:
+        if len(secret) >= 4:  # a shorter part is none
             said = said.replace(secret, "...")
     return said[:_MESSAGE_LETTERS]
 

@@ -191,7 +191,6 @@ class _Grid:
         return before
 
     def box(self) -> bytes:
-        """The parity box."""
         layout, seal = self.layout, self.layout.seal
         flat = np.roll(self.parity, -(layout.parity % seal.row), axis=1).tobytes()
         crcs = (zlib.crc32(flat[at : at + seal.group]) for at in range(0, len(flat), seal.group))
@@ -209,9 +208,6 @@ def _zfec() -> Any:
     except ImportError:
         why = "parity needs the package zfec: pip install 'weightvid[repair]'"
         raise RepairError(why) from None
-
-
-# --- writing
 
 
 def _choose(before: int, after: int, share: float) -> _Seal:
@@ -283,9 +279,6 @@ def add_parity(file: BinaryIO, share: float) -> int:
     file.writelines((*boxes, after))
     file.truncate()
     return file.tell()
-
-
-# --- repairing
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,7 +394,6 @@ def _find_seals(file: BinaryIO, size: int) -> list[_Seal]:
 
 
 def _mend(grid: _Grid) -> None:
-    """Restore a section."""
     layout, parity = grid.layout, grid.bad_parity()
     table = layout.table, layout.table + 4 * layout.groups
     if not grid.table_is_right:

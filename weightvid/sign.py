@@ -30,9 +30,6 @@ from weightvid.repair import MAX_SHARE, MIN_SHARE, PARITY_UUID, add_parity
 
 SIGN_UUID: Final = b"weightvid-sign\0\0"
 KEY, UNITS, SIGNATURE = 112, 114, 116
-_MESSAGE: Final = b"weightvid signature 1\0"
-#: bytes of a unit, at most.
-_UNIT_BYTES: Final = 1 << 32
 
 
 #: a stretch of an archive that is checked as one: its bytes, and their SHA-256.
@@ -159,7 +156,6 @@ def _embed(file: BinaryIO, target: BinaryIO, made: Signature) -> None:
 
 
 def _units_of(file: BinaryIO) -> Iterator[Unit]:
-    """Units of a whole archive."""
     starts = [0]
     for kind, at, size in walk_boxes(file):
         if kind in (FRAME_UUID, EXACT_UUID, INDEX_UUID):
@@ -170,9 +166,6 @@ def _units_of(file: BinaryIO) -> Iterator[Unit]:
     file.seek(0)
     for first, last in pairwise(starts):
         yield last - first, hashlib.sha256(file.read(last - first)).digest()
-
-
-# --- checking
 
 
 def signatures_in(file: BinaryIO) -> list[Signature]:
@@ -199,7 +192,7 @@ def _parse(payload: bytes) -> Signature:
 
 
 def _message(units: bytes) -> bytes:
-    return _MESSAGE + hashlib.sha256(units).digest()
+    return b"weightvid signature 1\0" + hashlib.sha256(units).digest()
 
 
 def fingerprint(key: bytes) -> str:
@@ -213,9 +206,7 @@ def fingerprint(key: bytes) -> str:
 
 @contextmanager
 def open_signed(
-    archive: Location,
-    key: str | os.PathLike[str],
-    signature: str | os.PathLike[str] | None = None,
+    archive: Location, key: str | os.PathLike[str], signature: str | os.PathLike[str] | None = None
 ) -> Iterator[BinaryIO]:
     """An archive whose bytes are given out only once they are known to be what was signed.
 
@@ -278,7 +269,7 @@ def _accept(found: Sequence[Signature], public: Any) -> list[Unit]:
             except import_module("cryptography.exceptions").InvalidSignature:
                 raise SignatureError("the signature is not of this archive's units") from None
             fields = Fields(signature.units, "the signature")
-            return [(fields.uint(_UNIT_BYTES), fields.take(32)) for _ in fields.items(1 << 25)]
+            return [(fields.uint(1 << 32), fields.take(32)) for _ in fields.items(1 << 25)]
     others = ", ".join(fingerprint(signature.key) for signature in found)
     raise SignatureError(
         f"the archive is signed by another key: {others}, where {fingerprint(wanted)} is wanted"

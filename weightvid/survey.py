@@ -13,42 +13,23 @@ from functools import cache
 from math import log2
 from typing import Final
 
+from weightvid import loader
 from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import CheckpointError
 from weightvid.exact import FULL_BITS, exact_elements, likeness, rounds_mantissas
-from weightvid.levels import buffers
+from weightvid.levels import buffers, steps
 from weightvid.levels.recipes import forecast, recipe, recipe_factor, speaks, units
 from weightvid.levels.stats import TensorStats, tensor_stats
-from weightvid.levels.steps import (
-    MIN_WEIGHTS,
-    Moments,
-    TensorPlan,
-    is_codable,
-    plan_tensor,
-    sample_step,
-)
+from weightvid.levels.steps import MIN_WEIGHTS, Moments, TensorPlan, plan_tensor
 from weightvid.levels.transform import dct, view_of
-from weightvid.loader import (
-    MAX_AXES,
-    MAX_NAME_BYTES,
-    PACKABLE,
-    Array,
-    Floats,
-    Header,
-    Layers,
-    TensorSpec,
-    from_float32,
-    to_float32,
-)
+from weightvid.loader import PACKABLE, Array, Floats, Header, TensorSpec, from_float32, to_float32
 from weightvid.norms import Norm, norms_of, round_norm
 from weightvid.options import PackOptions
 from weightvid.progress import Progress, Report, quiet
 from weightvid.spec import weight_count
 from weightvid.workers import Piece, Workers
 
-#: elements that the survey looks at in one go.
-_SURVEY_BLOCK: Final = 1 << 20
 #: 1-D floats next to weights that keep all their bits: ResNets have 1 %. A small network of
 #: depthwise layers has 13 %; 5 bits take 2 % from its file, and would harm ResNets more than that.
 _USUAL_FLOATS: Final = 0.03
@@ -58,10 +39,11 @@ _LEAST_BITS: Final = 5
 def _refuse_unholdable(reader: CheckpointReader) -> None:
     """Raise where the format has no room for a name or a shape, before any work is done."""
     for name, spec in reader.contents.rows():
-        if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
-            said = f"the name {name[:40]!r}... is longer than {MAX_NAME_BYTES} bytes; rename it"
-        elif len(spec.shape) > MAX_AXES:
-            said = f"{name!r} has {len(spec.shape)} axes, and an archive {MAX_AXES} at most"
+        if len(name.encode("utf-8", "surrogatepass")) > loader.MAX_NAME_BYTES:
+            most = loader.MAX_NAME_BYTES
+            said = f"the name {name[:40]!r}... is longer than {most} bytes; rename it"
+        elif len(spec.shape) > loader.MAX_AXES:
+            said = f"{name!r} has {len(spec.shape)} axes, and an archive {loader.MAX_AXES} at most"
         else:
             continue
         raise CheckpointError(f"a tensor cannot be packed: {said}")
@@ -82,9 +64,6 @@ def _refuse_remains(reader: CheckpointReader) -> None:
         raise CheckpointError(
             f"{place} holds no weights that can be packed; left out: {shorten(contents.skipped, 4)}"
         )
-
-
-# --- the survey -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +142,7 @@ class Survey:
         )
 
     def header(
-        self, kernels: Iterable[int], about: Mapping[str, str], layers: Layers | None = None
+        self, kernels: Iterable[int], about: Mapping[str, str], layers: loader.Layers | None = None
     ) -> Header:
         """Header of an archive of all tensors, with bases of kernel axes of these sizes."""
         contents, numbers = self.reader.contents, {s.name: n for n, s in enumerate(self.specs)}
@@ -253,7 +232,7 @@ class Survey:
         for number, stats in self.stats.items():
             unit = self.units[number]
             if self.options.video.qp is not None:
-                plan = plan_tensor(stats, sample_step(unit, stats), "integers")
+                plan = plan_tensor(stats, steps.sample_step(unit, stats), "integers")
             else:
                 plan = self.plan(number, factor * unit, self.moments.get(number))
             if plan is not None:
@@ -292,9 +271,9 @@ def survey_checkpoint(
         progress(Progress("survey", done, total))
         if buffers.is_sinusoid(found):
             tables.add(found.spec.name)
-        elif is_codable(found.spec, found):
+        elif steps.is_codable(found.spec, found):
             stats[number] = found
-    steps = dict(zip(stats, units(list(stats.values()), options.fidelity), strict=True))
+    scaled = dict(zip(stats, units(list(stats.values()), options.fidelity), strict=True))
     notes = [
         f"{what}: {shorten(sorted(names))}"
         for what, names in (
@@ -306,7 +285,7 @@ def survey_checkpoint(
         if names
     ]
     survey = Survey(
-        reader, options, stats, steps, apart=frozenset(scales | tables), notes=tuple(notes)
+        reader, options, stats, scaled, apart=frozenset(scales | tables), notes=tuple(notes)
     )
     if options.calibration is not None:
         survey = options.calibration.apply(survey, progress)
@@ -326,7 +305,7 @@ def may_code(spec: TensorSpec, keep: Sequence[str] = ()) -> bool:
 def _pieces(reader: CheckpointReader, spec: TensorSpec, workers: Workers) -> tuple[Piece, ...]:
     """Blocks of whole rows of a tensor's matrix."""
     columns = view_of(spec.shape).columns
-    count = max(1, _SURVEY_BLOCK // columns) * columns
+    count = max(1, (1 << 20) // columns) * columns
     return tuple(
         workers.piece(reader, spec.name, first, min(count, spec.size - first))
         for first in range(0, spec.size, count)

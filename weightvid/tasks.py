@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from math import inf, log10
+from collections.abc import Iterator
+from functools import partial
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
 
-from weightvid.levels.code import CodedPart, Quality, code_part
+from weightvid.levels.code import CodedPart, Quality, code_part, decibels
+from weightvid.levels.frames import Frame
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.loader import Array, Bytes, Decoder, Track
 from weightvid.options import TensorReport
-from weightvid.video import CODECS, Video, open_encoder
-from weightvid.workers import Piece
+from weightvid.video import CODECS, Video, hevc_level, open_encoder, with_level
+from weightvid.workers import Piece, Workers
+from weightvid.writer import ArchiveWriter
 
 
 class PartTask(NamedTuple):
@@ -25,13 +29,6 @@ class PartTask(NamedTuple):
     first_row: int
     moments: Moments | None
     below: Array | None = None
-
-
-class FrameTask(NamedTuple):
-    """A picture to be coded."""
-
-    luma: Bytes
-    video: Video
 
 
 class Packet(NamedTuple):
@@ -66,7 +63,7 @@ class Tally:
     @property
     def sqnr_db(self) -> float | None:
         """Signal over noise; None without either."""
-        return 10 * log10(self.signal / self.noise) if self.signal and self.noise else None
+        return decibels(self.signal, self.noise)
 
     def report(self) -> TensorReport:
         """What the sums say."""
@@ -82,15 +79,43 @@ def code_task(task: PartTask) -> CodedPart:
     return code_part(piece.read(), plan, number, first_row, moments, below)
 
 
-def encode_frame(task: FrameTask) -> Packet:
+def encode_frame(video: Video, luma: Bytes) -> Packet:
     """Packet of a frame and SHA-256 of what it decodes to; of a lossy one also what that is."""
-    height, width = task.luma.shape
-    encoder = open_encoder(task.video, width, height)
-    data = encoder.encode(task.luma)
-    if task.video.qp is None:
-        return Packet(data, hashlib.sha256(task.luma.data).digest(), None)
-    track = Track(width, height, CODECS[task.video.codec].entry, encoder.record)
-    decoder = Decoder(track)
+    height, width = luma.shape
+    data = open_encoder(video, width, height).encode(luma)
+    if video.qp is None:
+        return Packet(data, hashlib.sha256(luma.data).digest(), None)
+    decoder = Decoder(track_of(video, width, height))
     decoded = [*decoder.decode(0, data), *decoder.decode(0, None)]
-    luma = np.ascontiguousarray(decoded[0][1])
-    return Packet(data, hashlib.sha256(luma.data).digest(), luma)
+    lossy = np.ascontiguousarray(decoded[0][1])
+    return Packet(data, hashlib.sha256(lossy.data).digest(), lossy)
+
+
+def encode_frames(
+    frames: Iterator[Frame[CodedPart]], video: Video, workers: Workers
+) -> Iterator[tuple[Frame[CodedPart], Packet]]:
+    """Packets of frames, which come without their pictures."""
+    waiting: list[Frame[CodedPart]] = []
+
+    def pictures() -> Iterator[Bytes]:
+        for frame in frames:
+            waiting.append(frame._replace(luma=np.empty((0, 0), np.uint8)))
+            yield frame.luma
+
+    for packet in workers.map(partial(encode_frame, video), pictures()):
+        yield waiting.pop(0), packet
+
+
+def track_of(video: Video, width: int, height: int) -> Track:
+    """Track of frames of one size."""
+    record = open_encoder(video, width, height).record
+    return Track(width, height, CODECS[video.codec].entry, record)
+
+
+def finish(writer: ArchiveWriter) -> int:
+    """Write the index, and the level that the packets ask for; gives the size of the file."""
+    size, track = writer.finish(), writer.track
+    if writer.packet_bytes and track.entry == b"hvc1":
+        level = hevc_level(track.width, track.height, writer.largest_packet, writer.first_packet)
+        writer.replace_record(with_level(track.record, level.level_idc))
+    return size

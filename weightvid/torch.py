@@ -104,8 +104,7 @@ def _nvdec(codecs: Any, gpu: int) -> Callable[[bytes], Array]:
             raise CodecError("NVDEC gave no frame for a packet")
         # NV12: the luma, and below it half as many rows of chroma.
         picture = torch.from_dlpack(frames[0])
-        luma: Array = picture[: len(picture) * 2 // 3].cpu().numpy()
-        return luma
+        return np.asarray(picture[: len(picture) * 2 // 3].cpu().numpy())
 
     return decode
 
@@ -223,7 +222,4 @@ class GlobalWeightConv2d(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve."""
-        found: torch.Tensor = torch.nn.functional.conv2d(
-            x, self.weight, stride=self.stride, padding=self.padding
-        )
-        return found
+        return torch.nn.functional.conv2d(x, self.weight, stride=self.stride, padding=self.padding)

@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from weightvid import loader
 from weightvid.archives import (
     Defect,
     Location,
@@ -27,16 +28,7 @@ from weightvid.archives import (
 from weightvid.atomic import is_source
 from weightvid.checkpoint import Contents, create_checkpoint, kind_for_output
 from weightvid.errors import CheckpointError, FormatError, TensorNotFoundError
-from weightvid.loader import (
-    MAX_LAYERS,
-    PACKABLE,
-    Archive,
-    Array,
-    Header,
-    TensorSpec,
-    from_float32,
-    to_float32,
-)
+from weightvid.loader import Archive, Array, Header, TensorSpec, from_float32, to_float32
 from weightvid.progress import Progress, Report, quiet
 from weightvid.spec import SideFile, stored_dtype
 
@@ -143,7 +135,7 @@ def unpack_archive(
                 raise CheckpointError(f"{target} is the archive itself")
         elif chosen.partial:
             archive = stack.enter_context(seekable(archive))
-        layers = chosen.layers or MAX_LAYERS
+        layers = chosen.layers or loader.MAX_LAYERS
         opened = stack.enter_context(open_anywhere(archive, base=chosen.base, layers=layers))
         held = opened.header.layers.total if opened.header.layers else 1
         if chosen.layers is not None and chosen.layers > held:
@@ -167,7 +159,7 @@ def _unpack(
     specs, converted = [], []
     for spec in archive.header.tensors:
         if spec.name in names:
-            changes = options.dtype not in (None, spec.dtype) and spec.dtype in PACKABLE
+            changes = options.dtype not in (None, spec.dtype) and spec.dtype in loader.PACKABLE
             converted += [names[spec.name]] if changes else []
             dtype = options.dtype if changes and options.dtype else spec.dtype
             specs.append(TensorSpec(names[spec.name], dtype, spec.shape))

@@ -18,31 +18,16 @@ from typing import BinaryIO, Final, cast
 
 import numpy as np
 
+from weightvid import loader
 from weightvid.archives import Location, checked_tensors, open_anywhere
 from weightvid.atomic import atomic_output
 from weightvid.errors import FormatError
 from weightvid.levels.frames import Energies, FrameSize, lay_out, to_sequence
-from weightvid.loader import (
-    MAX_LAYERS,
-    TENSOR_SHA_BYTES,
-    ZERO_SAMPLE,
-    Archive,
-    Array,
-    Assembler,
-    End,
-    Floats,
-    Header,
-    Index,
-    Layers,
-    Part,
-    Sidecar,
-    Track,
-    parse_exact,
-    tensor_sha256,
-)
+from weightvid.loader import Archive, Array, End, Header, Part, Sidecar, Track, parse_exact
 from weightvid.progress import Progress, Report, quiet
 from weightvid.spec import SideFile
-from weightvid.video import Video, hevc_level, open_encoder, with_level
+from weightvid.tasks import finish, track_of
+from weightvid.video import Video, open_encoder, with_level
 from weightvid.writer import ArchiveWriter
 
 #: a level for comparing configuration records, whatever level each claims.
@@ -105,18 +90,16 @@ def apply_updates(
 
 
 class _Merge:
-    """Archives that become one."""
-
     def __init__(self, chain: Sequence[Archive], progress: Report) -> None:
         self._chain, self._progress = chain, progress
         self._last = chain[-1]
         headers = [archive.header for archive in chain]
         counts = [header.layers.total if header.layers else 1 for header in headers]
         self._total = sum(counts)
-        if self._total > MAX_LAYERS:
+        if self._total > loader.MAX_LAYERS:
             raise FormatError(
-                f"the chain has {self._total} layers, and an archive at most {MAX_LAYERS}: pack "
-                "the model afresh",
+                f"the chain has {self._total} layers, and an archive at most {loader.MAX_LAYERS}: "
+                "pack the model afresh",
                 "limit",
             )
         self._first = [sum(counts[:k]) for k in range(len(chain))]
@@ -131,7 +114,7 @@ class _Merge:
             for number, spec in enumerate(self._last.header.tensors)
         ]
         every = (basis for header in headers for basis in header.bases)
-        self._bases: dict[bytes, Floats] = {basis.tobytes(): basis for basis in every}
+        self._bases: dict[bytes, loader.Floats] = {basis.tobytes(): basis for basis in every}
         self.copied = self.coded = 0
 
     def _trace(self, place: int, name: str, number: int) -> int:
@@ -145,42 +128,33 @@ class _Merge:
         return own | (self._trace(place - 1, name, number) if mask & 1 else 0)
 
     def write(self, file: BinaryIO) -> ApplyReport:
-        """Write the archive."""
         header, chain = self._last.header, self._chain
         numbers = {spec.name: number for number, spec in enumerate(header.tensors)}
         heads = {
-            numbers[spec.name]: tensor_sha256(array)[:TENSOR_SHA_BYTES]
+            numbers[spec.name]: loader.tensor_sha256(array)[: loader.TENSOR_SHA_BYTES]
             for spec, array in checked_tensors(self._last)
         }
         track = self._track()
-        layers = Layers(self._total, b"", tuple(self._masks))
+        layers = loader.Layers(self._total, b"", tuple(self._masks))
         made = header._replace(files=(), bases=tuple(self._bases.values()), layers=layers)
         files = [
             SideFile(entry.path, self._last.read_file(entry.path), entry.role)
             for entry in header.files
         ]
         writer = ArchiveWriter(file, track, made, files)
-        count = 0
         for place in range(len(chain)):
             for stage, (frames, boxes) in enumerate(_stages(chain[place])):
                 if place or stage:
                     writer.end_layer()
                 for sidecar, packet in self._frames(place, frames, track):
-                    writer.add_frame(sidecar._replace(frame=count), packet)
-                    count += 1
+                    writer.add_frame(sidecar._replace(frame=len(writer.frames)), packet)
                 writer.add_exact(self._exact(place, made, boxes))
                 self._progress(
                     Progress("merge", self._first[place] + stage + 1, self._total, unit="layers")
                 )
         writer.heads = heads
-        file_bytes = writer.finish()
-        if count and track.entry == b"hvc1":
-            level = hevc_level(
-                track.width, track.height, writer.largest_packet, writer.first_packet
-            )
-            writer.replace_record(with_level(track.record, level.level_idc))
         return ApplyReport(
-            self._total, len(header.tensors), file_bytes, self.copied, self.coded,
+            self._total, len(header.tensors), finish(writer), self.copied, self.coded,
             self._last.root.hex(), 0.0,
         )  # fmt: skip
 
@@ -189,8 +163,7 @@ class _Merge:
         first = self._chain[0].track
         if first.entry == b"hvc1" and all(_same(first, one.track) for one in self._chain):
             return first
-        record = open_encoder(Video(), first.width, first.height).record
-        return Track(first.width, first.height, b"hvc1", record)
+        return track_of(Video(), first.width, first.height)
 
     def _frames(self, place: int, frames: range, track: Track) -> Iterator[tuple[Sidecar, bytes]]:
         """Frames of a layer, with what is kept of their tensors."""
@@ -213,10 +186,10 @@ class _Merge:
 
         def take(part: Part, matrix: Array) -> None:
             energies = None if part.energies is None else Energies(*part.energies)
-            samples = to_sequence(matrix.view(np.uint8) ^ np.uint8(ZERO_SAMPLE), energies)
+            samples = to_sequence(matrix.view(np.uint8) ^ np.uint8(loader.ZERO_SAMPLE), energies)
             items.extend((kept, samples) for kept in self._kept(place, (part,)))
 
-        assembler = Assembler(archive.header, sink=take)
+        assembler = loader.Assembler(archive.header, sink=take)
         for sidecar, luma in archive.frames(frames):
             all(assembler.add(sidecar, luma))
             ends |= {end.tensor: end for end in self._ended(place, sidecar.ends)}
@@ -268,7 +241,7 @@ def _same(one: Track, other: Track) -> bool:
 
 def _stages(archive: Archive) -> Iterator[tuple[range, list[int]]]:
     """Frames, and offsets of exact boxes, of each layer."""
-    index = cast(Index, archive.index)  # or nobody would know its root
+    index = cast(loader.Index, archive.index)  # or nobody would know its root
     frame = place = 0
     for frames, boxes in index.stages:
         offsets = [at for at, _ in index.boxes[place : place + boxes]]

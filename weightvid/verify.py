@@ -244,8 +244,7 @@ def _compare(
     others, divergence = set(theirs), None
     whole = not (salvage.missing or mismatched or ours != others)
     if judged is not None and whole:
-        numbers, tensors = archive.header.aliases, archive.header.tensors
-        named = {alias: tensors[n].name for alias, n in numbers.items()}
+        named = {alias: archive.spec(alias).name for alias in archive.header.aliases}
         divergence = judged.divergence(reader, named)
     return intact, Comparison(
         tensors=tuple(rows),

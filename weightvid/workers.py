@@ -8,13 +8,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import (
-    BrokenExecutor,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-)
+from concurrent import futures
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,9 +23,6 @@ from weightvid.loader import Array
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-
-#: tasks handed out ahead of the one whose result comes next, for each worker.
-_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +77,7 @@ class Workers:
         self._executor, self.count, self.remote = executor, count, remote
 
     def map(self, task: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-        """Results of a task for each item, in the order of the items; items are taken as needed.
+        """Results of a task for each item, in order; two for each worker are begun ahead.
 
         Raises
         ------
@@ -99,11 +91,11 @@ class Workers:
         try:
             for item in items:
                 waiting.append(self._executor.submit(task, item))
-                if len(waiting) > _AHEAD * self.count:
+                if len(waiting) > 2 * self.count:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        except BrokenExecutor as error:
+        except futures.BrokenExecutor as error:
             raise ClusterError(
                 f"a worker process died ({error or 'no message'}); it may have run out of memory: "
                 "use fewer --jobs"
@@ -142,14 +134,14 @@ def open_workers(workers: str | Executor | None = None, jobs: int = 0) -> Iterat
     """
     count = jobs or os.cpu_count() or 1
     if isinstance(workers, Executor):
-        yield Workers(workers, count, remote=not isinstance(workers, ThreadPoolExecutor))
+        yield Workers(workers, count, remote=not isinstance(workers, futures.ThreadPoolExecutor))
     elif workers in (None, "threads") and count == 1:
         yield Workers(None, 1)
     elif workers in (None, "threads", "processes"):
         pool: Executor = (
-            ProcessPoolExecutor(count, get_context("spawn"), _quiet_child)
+            futures.ProcessPoolExecutor(count, get_context("spawn"), _quiet_child)
             if workers == "processes"
-            else ThreadPoolExecutor(count, "weightvid")
+            else futures.ThreadPoolExecutor(count, "weightvid")
         )
         try:
             yield Workers(pool, count, remote=workers == "processes")
@@ -201,8 +193,6 @@ def _dask(address: str, count: int) -> Iterator[Any]:
 
 
 class _RayExecutor(Executor):
-    """Submits tasks to Ray."""
-
     def __init__(self, ray: Any) -> None:
         self._run = ray.remote(lambda task, args, kwargs: task(*args, **kwargs))
 

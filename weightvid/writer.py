@@ -7,23 +7,8 @@ from typing import BinaryIO, Final
 
 import numpy as np
 
-from weightvid import loader
-from weightvid.container import (
-    box,
-    close_body,
-    ftyp,
-    header_records,
-    mfra,
-    moof,
-    moov,
-    record,
-    record_list,
-    root_of,
-    sidecar_records,
-    stored_body,
-    tail_box,
-    uint,
-)
+from weightvid import container, loader
+from weightvid.container import box, close_body, record, record_list, uint
 from weightvid.exact import ahead, exact_records, float_records, likeness
 from weightvid.loader import Array, Header, Sidecar, Track
 from weightvid.spec import SideFile
@@ -32,9 +17,6 @@ from weightvid.spec import SideFile
 EXACT_BOX_BYTES: Final = 8 << 20
 #: so many tensors of so many bytes are enough for a box: who reads one of them reads all.
 _ENOUGH_TENSORS, _ENOUGH_BYTES = 16, 1 << 16
-
-
-# --- the writer -----------------------------------------------------------------------------------
 
 
 class ArchiveWriter:
@@ -50,6 +32,9 @@ class ArchiveWriter:
 
     Attributes
     ----------
+    track : Track
+    frames : list of int
+        Bytes of each frame so far.
     packet_bytes, largest_packet, first_packet : int
         Of the frames written so far.
     heads : dict of int to bytes
@@ -60,9 +45,9 @@ class ArchiveWriter:
     def __init__(
         self, file: BinaryIO, track: Track, header: Header, files: Sequence[SideFile] = ()
     ) -> None:
-        self._file, self._track, self._header = file, track, header
+        self._file, self.track, self._header = file, track, header
         self._at = 0
-        self._frames: list[int] = []
+        self.frames: list[int] = []
         self._moofs: list[int] = []
         self._firsts: dict[int, int] = {}
         self._spans: list[tuple[int, range]] = []
@@ -71,9 +56,11 @@ class ArchiveWriter:
         self._boxes: list[tuple[int, tuple[int, ...]]] = []
         self.packet_bytes = self.largest_packet = self.first_packet = 0
         made = [box(loader.FILE_UUID, close_body(entry.data)) for entry in files]
-        self._write(ftyp(), moov(track))
+        self._write(container.ftyp(), container.moov(track))
         sizes = [(entry, len(data)) for entry, data in zip(files, made, strict=True)]
-        self._write(box(loader.HEADER_UUID, close_body(*header_records(header, sizes))), *made)
+        self._write(
+            box(loader.HEADER_UUID, close_body(*container.header_records(header, sizes))), *made
+        )
 
     def _write(self, *parts: bytes) -> int:
         size = sum(map(len, parts))
@@ -84,10 +71,10 @@ class ArchiveWriter:
 
     def add_frame(self, sidecar: Sidecar, packet: bytes) -> None:
         """Write one frame and what is said before it."""
-        side = box(loader.FRAME_UUID, close_body(*sidecar_records(sidecar)))
+        side = box(loader.FRAME_UUID, close_body(*container.sidecar_records(sidecar)))
         self._moofs.append(self._at + len(side))
-        head = moof(sidecar.frame, len(packet))
-        self._frames.append(self._write(side, head, box(b"mdat", packet)))
+        head = container.moof(sidecar.frame, len(packet))
+        self.frames.append(self._write(side, head, box(b"mdat", packet)))
         for part in sidecar.parts:
             self._firsts.setdefault(part.tensor, sidecar.frame)
         for end in sidecar.ends:
@@ -114,7 +101,7 @@ class ArchiveWriter:
             specs, bodies = self._header.tensors, list[bytes]()
             floats = specs[items[0][0]].dtype in loader.MANTISSAS
             if floats:
-                bodies.append(stored_body(*float_records(items, specs)))
+                bodies.append(container.stored_body(*float_records(items, specs)))
             if not (floats and lossless):
                 bodies.append(close_body(*exact_records(items, specs)))
             return box(loader.EXACT_UUID, min(bodies, key=len))
@@ -155,7 +142,7 @@ class ArchiveWriter:
     def end_layer(self) -> None:
         """What follows belongs to the next layer."""
         frames, boxes = (sum(counts) for counts in zip((0, 0), *self._stages, strict=True))
-        self._stages.append((len(self._frames) - frames, len(self._boxes) - boxes))
+        self._stages.append((len(self.frames) - frames, len(self._boxes) - boxes))
 
     def finish(self) -> int:
         """Write the index; returns the size of the file."""
@@ -173,20 +160,20 @@ class ArchiveWriter:
             stages = [uint(frames) + uint(count) for frames, count in self._stages]
         roots = []
         if len(self.heads) == len(self._header.tensors):
-            roots = [record(loader.ROOT, root_of(self._header.tensors, self.heads))]
+            roots = [record(loader.ROOT, container.root_of(self._header.tensors, self.heads))]
         body = close_body(
-            record_list(loader.FRAMES, list(map(uint, self._frames))),
+            record_list(loader.FRAMES, list(map(uint, self.frames))),
             record_list(loader.SPANS, spans),
             record_list(loader.BOXES, boxes),
             record_list(loader.STAGES, stages),
             *roots,
         )
-        self._write(tail_box(loader.INDEX_UUID, body), mfra(self._moofs))
+        self._write(container.tail_box(loader.INDEX_UUID, body), container.mfra(self._moofs))
         return self._at
 
     def replace_record(self, record: bytes) -> None:
         """Put another configuration record of the same size into ``moov`` of a seekable file."""
-        place = (ftyp() + moov(self._track)).index(self._track.record)
+        place = (container.ftyp() + container.moov(self.track)).index(self.track.record)
         self._file.seek(place)
         self._file.write(record)
         self._file.seek(self._at)

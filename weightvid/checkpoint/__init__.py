@@ -16,14 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final, TypeGuard, cast
 
-from weightvid.checkpoint.base import (
-    ArrayReader,
-    CheckpointReader,
-    CheckpointWriter,
-    Contents,
-    explained,
-    shorten,
-)
+from weightvid.checkpoint import base
+from weightvid.checkpoint.base import CheckpointReader, CheckpointWriter, Contents
 from weightvid.errors import CheckpointError, OutputError
 from weightvid.loader import Array, TensorSpec
 from weightvid.progress import Report, quiet
@@ -42,10 +36,7 @@ __all__ = [
     "open_checkpoint",
 ]
 
-_HEAD_BYTES: Final = 512
 _ZIP_STARTS: Final = (b"PK\x03\x04", b"PK\x05\x06")
-#: longest header the safetensors library accepts.
-_SAFETENSORS_HEADER_LIMIT: Final = 100_000_000
 #: two letters at least: one is a drive of Windows.
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.")
 
@@ -69,7 +60,7 @@ class Kind:
     def open(self, path: Path) -> CheckpointReader:
         """Open a file of this kind."""
         module = import_module(f"weightvid.checkpoint.{self.module}")
-        with explained(f"cannot read {path}"):
+        with base.explained(f"cannot read {path}"):
             return cast(CheckpointReader, module.Reader(path))
 
     def create(self, path: Path, contents: Contents, *, force: bool) -> CheckpointWriter:
@@ -190,7 +181,7 @@ def from_mapping(
     ...     reader.contents.tensors
     (TensorSpec(name='w', dtype='F32', shape=(2, 3)),)
     """
-    return ArrayReader(arrays, dtypes, metadata)
+    return base.ArrayReader(arrays, dtypes, metadata)
 
 
 def is_url(source: object) -> TypeGuard[str]:
@@ -219,7 +210,7 @@ def kind_of_file(path: Path) -> Kind:
         raise CheckpointError(f"cannot read {path}: it is no regular file, but a pipe or a device")
     try:
         with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
+            head = file.read(512)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         if str(path) == "-":
@@ -276,9 +267,9 @@ def _recognise(suffix: str, head: bytes, members: tuple[str, ...] | None) -> str
             return None if _is_torchscript(members) else "torch"
         empty = not members and suffix == ".npz"
         return "npz" if empty or any(name.endswith(".npy") for name in members) else None
-    # 8 bytes of header length, then the header: a JSON object.
+    # 8 bytes of header length, then the header: a JSON object, which the library wants no longer.
     length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and (length <= _SAFETENSORS_HEADER_LIMIT or suffix == ".safetensors"):
+    if head[8:9] == b"{" and (length <= 100_000_000 or suffix == ".safetensors"):
         return "safetensors"
     # Before torch 1.6: bare pickles of protocol 2 to 5.
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -326,7 +317,8 @@ def _explain(path: Path, head: bytes, members: tuple[str, ...] | None) -> str:
             return f"it is {what}"
     if members is not None:
         if models := [name for name in members if name.endswith(".tflite")]:
-            return f"it is a bundle of LiteRT models; extract it first: it holds {shorten(models)}"
+            listed = base.shorten(models)
+            return f"it is a bundle of LiteRT models; extract it first: it holds {listed}"
         return f"it is a zip archive with neither PyTorch's data.pkl nor .npy arrays ({known})"
     if head.startswith(_ZIP_STARTS):
         return "it is a zip archive (npz or PyTorch) that is cut short, damaged or too long"

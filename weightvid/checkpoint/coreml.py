@@ -31,7 +31,6 @@ _DTYPES: Final = {
 }  # fmt: skip
 #: of a blob: a mark, its type, the number of its bytes, and where they begin.
 _BLOB: Final = struct.Struct("<IIQQ")
-_BLOB_MARK: Final = 0xDEADBEEF
 _HERE: Final = "@model_path/"
 
 
@@ -167,7 +166,6 @@ def _values_of(block: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _blob_file(package: Path, model: Path, name: str) -> str:
-    """Path of a blob file in its package."""
     path = model.parent / name.removeprefix(_HERE)
     if not name.startswith(_HERE) or not is_safe_path(name.removeprefix(_HERE)):
         raise ValueError(f"it has weights in {name[:80]!r}, which is not in the package")
@@ -188,7 +186,7 @@ def _place(whole: Array, name: str, value: Any) -> template.Place | None:
     size = TensorSpec(name, dtype, shape).stored_bytes
     head = whole[at : at + _BLOB.size].tobytes()
     mark, _, stated, start = _BLOB.unpack(head) if len(head) == _BLOB.size else (0, 0, 0, 0)
-    if mark != _BLOB_MARK or stated != size or start + size > len(whole):
+    if mark != 0xDEADBEEF or stated != size or start + size > len(whole):
         raise ValueError(f"tensor {name[:80]!r} is not where the program says: cut short?")
     stored = whole[start : start + size].view(stored_dtype(dtype)).reshape(shape)
     return template.Place(stored, dtype)

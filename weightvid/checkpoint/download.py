@@ -30,8 +30,6 @@ _HUB: Final = re.compile(
 )
 #: sub-folders of sentence-transformers, which may hold small weights of their own.
 _MODULE: Final = re.compile(r"\d+_[^/]+/[^/]+$")
-#: seconds of each wait for the hub's listing, after which what is there of a model already serves.
-_HUB_S: Final = 14.0
 #: what a file may have whose size nobody says.
 _UNSAID_BYTES: Final = 1 << 30
 _UNREACHABLE: Final = re.compile("ConnectionError|ConnectError|TransportError|Timeout|Offline")
@@ -97,7 +95,7 @@ def _hub(url: str) -> tuple[Mapping[str, int], str, _Fetch | None]:
     def ask() -> Any:
         try:
             api = hub.HfApi()
-            return api.model_info(repo, revision=revision, timeout=_HUB_S, files_metadata=True)
+            return api.model_info(repo, revision=revision, timeout=14.0, files_metadata=True)
         except Exception as error:
             if _UNREACHABLE.search(" ".join(cls.__name__ for cls in type(error).__mro__)):
                 with suppress(Exception):

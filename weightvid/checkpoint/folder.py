@@ -18,23 +18,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Final
 
-from weightvid.atomic import (
-    hold,
-    output_error,
-    refuse_address,
-    remove_remains,
-    temporary_path,
-)
-from weightvid.checkpoint import kind_of_file, safetensors
-from weightvid.checkpoint.base import (
-    CheckpointReader,
-    CheckpointWriter,
-    Contents,
-    FileWriter,
-    explained,
-    is_inside,
-    shorten,
-)
+from weightvid.atomic import hold, output_error, refuse_address, remove_remains, temporary_path
+from weightvid.checkpoint import base, kind_of_file, safetensors
 from weightvid.errors import CheckpointError, OutputError
 from weightvid.loader import Array, TensorSpec
 from weightvid.spec import SIDE_FILE_BYTES, SIDE_FILES, SIDE_FILES_BYTES, SideFile, is_safe_path
@@ -65,8 +50,6 @@ _DISTRIBUTED: Final = (
 )
 #: code that Python runs without being asked.
 _STARTUP: Final = frozenset({"sitecustomize.py", "usercustomize.py", "__pycache__"})
-#: shards that stay open: reading goes through them one after another.
-_OPEN_SHARDS: Final = 2
 #: what transformers puts into one shard at most.
 SHARD_BYTES: Final = 5_000_000_000
 #: weights that an older version of a folder may hold, which would be loaded instead of ours.
@@ -102,13 +85,13 @@ def is_index(name: str) -> bool:
     return _INDEX.fullmatch(name) is not None
 
 
-class Reader(CheckpointReader):
+class Reader(base.CheckpointReader):
     """A folder with weights; shards must hold every tensor that the index places in them."""
 
     def __init__(self, path: Path) -> None:
         self._folder = path
         self._shard_of: dict[str, str] = {}
-        self._open: dict[str, CheckpointReader] = {}
+        self._open: dict[str, base.CheckpointReader] = {}
         try:
             super().__init__(self._look(*_placed(path)))
         except BaseException:
@@ -116,8 +99,7 @@ class Reader(CheckpointReader):
             raise
         self.shareable = all(reader.shareable for reader in self._open.values())
 
-    def _look(self, weights: str, placed: Mapping[str, set[str] | None]) -> Contents:
-        """Contents of all shards together."""
+    def _look(self, weights: str, placed: Mapping[str, set[str] | None]) -> base.Contents:
         specs: list[TensorSpec] = []
         aliases: dict[str, str] = {}
         metadata: dict[str, str] = {}
@@ -136,8 +118,8 @@ class Reader(CheckpointReader):
             taken |= names
             if absent := sorted(names - there):
                 raise CheckpointError(
-                    f"the index of {self._folder} places {shorten(absent)} in {shard}, which does "
-                    "not hold it: index and shards are not of one version"
+                    f"the index of {self._folder} places {base.shorten(absent)} in {shard}, which "
+                    "does not hold it: index and shards are not of one version"
                 )
             specs += [spec for spec in inside.tensors if spec.name in names]
             self._shard_of |= dict.fromkeys(names, shard)
@@ -148,12 +130,12 @@ class Reader(CheckpointReader):
             ]
             skipped += inside.skipped
             metadata = metadata or dict(inside.metadata)
-        return Contents(tuple(specs), aliases, metadata, tuple(skipped), files)
+        return base.Contents(tuple(specs), aliases, metadata, tuple(skipped), files)
 
-    def _shard(self, name: str) -> CheckpointReader:
+    def _shard(self, name: str) -> base.CheckpointReader:
         reader = self._open.pop(name, None)
         if reader is None:
-            while len(self._open) >= _OPEN_SHARDS:
+            while len(self._open) >= 2:  # reading goes through them one after another
                 self._open.pop(next(iter(self._open))).close()
             path = self._folder / name
             reader = kind_of_file(path).open(path)
@@ -166,7 +148,7 @@ class Reader(CheckpointReader):
     def _read_range(self, spec: TensorSpec, first: int, count: int) -> Array:
         return self._holder(spec).read_range(spec.name, first, count)
 
-    def _holder(self, spec: TensorSpec) -> CheckpointReader:
+    def _holder(self, spec: TensorSpec) -> base.CheckpointReader:
         reader = self._shard(self._shard_of[spec.name])
         if reader.spec(spec.name) != spec:
             raise CheckpointError(f"{self._folder} was changed while it was open")
@@ -180,12 +162,12 @@ class Reader(CheckpointReader):
         super().close()
 
 
-class Writer(CheckpointWriter):
+class Writer(base.CheckpointWriter):
     """Shards and side files in a hidden folder next to the destination, renamed at the end."""
 
-    weights_writer: ClassVar[type[FileWriter]] = safetensors.Writer
+    weights_writer: ClassVar[type[base.FileWriter]] = safetensors.Writer
 
-    def __init__(self, path: Path, contents: Contents, *, force: bool = False) -> None:
+    def __init__(self, path: Path, contents: base.Contents, *, force: bool = False) -> None:
         super().__init__(path, contents)
         self._target = Path(os.path.realpath(path))
         self._merge = _check_target(self._target, os.fspath(path), force)
@@ -193,7 +175,7 @@ class Writer(CheckpointWriter):
         self.contents = replace(
             contents, files=tuple(SideFile(name, data) for name, data in self._files.items())
         )
-        self._writers: dict[str, CheckpointWriter] = {}
+        self._writers: dict[str, base.CheckpointWriter] = {}
         self._weight_map: dict[str, str] = {}
         self._stem = self._name_weights(contents.files)
         self._make_folder()
@@ -217,7 +199,7 @@ class Writer(CheckpointWriter):
                 del found[name]
                 left_out.append(name)
         if left_out:
-            self.notes += (f"side files that are not restored: {shorten(left_out)}",)
+            self.notes += (f"side files that are not restored: {base.shorten(left_out)}",)
         return found
 
     def _make_folder(self) -> None:
@@ -245,7 +227,7 @@ class Writer(CheckpointWriter):
         diffusers = b'"_diffusers_version"' in self._files.get("config.json", b"")
         return "diffusion_pytorch_model" if diffusers else "model"
 
-    def _plan_shards(self) -> dict[str, Contents]:
+    def _plan_shards(self) -> dict[str, base.Contents]:
         """Cut contents into files of at most ``SHARD_BYTES`` of tensors (or of a single one)."""
         groups: list[list[TensorSpec]] = [[]]
         taken = 0
@@ -262,7 +244,7 @@ class Writer(CheckpointWriter):
         for number, specs in enumerate(groups, 1):
             part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
             tied = {alias: spec.name for spec in specs for alias in self._names_of[spec.name][1:]}
-            shards[f"{self._stem}{part}.safetensors"] = Contents(tuple(specs), tied, metadata)
+            shards[f"{self._stem}{part}.safetensors"] = base.Contents(tuple(specs), tied, metadata)
         return shards
 
     def write_parts(self, name: str, parts: Iterable[Array]) -> None:
@@ -344,15 +326,17 @@ def _placed(folder: Path) -> tuple[str, Mapping[str, set[str] | None]]:
     names = [entry.name for entry in folder.iterdir() if entry.is_file()]
     weights = find_weights(names)
     if len(weights) > 1:
-        said = f"{folder} holds several weights and no index of them ({shorten(weights)}); name one"
-        raise CheckpointError(said)
+        listed = base.shorten(weights)
+        raise CheckpointError(
+            f"{folder} holds several weights and no index of them ({listed}); name one"
+        )
     if not weights:
         inner = [f"{sub.parent.name}/{sub.name}" for sub in folder.glob("*/*") if sub.is_file()]
         raise CheckpointError(advice(str(folder), names + inner))
     if not is_index(weights[0]):
         return weights[0], {weights[0]: None}
     index = folder / weights[0]
-    with explained(f"{index} is no index of shards"):
+    with base.explained(f"{index} is no index of shards"):
         pairs = list(read_json(index)["weight_map"].items())
         if not pairs:
             raise ValueError("its weight_map is empty")
@@ -387,10 +371,10 @@ def advice(where: str, names: Collection[str]) -> str:
         if sub and ".mlpackage/" not in sub and (find_weights(files) or "Manifest.json" in files)
     ]
     if models:
-        listed = shorten(f"{where}/{name}" for name in sorted(models))
+        listed = base.shorten(f"{where}/{name}" for name in sorted(models))
         return f"the folder {where} has no weights but models; pack them one by one: {listed}"
-    known = f"{shorten(_WEIGHTS)}, or their {INDEX}"
-    found = shorten(sorted(names)) or "nothing"
+    known = f"{base.shorten(_WEIGHTS)}, or their {INDEX}"
+    found = base.shorten(sorted(names)) or "nothing"
     return f"{where} holds no weights that weightvid looks for ({known}); the folder has {found}"
 
 
@@ -455,11 +439,11 @@ def gather(
     for path in _walk(folder):
         name = path.relative_to(folder).as_posix()
         reason = foreign(PurePosixPath(name))
-        with explained(f"cannot read {path}"):
+        with base.explained(f"cannot read {path}"):
             size = path.stat().st_size
             if reason:
                 pass
-            elif not is_inside(path, folder):
+            elif not base.is_inside(path, folder):
                 reason = "a link that leads out of the folder"
             elif not is_safe_path(name) or name.casefold() in seen:
                 reason = "its name is not safe on every system"

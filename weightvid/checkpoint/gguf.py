@@ -22,7 +22,6 @@ METADATA_ROLE: Final = "gguf-metadata"
 METADATA_PATH: Final = "metadata.gguf"
 #: ggml types that are elements as they stand; their names are ours too.
 _PLAIN: Final = frozenset({"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"})
-_VERSIONS: Final = (b"GGUF\x02\0\0\0", b"GGUF\x03\0\0\0")
 #: fields of a header; each costs the library a few hundred bytes.
 _MAX_FIELDS: Final = 1 << 22
 _MAX_DIMS, _MAX_NAME_BYTES, _BLOCK = 4, 63, 32
@@ -148,7 +147,7 @@ def _parse(path: Path) -> Any:
             return super()._get(offset, dtype, count, *more, **named)
 
     with base.explained(f"cannot read {path}"), path.open("rb") as file:
-        if file.read(8) not in _VERSIONS:
+        if file.read(8) not in (b"GGUF\x02\0\0\0", b"GGUF\x03\0\0\0"):
             raise ValueError("GGUF versions 2 and 3 are read, little-endian")
         return Bounded(path)
 
@@ -179,7 +178,6 @@ def _maker(source: Any | None) -> Any:
 
 
 def _type(name: str, spec: TensorSpec, matrices: str) -> Any:
-    """Ggml type of a tensor."""
     if len(base.encode_name(name)) > _MAX_NAME_BYTES or len(spec.shape) > _MAX_DIMS:
         raise CheckpointError(
             f"GGUF holds names of {_MAX_NAME_BYTES} bytes and {_MAX_DIMS} dimensions at most; "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from weightvid.loader import Array, TensorSpec, to_float32
 from weightvid.spec import RAW_BITS
 
 _CHILD: Final = Path(__file__).parents[1] / "compare" / "nncodec_child.py"
-_VARIABLE: Final = "WEIGHTVID_NNCODEC"
+VARIABLE: Final = "WEIGHTVID_NNCODEC"
 #: of what is written: a step of 2 ** (QP / 4), far below that of any archive.
 _QP: Final = -48
 
@@ -30,13 +31,8 @@ class Reader(base.ArrayReader):
     """A bitstream, decoded when it is opened: floats as F32, integers as I32."""
 
     def __init__(self, path: Path) -> None:
-        with ScratchFolder() as name:
-            folder = Path(name)
-            (folder / "stream.nnc").write_bytes(path.read_bytes())
-            _run(folder, f"{path} cannot be read", "decode")
-            names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
-            with np.load(folder / "restored.npz", allow_pickle=False) as file:
-                super().__init__({key: file[str(n)] for n, key in enumerate(names)})
+        with base.explained(f"{path} cannot be read"):
+            super().__init__(run_nncodec({}, "decode", stream=path.read_bytes())[2])
 
 
 class Writer(base.FileWriter):
@@ -57,27 +53,42 @@ class Writer(base.FileWriter):
             self._arrays[name] = values
 
     def _finish(self) -> None:
-        with ScratchFolder() as name:
-            folder = Path(name)
-            # Members of the file are numbers: names may hold what a path may not.
-            arrays: dict[str, Any] = {str(n): a for n, a in enumerate(self._arrays.values())}
-            np.savez(folder / "model.npz", **arrays)
-            (folder / "names.json").write_text(json.dumps(list(self._arrays)), encoding="utf-8")
-            _run(folder, f"{self._path} cannot be written", str(_QP), "0")
-            self._output.file.write((folder / "stream.nnc").read_bytes())
+        with base.explained(f"{self._path} cannot be written"):
+            stream = run_nncodec(self._arrays, str(_QP), "0")[1]
+        self._output.file.write(stream)
 
 
-def _run(folder: Path, failed: str, *arguments: str) -> None:
-    python = os.environ.get(_VARIABLE)
+def run_nncodec(
+    arrays: Mapping[str, Array], *arguments: str, stream: bytes = b"", python: str = ""
+) -> tuple[str, bytes, dict[str, Array]]:
+    """Have a Python run the script: what it says, the bitstream, and what that decodes to.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        There is no such Python, or the script failed.
+    """
+    python = python or os.environ.get(VARIABLE, "")
     if not python:
-        raise CheckpointError(f"{failed}: {_VARIABLE} must name a Python that has nncodec")
-    try:
-        done = subprocess.run(
-            [python, "-I", str(_CHILD), str(folder), *arguments],
-            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except OSError as error:
-        raise CheckpointError(f"{failed}: {python} cannot be run: {error}") from None
-    if done.returncode:
-        words = done.stderr.strip().splitlines()
-        raise CheckpointError(f"{failed}: nncodec: {words[-1] if words else done.returncode}")
+        raise ValueError(f"{VARIABLE} must name a Python that has nncodec")
+    with ScratchFolder() as name:
+        folder = Path(name)
+        (folder / "stream.nnc").write_bytes(stream)
+        # Members of the file are numbers: names may hold what a path may not.
+        members: dict[str, Any] = {str(n): array for n, array in enumerate(arrays.values())}
+        np.savez(folder / "model.npz", **members)
+        (folder / "names.json").write_text(json.dumps(list(arrays)), encoding="utf-8")
+        try:
+            done = subprocess.run(
+                [python, "-I", str(_CHILD), name, *arguments],
+                capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        except OSError as error:
+            raise RuntimeError(f"{python} cannot be run: {error}") from None
+        if done.returncode:
+            words = done.stderr.strip().splitlines()
+            raise RuntimeError(f"nncodec: {words[-1] if words else done.returncode}")
+        names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
+        with np.load(folder / "restored.npz", allow_pickle=False) as file:
+            restored = {key: file[str(n)] for n, key in enumerate(names)}
+        return done.stdout, (folder / "stream.nnc").read_bytes(), restored

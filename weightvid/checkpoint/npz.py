@@ -23,8 +23,6 @@ _NPY: Final = ".npy"
 #: deflate cannot do better than 1032:1 (bz2 and lzma are not read: numpy does not write them);
 #: a member that claims more is a trap, not an array.
 _MAX_RATIO: Final = 1032
-_COMPRESSIONS: Final = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
-_NAME_LIMIT_BYTES: Final = 65535
 _FORMAT: Final = np.lib.format
 
 
@@ -56,7 +54,7 @@ class Reader(base.CheckpointReader):
         what = f"array {name!r} in {self._path}"
         if name == info.filename:
             return "no .npy array"
-        if info.compress_type not in _COMPRESSIONS:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise CheckpointError(f"{what} has an unknown compression")
         with base.explained(f"{what} is damaged"), self._archive.open(info) as member:
             shape, dtype = _read_header(member)
@@ -96,7 +94,7 @@ class Writer(base.FileWriter):
         for name, _ in self.contents.rows():
             # zipfile would cut the first and rewrite the second.
             odd = "\0" in name or (os.sep != "/" and os.sep in name)
-            if odd or len(base.encode_name(name)) > _NAME_LIMIT_BYTES:
+            if odd or len(base.encode_name(name)) > 65535:
                 raise CheckpointError(f"an npz file cannot hold the tensor name {name[:80]!r}")
         dtypes = {spec.dtype for spec in self.contents.tensors}
         for dtype in sorted(RAW_BITS & dtypes):

@@ -24,7 +24,6 @@ from weightvid.loader import Array, TensorSpec
 from weightvid.spec import is_safe_path, stored_dtype
 
 GRAPH_ROLE: Final = "onnx-graph"
-GRAPH_PATH: Final = "graph.onnx"
 #: our dtype -> ``TensorProto.DataType``, of what both have in whole bytes.
 DTYPES: Final = {
     "F32": 1, "U8": 2, "I8": 3, "U16": 4, "I16": 5, "I32": 6, "I64": 7, "BOOL": 9, "F16": 10,
@@ -35,8 +34,6 @@ _NAMES: Final = {number: name for name, number in DTYPES.items()}
 _FLOATS: Final = frozenset(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 #: smaller constants stay in the graph.
 _LEAST_CONSTANT: Final = 16
-#: from this version of the format on, an initializer need not be an input of the graph.
-_FREE_INITIALIZERS: Final = 4
 #: larger models keep their weights in a file of their own: protobuf ends at 2 GB.
 INLINE_BYTES: Final = 1 << 30
 _ALIGNMENT: Final = 4096
@@ -52,7 +49,7 @@ class Reader(base.ArrayReader):
 
     def __init__(self, path: Path) -> None:
         model = _load(path, str(path))
-        if model.ir_version >= _FREE_INITIALIZERS:
+        if model.ir_version >= 4:  # since then, an initializer need not be an input of the graph
             for graph in _graphs(model.graph):
                 _constants_to_initializers(graph)
         arrays: dict[str, Array] = {}
@@ -76,7 +73,7 @@ class Reader(base.ArrayReader):
                 "of a type that weightvid lacks; save it with all its data inside"
             )
         text = model.SerializeToString(deterministic=True)
-        files, skipped = base.as_side_file(GRAPH_PATH, text, GRAPH_ROLE)
+        files, skipped = base.as_side_file("graph.onnx", text, GRAPH_ROLE)
         super().__init__(arrays, dtypes, skipped=skipped, files=files)
 
 

@@ -50,7 +50,6 @@ class Reader(CheckpointReader):
             ) from None
 
     def _look(self) -> Contents:
-        """Contents as the header tells them."""
         length = int.from_bytes(self._file.read(8), "little")
         entries = json.loads(self._file.read(length), object_pairs_hook=_unique)
         metadata = entries.pop(_METADATA, None) or {}

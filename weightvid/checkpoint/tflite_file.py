@@ -29,8 +29,6 @@ _FILTERS: Final = {"CONV_2D": (0, 3, 1, 2), "TRANSPOSE_CONV": (0, 3, 1, 2),
                    "DEPTHWISE_CONV_2D": (3, 0, 1, 2)}  # fmt: skip
 #: ``QuantizationDetails``: scales of blocks of integers are a tensor, which the first field names.
 _BLOCKWISE, _SCALES_FIELD = 2, 4
-#: shapes, paddings, axes: integers of fewer elements stay in the graph.
-_LEAST_INTEGERS: Final = 16
 #: operators, tensors and graphs of a model; a file may claim many with few bytes.
 _MOST_PARTS: Final = 1 << 17
 
@@ -86,7 +84,7 @@ def _places(library: Any, model: Any, whole: Array) -> Iterator[tuple[str, templ
             spec = TensorSpec(name, dtype, shape)
             if spec.stored_bytes != size:
                 raise ValueError(f"tensor {name[:80]!r} has a wrong number of bytes")
-            if dtype not in PACKABLE and prod(shape) < _LEAST_INTEGERS:
+            if dtype not in PACKABLE and prod(shape) < 16:  # shapes, paddings, axes
                 continue
             # Beyond 2 GB, the data lies behind the flatbuffer.
             data = buffer.DataAsNumpy() if buffer.DataLength() else whole[buffer.Offset() :][:size]

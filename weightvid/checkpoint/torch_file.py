@@ -50,8 +50,6 @@ _WRAPPERS: Final = (
     *("net", "network", "weights", "params"),
 )
 _PICKLED_TEXT: Final = "utf-8", "surrogatepass"
-#: most bytes of strings that a pickle of protocol 4 may refer to again.
-_REPEATED_BYTES: Final = 1 << 26
 #: a view may show its storage many times over (``expand``); a file that makes more of it than
 #: this does so to exhaust memory.
 _EXPANSION: Final = 16
@@ -293,7 +291,7 @@ def protocol_2(file: BinaryIO) -> bytes:
         elif "UNICODE" in name or ("GET" in name and int(argument) in strings):
             text = strings[int(argument)] if "GET" in name else argument.encode(*_PICKLED_TEXT)
             repeated += len(text) if "GET" in name else 0
-            if repeated > _REPEATED_BYTES:
+            if repeated > 1 << 26:
                 raise pickle.UnpicklingError("its strings are repeated too often")
             made += b"X" + struct.pack("<I", len(text)) + text
             top.append(text)

@@ -19,20 +19,8 @@ from weightvid.version import __version__
 
 #: in the order of the help.
 VERBS: Final = (
-    "pack",
-    "unpack",
-    "apply",
-    "inspect",
-    "verify",
-    "fetch",
-    "sign",
-    "preview",
-    "calibrate",
-    "compare",
-    "export-int8",
-    "device",
-    "cache",
-    "demo",
+    *("pack", "unpack", "apply", "inspect", "verify", "fetch", "sign", "preview"),
+    *("calibrate", "compare", "export-int8", "device", "cache", "demo"),
 )
 
 
@@ -40,11 +28,9 @@ class _Verbs(TyperGroup):
     """Imports a verb when it is called, and turns what it raises into one line and a status."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of the verbs."""
         return list(VERBS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Command of a verb."""
         if cmd_name not in VERBS:
             return None
         name = cmd_name.replace("-", "_")
@@ -54,7 +40,6 @@ class _Verbs(TyperGroup):
         return get_command(made)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb."""
         from weightvid.errors import WeightvidError
 
         json = "--json" in ctx.args

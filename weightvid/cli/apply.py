@@ -25,13 +25,10 @@ def apply(
 
     with output.progress_bars() as report:
         made = apply_updates(base, updates, destination, force=force, progress=report)
-    if json:
-        output.emit_json(made, archive=str(destination), base=base, updates=updates)
-        return
-    output.facts([
+    output.tell(json, made, [
         ("archive", f"{destination}, {output.size(made.file_bytes)}"),
         ("tensors", f"{made.tensors:,} in {made.layers} layers"),
         ("frames", f"{made.copied} copied, {made.coded} coded again"),
         ("root", made.root),
         ("time", f"{made.seconds:.1f} s"),
-    ])  # fmt: skip
+    ], archive=str(destination), base=base, updates=updates)  # fmt: skip

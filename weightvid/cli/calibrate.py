@@ -58,17 +58,14 @@ def calibrate(
     ]
     used = [tensor for tensor in tensors if tensor["used"]]
     gains = sorted(tensor["gain_db"] for tensor in used if tensor["gain_db"] is not None)
-    if json:
-        record = {"samples": made.samples, "model_sha256": made.model_sha256, "tensors": tensors}
-        output.emit_json(record, stats=str(path), notes=made.notes, gained=made.gained)
-        return
+    record = {"samples": made.samples, "model_sha256": made.model_sha256, "tensors": tensors}
     middle = f"; {gains[len(gains) // 2]:.1f} dB less output error (median)" if gains else ""
-    output.facts([
+    output.tell(json, record, [
         ("statistics", f"{path}, {output.size(path.stat().st_size)}"),
         ("samples", f"{made.samples:,}"),
         ("tensors", f"{len(used)} of {len(tensors)} are quantized with them{middle}"),
         ("gain", made.gained),
-    ])  # fmt: skip
+    ], stats=str(path), notes=made.notes, gained=made.gained)  # fmt: skip
 
 
 def load_examples(script: str, name: str) -> tuple[Any, Any]:

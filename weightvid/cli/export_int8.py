@@ -31,11 +31,8 @@ def export_int8(
         target, {"the archive": archive, "the graph": graph, "the examples": calibration}
     )
     made = run(archive, graph, calibration, target, force=force)
-    if json:
-        output.emit_json(made, archive=archive, output=str(target))
-        return
-    output.facts([
+    output.tell(json, made, [
         ("graph", f"{target}, {output.size(made.file_bytes)}"),
         ("own integers", f"{len(made.own)} layers"),
         ("quantized anew", output.some(made.requantized) if made.requantized else ""),
-    ])  # fmt: skip
+    ], archive=archive, output=str(target))  # fmt: skip

@@ -60,11 +60,8 @@ def fetch(
         usage_error(str(error), "--sha256 / --key / --layers")
     with output.progress_bars() as report:
         found = fetch_archive(urls, destination, options, report)
-    if json:
-        output.emit_json(found, archive=destination)
-        return
     resumed = f", {output.size(found.resumed_at)} were there" if found.resumed_at else ""
-    output.facts([
+    output.tell(json, found, [
         ("archive", destination),
         ("size", f"{output.size(found.file_bytes)}{resumed}"),
         ("frames", f"{found.frames:,}, every one checked"),
@@ -72,4 +69,4 @@ def fetch(
         ("from", output.some(found.sources)),
         ("interruptions", f"{found.interruptions}" if found.interruptions else ""),
         ("time", f"{found.seconds:.1f} s"),
-    ])  # fmt: skip
+    ], archive=destination)  # fmt: skip

@@ -29,8 +29,6 @@ STDOUT: Final = ("-", "/dev/stdout")
 FAILED, USAGE, DAMAGED, MISSING, INTERRUPTED = 1, 2, 3, 4, 130
 #: of the JSON objects, as docs/cli.schema.json describes them.
 SCHEMA_VERSION: Final = 1
-#: width of a table that goes to a file or a pipe.
-_PLAIN_WIDTH: Final = 160
 #: letters of a message.
 _LINE: Final = 1000
 _SUFFIXES: Final = frozenset(
@@ -119,9 +117,6 @@ def check_function(text: str, option: str) -> str:
     return text
 
 
-# --- stdout
-
-
 @contextmanager
 def others_on_stderr() -> Iterator[None]:
     """What models and functions print meanwhile, and programs that they run, goes to stderr."""
@@ -139,7 +134,7 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else _PLAIN_WIDTH
+    width = None if stream.isatty() else 160  # for a file or a pipe
     return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 
@@ -185,6 +180,14 @@ def facts(rows: Sequence[tuple[str, str]]) -> None:
     console().print(table)
 
 
+def tell(json: bool, record: Any, rows: Sequence[tuple[str, str]], **more: Any) -> None:
+    """Print what a verb has done: one JSON object, or facts."""
+    if json:
+        emit_json(record, **more)
+    else:
+        facts(rows)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; columns whose title starts with ``>`` are aligned to the right."""
     from rich import box
@@ -202,9 +205,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console().print(made)
 
 
-# --- signatures
-
-
 @contextmanager
 def checked(source: Location, key: str | None, signature: str | None) -> Iterator[Location]:
     """An archive of which only what the owner of a key signed can be read; without a key, as is."""
@@ -217,9 +217,6 @@ def checked(source: Location, key: str | None, signature: str | None) -> Iterato
 
     with open_signed(source, key, signature) as file:
         yield file
-
-
-# --- stderr
 
 
 def printable(text: str) -> str:
@@ -278,9 +275,6 @@ def progress_bars() -> Iterator[Callable[[Progress], None]]:
 
     with bars:
         yield report
-
-
-# --- words
 
 
 def some(names: Sequence[str]) -> str:

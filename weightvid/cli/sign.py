@@ -42,10 +42,7 @@ def sign(
         made = sign_for_openssf(archive, key, destination or "")
     else:
         made = sign_archive(archive, key, destination, detached=detached, force=force)
-    if json:
-        output.emit_json(made._asdict())
-        return
-    output.facts([
+    output.tell(json, made._asdict(), [
         ("signed", archive),
         ("by the key", made.fingerprint),
         ("in", made.output),

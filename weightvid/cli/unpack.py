@@ -76,17 +76,14 @@ def unpack(
         made = unpack_archive(file, destination, options, report)
     for note in made.notes:
         output.warn(note)
-    if json:
-        output.emit_json(made, ok=made.defect is None, archive=archive, output=destination)
-    else:
-        output.facts([
-            ("checkpoint", f"{destination}, {output.size(made.file_bytes)}"),
-            ("tensors", f"{made.tensors:,}, {made.weights:,} weights"),
-            ("tied", output.some(made.aliases)),
-            ("side files", output.some(made.side_files)),
-            ("converted", f"{len(made.converted)} tensors" if made.converted else ""),
-            ("time", f"{made.seconds:.1f} s"),
-        ])  # fmt: skip
+    output.tell(json, made, [
+        ("checkpoint", f"{destination}, {output.size(made.file_bytes)}"),
+        ("tensors", f"{made.tensors:,}, {made.weights:,} weights"),
+        ("tied", output.some(made.aliases)),
+        ("side files", output.some(made.side_files)),
+        ("converted", f"{len(made.converted)} tensors" if made.converted else ""),
+        ("time", f"{made.seconds:.1f} s"),
+    ], ok=made.defect is None, archive=archive, output=destination)  # fmt: skip
     if made.missing:
         output.error(f"{len(made.missing)} tensors are missing: {output.some(made.missing)}")
     for name, spans in made.lost.items():

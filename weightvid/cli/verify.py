@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from weightvid.cli import output
-from weightvid.cli.output import (
-    ARCHIVE_OR_PIPE,
-    DAMAGED,
-    FAILED,
-    JSON,
-    check_function,
-    option,
-    usage_error,
-)
+from weightvid.cli.output import ARCHIVE_OR_PIPE, JSON, check_function, option, usage_error
 
 if TYPE_CHECKING:
     from weightvid.verify import VerifyReport
@@ -98,7 +90,7 @@ def verify(
     else:
         _show(found, archive)
     if not found.ok:
-        raise typer.Exit(FAILED if found.defect is None else DAMAGED)
+        raise typer.Exit(output.FAILED if found.defect is None else output.DAMAGED)
 
 
 def _repair(archive: str, destination: str | None) -> str:

@@ -28,7 +28,6 @@ from weightvid.video.encoder import usual_priority
 
 #: some encoders demand an ordinary frame rate; nothing depends on it.
 _RATE: Final = 25
-_TIMEOUT_S: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,7 @@ def programs() -> dict[str, frozenset[str]]:
         with suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(
                 [path, "-hide_banner", "-encoders"], capture_output=True, text=True, check=True,
-                timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL,
+                timeout=30, stdin=subprocess.DEVNULL,
             )  # fmt: skip
             lines = [line.split() for line in done.stdout.splitlines()]
             found[path] = frozenset(w[1] for w in lines if len(w) > 1 and w[0].startswith("V"))

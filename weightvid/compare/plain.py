@@ -10,6 +10,7 @@ import ctypes
 import lzma
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from math import sqrt
 from pathlib import Path
@@ -23,8 +24,6 @@ from weightvid.compare.model import Array, Coded, Method, Model, Tensors
 from weightvid.errors import CodecError
 from weightvid.exact import exact_elements
 
-#: zstd's strongest level that needs no ``--ultra``.
-_ZSTD_LEVEL: Final = 19
 #: mantissa bits that 1-D floats keep next to a global step, as in weightvid's own recipes.
 _MANTISSA_BITS: Final = 7
 #: weights of a block with a scale of its own.
@@ -35,22 +34,13 @@ _K_QUANTS: Final = ("Q6_K", "Q5_K", "Q4_K")
 _GLOBAL_FACTORS: Final = tuple(round(0.35 * 2 ** (i / 2), 3) for i in range(-4, 4))
 
 
-def _zstd(data: bytes) -> bytes:
-    import zstandard
-
-    return bytes(zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(data))
-
-
-def _unzstd(data: bytes) -> bytes:
-    import zstandard
-
-    return bytes(zstandard.ZstdDecompressor().decompress(data))
-
-
 #: general compressors, and their inverses.
 _PACKERS: Final[Mapping[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]] = {
     "xz": (partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
-    "zstd": (_zstd, _unzstd),
+    "zstd": (
+        lambda data: bytes(import_module("zstandard").compress(data, 19)),  # more needs --ultra
+        lambda data: bytes(import_module("zstandard").decompress(data)),
+    ),
 }
 
 

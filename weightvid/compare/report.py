@@ -27,8 +27,6 @@ _COLOURS: Final = (
 _TICKS: Final = (0.1, 0.2, 0.3, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 #: sizes of a plot in inches, for wide windows and for telephones; texts are of one size on both.
 _WIDE, _NARROW = (12.0, 5.5), (4.2, 4.2)
-#: curves whose points differ by less, as a part, are drawn as one.
-_SAME: Final = 0.01
 #: what a recommended point may lose, where no goal is given.
 _BOUNDS: Final = {"metric": 0.005, "kl": 0.02, "cosine": 0.99, "sqnr": 25.0}
 _Range = tuple[float, float]
@@ -181,7 +179,7 @@ def merged(result: CompareResult, measure: Measure) -> dict[str, list[Row]]:
         for other, drawn in found.items():
             pairs = list(zip(measure.points(drawn), points, strict=False))
             if len(measure.points(drawn)) == len(points) and all(
-                abs(a - b) <= _SAME * abs(a) for one, two in pairs
+                abs(a - b) <= 0.01 * abs(a) for one, two in pairs
                 for a, b in zip(one, two, strict=True)
             ):  # fmt: skip
                 found = {(f"{n} = {name}" if n == other else n): r for n, r in found.items()}

@@ -22,7 +22,6 @@ from weightvid.version import code_sha256
 OK: Final = "ok"
 FAILED: Final = "failed"
 MISSING: Final = "missing"
-_FILE: Final = "rows.jsonl"
 _PACKAGES: Final = (
     *("weightvid", "av", "numpy", "torch", "zstandard", "constriction", "gguf", "bjontegaard"),
 )
@@ -151,7 +150,7 @@ class RowStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self._path = None if folder is None else Path(folder) / _FILE
+        self._path = None if folder is None else Path(folder) / "rows.jsonl"
         self._kept: dict[str, Any] = {}
         if self._path is None:
             return

@@ -154,9 +154,8 @@ class CompareResult:
     def rates_at(self, goal: Goal) -> dict[str, float | None]:
         """Bits per weight of each curve at a quality, between its two nearest points."""
         measure = measures(self.options.lower_is_better)[goal.measure]
-        level = measure.level(goal.value)
         return {
-            name: crossing(measure.levels(rows), level)
+            name: crossing(measure.levels(rows), measure.level(goal.value))
             for name, rows in self.curves().items()
             if len(rows) > 1
         }
@@ -287,12 +286,9 @@ def all_methods(options: CompareOptions, folder: Path) -> Iterator[Method]:
         yield from plain_methods()
     if options.peers:
         yield llm265_method()
-        for method in peer_methods(options.nncodec):
-            python = ("--nncodec", os.fspath(options.nncodec)) if options.nncodec else ()
-            yield replace(method, command=("compare", *python))
+        yield from peer_methods(options.nncodec)
     if options.research:
-        for method in research_methods():
-            yield replace(method, command=("compare", "--research"))
+        yield from research_methods()
 
 
 def _selected(

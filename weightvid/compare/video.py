@@ -19,22 +19,13 @@ from typing import Final
 
 import numpy as np
 
+from weightvid import loader
 from weightvid.archives import walk_frames
 from weightvid.atomic import ScratchFolder
 from weightvid.compare.codecs import CODECS, FrameCodec, Passage, backend, through
 from weightvid.compare.model import Array, Coded, Method, Model, Tensors
 from weightvid.errors import CodecError
-from weightvid.loader import (
-    ZERO_SAMPLE,
-    Assembler,
-    Bytes,
-    Header,
-    Part,
-    Sidecar,
-    column_energies,
-    open_archive,
-    to_float32,
-)
+from weightvid.loader import Assembler, Bytes, open_archive, to_float32
 from weightvid.pack import PackOptions, PackReport, pack_checkpoint
 from weightvid.version import code_sha256
 
@@ -112,8 +103,8 @@ class Pictures:
     ``other_bytes`` those of the file without its packets and parameter sets.
     """
 
-    header: Header
-    sidecars: tuple[Sidecar, ...]
+    header: loader.Header
+    sidecars: tuple[loader.Sidecar, ...]
     lumas: tuple[Bytes, ...]
     kept: Tensors
     other_bytes: int
@@ -134,13 +125,13 @@ class Pictures:
         """
         bits = 0.0
 
-        def count(part: Part, levels: Array) -> None:
+        def count(part: loader.Part, levels: Array) -> None:
             nonlocal bits
             classes = np.zeros(levels.shape, np.intp)
             if part.energies is not None:
                 classes += part.energies[0][:, None]
-                classes += column_energies(part)
-            places = 256 * classes + levels.astype(np.int16) + ZERO_SAMPLE
+                classes += loader.column_energies(part)
+            places = 256 * classes + levels.astype(np.int16) + loader.ZERO_SAMPLE
             counts = np.bincount(places.reshape(-1), minlength=256 * (int(classes.max()) + 1))
             found = counts.reshape(-1, 256)[counts.reshape(-1, 256).any(axis=1)].astype(np.float64)
             sizes = found.sum(axis=1, keepdims=True)
@@ -271,8 +262,6 @@ def _ideal(folder: Path, model: Model, factor: float) -> Coded:
     size = shown.other_bytes + shown.entropy_bytes()
     return Coded(size, shown.restore(shown.lumas), 0.0, 0.0)
 
-
-# --- LLM.265's recipe -----------------------------------------------------------------------------
 
 #: longest block that is rotated, and width and greatest height of the pictures.
 _ROTATED, _PICTURE_WIDTH, _PICTURE_HEIGHT = 256, 512, 1024

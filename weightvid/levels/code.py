@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from weightvid import loader
 from weightvid.levels.descent import balanced_moment, descend
 from weightvid.levels.feedback import FeedbackConfig, Method, feedback
 from weightvid.levels.frames import choose_energies, to_sequence
@@ -17,18 +18,7 @@ from weightvid.levels.stats import outlier_mask, row_scales
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.levels.transform import dct, forward, forward_moment, precision
 from weightvid.levels.trellis import trellis
-from weightvid.loader import (
-    TRELLIS,
-    ZERO_SAMPLE,
-    Array,
-    Bytes,
-    Floats,
-    Part,
-    dequantize,
-    from_float32,
-    to_float32,
-    trellis_index,
-)
+from weightvid.loader import Array, Bytes, Floats, Part, from_float32, to_float32, trellis_index
 
 #: weights of one part at most; rows longer than that make parts of one row.
 PART_WEIGHTS: Final = 1 << 22
@@ -44,10 +34,10 @@ class Quality(NamedTuple):
     worst_db: float
     worst_row: int
 
-    @property
-    def sqnr_db(self) -> float | None:
-        """Signal over noise; None without noise."""
-        return 10 * log10(self.signal / self.noise) if self.noise and self.signal else None
+
+def decibels(signal: float, noise: float) -> float | None:
+    """SQNR of squared sums; None if one of them is zero."""
+    return 10 * log10(signal / noise) if signal and noise else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,7 +129,7 @@ def code_part(
         energies=energies,
         escapes=escapes,
     )
-    found = dequantize(samples, part, [dct(size) for size in plan.kernel])
+    found = loader.dequantize(samples, part, [dct(size) for size in plan.kernel])
     if below is not None:
         found += under
         quiet = original
@@ -147,7 +137,7 @@ def code_part(
     # Outliers would hide what became of all other weights.
     judged = np.where(outliers, quiet, found) if outliers.any() else found
     quality = quality_of(quiet, from_float32(judged, plan.spec.dtype), plan.spec.dtype, first_row)
-    sequence = to_sequence(samples.view(np.uint8) ^ np.uint8(ZERO_SAMPLE), energies)
+    sequence = to_sequence(samples.view(np.uint8) ^ np.uint8(loader.ZERO_SAMPLE), energies)
     shift = None
     if moments is not None and moments.bias is not None:
         error = original - to_float32(stored, plan.spec.dtype)
@@ -168,7 +158,7 @@ def quantize(
         if plan.price:
             moment = balanced_moment(scaled.shape[1], plan.view.channels if plan.balanced else 0)
             return descend(scaled, moment, 0.0, plan.price)
-        if plan.method == TRELLIS:
+        if plan.method == loader.TRELLIS:
             return trellis(scaled)
         return balanced(scaled, plan.view.channels) if plan.balanced else uniform(scaled)
     return _fed_back(scaled, plan, rows, moments)
@@ -180,7 +170,7 @@ def _fed_back(
     """Levels with error feedback; rows and columns in steps."""
     row_factors = plan.row_factors(rows).astype(np.float64)
     config = FeedbackConfig(damping=moments.damping, dead=plan.threshold / plan.step)
-    method: Method = "trellis" if plan.method == TRELLIS else "uniform"
+    method: Method = "trellis" if plan.method == loader.TRELLIS else "uniform"
 
     def fed_back(
         part: Floats, moment: npt.NDArray[np.floating], method: Method
@@ -216,9 +206,6 @@ def _fed_back(
 def block_diagonal(moment: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     """One moment of all inputs of a grouped layer: those of different groups never meet."""
     groups, columns, _ = moment.shape
-    if groups == 1:
-        alone: npt.NDArray[np.floating] = moment[0]
-        return alone
     whole = np.zeros((groups, columns, groups, columns), moment.dtype)
     whole[np.arange(groups), :, np.arange(groups), :] = moment
     return whole.reshape(groups * columns, groups * columns)
@@ -267,7 +254,7 @@ def _escapes(
     far = levels.reshape(-1)[places]
     reach = _SAMPLE_REACH - (far & 1 ^ 1)
     small.reshape(-1)[places] = np.clip(far, -reach, reach)
-    trellis = plan.method == TRELLIS
+    trellis = plan.method == loader.TRELLIS
     numbers = (trellis_index(levels) if trellis else levels).reshape(-1)[places].astype(np.float32)
     listed = outliers.reshape(-1)[places]
     units = np.broadcast_to(plan.column_steps() / (4 if trellis else 1), levels.shape)
@@ -314,5 +301,5 @@ def quality_of(weights: Floats, stored: Array, dtype: str, first_row: int) -> Qu
             ratios = np.where((errors > 0) & (squares > 0), squares / errors, inf)
         row = int(np.argmin(ratios))
         worst = min(worst, (float(ratios[row]), first_row + begin + row))
-    decibels = 10 * log10(worst[0]) if 0 < worst[0] < inf else inf
-    return Quality(signal, noise, decibels, worst[1])
+    worst_db = 10 * log10(worst[0]) if 0 < worst[0] < inf else inf
+    return Quality(signal, noise, worst_db, worst[1])

@@ -127,8 +127,7 @@ def _cheapest(best: Floats, now: Floats, prices: Floats, classes: Bytes) -> Floa
     choices = np.stack([nearest, inner, np.zeros_like(best), now])
     places = (np.clip(choices, -TABLE_MAX, TABLE_MAX) + TABLE_MAX).astype(np.intp)
     costs = np.square(best - choices) + prices[classes, places]
-    chosen: Floats = np.take_along_axis(choices, np.argmin(costs, axis=0)[None], axis=0)[0]
-    return chosen
+    return np.asarray(np.take_along_axis(choices, np.argmin(costs, axis=0)[None], axis=0)[0])
 
 
 def balanced_moment(columns: int, channels: int) -> Floats:

@@ -31,16 +31,10 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.errors import QuantizationError
+from weightvid.levels import trellis
 from weightvid.levels.feedback_trellis import search
 from weightvid.levels.rounding import check_range
-from weightvid.levels.trellis import (
-    MEAN_POINT,
-    TABLE_MAX,
-    CostTables,
-    check_lam,
-    histogram_bits,
-    spread,
-)
+from weightvid.levels.trellis import MEAN_POINT, TABLE_MAX, CostTables, histogram_bits
 from weightvid.loader import MAX_LEVEL, Floats
 
 Method = Literal["uniform", "trellis"]
@@ -87,7 +81,7 @@ class FeedbackConfig:
     def __post_init__(self) -> None:
         if not 0.0 < self.damping < np.inf:
             raise QuantizationError(f"damping must be finite and above 0, not {self.damping!r}")
-        check_lam(self.lam)
+        trellis.check_lam(self.lam)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,9 +168,9 @@ def fit(
     peak = 1.5 * check_range(scaled, MAX_LEVEL // 2)
     parts = split_groups(scaled, moment)
     factors = tuple(factorize(h, chosen.damping, method == "uniform") for _, h in parts)
-    groups = spread(len(parts), _SAMPLE_GROUPS)
+    groups = trellis.spread(len(parts), _SAMPLE_GROUPS)
     count = -(-_SAMPLE // max(1, len(groups) * scaled.shape[1]))
-    sample = [(g, parts[g][0][spread(len(parts[g][0]), count)]) for g in groups]
+    sample = [(g, parts[g][0][trellis.spread(len(parts[g][0]), count)]) for g in groups]
 
     def fitted(samples: Iterable[npt.NDArray[Any]]) -> Fitted:
         bits = histogram_bits(

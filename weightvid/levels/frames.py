@@ -19,16 +19,9 @@ from typing import Final, Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.loader import (
-    ALIGN,
-    BAND,
-    MAX_ENERGY,
-    ZERO_SAMPLE,
-    Array,
-    Bytes,
-    rectangles,
-    sorted_places,
-)
+from weightvid import loader
+from weightvid.levels.trellis import entropy_bits
+from weightvid.loader import ALIGN, BAND, ZERO_SAMPLE, Array, Bytes, rectangles, sorted_places
 
 #: one class of energy is this factor in the mean magnitude of levels, as a power of two. Large
 #: matrices get finer classes: their energies cost little, and many rectangles take no time there.
@@ -76,7 +69,8 @@ def choose_energies(levels: Array, kernel: int = 1) -> Energies | None:
         _energies(by_frequency, mean, octaves),
     )
     saved = levels.size * _level_bits(mean) - _ordered_bits(magnitudes, found.rows, found.columns)
-    return found if saved > _ORDER_BITS + sum(map(_entropy, found)) else None
+    taken = _ORDER_BITS + sum(each.size * entropy_bits(each) for each in found)
+    return found if saved > taken else None
 
 
 def _ordered_bits(magnitudes: npt.NDArray[np.int16], rows: Bytes, columns: Bytes) -> float:
@@ -104,18 +98,11 @@ def _level_bits(mean: float) -> float:
     return (1 + mean) * log2(1 + mean) - mean * log2(mean) + mean / (1 + mean)
 
 
-def _entropy(energies: Bytes) -> float:
-    """Bits of all energies."""
-    counts = np.bincount(energies)
-    counts = counts[counts > 0]
-    return -float((counts * np.log2(counts / energies.size)).sum())
-
-
 def _energies(means: npt.NDArray[np.float64], mean: float, octaves: float) -> Bytes:
     classes = np.rint(np.log2(np.maximum(means, mean * 1e-9) / mean) / octaves)
     energies = np.clip(classes, -_REACH, _REACH).astype(np.int16)
     energies -= energies.min()
-    return np.minimum(energies, MAX_ENERGY).astype(np.uint8)
+    return np.minimum(energies, loader.MAX_ENERGY).astype(np.uint8)
 
 
 def to_sequence(matrix: Array, energies: Energies | None) -> Array:

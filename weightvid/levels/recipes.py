@@ -62,16 +62,10 @@ class Recipe:
     mantissa_bits: int
 
 
-RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
-    {
-        recipe.name: recipe
-        for recipe in (
-            Recipe("fine", 1.0, 1.5, 23),
-            Recipe("balanced", 1.4, 4.0, 10),
-            Recipe("small", 5.0, 8.0, 7),
-        )
-    }
+_ROWS: Final = (
+    *(Recipe("fine", 1.0, 1.5, 23), Recipe("balanced", 1.4, 4.0, 10), Recipe("small", 5.0, 8.0, 7)),
 )
+RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType({row.name: row for row in _ROWS})
 
 
 def recipe(name: str) -> Recipe:

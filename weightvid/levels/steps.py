@@ -183,10 +183,7 @@ def finest_sigmas(stats: TensorStats) -> float:
 
 
 def plan_tensor(
-    stats: TensorStats,
-    step: float,
-    fidelity: str = "outputs",
-    moments: Moments | None = None,
+    stats: TensorStats, step: float, fidelity: str = "outputs", moments: Moments | None = None
 ) -> TensorPlan | None:
     """Plan of a tensor at a step; None if it must be kept exactly.
 
@@ -260,8 +257,7 @@ def steps_by_frequency(kernel: Sequence[int]) -> Steps:
     places = np.indices(tuple(kernel)).reshape(len(kernel), -1)
     spans = np.array([max(size - 1, 1) for size in kernel])[:, None]
     octaves = log2(FREQUENCY_GROWTH) * (2 * places / spans).sum(axis=0)
-    made: Steps = np.rint(4 * (octaves - octaves.mean())).astype(np.int8)
-    return made
+    return np.asarray(np.rint(4 * (octaves - octaves.mean())), np.int8)
 
 
 def steps_from_costs(costs: npt.NDArray[np.float64], kernel: Sequence[int]) -> Steps:
@@ -280,8 +276,7 @@ def steps_from_costs(costs: npt.NDArray[np.float64], kernel: Sequence[int]) -> S
     [-4, 4]
     """
     octaves = np.log2(costs).reshape(len(costs), prod(kernel), -1).mean(axis=(0, 2)) / -2
-    made: Steps = np.clip(np.rint(4 * (octaves - octaves.mean())), -40, 40).astype(np.int8)
-    return made
+    return np.asarray(np.clip(np.rint(4 * (octaves - octaves.mean())), -40, 40), np.int8)
 
 
 def steps_from_counts(counts: npt.NDArray[Any], held: npt.NDArray[Any]) -> Steps | None:
@@ -316,8 +311,7 @@ def steps_from_counts(counts: npt.NDArray[Any], held: npt.NDArray[Any]) -> Steps
 def _usual_shares(rows: int) -> npt.NDArray[np.float64]:
     """How often tokens occur in text, in the order of frequency: about as one over the place."""
     shares = 1 / (np.arange(rows) + rows / 100)
-    usual: npt.NDArray[np.float64] = shares / shares.sum()
-    return usual
+    return np.asarray(shares / shares.sum())
 
 
 def _in_order_of_frequency(stats: TensorStats) -> bool:
@@ -332,8 +326,7 @@ def _in_order_of_frequency(stats: TensorStats) -> bool:
 def _row_steps(stats: TensorStats) -> Steps:
     scales, typical = stats.row_scales.astype(np.float64), stats.typical_scale
     octaves = np.log2(np.where(scales > 0, scales, typical) / typical)
-    made: Steps = np.clip(np.rint(4 * octaves), -127, 127).astype(np.int8)
-    return made
+    return np.asarray(np.clip(np.rint(4 * octaves), -127, 127), np.int8)
 
 
 #: step of the samples that a lossy codec quantizes, in units of the rule: 127 of them are 7 sigmas

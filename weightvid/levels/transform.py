@@ -85,8 +85,7 @@ def dct(size: int) -> Floats:
     positions = (np.arange(size) + 0.5) * np.pi / size
     basis = np.cos(np.arange(size)[:, None] * positions) * np.sqrt(2.0 / size)
     basis[0] /= np.sqrt(2.0)
-    made: Floats = basis.astype(np.float32)
-    return made
+    return np.asarray(basis, np.float32)
 
 
 @cache

@@ -124,7 +124,6 @@ class Video:
 
 
 _SIDE_STEP: Final = 64
-_FULL_RANGE: Final = 2
 #: bits of a sample that the level claims to suffice for before the packets are known.
 _USUAL_BITS: Final = 6
 _TASKS: Final = Path("/proc/self/task")
@@ -279,7 +278,7 @@ def _open(video: Video, width: int, height: int) -> Any:
     context: Any = av.CodecContext.create(CODECS[video.codec].encoder, "w")
     context.width, context.height = width, height
     context.pix_fmt = "yuv420p"
-    context.color_range = _FULL_RANGE
+    context.color_range = 2  # full
     context.time_base = context.framerate = Fraction(1, 1)
     context.thread_count = context.gop_size = 1
     context.flags |= Flags.global_header
@@ -308,9 +307,6 @@ def usual_priority() -> Iterator[None]:
             with suppress(OSError):  # a thread may have ended meanwhile
                 if os.sched_getscheduler(thread) != policy:
                     os.sched_setscheduler(thread, policy, priority)
-
-
-# --- the encoder's output as record and sample ----------------------------------------------------
 
 
 def _wrap_hevc(extradata: bytes, packet: bytes) -> tuple[bytes, bytes]:

@@ -60,7 +60,8 @@ def research_methods() -> Iterator[Method]:
         code = partial(_code, scheme)
         depends = ("compare/research/", "compare/rans", "levels/transform")
         yield Method(
-            f"research {name}", "research", code, "step factor", FACTORS, missing, depends=depends
+            f"research {name}", "research", code, "step factor", FACTORS, missing, depends=depends,
+            command=("compare", "--research"),
         )  # fmt: skip
 
 

@@ -10,20 +10,8 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from weightvid.compare.rans import Integers, decode, encode
-from weightvid.compare.research.scalar import (
-    CLASSES,
-    SLOPE,
-    Floats64,
-    Matrix,
-    classes_of,
-    coefficients,
-    contexts_of,
-    flattened,
-    from_coefficients,
-    in_shapes,
-    rounded,
-    shape_of,
-)
+from weightvid.compare.research import scalar
+from weightvid.compare.research.scalar import Floats64, Matrix
 from weightvid.levels.transform import View
 
 #: how far back a kernel may refer, and by what its reference may be multiplied, in halves.
@@ -43,7 +31,7 @@ class KernelPrediction(NamedTuple):
 
     def encode(self, matrices: Sequence[Floats64], views: Sequence[View]) -> bytes:
         """Bytes of matrices."""
-        levels = rounded(coefficients(matrices, views) if self.dct else matrices)
+        levels = scalar.rounded(scalar.coefficients(matrices, views) if self.dct else matrices)
         flags, references, residuals = [], [], []
         history: dict[int, Integers] = {}
         for view, own in zip(views, levels, strict=True):
@@ -63,18 +51,18 @@ class KernelPrediction(NamedTuple):
             flags.append((chosen >= 0).astype(np.int64))
             references.append(chosen[predicted])
             residuals.append(residual)
-        marks = flattened(flags)
+        marks = scalar.flattened(flags)
         data = encode(marks, self._flag_contexts(views))
-        refs = flattened(references)
+        refs = scalar.flattened(references)
         data += encode(refs, np.zeros(len(refs), np.int64))
-        return data + encode(flattened(residuals), self._contexts(views, marks))
+        return data + encode(scalar.flattened(residuals), self._contexts(views, marks))
 
     def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:
         """Matrices of bytes."""
         marks, data = decode(data, self._flag_contexts(views))
         refs, data = decode(data, np.zeros(int(marks.sum()), np.int64))
         residuals, _ = decode(data, self._contexts(views, marks))
-        found = in_shapes(residuals, [shape_of(view) for view in views])
+        found = scalar.in_shapes(residuals, [scalar.shape_of(view) for view in views])
         history: dict[int, Integers] = {}
         flags, numbers = iter(marks.tolist()), iter(refs.tolist())
         for view, own in zip(views, found, strict=True):
@@ -89,7 +77,7 @@ class KernelPrediction(NamedTuple):
                     every[place] += _scaled(every[place - 1 - back], _SCALES[scale])
             own[:] = every[len(before) :].reshape(own.shape)
             history[own.shape[2]] = every[-_WINDOW:]
-        return from_coefficients(found, views) if self.dct else found
+        return scalar.from_coefficients(found, views) if self.dct else found
 
     def _flag_contexts(self, views: Sequence[View]) -> Integers:
         counts = [view.rows * view.channels for view in views if view.kernel]
@@ -98,14 +86,14 @@ class KernelPrediction(NamedTuple):
     def _contexts(self, views: Sequence[View], marks: Integers) -> Integers:
         """Context of each residual: as without prediction, and whether there was one."""
         counts = [view.rows * view.channels if view.kernel else 0 for view in views]
-        own = iter(in_shapes(marks, [(count,) for count in counts]))
+        own = iter(scalar.in_shapes(marks, [(count,) for count in counts]))
         found = []
         for number, view in enumerate(views):
             flags = next(own) if view.kernel else (next(own), np.zeros(1, np.int64))[1]
-            classes = CLASSES * number + classes_of(view, self.dct)
+            classes = scalar.CLASSES * number + scalar.classes_of(view, self.dct)
             every = 2 * classes + flags.reshape(-1, 1)
             found.append(np.broadcast_to(every, (view.rows * view.channels, classes.size)))
-        return flattened(found)
+        return scalar.flattened(found)
 
 
 def _scaled(levels: Integers, halves: Integers) -> Integers:
@@ -138,7 +126,7 @@ def _references(kernels: Integers, first: int) -> Integers:
         best = flat.argmin(axis=1)
         gain = bits[position, np.abs(own)].sum(axis=1) - flat[np.arange(len(own)), best]
         found.append(np.where(gain > price, best, -1))
-    return flattened(found)
+    return scalar.flattened(found)
 
 
 class Codebook(NamedTuple):
@@ -155,9 +143,9 @@ class Codebook(NamedTuple):
     def encode(self, matrices: Sequence[Floats64], views: Sequence[View]) -> bytes:
         """Bytes of matrices; those without kernels are quantized as scalars."""
         pairs = list(zip(matrices, views, strict=True))
-        scalar = [(x, view) for x, view in pairs if not view.kernel]
-        levels = rounded([x for x, _ in scalar])
-        data = encode(flattened(levels), contexts_of([view for _, view in scalar], dct=False))
+        levels = scalar.rounded([x for x, view in pairs if not view.kernel])
+        contexts = scalar.contexts_of([view for view in views if not view.kernel], dct=False)
+        data = encode(scalar.flattened(levels), contexts)
         for size in _kernel_sizes(views):
             vectors = np.concatenate([
                 x.reshape(-1, size) for x, view in pairs if view.kernel and x.shape[2] == size
@@ -170,9 +158,9 @@ class Codebook(NamedTuple):
 
     def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:
         """Matrices of bytes."""
-        scalar = [view for view in views if not view.kernel]
-        levels, data = decode(data, contexts_of(scalar, dct=False))
-        flat = iter(in_shapes(levels, [shape_of(view) for view in scalar]))
+        flat_views = [view for view in views if not view.kernel]
+        levels, data = decode(data, scalar.contexts_of(flat_views, dct=False))
+        flat = iter(scalar.in_shapes(levels, [scalar.shape_of(view) for view in flat_views]))
         kernels: dict[int, Iterator[Integers]] = {}
         for size in _kernel_sizes(views):
             own = [view for view in views if view.kernel and prod(view.kernel) == size]
@@ -181,7 +169,9 @@ class Codebook(NamedTuple):
             total = sum(view.rows * view.channels for view in own)
             chosen, data = decode(data, np.zeros(total, np.int64))
             vectors = (book.reshape(count, size) / _BOOK_SCALE)[chosen]
-            kernels[size] = iter(in_shapes(vectors.reshape(-1), [shape_of(view) for view in own]))
+            kernels[size] = iter(
+                scalar.in_shapes(vectors.reshape(-1), [scalar.shape_of(view) for view in own])
+            )
         return [next(kernels[prod(view.kernel)] if view.kernel else flat) for view in views]
 
 
@@ -204,7 +194,7 @@ def _ecvq(vectors: Floats64, entries: int) -> tuple[Integers, Integers]:
     for rounds in range(_ROUNDS + 1):
         if rounds == _ROUNDS:
             book = np.rint(book * _BOOK_SCALE) / _BOOK_SCALE
-        cost = np.square(book).sum(axis=1) + SLOPE * bits
+        cost = np.square(book).sum(axis=1) + scalar.SLOPE * bits
         for first in range(0, len(vectors), 4096):
             part = vectors[first : first + 4096]
             chosen[first : first + 4096] = (cost - 2 * part @ book.T).argmin(axis=1)

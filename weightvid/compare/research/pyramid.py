@@ -9,14 +9,8 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from weightvid.compare.rans import Integers, decode, encode
-from weightvid.compare.research.scalar import (
-    Floats64,
-    Matrix,
-    flattened,
-    in_shapes,
-    rounded,
-    shape_of,
-)
+from weightvid.compare.research import scalar
+from weightvid.compare.research.scalar import Floats64, Matrix
 from weightvid.levels.transform import View
 
 _LEVELS: Final = 3
@@ -38,11 +32,11 @@ class Pyramid(NamedTuple):
     def encode(self, matrices: Sequence[Floats64], views: Sequence[View]) -> bytes:
         """Bytes of matrices."""
         bands: list[Integers] = []
-        for levels in rounded(matrices):
+        for levels in scalar.rounded(matrices):
             bands += self._bands(levels.reshape(len(levels), -1))
         shapes = [band.shape for band in bands]
         contexts = np.repeat(np.arange(len(bands)), [prod(shape) for shape in shapes])
-        return encode(flattened(bands), contexts)
+        return encode(scalar.flattened(bands), contexts)
 
     def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:
         """Matrices of bytes."""
@@ -50,11 +44,11 @@ class Pyramid(NamedTuple):
         empty = [self._bands(np.zeros((v.rows, v.columns), np.int64)) for v in views]
         shapes = [band.shape for bands in empty for band in bands]
         contexts = np.repeat(np.arange(len(shapes)), [prod(shape) for shape in shapes])
-        bands = iter(in_shapes(decode(data, contexts)[0], shapes))
+        bands = iter(scalar.in_shapes(decode(data, contexts)[0], shapes))
         found = []
         for view, own in zip(views, empty, strict=True):
             whole = self._whole([next(bands) for _ in own], (view.rows, view.columns))
-            found.append(whole.reshape(shape_of(view)))
+            found.append(whole.reshape(scalar.shape_of(view)))
         return found
 
     def _bands(self, matrix: Integers) -> list[Integers]:
