@@ -45,6 +45,7 @@ from small_models import weights
         ("pack", "{model}", "--max-kl", "0.1"),
         ("pack", "{model}", "--max-drop", "1%"),
         ("pack", "{model}", "-o", "{model}"),
+        ("pack", "{model}", "-o", "{folder}/other.NPZ"),
         ("unpack", "{archive}"),
         ("unpack", "{archive}", "-o", "{folder}/m.tar"),
         ("unpack", "{archive}", "-o", "{folder}/m.npz", "--dtype", "int4"),

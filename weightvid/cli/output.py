@@ -31,10 +31,10 @@ FAILED, USAGE, DAMAGED, MISSING, INTERRUPTED = 1, 2, 3, 4, 130
 SCHEMA_VERSION: Final = 1
 #: letters of a message.
 _LINE: Final = 1000
-_SUFFIXES: Final = frozenset(
-    {".safetensors", ".pt", ".pth", ".th", ".bin", ".npz", ".gguf", ".onnx", ".tflite"}
-    | {".mlpackage", ".mp4", ".json"}
+CHECKPOINTS: Final = frozenset(
+    ".safetensors .pt .pth .th .npz .gguf .onnx .tflite .mlpackage .nnc".split()
 )
+_SUFFIXES: Final = CHECKPOINTS | {".bin", ".mp4", ".json"}
 
 
 def option(
