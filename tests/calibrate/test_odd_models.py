@@ -111,7 +111,7 @@ def test_passes_end_once_their_layers_were_seen(tmp_path: Path) -> None:
 def test_what_a_result_is_added_to(forward: Any, known: bool) -> None:
     net, x = By(lambda s, x: forward(x, s.a(x)), a=(24, 24)), batches()[0]
     with torch.no_grad(), Watch(dict(net.named_parameters())) as watch:
-        watch.keeps, watch.added = lambda *_: True, True
+        watch.keeps, watch.sums = lambda *_: True, True
         net(x)
     (seen,) = watch.kept[0].seen()
     assert (seen.added is not None) == known

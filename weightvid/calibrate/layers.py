@@ -171,6 +171,7 @@ class Layer:
 def refit(weights: Floats, means: InputMeans, damping: float) -> Floats:
     """Weights that put out the same for the new inputs, as nearly as can be, shape (R, C).
 
+    And what makes up for a gap, if one is known.
     ``damping`` is a part of the mean diagonal of H', above 0.
     """
     found = []
@@ -210,7 +211,7 @@ class _Runs:
         """Calls of layers; for a batch that is a share of all, how outputs pull at them, too."""
         gradients = share > 0.0 and self._pulled
         watch = Watch(self._state.tensors, gradients=gradients, wanted=wanted)
-        watch.keeps, watch.added = keeps, self.order.reads
+        watch.keeps, watch.sums = keeps, self.order.reads
         if not gradients:
             watch.until = {name: self.order.calls.get(name, 0) for name in wanted}
         output = None

@@ -122,12 +122,13 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         #: of a name, bytes of inputs and of the result: whether a call stays in `kept`, or is
         #: forgotten; None: all are reported.
         self.keeps: Callable[[str, int, int], bool] | None = None
-        #: after so many calls of these layers `Enough` is raised; if it is to be known what the
-        #: results of calls that are kept are ``added`` to, not before another layer is called.
+        #: after so many calls of these layers `Enough` is raised.
         self.until: Mapping[str, float] = {}
-        self.added = False
+        #: calls that are kept learn what their results are added to; until the next layer is
+        #: called, which `Enough` waits for.
+        self.sums = False
         self._made: tuple[Call, Any, int | None] | None = None
-        #: what came since, and may depend on that result.
+        #: ids of what came since, and may depend on that result.
         self._later = set[int]()
         #: what the call that is under way is to report.
         self._waiting: list[Call] = []
@@ -157,13 +158,15 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
             self._add(*args)
         if func not in _CALLS:
             return self._came(call())
-        self._end(self.added)
+        if self._seen_all():
+            raise Enough
         handler, names = _CALLS[func]
         self._unbiased = None
         result = handler(self, {**dict(zip(names, args, strict=False)), **call.keywords}, call)
         result = call() if result is None else result
         result = self.reported(result)
-        self._end(not self.added)
+        if self._seen_all() and not self.sums:
+            raise Enough
         if self._unbiased is not None:
             self._output = self._unbiased, result, _version(result)
         return self._came(result)
@@ -222,9 +225,8 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         """Report some inputs, which a function lays out, when the call has its result."""
         self._waiting.append(Call(name, inputs.detach(), lay))
 
-    def _end(self, now: bool) -> None:
-        if now and self.until and self.until == self.calls:
-            raise Enough
+    def _seen_all(self) -> bool:
+        return bool(self.until) and self.until == self.calls
 
     def _came(self, result: Any) -> Any:
         if self._made is not None:
@@ -259,7 +261,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
                 if not result.requires_grad:
                     result = result.detach().requires_grad_().clone()
                 result.register_hook(self.kept[-1].pulls.append)
-            self._made = (self.kept[-1], result, _version(result)) if self.added else None
+            self._made = (self.kept[-1], result, _version(result)) if self.sums else None
             self._later.clear()
         return result
 

@@ -31,10 +31,6 @@ FAILED, USAGE, DAMAGED, MISSING, INTERRUPTED = 1, 2, 3, 4, 130
 SCHEMA_VERSION: Final = 1
 #: letters of a message.
 _LINE: Final = 1000
-CHECKPOINTS: Final = frozenset(
-    ".safetensors .pt .pth .th .npz .gguf .onnx .tflite .mlpackage .nnc".split()
-)
-_SUFFIXES: Final = CHECKPOINTS | {".bin", ".mp4", ".json"}
 
 
 def option(
@@ -81,7 +77,7 @@ def named_after(source: str, ending: str) -> Path:
 
         name = file_name(source) or "model"
         # What a hub address or a folder names has no suffix, though it may have dots.
-        known = Path(name).suffix.lower() in _SUFFIXES
+        known = is_checkpoint(name) or Path(name).suffix.lower() in (".mp4", ".json")
         return Path(f"{Path(name).stem if known else name}{ending}")
     path = Path(source)
     if path.is_dir():
@@ -89,6 +85,13 @@ def named_after(source: str, ending: str) -> Path:
         name = folder.name.removesuffix(".mlpackage")
         return folder.with_name(f"{name or 'model'}{ending}")
     return path.with_name(f"{path.stem}{ending}")
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a file is named as a kind of checkpoint is."""
+    from weightvid.checkpoint import KINDS
+
+    return any(Path(name).suffix.lower() in kind.suffixes for kind in KINDS)
 
 
 def usage_error(message: str, option: str) -> NoReturn:

@@ -178,7 +178,7 @@ def pack(
     piped = destination in output.STDOUT
     if piped and (json or sys.stdout.isatty()):
         usage_error("the archive goes to a file or a pipe, without other output", "--output")
-    if Path(destination).suffix.lower() in output.CHECKPOINTS:
+    if output.is_checkpoint(destination):
         usage_error(f"an archive is an MP4 file: name it .mp4, not {destination}", "--output")
     own = {"the model": model, "the calibration": calibrate.rpartition(":")[0] or calibrate}
     own |= {"the evaluation": evaluate.rpartition(":")[0]}
