@@ -1,7 +1,5 @@
 """Archives at paths and addresses: opened, walked without decoding, and read when damaged."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Output files that appear whole under their real name, or not at all."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

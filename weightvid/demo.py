@@ -4,8 +4,6 @@ Nothing here prints and nothing needs torch: the network is run in numpy. The ch
 held-out digits come from ``tools/train_digits.py``.
 """
 
-from __future__ import annotations
-
 import lzma
 from collections.abc import Callable, Mapping
 from pathlib import Path

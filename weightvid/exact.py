@@ -3,8 +3,6 @@
 Elements lie by byte planes; floats that must keep every bit by planes of exponent and mantissa.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -6,8 +6,6 @@ soon as it is whole, and each frame decoded: what a server, a proxy or a disk ch
 again.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

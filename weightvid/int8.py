@@ -10,8 +10,6 @@ Source: Jeong, "Bias embedding of quantization offsets", 2020; the arithmetic: J
 2018.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Mapping

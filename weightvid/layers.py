@@ -10,8 +10,6 @@ The ancestor is the Laplacian pyramid: Burt and Adelson, "The Laplacian pyramid 
 code", 1983.
 """
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections import deque

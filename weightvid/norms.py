@@ -8,8 +8,6 @@ So mean and variance may be rounded as coarsely as weights are: weight and bias,
 are changed so that gain and offset stay. A base's statistics, if near, are kept as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Final, NamedTuple, cast
 

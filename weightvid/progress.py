@@ -1,7 +1,5 @@
 """How long work reports its progress: to a callable, from whatever floor it runs on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

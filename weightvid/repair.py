@@ -6,8 +6,6 @@ it, wherever it strikes: the header, the index and the parity itself are no exce
 which bytes are damaged; FORMAT.md describes the box.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import zlib

@@ -6,8 +6,6 @@ so a decoder never sees what was not signed. Ed25519 by the package cryptography
 describes the box.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What checkpoints and archives both list: element types, tensors, and small files beside them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ What follows from it: which tensors are worth quantizing, the steps of the rule,
 for bit, and what people should know of the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase

@@ -1,7 +1,5 @@
 """What workers do for a packing, a part of a tensor or a frame at a time, and the sums over it."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from functools import partial

@@ -5,8 +5,6 @@ layers of the base come first, then those of each update; what later archives re
 is dropped. The tensors are those that the chain has, and so is the root.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The package version, the only place it is written, and the state of its code."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import cache
 from pathlib import Path

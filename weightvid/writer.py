@@ -1,7 +1,5 @@
 """The archive as a stream of boxes, in constant memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, Final
 

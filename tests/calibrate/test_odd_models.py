@@ -17,10 +17,11 @@ from torch import nn  # noqa: E402
 
 from weightvid.calibrate import Calibration, CalibrationConfig, calibrate  # noqa: E402
 from weightvid.calibrate.layers import refit  # noqa: E402
+from weightvid.calibrate.layouts import Seen  # noqa: E402
 from weightvid.calibrate.state import change_of, first_output, running  # noqa: E402
 from weightvid.calibrate.sums import Sums  # noqa: E402
 from weightvid.calibrate.trial import Check  # noqa: E402
-from weightvid.calibrate.watch import Seen, Watch  # noqa: E402
+from weightvid.calibrate.watch import Watch  # noqa: E402
 from weightvid.checkpoint import from_mapping  # noqa: E402
 from weightvid.errors import EvaluationError, QuantizationError  # noqa: E402
 from weightvid.pack import PackOptions, pack_checkpoint  # noqa: E402

@@ -16,8 +16,6 @@ and the original model's, too: V is ``(W C + E[r x'^T]) (H')^-1`` (residual comp
 WaterSIC).
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -29,6 +27,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from weightvid.calibrate.layouts import Call, Seen
 from weightvid.calibrate.order import (
     Batches,
     Order,
@@ -53,7 +52,7 @@ from weightvid.calibrate.state import (
 from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats
 from weightvid.calibrate.sums import InputMeans, Sums
 from weightvid.calibrate.trial import Check, Coded, sample_rows, values_of
-from weightvid.calibrate.watch import Call, Enough, Seen, Watch
+from weightvid.calibrate.watch import Enough, Watch
 from weightvid.levels.code import CodedPart, quality_of
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.loader import Array, Floats, TensorSpec, from_float32

@@ -1,7 +1,5 @@
 """What a model is run on and in which order; and what a look at a few batches tells of both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,8 +8,9 @@ from typing import Any, Final, TypeVar
 
 import torch
 
+from weightvid.calibrate.layouts import Seen
 from weightvid.calibrate.state import State, first_output, first_tensor, samples_of
-from weightvid.calibrate.watch import Seen, Watch
+from weightvid.calibrate.watch import Watch
 
 #: batches that show which tensors are used, and how.
 _LOOK_BATCHES: Final = 2

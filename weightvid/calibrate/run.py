@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from weightvid.calibrate.layouts import Seen
 from weightvid.calibrate.order import (
     Batches,
     Order,
@@ -32,7 +33,7 @@ from weightvid.calibrate.stats import (
 )
 from weightvid.calibrate.sums import InputMeans, Sums
 from weightvid.calibrate.trial import choose_damping, whole_gain
-from weightvid.calibrate.watch import Seen, Watch
+from weightvid.calibrate.watch import Watch
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import QuantizationError
 from weightvid.levels.feedback import factorize

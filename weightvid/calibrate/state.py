@@ -1,7 +1,5 @@
 """A module that runs: with its own weights, or for a while with those of an archive."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass

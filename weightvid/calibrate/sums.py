@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as fn
 
+from weightvid.calibrate.layouts import Seen
 from weightvid.calibrate.stats import without_ones
-from weightvid.calibrate.watch import Seen
 from weightvid.errors import QuantizationError
 
 #: rows of inputs multiplied at once in float32 before they are added up in float64.

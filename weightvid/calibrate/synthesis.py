@@ -10,8 +10,6 @@ Sources: Cai et al., "ZeroQ", 2020, and Jeon et al., "Genie", 2023, for the imag
 "LLM-QAT", 2023, for the text.
 """
 
-from __future__ import annotations
-
 import re
 from contextlib import suppress
 from importlib import import_module

@@ -5,8 +5,6 @@ of layers add up, so the whole model is quantized as well, once as without stati
 them. What no such check sees is inputs of a wrong kind: those held back are of that kind as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log10

@@ -5,8 +5,6 @@ templates, the program and the manifest as they are. Reading needs the ``coremlt
 (extra ``coreml``), on any system; writing needs none.
 """
 
-from __future__ import annotations
-
 import struct
 import sys
 from collections.abc import Iterator

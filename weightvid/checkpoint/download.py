@@ -4,8 +4,6 @@ Those of the hub go to huggingface_hub's cache, where they stay; others to a tem
 ``TMPDIR``).
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping

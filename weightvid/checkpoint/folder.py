@@ -5,8 +5,6 @@ Layout: https://huggingface.co/docs/transformers/big_models (``model.safetensors
 ``pytorch_model.bin``). What is written is safetensors, in shards where it is large.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

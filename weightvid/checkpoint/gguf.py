@@ -4,8 +4,6 @@ Written are matrices as F16, F32 or Q8_0 and vectors as F32, with the metadata o
 travels as a side file: a GGUF file without tensors.
 """
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any, Final

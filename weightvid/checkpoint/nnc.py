@@ -4,8 +4,6 @@ Its pins clash with ours, so the environment variable WEIGHTVID_NNCODEC names a 
 (``pip install nncodec``); the script that this Python runs is that of `weightvid.compare`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

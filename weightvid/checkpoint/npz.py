@@ -3,8 +3,6 @@
 Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 import zipfile

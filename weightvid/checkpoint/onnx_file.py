@@ -5,8 +5,6 @@ Specification: https://github.com/onnx/onnx/blob/main/docs/IR.md and docs/Extern
 one tensor at a time.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Iterator

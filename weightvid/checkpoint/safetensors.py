@@ -6,8 +6,6 @@ Format: https://github.com/huggingface/safetensors (8 bytes of little-endian hea
 header padded with spaces, the tensors' bytes without holes).
 """
 
-from __future__ import annotations
-
 import json
 import os
 from contextlib import suppress

@@ -5,8 +5,6 @@ it again: LiteRT and Core ML. A template is one line of JSON, which says where w
 (name: offset, type, shape, axes), and then the other bytes of the file.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

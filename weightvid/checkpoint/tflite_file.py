@@ -5,8 +5,6 @@ https://github.com/google-ai-edge/LiteRT/blob/main/tflite/converter/schema/schem
 the ``tflite`` package (extra ``tflite``), writing needs none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path

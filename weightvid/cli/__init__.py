@@ -1,7 +1,5 @@
 """The command line. Verbs live in one file each, which is imported when the verb is called."""
 
-from __future__ import annotations
-
 try:
     from weightvid.cli.app import main
 except ModuleNotFoundError as error:

@@ -1,7 +1,5 @@
 """The application: its verbs, and how every failure ends."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """``weightvid apply``: an archive and updates to it, merged into one archive."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from weightvid.cli import output

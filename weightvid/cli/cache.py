@@ -1,7 +1,5 @@
 """``weightvid cache``: what lies on this machine, and where."""
 
-from __future__ import annotations
-
 import tempfile
 from contextlib import suppress
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """``weightvid calibrate``: what a model's layers see, for smaller archives."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``weightvid demo``: a digit classifier there and back."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``weightvid device``: the C loader's sources."""
 
-from __future__ import annotations
-
 from importlib.resources import files
 from pathlib import Path
 

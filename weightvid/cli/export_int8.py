@@ -1,7 +1,5 @@
 """``weightvid export-int8``: archive to integer ONNX graph."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from weightvid.cli import output

@@ -1,7 +1,5 @@
 """``weightvid fetch``: an archive from web servers."""
 
-from __future__ import annotations
-
 from weightvid.cli import output
 from weightvid.cli.output import FORCE, JSON, option, usage_error
 

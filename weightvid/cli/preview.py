@@ -1,7 +1,5 @@
 """``weightvid preview``: frames as pictures."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import typer

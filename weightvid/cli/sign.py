@@ -1,7 +1,5 @@
 """``weightvid sign``: an archive that others can check to be yours."""
 
-from __future__ import annotations
-
 from weightvid.cli import output
 from weightvid.cli.output import FORCE, JSON, argument, option
 

@@ -1,7 +1,5 @@
 """``weightvid unpack``: archive to checkpoint."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The model that is compared on, and what a way of storing it gave back."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ The last line on stdout: seconds of encoding and of decoding. ``nncodec_child.py
 only restores ``stream.nnc``, and writes the names.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io

@@ -4,8 +4,6 @@ Its pins clash with ours, so a Python of its own runs it: its path is an option,
 of the environment variable WEIGHTVID_NNCODEC.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Iterator, Sequence

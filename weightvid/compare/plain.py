@@ -4,8 +4,6 @@ But for GGUF their bytes hold no names, shapes or index, which any real file nee
 own sizes do count.
 """
 
-from __future__ import annotations
-
 import ctypes
 import lzma
 from collections.abc import Callable, Iterator, Mapping

@@ -4,8 +4,6 @@ Asymmetric numeral systems, by the package constriction, with static frequencies
 which are stored with the data: so sizes are exact and hold all side information.
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Sequence

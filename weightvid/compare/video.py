@@ -5,8 +5,6 @@ it is there. Lossless codecs get the frames of default archives; lossy ones thos
 small step, which they quantize further.
 """
 
-from __future__ import annotations
-
 import hashlib
 import lzma
 from collections.abc import Iterator, Sequence

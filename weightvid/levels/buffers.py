@@ -3,8 +3,6 @@
 Names decide, as files say nothing of what a tensor is for; a table of sines also tells by its rows.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from math import sqrt

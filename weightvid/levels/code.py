@@ -1,7 +1,5 @@
 """A part of a tensor to samples and back: scale, quantize, order, and what it cost."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import inf, log10, prod
 from typing import Final, NamedTuple

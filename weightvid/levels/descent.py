@@ -11,8 +11,6 @@ Source: the trade of distortion for bits is that of Sullivan and Wiegand, "Rate-
 optimization for video compression", 1998.
 """
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 import numpy as np

@@ -21,8 +21,6 @@ LLM quantization", 2025; feedback on both sides: Tseng et al., "Model-preserving
 2025.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple

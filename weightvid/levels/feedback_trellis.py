@@ -9,8 +9,6 @@ Source: Duel-Hallen and Heegard, "Delayed decision-feedback sequence estimation"
 survivors; `weightvid.levels.feedback` for the feedback.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 import numpy as np

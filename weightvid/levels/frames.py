@@ -10,8 +10,6 @@ which is a multiple of 4 (the width of a coefficient group of HEVC). A frame sho
 ribbon in bands of 64 rows, from top to bottom.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from math import log2, prod
 from typing import Final, Generic, NamedTuple, TypeVar

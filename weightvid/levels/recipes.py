@@ -11,8 +11,6 @@ k follows from a recipe, which says how much more harm than int8 with a scale pe
 steps may do. What int8 does is known without data: its steps are the rows' peaks over 127.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt

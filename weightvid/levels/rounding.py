@@ -13,8 +13,6 @@ The idea is that of noise shaping in converters; for weights see Nagel et al., "
 rounding for post-training quantization", 2020.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 import numpy as np

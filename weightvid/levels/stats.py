@@ -1,7 +1,5 @@
 """What the choice of steps needs to know of a tensor: robust scales of rows, peaks, zeros."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, log2, sqrt

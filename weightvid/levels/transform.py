@@ -7,8 +7,6 @@ bear well (high frequencies) from those that they don't. The inverse is in the l
 Source: Ahmed, Natarajan and Rao, "Discrete cosine transform", 1974 (DCT-II, orthonormal).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache

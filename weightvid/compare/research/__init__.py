@@ -5,8 +5,6 @@ and names are known to both sides, as with the plain ways. docs/research.md says
 from and what was measured.
 """
 
-from __future__ import annotations
-
 import lzma
 import struct
 from collections.abc import Iterator

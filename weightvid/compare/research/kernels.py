@@ -1,7 +1,5 @@
 """Quantizers that know kernels: prediction from earlier ones, and a codebook of all."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator, Sequence
 from math import log2, prod

@@ -1,7 +1,5 @@
 """Pyramids of matrices of levels: coarse first, then what is missing, without loss."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 from typing import Final, NamedTuple

@@ -3,8 +3,6 @@
 What all quantizers of the research share is here, too: matrices as levels, levels as one run.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Sequence
 from math import log2, prod
