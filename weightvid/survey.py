@@ -262,13 +262,15 @@ def survey_checkpoint(
         if may_code(spec, options.keep) and spec.name not in scales | tables
     }
     total = sum(spec.size for spec in wanted.values())
-    done, stats = 0, {}
+    done, stats, broken = 0, {}, list[str]()
     tasks = ((spec, _pieces(reader, spec, workers)) for spec in wanted.values())
     for number, found in zip(wanted, workers.map(_look_at, tasks), strict=True):
         done += found.spec.size
         progress(Progress("survey", done, total))
         if buffers.is_sinusoid(found):
             tables.add(found.spec.name)
+        elif not found.finite:
+            broken.append(found.spec.name)
         elif steps.is_codable(found.spec, found):
             stats[number] = found
     scaled = dict(zip(stats, units(list(stats.values()), options.fidelity), strict=True))
@@ -278,6 +280,7 @@ def survey_checkpoint(
             ("kept bit for bit, as integers already", integers),
             ("kept bit for bit, as scales of packed integers", scales),
             ("kept bit for bit, as constant tables", tables),
+            ("kept bit for bit, for NaN or infinity in them", broken),
             ("an optimizer's state, which no loader needs, is packed, too", states),
         )
         if names
