@@ -46,12 +46,12 @@ def several_frames() -> Arrays:
     }
 
 
-def pack(arrays: Arrays, path: Path) -> Path:
+def pack(arrays: Arrays, path: Path, dtypes: Any = None) -> Path:
     """Pack arrays in frames of 256 x 192, with metadata, by the fine recipe."""
     options = PackOptions(recipe="fine", jobs=1, force=True)
     with (
         pytest.MonkeyPatch.context() as patch,
-        from_mapping(arrays, metadata={"format": "test"}) as reader,
+        from_mapping(arrays, dtypes=dtypes, metadata={"format": "test"}) as reader,
     ):
         patch.setattr("weightvid.pack.choose_frame_size", lambda _: FrameSize(256, 192))
         pack_checkpoint(reader, path, options)

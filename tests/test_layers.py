@@ -68,6 +68,18 @@ def noise(archive: loader.Archive, name: str) -> float:
     return float(np.square(found - original).mean())
 
 
+def test_outliers_hide_no_error(tmp_path: Path) -> None:
+    weights = sources.normal(7, 64, 80)
+    weights[3, 5], weights[7, 7] = 90.0, -55.0
+    path, options = tmp_path / "a.mp4", PackOptions(jobs=1)
+    np.savez(tmp_path / "m.npz", w=weights)
+    with from_mapping({"w": weights}) as checkpoint:
+        report = pack_layers(checkpoint, path, Layering(2), options)
+    assert report.sqnr_db is not None
+    assert report.sqnr_db < 50
+    assert verify_archive(path, tmp_path / "m.npz").ok
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_each_layer_is_nearer(layers: int) -> None:
     before = dict[str, float]()
@@ -144,6 +156,8 @@ def test_arrivals_tell_when_a_layer_is_complete() -> None:
     matrix = [a for a in arrivals if a.spec.name == "matrix"]
     assert [(a.layer, a.left) for a in matrix] == [(1, 2), (2, 1), (3, 0)]
     assert len({a.array.tobytes() for a in matrix}) == 3
+    # What the next layer is added to is not for users to change.
+    assert [a.array.flags.writeable for a in matrix] == [False, False, True]
 
 
 def test_a_pipe_is_read_once() -> None:
@@ -179,6 +193,12 @@ def test_partial_unpacking_of_a_cut_archive(tmp_path: Path) -> None:
     assert not out.exists()
     report = unpack_archive(path, out, UnpackOptions(partial=True))
     assert report.missing == ()
+    assert report.coarse
+    assert set(report.coarse) == set(verify_archive(path).affected)
+    assert verify_archive(path).tensors_intact == len(model()) - len(report.coarse)
+    one = UnpackOptions(tensors=(report.coarse[0],))
+    with pytest.raises(TruncatedError, match="cut short"):
+        unpack_archive(path, tmp_path / "one.safetensors", one)
     assert report.defect is not None
     assert report.tensors == len(model())
     unpack_archive(path, tmp_path / "coarse.safetensors", UnpackOptions(layers=1))

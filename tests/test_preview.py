@@ -104,6 +104,16 @@ def test_names_from_files_may_be_anything(tmp_path: Path) -> None:
     assert all(Path(picture).parent == tmp_path / "k" for picture in pictures)
 
 
+def test_types_without_real_numbers_are_not_drawn(tmp_path: Path) -> None:
+    arrays = {
+        "w": np.ones((20, 20)),
+        "byte": np.ones((20, 20), np.uint8),
+        "c": np.ones((9, 9), "c8"),
+    }
+    path = small_models.pack(arrays, tmp_path / "m.mp4", dtypes={"byte": "F8_E4M3"})
+    assert [Path(p).stem for p in preview_kernels(path, tmp_path / "k")] == ["w"]
+
+
 def test_archive_without_frames(tmp_path: Path) -> None:
     path = small_models.pack({"n": np.arange(4)}, tmp_path / "n.mp4")
     with pytest.raises(TensorNotFoundError, match="no pictures"):

@@ -125,8 +125,9 @@ class Salvage:
     A defect does not end the iteration where the archive has its index: the tensors that have not
     come yet are then tried one by one. With ``rows``, a tensor of several parts is given, too, of
     which some are whole: other rows are zero. Known after the iteration are the first ``defect``
-    met; the names that are ``missing``; and of tensors that came in part what is ``lost``, and
-    zero: first row, and rows, of each span. Progress is reported as ``stage``.
+    met; the names that are ``missing``, and of those that came ``coarse``, without all layers; and
+    of tensors that came in part what is ``lost``, and zero: first row, and rows, of each span.
+    Progress is reported as ``stage``.
     """
 
     archive: Archive
@@ -135,6 +136,7 @@ class Salvage:
     rows: bool = False
     defect: Defect | None = None
     missing: tuple[str, ...] = ()
+    coarse: tuple[str, ...] = ()
     lost: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[TensorSpec, Array]]:
@@ -155,6 +157,7 @@ class Salvage:
             if self.defect is None:
                 code, offset = getattr(error, "code", "decode"), getattr(error, "offset", None)
                 self.defect = Defect(code, str(error), offset)
+            self.coarse = getattr(error, "coarse", ())
             for name, array in self._one_by_one(set(left)):
                 yield left.pop(name), array
             for number, spec in enumerate(self.archive.header.tensors if self.rows else ()):
@@ -226,8 +229,8 @@ def read_tensors(archive: Archive, names: Collection[str]) -> Iterator[tuple[Ten
             return
     left, everything = {s.name for s in wanted.values()}, len(archive.header.tensors)
     try:
-        for spec, array in archive.stored_items():
-            if spec.name in left:
+        for spec, array, _, coming, _ in archive.arrivals():
+            if spec.name in left and not coming:
                 left.discard(spec.name)
                 yield spec, array
             if not left and len(wanted) < everything:

@@ -53,12 +53,12 @@ class FormatError(WeightvidError, ValueError):
 
 
 class TruncatedError(FormatError):
-    """The archive ends before its end; ``missing`` names the tensors that did not arrive."""
+    """The archive ends too early: ``missing`` tensors did not come, ``coarse`` ones lack layers."""
 
-    def __init__(self, why: str, offset: int | None = None, missing: Sequence[str] = ()) -> None:
-        super().__init__(why, "truncated", offset)
-        self.missing = tuple(missing)
-        self.args = why, offset, self.missing
+    def __init__(self, why: str, at: Any = None, missing: Any = (), coarse: Any = ()) -> None:
+        super().__init__(why, "truncated", at)
+        self.missing, self.coarse = tuple(missing), tuple(coarse)
+        self.args = why, at, self.missing, self.coarse
 
 
 class TensorNotFoundError(WeightvidError, KeyError):
@@ -242,9 +242,9 @@ class TensorInfo(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """A tensor as far as it has arrived: its first ``layer`` layers, of which ``left`` are to come.
+    """A tensor as far as it has arrived: its first ``layer`` layers; ``left`` are to come.
 
-    ``complete`` layers of the archive have arrived for all tensors.
+    It is read-only until the last one. ``complete`` layers have arrived for all tensors.
     """
 
     spec: TensorSpec
@@ -902,7 +902,8 @@ def _decoded(
             for number, luma in decode(item[0].frame, item[1]) if item else decode(-1, None):
                 if not waiting or number != waiting[0][0].frame:
                     raise CodecError(f"the decoder gave frame {number} out of order")
-                picture = np.ascontiguousarray(luma).reshape(track.height, track.width)
+                picture = np.array(luma, order="C").reshape(track.height, track.width)
+                picture.flags.writeable = False
                 if hashlib.sha256(picture.data).digest() != waiting[0][0].sha256:
                     why = f"frame {number} decodes to other samples than were packed"
                     raise FormatError(why, "frame-digest")
@@ -1056,7 +1057,7 @@ class Assembler:
             raise _defect(spec, "is not what was packed", "tensor-digest")
         self._layer[number] = self._layer.get(number, 0) + 1
         if self.left(number):
-            self._whole[number] = array
+            self._whole[number], array.flags.writeable = array, False
         else:
             self._whole.pop(number, None)
         return array.reshape(spec.shape)
@@ -1130,6 +1131,7 @@ class Archive(Mapping[str, Array]):
         for archive in self._opened:
             archive.close()
         self.source.file.close()
+        self._last, self._packet, self._box = [], None, (-1, {}, None)
 
     def use_base(self, *bases: Base) -> None:
         """Read what this update adds to from the archive (or the chain of them) that it names.
@@ -1382,12 +1384,13 @@ class Archive(Mapping[str, Array]):
                 if not left and not every:
                     return
         except TruncatedError as error:
-            missing = [s.name for n, s in left.items() if tensors.left(n) == len(own[n])]
-            shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-            behind = len(left) - len(missing)
-            coarse = f"; {behind} tensors are coarse" if behind else ""
-            why = f"the archive is cut short; missing: {shown or 'its index'}{coarse}"
-            raise TruncatedError(why, error.offset, missing) from None
+            names: tuple[list[str], list[str]] = [], []
+            for number, spec in left.items():
+                names[tensors.left(number) < len(own[number])].append(spec.name)
+            missing, coarse = (", ".join(n[:5]) + " ..." * (len(n) > 5) for n in names)
+            why = f"the archive is cut short; missing: {missing or 'its index'}"
+            why += f"; coarse: {coarse}" if coarse else ""
+            raise TruncatedError(why, error.offset, *names) from None
         for spec in left.values():
             raise _defect(spec, "is not in the archive")
 
@@ -1474,12 +1477,15 @@ def open_archive(
     ------
     FormatError, TruncatedError, OSError
     """
-    file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    if layers < 1:
+        raise TensorNotFoundError(f"layers are counted from 1; {layers} is none")
+    held = isinstance(source, bytes | bytearray | memoryview)
+    file: Any = io.BytesIO(source) if held else source  # type: ignore[arg-type]
     if isinstance(source, str | os.PathLike):
         file = open(source, "rb")  # noqa: SIM115, PTH123 - closed by the archive
     try:
         archive = Archive(file, decoder, threads, check_tensors, layers)
-        if base is not None:
+        if base is not None and base != ():
             archive.use_base(*(base if isinstance(base, list | tuple) else (base,)))
     except BaseException:
         if file is not source:

@@ -31,6 +31,8 @@ _QUANTILE, _LEAST_RANGE = 0.999, 3
 _TARGET_PX, _MAX_SCALE, _FONT_PX, _LEGEND_PX = 1400, 6, 12, 80
 #: letters of a name that are drawn at most.
 _LABEL_LETTERS: Final = 160
+#: beginnings of types without one real number an element that numpy knows.
+_UNDRAWN: Final = ("F8_", "F6_", "F4", "C")
 #: kernels are drawn as large as this, and so many rows and columns of them at most.
 _KERNEL_SCALE, _MOST_KERNELS = 16, 128
 
@@ -136,12 +138,17 @@ def _draw_frames(archive: Archive, wanted: list[int], scale: int) -> Iterator[tu
 
 def _draw_tensors(archive: Archive, pattern: str, scale: int) -> Iterator[tuple[str, Bytes]]:
     specs = [archive.spec(each) for each in archive if fnmatchcase(each, pattern)]
-    specs = [spec for spec in dict.fromkeys(specs) if spec.size and view_of(spec.shape).rows > 1]
+    specs = [
+        spec
+        for spec in dict.fromkeys(specs)
+        if spec.size and view_of(spec.shape).rows > 1 and not spec.dtype.startswith(_UNDRAWN)
+    ]
     if not specs:
-        raise TensorNotFoundError(f"no tensor of two axes or more matches {pattern!r}")
+        raise TensorNotFoundError(f"no real tensor of two axes or more matches {pattern!r}")
     taken: list[str] = []
     for spec in specs:
-        weights = to_float32(archive.stored(spec.name), spec.dtype)
+        with np.errstate(over="ignore"):
+            weights = to_float32(archive.stored(spec.name), spec.dtype)
         picture = draw_kernels(weights, _name(archive), spec, scale)
         stem = re.sub(r"[^\w.-]", "_", spec.name, flags=re.ASCII)[:120]
         taken.append(stem)

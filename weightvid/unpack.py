@@ -78,9 +78,9 @@ class UnpackReport:
         Further names of those tensors; tensors that changed their type; small other files.
     notes : tuple of str
         What the output's kind cannot hold as it is, and what was written instead.
-    missing, lost, defect : tuple of str, mapping, Defect or None
-        With ``partial``: tensors asked for that are not there; of those of which some rows are
-        lost, and zero, first row and rows of each such span; and why.
+    missing, coarse, lost, defect : tuple of str, tuple of str, mapping, Defect or None
+        With ``partial``: tensors asked for that are not there, and those that lack layers; of those
+        of which some rows are lost, and zero, first row and rows of each such span; and why.
     """
 
     tensors: int
@@ -90,6 +90,7 @@ class UnpackReport:
     converted: tuple[str, ...]
     notes: tuple[str, ...]
     missing: tuple[str, ...]
+    coarse: tuple[str, ...]
     lost: Mapping[str, Sequence[tuple[int, int]]]
     defect: Defect | None
     side_files: tuple[str, ...]
@@ -191,6 +192,7 @@ def _unpack(
         converted=tuple(converted),
         notes=(*writer.notes, *file_notes),
         missing=missing,
+        coarse=tuple(names[name] for name in check.coarse if name in names),
         lost={names[name]: spans for name, spans in check.lost.items() if name in names},
         defect=check.defect,
         side_files=tuple(file.path for file in writer.contents.files),

@@ -101,7 +101,7 @@ class VerifyReport:
     frames, file_bytes : int or None
         None when read from a pipe.
     defect, affected : Defect or None, tuple of str
-        The first thing found wrong, and the tensors that are missing or damaged.
+        The first thing found wrong, and the tensors that are missing, coarse or damaged.
     comparison : Comparison or None
     seconds : float
     """
@@ -150,18 +150,22 @@ def verify_archive(
     Raises
     ------
     FormatError
-        Only for a file whose head cannot be read; later defects are in the report.
+        Only for a file whose head cannot be read, or an update without its base; later defects are
+        in the report.
     CheckpointError, RemoteError, EvaluationError
     """
     began = perf_counter()
     with open_anywhere(archive) as opened:
         salvage, comparison = Salvage(opened, progress, "verify"), None
+        if opened.header.layers and opened.header.layers.base and opened.base is None:
+            raise FormatError("this is an update: give the base of this archive", "base")
         if against is None:
-            intact = [spec for spec, _ in salvage]
+            came = [spec for spec, _ in salvage]
         else:
             with open_checkpoint(against) as reader:
                 judged = None if evaluation is None else _Judged(evaluation, max_kl)
-                intact, comparison = _compare(salvage, reader, min_sqnr_db, judged)
+                came, comparison = _compare(salvage, reader, min_sqnr_db, judged)
+        intact = [spec for spec in came if spec.name not in salvage.coarse]
         return VerifyReport(
             tensors=len(opened.header.tensors),
             tensors_intact=len(intact),
@@ -169,7 +173,7 @@ def verify_archive(
             frames=None if opened.index is None else len(opened.index.frames),
             file_bytes=opened.source.size,
             defect=salvage.defect,
-            affected=salvage.missing,
+            affected=(*salvage.missing, *salvage.coarse),
             comparison=comparison,
             seconds=perf_counter() - began,
         )

@@ -145,11 +145,27 @@ def test_paths_and_files_are_closed(tmp_path: Path) -> None:
         with open_archive(source) as archive:
             assert all_same(dict(archive.items()), tensors())
         assert archive.source.file.closed
+        with pytest.raises(ValueError, match="closed"):
+            archive["wide"]
     with pytest.raises(FileNotFoundError):
         open_archive(tmp_path / "none.mp4")
     path.write_bytes(b"no archive at all")
     with pytest.raises(FormatError, match="not a weightvid archive"):
         open_archive(path)  # a file left open would warn
+
+
+def test_other_bytes_and_numbers_of_layers() -> None:
+    for held in (bytearray(sample()), memoryview(sample())):
+        assert same(open_archive(held, base=())["wide"], tensors()["wide"])
+    for layers in (0, -1):
+        with pytest.raises(TensorNotFoundError, match="counted from 1"):
+            open_archive(sample(), layers=layers)
+
+
+def test_frames_are_not_for_writing(archive: Archive) -> None:
+    ((_, luma),) = archive.frames(range(1))
+    with pytest.raises(ValueError, match="read-only"):
+        luma[:] = 0
 
 
 def refused_by_pipes(archive: Archive) -> None:

@@ -72,6 +72,22 @@ def test_a_right_one_is_used() -> None:
         assert same(archive["line"], tensors()["line"])
 
 
+def test_its_memory_may_be_used_again() -> None:
+    room: dict[tuple[int, ...], Array] = {}
+
+    def decode(packet: bytes) -> Array:
+        luma = by_pyav(packet)
+        room.setdefault(luma.shape, luma.copy())[:] = luma
+        return room[luma.shape]
+
+    with open_archive(sample(), decoder=decode) as archive:
+        for name in archive:
+            archive.get(name)
+            for luma in room.values():
+                luma[:] = 0
+            assert same(archive[name], tensors()[name])
+
+
 @pytest.mark.parametrize(
     ("decode", "said"),
     [(wrong, "frame-digest"), (transposed, "frame-digest"), (short, "reshape"),

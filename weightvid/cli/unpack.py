@@ -84,6 +84,8 @@ def unpack(
     ], ok=made.defect is None, archive=archive, output=destination)  # fmt: skip
     if made.missing:
         output.error(f"{len(made.missing)} tensors are missing: {output.some(made.missing)}")
+    if made.coarse:
+        output.error(f"{len(made.coarse)} tensors are coarse: {output.some(made.coarse)}")
     for name, spans in made.lost.items():
         rows = ", ".join(f"{first} to {first + count - 1}" for first, count in spans)
         output.error(f"{name}: rows {rows} are lost, and zero")

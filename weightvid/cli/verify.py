@@ -115,7 +115,7 @@ def _show(found: VerifyReport, archive: str) -> None:
     ]
     problems = [] if found.defect is None else [found.defect.message]
     if found.affected:
-        problems.append(f"missing or damaged: {output.some(found.affected)}")
+        problems.append(f"missing, coarse or damaged: {output.some(found.affected)}")
     lists = found.comparison
     if lists is not None and lists.tensors:
         output.table(

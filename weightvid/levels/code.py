@@ -130,11 +130,14 @@ def code_part(
     found = loader.dequantize(samples, part, [dct(size) for size in plan.kernel])
     if below is not None:
         found += under
-        quiet = original
     stored = from_float32(found, plan.spec.dtype)
-    # Outliers would hide what became of all other weights.
-    judged = np.where(outliers, quiet, found) if outliers.any() else found
-    quality = quality_of(quiet, from_float32(judged, plan.spec.dtype), plan.spec.dtype, first_row)
+    if below is not None:
+        quality = compare_rows(elements.reshape(stored.shape), stored, plan.spec.dtype, first_row)
+    else:
+        # Outliers would hide what became of all other weights.
+        judged = np.where(outliers, quiet, found) if outliers.any() else found
+        judged = from_float32(judged, plan.spec.dtype)
+        quality = quality_of(quiet, judged, plan.spec.dtype, first_row)
     sequence = to_sequence(samples.view(np.uint8) ^ np.uint8(loader.ZERO_SAMPLE), energies)
     shift = None
     if moments is not None and moments.bias is not None:
@@ -262,7 +265,7 @@ def _escapes(
     return small, (places, numbers)
 
 
-def compare_rows(original: Array, restored: Array, dtype: str) -> Quality:
+def compare_rows(original: Array, restored: Array, dtype: str, first_row: int = 0) -> Quality:
     """SQNR as weightvid counts it everywhere: over all weights of a matrix but its outliers.
 
     A few outliers, which are kept nearly exactly, would hide what became of all other weights.
@@ -280,7 +283,7 @@ def compare_rows(original: Array, restored: Array, dtype: str) -> Quality:
     outliers = outlier_mask(weights, row_scales(weights, np.abs(weights).max(axis=1)))
     if outliers.any():
         weights, found = (np.where(outliers, np.float32(0), each) for each in (weights, found))
-    return quality_of(weights, found, "F32", 0)
+    return quality_of(weights, found, "F32", first_row)
 
 
 def quality_of(weights: Floats, stored: Array, dtype: str, first_row: int) -> Quality:
