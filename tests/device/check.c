@@ -115,6 +115,33 @@ static wv_status find_picture(void *user, const uint8_t *packet, size_t size, co
 
 static void close_pictures(void *user) { *(uint32_t *)user = 0; }
 
+/* What is no argument must be refused. */
+static void misuse(wv_archive *archive, const wv_options *options)
+{
+    const wv_reader unread = {NULL, 9, NULL};
+    wv_archive *opened[4] = {archive, archive, archive, archive};
+    wv_sink sink = {NULL, WV_BF16, begin, end};
+    int right = wv_open_memory(opened, NULL, 9, options) == WV_ARGUMENT
+        && wv_open_reader(opened + 1, &unread, options) == WV_ARGUMENT
+        && wv_open_stream(opened + 2, NULL, options) == WV_ARGUMENT
+        && wv_open_stream(opened + 3, &sink, options) == WV_ARGUMENT && *wv_status_text((wv_status)-1) == 'u'
+        && wv_layers(archive, NULL) && wv_metadata(archive, 0, NULL, NULL) == WV_ARGUMENT
+        && wv_file(archive, 0, NULL, NULL) == WV_ARGUMENT && wv_load_all(archive, &sink) == WV_ARGUMENT;
+    for (int i = 0; i < 4; i++)
+        right &= !opened[i];
+    if (wv_count(archive)) {
+        const wv_tensor other = *wv_get(archive, 0); /* as of another archive */
+        const size_t size = wv_bytes(&other, WV_STORED), level_size = 4 * (size_t)other.elements;
+        void *const room = malloc((size < level_size ? level_size : size) + 1);
+        float step;
+        right &= wv_load(archive, &other, WV_STORED, room, size) == WV_ARGUMENT
+            && wv_levels(archive, &other, room, level_size, &step) == WV_ARGUMENT;
+        free(room);
+    }
+    if (!right)
+        exit(6);
+}
+
 static wv_status read_one(wv_archive *archive, wv_dtype type)
 {
     wv_status first = WV_OK;
@@ -180,6 +207,8 @@ static wv_status read_archive(const char *mode, wv_dtype type)
         status = status ? status : last;
     } else if (*mode == 'o') {
         status = wv_open_reader(&archive, &reader, &options);
+        if (!status)
+            misuse(archive, &options);
         status = status ? status : read_one(archive, type);
     } else {
         status = wv_open_memory(&archive, file.data, file.size, &options);

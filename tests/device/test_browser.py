@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from weightvid.demo import logits
 from weightvid.loader import Archive, open_archive, to_float32
@@ -29,6 +30,7 @@ CHROMIUM = next(
     "",
 )
 
+needs_node = pytest.mark.skipif(not shutil.which("node"), reason="needs Node")
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 
 PAGE = """<!doctype html><script type="module">
@@ -75,11 +77,87 @@ const found = [await loaded(whole), await loaded(first), await loaded(update),
   layers, whole.layers];
 for (const archive of [update, whole, first, cut]) archive.close();
 """
+#: what goes wrong, in Node: `said` gives a result or an error; `memory` is of the last module.
+MISUSED = """
+import { copyFile, utimes } from "node:fs/promises";
+let memory, wasm;
+const instantiate = WebAssembly.instantiate;
+WebAssembly.instantiate = async (...all) => {
+  const made = await instantiate(...all);
+  if (made.exports?.use_base) ({ memory } = wasm = made.exports); // Node has modules of its own
+  return made;
+};
+const said = async (call) => {
+  try { return await call(); } catch (error) { return `${error.name}: ${error.message}`; }
+};
+const all = async (archive) => {
+  const names = [];
+  for await (const { name } of archive) names.push(name);
+  return names.sort();
+};
+const file = (name) => source(name + ".mp4");
+"""
+CLOSED = """
+const base = await open(await file("progressive"));
+const update = await open(await file("update"), { base });
+const late = base.tensor("linear"), array = (await base.tensor("linear")).data;
+base.close();
+base.close();
+const found = [(await late).data.join() === array.join()];
+for (const call of [() => base.names, () => base.metadata, () => base.layers,
+  () => base.info("linear"), () => base.tensor("linear"), () => all(base),
+  () => update.tensor("linear"), () => all(update),
+  async () => open(await file("update"), { base })]) found.push(await said(call));
+"""
+REFUSED = """
+const bytes = await file("progressive"), found = [];
+for (const layers of [-1, 0, 1.5, "a", NaN, null])
+  found.push(await said(() => open(bytes, { layers })));
+for (const base of [bytes, "progressive.mp4"]) found.push(await said(() => open(bytes, { base })));
+found.push(await said(() => open(new Response("nothing", { status: 404 }))));
+"""
+FREED = """
+const base = await open(await file("progressive")), other = await file("progressive"), found = [];
+const twice = async (call) => {
+  for (let turn = 0; turn < 10; turn++) await call();
+  const bytes = memory.buffer.byteLength;
+  for (let turn = 0; turn < 60; turn++) await call();
+  return memory.buffer.byteLength - bytes;
+};
+const stopped = async () => { for await (const { name } of base) if (name === "linear") break; };
+const failed = () => said(() => open(other, { base }));
+const closed = async () => { (await open(await file("update"), { base })).close(); };
+for (const call of [stopped, failed, closed]) found.push(await twice(call));
+"""
+#: reads a file while less and less memory is left; gives what came of it, each once.
+FULL = """
+const archive = await open(await file("progressive")), eaten = [], found = {};
+const eat = () => { for (let made; (made = wasm.alloc(4000));) eaten.push(made); };
+for (let left = 0; left < 120; left++) {
+  eat();
+  for (let turn = 0; turn < left; turn++) wasm.release(eaten.pop());
+  for (const way of [all, async (archive) => (await archive.tensor("linear")).name])
+    found[await said(async () => String(await way(archive)))] = 1;
+}
+"""
+REPLACED = """
+const found = [];
+for (const name of ["tagged", "dated"]) {
+  await copyFile("progressive.mp4", name + ".mp4");
+  await utimes(name + ".mp4", 1, 1);
+  const archive = await open(`${address}/${name}.mp4`);
+  found.push((await all(archive)).length, (await archive.tensor("linear")).name);
+  await copyFile("other.mp4", name + ".mp4");
+  await utimes(name + ".mp4", 1, name === "dated" ? 2 : 1);
+  for (const call of [() => archive.tensor("linear"), () => all(archive)])
+    found.push((await said(call)).replace(address, ""));
+}
+"""
 FOUND: Queue[Any] = Queue()
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Answers ranges, except for names that say it does not."""
+    """Answers ranges, but for `plain` names; ends `torn` ones early; has tags for `tagged` ones."""
 
     def log_message(self, *_: Any) -> None:
         """Nothing."""
@@ -87,6 +165,12 @@ class Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         path = Path(self.translate_path(self.path))
+        if not wanted and "torn" in path.name:
+            self.send_response(200)
+            self.send_header("Content-Length", str(path.stat().st_size))
+            self.end_headers()
+            self.wfile.write(path.with_name("cut.mp4").read_bytes())
+            return None
         if not wanted or not path.is_file() or "plain" in path.name:
             return super().do_GET()
         first, last = map(int, wanted.groups())
@@ -95,9 +179,16 @@ class Handler(SimpleHTTPRequestHandler):
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
         self.end_headers()
         self.wfile.write(body)
         return None
+
+    def end_headers(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if "tagged" in path.name:
+            self.send_header("ETag", f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"')
+        super().end_headers()
 
     def do_POST(self) -> None:
         FOUND.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -191,20 +282,91 @@ def folder_of_layers(folder: Path) -> list[Any]:
     return [*wanted, *([each, {}, ""] for each in wanted), early, layers, 3]
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="needs Node")
-def test_layers_in_node(tmp_path: Path) -> None:
-    wanted = folder_of_layers(tmp_path)
+def in_node(folder: Path, script: str, *flags: str) -> Any:
+    """What a script finds that reads files of a folder."""
     for name in ("weightvid.js", "weightvid.wasm"):
-        shutil.copy(DEVICE / name, tmp_path / name.replace(".js", ".mjs"))
-    (tmp_path / "read.mjs").write_text(
+        shutil.copy(DEVICE / name, folder / name.replace(".js", ".mjs"))
+    (folder / "read.mjs").write_text(
         'import { webcrypto as crypto } from "node:crypto";'
         'import { readFile as source } from "node:fs/promises";'
         'import { open, prepare } from "./weightvid.mjs";'
-        f'prepare(await source("weightvid.wasm")); {LAYERED} console.log(JSON.stringify(found));'
+        f'prepare(await source("weightvid.wasm")); {script} console.log(JSON.stringify(found));'
     )
-    command = ["node", "read.mjs"]
-    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert json.loads(done.stdout) == wanted
+    command = ["node", *flags, "read.mjs"]
+    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return json.loads(done.stdout)
+
+
+@needs_node
+def test_layers_in_node(tmp_path: Path) -> None:
+    wanted = folder_of_layers(tmp_path)
+    assert in_node(tmp_path, LAYERED) == wanted
+
+
+@needs_node
+def test_a_download_that_breaks_off_gives_its_coarse_tensors(site: tuple[Path, str]) -> None:
+    folder, address = site
+    *_, (complete, coarse, _), _, _ = folder_of_layers(folder)
+    shutil.copy(folder / "progressive.mp4", folder / "torn.mp4")
+    script = LAYERED.replace("cut.mp4", "torn.mp4").replace("source(", "place(")
+    script = f"const place = (name) => `{address}/${{name}}`; {script}"
+    *found, error = in_node(folder, script)[6]
+    assert found == [complete, coarse]
+    assert error not in ("", "the file ends early")
+
+
+@needs_node
+def test_a_closed_archive_says_so(tmp_path: Path) -> None:
+    folder_of_layers(tmp_path)
+    finished, *said = in_node(tmp_path, MISUSED + CLOSED)
+    assert finished  # what was being read
+    assert said == ["Error: the archive is closed"] * 6 + ["Error: the base is closed"] * 3
+
+
+@needs_node
+def test_wrong_options_are_refused(tmp_path: Path) -> None:
+    folder_of_layers(tmp_path)
+    refused = "TypeError: layers: a whole number above 0 is wanted, not "
+    assert in_node(tmp_path, MISUSED + REFUSED) == [
+        *(refused + text for text in ("-1", "0", "1.5", "a", "NaN", "null")),
+        *["TypeError: base: an archive that open() gave is wanted"] * 2,
+        "Error: the response: the server answered 404",
+    ]
+
+
+@needs_node
+def test_memory_is_given_back(tmp_path: Path) -> None:
+    folder_of_layers(tmp_path)
+    assert in_node(tmp_path, MISUSED + FREED) == [0, 0, 0]
+
+
+@needs_node
+def test_no_tensor_is_lost_without_memory(tmp_path: Path) -> None:
+    folder_of_layers(tmp_path)
+    found = in_node(tmp_path, MISUSED + FULL, "--wasm-max-mem-pages=32")
+    with open_archive(tmp_path / "progressive.mp4") as archive:
+        assert found.keys() == {"Error: out of memory", "linear", ",".join(sorted(archive))}
+
+
+@needs_node
+def test_a_file_that_is_replaced_is_noticed(site: tuple[Path, str]) -> None:
+    folder, address = site
+    data = (GOLDEN / "progressive.mp4").read_bytes()
+    (folder / "progressive.mp4").write_bytes(data)
+    (folder / "other.mp4").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    found = in_node(folder, f'const address = "{address}"; {MISUSED} {REPLACED}')
+    for name, here in (("tagged", found[:4]), ("dated", found[4:])):
+        assert here == [11, "linear", *[f"Error: the file at /{name}.mp4 has changed"] * 2]
+
+
+@needs_node
+def test_metadata_may_have_any_key(tmp_path: Path) -> None:
+    metadata = {"__proto__": "one", "constructor": "other", "key": "value"}
+    save_file({"w": np.ones(3, np.float32)}, tmp_path / "m.safetensors", metadata)
+    pack_checkpoint(tmp_path / "m.safetensors", tmp_path / "m.mp4", PackOptions(jobs=1))
+    script = 'const found = (await open(await source("m.mp4"))).metadata;'
+    assert in_node(tmp_path, script) == metadata
 
 
 @needs_chromium

@@ -20,6 +20,7 @@ LIBRARIES: Final = {
     "libavcodec": ("libavcodec/avcodec.h", ("-lavcodec", "-lavutil")),
     "libde265": ("libde265/de265.h", ("-lde265",)),
 }
+ENTRIES: Final = (b"hvc1", b"av01", b"avc1")
 #: what may be wrong with a device for the canary to notice it; the number is what DEVICE is told.
 FAULTS: Final = ("opens not", "decodes not", "changes a sample", "fails later")
 #: takes the place of libavcodec's adapter.
@@ -87,6 +88,7 @@ def test_example(tmp_path: Path) -> None:
         done = subprocess.run([program, *words], capture_output=True, check=False)
         assert done.returncode in (1, 2)
         assert done.stderr
+        assert (b"usage" in done.stderr) == (words == [])
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
@@ -122,6 +124,13 @@ def test_adapters(tmp_path: Path, name: str) -> None:
     golden = ("example", "hard", "lossy") + (("integers", "weights") * (name == "libavcodec"))
     for path in (GOLDEN / f"{stem}.mp4" for stem in golden):
         assert shown(program, path) == [*wanted(path), "decoded by the device"]
+        data = bytearray(path.read_bytes())  # says that its pictures are larger than they are
+        at = min(data.index(entry, data.index(b"stsd")) for entry in ENTRIES if entry in data) + 28
+        data[at : at + 4] = bytes((8, 128, 4, 0))
+        (tmp_path / "larger.mp4").write_bytes(data)
+        command = [program, tmp_path / "larger.mp4"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("the decoder refused it")) == (1, 1)
 
 
 def test_canary(tmp_path: Path, long_archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,10 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
 def in_type(archive: Archive, name: str, kind: str) -> bytes:
     """A tensor as the C loader should give it."""
     dtype, array = archive.spec(name).dtype, archive.stored(name)
-    if kind != "stored" and dtype in PACKABLE and dtype != kind.upper():
+    if (kind, dtype) == ("f16", "F64"):  # rounded once
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float16)
+    elif kind != "stored" and dtype in PACKABLE and dtype != kind.upper():
         with np.errstate(over="ignore"):
             array = from_float32(to_float32(array, dtype), kind.upper())
     return array.tobytes()

@@ -94,7 +94,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @contextmanager
-def opened(library: ctypes.CDLL, data: bytes) -> Iterator[Any]:
+def opened(library: ctypes.CDLL, data: Any) -> Iterator[Any]:
     """An archive in memory."""
     archive, options = POINTER(), Options(checks=CHECK_ALL)
     assert (
@@ -175,6 +175,35 @@ def test_types_of_sums(library: ctypes.CDLL) -> None:
             assert library.wv_load_all(archive, ctypes.byref(sink)) == OK
             for name in (n for n in python if python.spec(n).dtype in ("F32", "F16")):
                 assert sink.found[name] == (OK, python.stored(name).astype(kind).tobytes())
+
+
+def test_float16_of_float64(library: ctypes.CDLL, tmp_path: Path) -> None:
+    """Rounded once, not by way of float32."""
+    ties = (1 + 2**-11, 65520, 2**-25, 3 * 2**-25, 0)
+    near = [tie + other for tie in ties for other in (-(2**-40), 0, 2**-40)]
+    values = np.array([*near, 1e300, 5e-324, np.inf, np.nan, 0.1])
+    values = np.concatenate((values, -values))
+    with from_mapping({"a": values}) as checkpoint:
+        pack_checkpoint(checkpoint, tmp_path / "a.mp4", PackOptions(lossless=True, jobs=1))
+    with opened(library, (tmp_path / "a.mp4").read_bytes()) as archive, np.errstate(over="ignore"):
+        sink = Sink(2)
+        assert library.wv_load_all(archive, ctypes.byref(sink)) == OK
+        assert sink.found == {"a": (OK, values.astype(np.float16).tobytes())}
+
+
+def test_file_that_is_replaced(library: ctypes.CDLL, tmp_path: Path) -> None:
+    """While it is open, by another one of the same tensors: no picture of before is shown."""
+    paths = [tmp_path / "1.mp4", tmp_path / "2.mp4"]
+    for seed, path in enumerate(paths):
+        arrays = {name: sources.normal(10 * seed + n, 90, 100) for n, name in enumerate("ab")}
+        with from_mapping(arrays) as checkpoint:
+            pack_checkpoint(checkpoint, path, PackOptions(jobs=1))
+    before, after = sorted(paths, key=lambda path: -path.stat().st_size)
+    memory = ctypes.create_string_buffer(before.read_bytes(), before.stat().st_size)
+    with opened(library, memory) as archive:
+        assert one_by_one(library, archive) == wanted(before)
+        ctypes.memmove(memory, after.read_bytes(), after.stat().st_size)
+        assert one_by_one(library, archive) == wanted(after)
 
 
 def test_updates(library: ctypes.CDLL) -> None:

@@ -9,6 +9,7 @@ typedef struct state {
     AVCodecContext *context;
     AVPacket *packet;
     AVFrame *frame;
+    int width, height;
 } state;
 
 static void lav_close(void *user)
@@ -33,6 +34,8 @@ static wv_status lav_open(void *user, const char entry[4], const uint8_t *config
     if (!s)
         return WV_MEMORY;
     *(void **)user = s;
+    s->width = (int)width;
+    s->height = (int)height;
     s->packet = av_packet_alloc();
     s->frame = av_frame_alloc();
     s->context = codec ? avcodec_alloc_context3(codec) : NULL;
@@ -64,7 +67,9 @@ static wv_status lav_decode(void *user, const uint8_t *packet, size_t bytes, con
              || avcodec_receive_frame(s->context, s->frame);
     av_packet_unref(s->packet);
     avcodec_flush_buffers(s->context);
-    if (failed || s->frame->linesize[0] <= 0)
+    const int format = s->frame->format;
+    if (failed || (format != AV_PIX_FMT_YUV420P && format != AV_PIX_FMT_YUVJ420P)
+        || s->frame->width != s->width || s->frame->height != s->height || s->frame->linesize[0] <= 0)
         return WV_CODEC;
     *luma = s->frame->data[0];
     *stride = (size_t)s->frame->linesize[0];

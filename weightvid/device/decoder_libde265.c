@@ -2,11 +2,19 @@
 #include "decoders.h"
 
 #include <libde265/de265.h>
+#include <stdlib.h>
 #include <string.h>
+
+typedef struct state {
+    de265_decoder_context *context;
+    uint32_t width, height;
+} state;
 
 static void de_close(void *user)
 {
-    de265_free_decoder(*(void **)user);
+    state *const s = *(void **)user;
+    de265_free_decoder(s->context);
+    free(s);
     *(void **)user = NULL;
 }
 
@@ -14,12 +22,15 @@ static wv_status de_open(void *user, const char entry[4], const uint8_t *config,
                          uint32_t width, uint32_t height)
 {
     size_t at = 23; /* of the first list of parameter sets in the configuration */
-    (void)width;
-    (void)height;
     de265_decoder_context *const context = memcmp(entry, "hvc1", 4) ? NULL : de265_new_decoder();
     if (!context)
         return WV_CODEC;
-    *(void **)user = context;
+    state *const s = *(void **)user = malloc(sizeof *s);
+    if (!s) {
+        de265_free_decoder(context);
+        return WV_MEMORY;
+    }
+    *s = (state){context, width, height};
     for (unsigned lists = bytes < at ? 0 : config[22]; lists && bytes - at >= 3; lists--) {
         unsigned units = (unsigned)config[at + 1] << 8 | config[at + 2];
         for (at += 3; units && bytes - at >= 2; units--) {
@@ -37,7 +48,8 @@ static wv_status de_open(void *user, const char entry[4], const uint8_t *config,
 static wv_status de_decode(void *user, const uint8_t *packet, size_t bytes, const uint8_t **luma,
                            size_t *stride)
 {
-    de265_decoder_context *const context = *(void **)user;
+    const state *const s = *(void **)user;
+    de265_decoder_context *const context = s->context;
     int more = 1, row;
     de265_release_next_picture(context); /* of the last call */
     if (bytes < 4 || de265_push_NAL(context, packet + 4, (int)(bytes - 4), 0, NULL)
@@ -51,7 +63,9 @@ static wv_status de_decode(void *user, const uint8_t *packet, size_t bytes, cons
             break;
     }
     const struct de265_image *const image = de265_peek_next_picture(context);
-    if (!image || de265_get_bits_per_pixel(image, 0) != 8)
+    if (!image || de265_get_bits_per_pixel(image, 0) != 8
+        || (uint32_t)de265_get_image_width(image, 0) != s->width
+        || (uint32_t)de265_get_image_height(image, 0) != s->height)
         return WV_CODEC;
     *luma = de265_get_image_plane(image, 0, &row);
     *stride = (size_t)row;

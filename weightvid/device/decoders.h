@@ -24,7 +24,8 @@ typedef struct wv_canary {
 
 /* A decoder that compares the device's first picture with the built-in decoder's: the latter takes
    over if they differ, and where the device fails, then or later. Pictures that a device changes
-   later have another SHA-256: WV_DIGEST; open the archive without the device then. */
+   later have another SHA-256: WV_DIGEST; open the archive without the device then. Where the built-in
+   decoder refuses the track (AV1, H.264, other HEVC) there is no canary: the SHA-256 alone decides. */
 wv_decoder wv_guard(wv_canary *canary, const wv_decoder *device);
 
 /* Each keeps what it needs behind `state`, from open to close. */

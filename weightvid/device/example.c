@@ -23,7 +23,10 @@ int main(int count, char **words)
 {
     FILE *const file = count > 1 ? fopen(words[1], "rb") : NULL;
     if (!file || fseek(file, 0, SEEK_END)) {
-        fprintf(stderr, "usage: example MODEL.mp4 [TENSOR]\n");
+        if (count > 1)
+            perror(words[1]);
+        else
+            fprintf(stderr, "usage: example MODEL.mp4 [TENSOR]\n");
         return 2;
     }
     const wv_reader reader = {file, (uint64_t)ftell(file), read_file};

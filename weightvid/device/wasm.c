@@ -72,8 +72,8 @@ void free(void *memory)
 
 void *malloc(size_t bytes)
 {
-    const size_t page = 65536;
-    if (bytes > (size_t)1 << 31)
+    const size_t page = 65536, most = (size_t)1 << 31; /* JavaScript sees higher addresses as negative */
+    if (bytes > most)
         return NULL;
     bytes = (bytes + sizeof(block) + 15) & ~(size_t)15;
     for (int turn = 0; turn < 2; turn++) {
@@ -95,6 +95,8 @@ void *malloc(size_t bytes)
         size_t grown = bytes > 4 * page ? bytes : 4 * page;
         if (!heap_end)
             heap_end = ((uintptr_t)&__heap_base + 15) & ~(uintptr_t)15;
+        if (grown > most - heap_end)
+            return NULL;
         uintptr_t have = __builtin_wasm_memory_size(0) * page;
         if (heap_end + grown > have
             && __builtin_wasm_memory_grow(0, (heap_end + grown - have + page - 1) / page) == (size_t)-1)
@@ -126,11 +128,12 @@ typedef struct piece { /* of the file, or a picture by the hash of its packet */
     struct piece *next;
 } piece;
 
-typedef struct arrived {
+typedef struct arrived { /* made before the tensor arrives, so that `end` needs no memory */
     const wv_tensor *tensor;
     void *room;
     size_t bytes, coarse;
     struct arrived *next;
+    uint64_t data[];
 } arrived;
 
 typedef struct session {
@@ -139,6 +142,7 @@ typedef struct session {
     piece *file, *pictures;
     wv_decoder decoder;
     wv_sink sink;
+    int full; /* there was no memory for a tensor of the stream */
     uint64_t size;
     uint32_t width, height;
     /* What is missing: 0 nothing, 1 a piece of the file, 2 the picture of a packet. */
@@ -152,22 +156,26 @@ typedef struct session {
 
 static void *begin(void *user, const wv_tensor *tensor, size_t bytes)
 {
-    (void)user;
-    (void)tensor;
-    return malloc(bytes ? bytes : 1);
+    session *s = user;
+    arrived *made = bytes > SIZE_MAX / 2 ? NULL : malloc(sizeof *made + bytes);
+    if (!made) {
+        s->full = 1; /* NULL alone would skip the tensor */
+        return NULL;
+    }
+    *made = (arrived){.tensor = tensor, .room = made->data, .bytes = bytes};
+    return made->data;
 }
 
 static void end(void *user, const wv_tensor *tensor, void *room, wv_status status)
 {
     session *s = user;
-    arrived *made = status && status != WV_COARSE ? NULL : malloc(sizeof *made);
-    if (!made) {
-        free(room);
+    arrived *made = (arrived *)((uint8_t *)room - offsetof(arrived, data));
+    (void)tensor;
+    if (status && status != WV_COARSE) {
+        free(made);
         return;
     }
-    *made = (arrived){tensor, room, wv_bytes(tensor, s->sink.type), status == WV_COARSE, NULL};
-    if (!made->bytes)
-        made->bytes = wv_bytes(tensor, WV_STORED);
+    made->coarse = status == WV_COARSE;
     if (s->last)
         s->last->next = made;
     else
@@ -292,15 +300,17 @@ EXPORT("layers") const uint32_t *js_layers(session *s)
 
 EXPORT("push") wv_status js_push(session *s, const uint8_t *data, size_t bytes)
 {
-    return wv_push(s->archive, data, bytes);
+    const wv_status status = wv_push(s->archive, data, bytes);
+    return s->full ? WV_MEMORY : status;
 }
 
 EXPORT("finish") wv_status js_finish(session *s)
 {
-    return wv_finish(s->archive);
+    const wv_status status = wv_finish(s->archive);
+    return s->full ? WV_MEMORY : status;
 }
 
-/* The next tensor that has arrived: tensor, room, bytes, whether it is coarse. The room is the caller's to release. */
+/* The next tensor that has arrived: tensor, room, bytes, whether it is coarse. It is the caller's to release. */
 EXPORT("next") arrived *js_next(session *s)
 {
     arrived *found = s->first;
@@ -312,12 +322,14 @@ EXPORT("next") arrived *js_next(session *s)
     return found;
 }
 
-/* Takes data, which the session releases: kind 1: bytes of the file; 2: luma of the wanted packet. */
+/* Takes data, which the session releases: kind 1: bytes of the file; 2: luma of the wanted packet. 0: no memory. */
 EXPORT("give") int js_give(session *s, int kind, double at, uint8_t *data, size_t bytes)
 {
     piece *made = malloc(sizeof *made);
-    if (!made)
+    if (!made) {
+        free(data);
         return 0;
+    }
     piece **list = kind == 1 ? &s->file : &s->pictures;
     uint64_t key = kind == 1 ? (uint64_t)at : hash_of(s->packet, s->wanted_bytes);
     *made = (piece){key, bytes, data, *list};
@@ -341,10 +353,8 @@ EXPORT("load") wv_status js_load(session *s, const wv_tensor *tensor, int type, 
 EXPORT("close") void js_close(session *s)
 {
     wv_close(s->archive);
-    for (arrived *a = js_next(s); a; a = js_next(s)) {
-        free(a->room);
+    for (arrived *a = js_next(s); a; a = js_next(s))
         free(a);
-    }
     js_forget(s);
     free(s->config);
     free(s);
@@ -389,7 +399,8 @@ EXPORT("bytes") size_t js_bytes(const wv_tensor *tensor, int type)
     return wv_bytes(tensor, (wv_dtype)type);
 }
 
-/* Key and value number `place` of the metadata, as two addresses; NULL behind the last. */
+/* Key and value number `place` of the metadata, as two addresses; NULL behind the last. Each ends at its
+   first zero byte, even where the archive has text behind it: wv_metadata tells no lengths. */
 EXPORT("metadata") const char **js_metadata(session *s, uint32_t place)
 {
     static const char *pair[2];

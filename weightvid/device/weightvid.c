@@ -368,7 +368,8 @@ struct wv_archive {
     const uint8_t *data;     /* all of the file, if it is in memory */
     int stage, decoder_open, stream;
     uint32_t width, height;
-    uint32_t shown;          /* number of the frame that the built-in decoder shows, and 1 */
+    uint32_t shown;          /* number of the frame that the built-in decoder shows, and 1; */
+    uint8_t shown_hash[32];  /* what its sidecar said */
     /* of the header */
     uint32_t tensors, names, found_files, found_pairs, found_bases, table_size;
     tensor *all;             /* tensors, then aliases; in the same memory: */
@@ -868,6 +869,8 @@ static uint64_t bits_from_float(wv_dtype type, float value)
 /* Writes an element of a tensor, given by its bits, in a type. */
 static void put_element(const tensor *t, wv_dtype as, uint64_t bits, uint8_t *to)
 {
+    if (as == WV_F16 && t->is.dtype == WV_F64) /* rounds once: as a float, to an odd one if not exact */
+        bits = (bits >> 29 | !!(bits << 35)) << 29;
     if (as != t->is.dtype)
         bits = bits_from_float(as, float_from(t->is.dtype, bits));
     put_bits(as, size_of(as), bits, to);
@@ -1364,6 +1367,7 @@ static wv_status decode(wv_archive *a, const uint8_t *packet, size_t bytes, cons
     if (a->checks != WV_CHECK_NONE && !MATCHES(sha_is(&sha, a->frame_hash, 32)))
         return WV_DIGEST;
     a->shown = a->hevc ? a->frame + 1 : 0;
+    memcpy(a->shown_hash, a->frame_hash, 32);
     return WV_OK;
 }
 
@@ -1769,7 +1773,8 @@ static wv_status load_frame(wv_archive *a, uint64_t at, uint32_t number)
     RETURN_IF(next_box(a, &at));
     if (a->stage != AT_MOOF)
         return WV_FORMAT;
-    if (a->shown == number + 1) { /* tensors that are read one by one share frames */
+    /* Tensors that are read one by one share frames, as long as the file is the same. */
+    if (a->shown == number + 1 && !memcmp(a->shown_hash, a->frame_hash, 32)) {
         a->stage = AT_BODY;
         return take_frame(a, NULL, 0);
     }
@@ -1894,13 +1899,14 @@ static wv_status hevc_decode(void *user, const uint8_t *packet, size_t bytes, co
     return wv_hevc_decode(a->hevc, packet, bytes, a->luma, a->width) ? WV_CODEC : WV_OK;
 }
 
-static wv_status make(wv_archive **made, const wv_options *options)
+static wv_status make(wv_archive **made, int right, const wv_options *options)
 {
     const wv_options standard = {{NULL, NULL, NULL}, NULL, WV_CHECK_FRAMES};
     const wv_options *chosen = options ? options : &standard;
-    if (!made)
+    if (made)
+        *made = NULL;
+    if (!made || !right)
         return WV_ARGUMENT;
-    *made = NULL;
     wv_archive *a = *made = take_memory(&chosen->allocator, sizeof *a);
     if (!a)
         return WV_MEMORY;
@@ -1916,7 +1922,7 @@ static wv_status make(wv_archive **made, const wv_options *options)
 static wv_status open_file(wv_archive **archive, const void *data, const wv_reader *reader,
                            const wv_options *options)
 {
-    RETURN_IF(make(archive, options));
+    RETURN_IF(make(archive, data || (reader && reader->read), options));
     wv_archive *a = *archive;
     wv_status status = WV_OK;
     a->data = data;
@@ -1934,19 +1940,24 @@ static wv_status open_file(wv_archive **archive, const void *data, const wv_read
 wv_status wv_open_memory(wv_archive **archive, const void *data, size_t size, const wv_options *options)
 {
     const wv_reader whole = {NULL, size, NULL};
-    return data ? open_file(archive, data, &whole, options) : WV_ARGUMENT;
+    return open_file(archive, data, &whole, options);
 }
 
 wv_status wv_open_reader(wv_archive **archive, const wv_reader *reader, const wv_options *options)
 {
-    return reader && reader->read ? open_file(archive, NULL, reader, options) : WV_ARGUMENT;
+    return open_file(archive, NULL, reader, options);
+}
+
+/* Whether a sink is complete, and its type one of those of weightvid.h. */
+static int is_right(const wv_sink *sink)
+{
+    return sink && sink->begin && sink->end
+        && (sink->type == WV_STORED || sink->type == WV_F32 || sink->type == WV_F16);
 }
 
 wv_status wv_open_stream(wv_archive **archive, const wv_sink *sink, const wv_options *options)
 {
-    if (!sink || !sink->begin || !sink->end)
-        return WV_ARGUMENT;
-    RETURN_IF(make(archive, options));
+    RETURN_IF(make(archive, is_right(sink), options));
     (*archive)->sink = sink;
     (*archive)->stream = 1;
     return WV_OK;
@@ -2071,7 +2082,9 @@ const wv_tensor *wv_find(const wv_archive *a, const char *name)
 
 wv_status wv_metadata(const wv_archive *a, uint32_t place, const char **key, const char **value)
 {
-    if (!a || a->stage < AT_BODY || place >= a->found_pairs)
+    if (!a || !key || !value)
+        return WV_ARGUMENT;
+    if (a->stage < AT_BODY || place >= a->found_pairs)
         return WV_NOT_FOUND;
     *key = a->pairs[2 * place];
     *value = a->pairs[2 * place + 1];
@@ -2080,7 +2093,9 @@ wv_status wv_metadata(const wv_archive *a, uint32_t place, const char **key, con
 
 wv_status wv_file(const wv_archive *a, uint32_t place, const char **path, uint64_t *bytes)
 {
-    if (!a || a->stage < AT_BODY || place >= a->found_files)
+    if (!a || !path || !bytes)
+        return WV_ARGUMENT;
+    if (a->stage < AT_BODY || place >= a->found_files)
         return WV_NOT_FOUND;
     *path = a->files[place].path;
     *bytes = a->files[place].bytes;
@@ -2110,6 +2125,8 @@ size_t wv_scratch_bytes(const wv_archive *a)
 
 uint32_t wv_layers(const wv_archive *a, uint32_t *arrived)
 {
+    uint32_t unused;
+    arrived = arrived ? arrived : &unused;
     *arrived = 0;
     if (!wv_count(a))
         return 0;
@@ -2137,8 +2154,6 @@ static wv_status read_all(wv_archive *a)
 static wv_status load_one(wv_archive *a, const wv_tensor *wanted, wv_dtype type, void *out)
 {
     const wv_sink sink = {out ? out : a, type, NULL, NULL}; /* the room itself: none is written to `a` */
-    if (wanted->number >= a->tensors || wanted->elements != a->all[wanted->number].is.elements)
-        return WV_ARGUMENT;
     if (!a->index.data)
         return WV_TRUNCATED;
     tensor *t = a->only = a->all + wanted->number;
@@ -2158,9 +2173,16 @@ static wv_status load_one(wv_archive *a, const wv_tensor *wanted, wv_dtype type,
     return status;
 }
 
+/* Whether a tensor can be read now, and is of this archive. */
+static int is_own(const wv_archive *a, const wv_tensor *t)
+{
+    return t && is_ready(a) && !a->stream
+        && t == wv_get(a, (uint32_t)(((uintptr_t)t - (uintptr_t)a->all) / sizeof *a->all));
+}
+
 wv_status wv_load(wv_archive *a, const wv_tensor *wanted, wv_dtype type, void *out, size_t bytes)
 {
-    if (!wanted || !is_ready(a) || a->stream || (!out && bytes) || !size_as(wanted, type)
+    if (!is_own(a, wanted) || (!out && bytes) || !size_as(wanted, type)
         || bytes != wanted->elements * size_as(wanted, type))
         return WV_ARGUMENT;
     return load_one(a, wanted, type, out);
@@ -2168,8 +2190,7 @@ wv_status wv_load(wv_archive *a, const wv_tensor *wanted, wv_dtype type, void *o
 
 wv_status wv_levels(wv_archive *a, const wv_tensor *wanted, int32_t *out, size_t bytes, float *step)
 {
-    if (!wanted || !is_ready(a) || a->stream || !out || !step || bytes != 4 * wanted->elements
-        || wanted->number >= a->tensors)
+    if (!is_own(a, wanted) || !out || !step || bytes != 4 * wanted->elements)
         return WV_ARGUMENT;
     if (wanted->dtype > WV_BF16 || a->all[wanted->number].mask != 2)
         return WV_LEVELS;
@@ -2182,7 +2203,7 @@ wv_status wv_levels(wv_archive *a, const wv_tensor *wanted, int32_t *out, size_t
 
 wv_status wv_load_all(wv_archive *a, const wv_sink *sink)
 {
-    if (!is_ready(a) || a->stream || !sink || !sink->begin || !sink->end)
+    if (!is_ready(a) || a->stream || !is_right(sink))
         return WV_ARGUMENT;
     a->sink = sink;
     wv_status status = end_all(a, read_all(a));
@@ -2198,7 +2219,7 @@ const char *wv_status_text(wv_status status)
         "no weightvid archive\0needs a newer reader\0a number above its limit\0malformed\0"
         "damaged: a hash does not match\0the decoder refused it\0no integers: pack with --integer\0"
         "not the base that the update names, or none\0lower layers only: the file ends early\0";
-    for (int i = 0; i < (int)status && *text; i++)
+    for (unsigned i = 0; i < (unsigned)status && *text; i++)
         text += strlen(text) + 1;
     return *text ? text : "unknown status";
 }

@@ -77,8 +77,8 @@ typedef struct wv_allocator {
 /* Decoder of the track. `open` gets the sample entry ("hvc1", "av01", "avc1") and the payload of
    its configuration box. `decode` gets one sample (hvc1, avc1: NAL units behind 4-byte lengths) and
    returns the luma of its picture, valid until the next call and not in the packet's memory, and the
-   distance of its rows. Each
-   picture's SHA-256 is compared: a decoder that is not exact is noticed. */
+   distance of its rows; it must refuse a picture that is not of the size that `open` got: this is not
+   compared. Each picture's SHA-256 is: a decoder that is not exact is noticed. */
 typedef struct wv_decoder {
     void *user;
     wv_status (*open)(void *user, const char entry[4], const uint8_t *config, size_t config_bytes,
@@ -146,10 +146,12 @@ wv_status wv_metadata(const wv_archive *archive, uint32_t place, const char **ke
 wv_status wv_file(const wv_archive *archive, uint32_t place, const char **path, uint64_t *bytes);
 wv_status wv_read_file(wv_archive *archive, uint32_t place, void *out, size_t bytes);
 size_t wv_scratch_bytes(const wv_archive *archive);
-/* Layers of the archive; and how many of them, at the start, have arrived of a stream for all tensors. */
+/* Layers of the archive; and how many of them, at the start, have arrived of a stream for all tensors
+   (`arrived` may be NULL). */
 uint32_t wv_layers(const wv_archive *archive, uint32_t *arrived);
 
-/* --- tensors, from memory or a reader; wv_load and wv_levels need the index, at the end of the file */
+/* --- tensors of this archive, from memory or a reader; wv_load and wv_levels need the index, at the
+   end of the file */
 size_t wv_bytes(const wv_tensor *tensor, wv_dtype type); /* of a tensor in a type; 0: impossible */
 wv_status wv_load(wv_archive *archive, const wv_tensor *tensor, wv_dtype type, void *out, size_t bytes);
 wv_status wv_load_all(wv_archive *archive, const wv_sink *sink);

@@ -30,15 +30,16 @@ export async function prepare(source = new URL("weightvid.wasm", import.meta.url
   return compiled;
 }
 
-async function fetched(url, options) {
-  const response = await fetch(url, options);
-  if (!response.ok) throw new Error(`${url}: the server answered ${response.status}`);
+async function fetched(url, options) { return good(await fetch(url, options), url); }
+
+function good(response, url) {
+  if (!response.ok) throw new Error(`${url || "the response"}: the server answered ${response.status}`);
   return response;
 }
 
 /** An archive; made by `open`. Its names and metadata are known once its header has arrived. */
 export class Archive {
-  #wasm; #session; #source; #options; #external;
+  #wasm; #session; #source; #options; #external; #closed = false;
   #queue; // of calls: an update and its base take turns
 
   constructor(wasm, source, options) {
@@ -54,16 +55,18 @@ export class Archive {
     const made = options.base?.#wasm
       ?? (await WebAssembly.instantiate(await (compiled ?? prepare()), {})).exports;
     const archive = new Archive(made, source, options);
-    await archive.#start(0);
+    archive.#use();
+    await archive.#turn(() => archive.#start(0));
     return archive;
   }
 
   /** Names of all tensors, aliases included. */
   get names() { return this.#tensors().map((tensor) => tensor.name); }
 
-  /** Text metadata of the model. */
+  /** Text metadata of the model; a text ends at its first NUL character. Without a prototype, as keys may have any name. */
   get metadata() {
-    const found = {};
+    this.#use();
+    const found = Object.create(null);
     for (let place = 0, pair; (pair = this.#wasm.metadata(this.#session, place)); place++) {
       const [key, value] = new Uint32Array(this.#wasm.memory.buffer, pair, 2);
       found[this.#text(key)] = this.#text(value);
@@ -72,7 +75,10 @@ export class Archive {
   }
 
   /** How many layers the archive has. */
-  get layers() { return this.#layers(this.#session)[0]; }
+  get layers() {
+    this.#use();
+    return this.#layers(this.#session)[0];
+  }
 
   /** Name, element type and shape of a tensor. */
   info(name) {
@@ -82,15 +88,15 @@ export class Archive {
   }
 
   /** One tensor: {name, dtype, shape, data}; only its part of the file is fetched. */
-  tensor(name) {
-    const made = this.#queue.last.then(() => this.#load(this.info(name)));
-    this.#queue.last = made.catch(() => {});
-    return made;
+  async tensor(name) {
+    const found = this.info(name);
+    return this.#turn(() => this.#load(found));
   }
 
   /**
-   * All tensors in the order of the file; those of a stream as they arrive. Of a file that ends early
-   * those come at last of which lower layers are there, with `coarse` true; then there is an error.
+   * All tensors in the order of the file; those of a stream as they arrive. Of a file that ends early,
+   * or whose download fails, those come at last of which lower layers are there, with `coarse` true;
+   * then there is an error.
    */
   async* [Symbol.asyncIterator]() {
     if (this.#external || this.#options.base) {
@@ -98,11 +104,15 @@ export class Archive {
       return;
     }
     const { layers = Infinity, onLayer } = this.#options, wanted = Math.min(layers, this.layers);
-    const wasm = this.#wasm, session = wasm.open(0, 0, F32), names = this.#tensors();
-    let arrived = 0;
+    const wasm = this.#wasm, names = this.#tensors();
+    const session = this.#there(wasm.open(0, 0, F32));
+    let arrived = 0, failure;
+    const stream = async function* (source) {
+      try { yield* source.stream(); } catch (error) { failure = error; }
+    };
     try {
       this.#check(wasm.use_layers(session, wanted));
-      for await (const bytes of this.#source.stream()) {
+      for await (const bytes of stream(this.#source)) {
         for (let at = 0; at < bytes.length; at += RANGE) {
           const some = bytes.subarray(at, at + RANGE), room = this.#copy(some);
           const status = wasm.push(session, room, some.length);
@@ -116,32 +126,50 @@ export class Archive {
       }
       const status = wasm.finish(session);
       yield* this.#arrived(session, names);
+      if (failure) throw failure;
       this.#check(status);
     } finally {
       wasm.close(session);
     }
   }
 
-  /** Gives the memory back; the archive cannot be used afterwards. */
+  /** Gives the memory back, after the tensors that are being read; the archive cannot be used afterwards. */
   close() {
-    this.#wasm.close(this.#session);
-    this.#session = 0;
+    if (this.#closed) return;
+    this.#closed = true;
+    this.#turn(() => this.#wasm.close(this.#session));
+  }
+
+  #use(what = "archive") {
+    if (this.#closed) throw new Error(`the ${what} is closed`);
+    this.#options.base?.#use("base");
+  }
+
+  #turn(call) {
+    const made = this.#queue.last.then(call);
+    this.#queue.last = made.catch(() => {});
+    return made;
   }
 
   async #start(external) {
-    const wasm = this.#wasm;
+    const wasm = this.#wasm, { base, layers } = this.#options;
     this.#external = external;
-    this.#session = wasm.open(this.size, external, F32);
-    const status = await this.#answered(() => wasm.start(this.#session, external));
-    if (status === CODEC && !external) { // not HEVC
+    this.#session = this.#there(wasm.open(this.size, external, F32));
+    try {
+      const status = await this.#answered(() => wasm.start(this.#session, external));
+      if (status !== CODEC || external) {
+        this.#check(status);
+        wasm.forget(this.#session);
+        if (base) this.#check(wasm.use_base(this.#session, base.#session));
+        if (layers !== undefined) this.#check(wasm.use_layers(this.#session, Math.min(layers, 255)));
+        return;
+      }
+    } catch (error) {
       wasm.close(this.#session);
-      return this.#start(1);
+      throw error;
     }
-    this.#check(status);
-    wasm.forget(this.#session);
-    const { base, layers } = this.#options;
-    if (base) this.#check(wasm.use_base(this.#session, base.#session));
-    if (layers !== undefined) this.#check(wasm.use_layers(this.#session, layers));
+    wasm.close(this.#session);
+    await this.#start(1); // not HEVC
   }
 
   /** Calls until nothing is missing that it wants of this archive or its bases. */
@@ -163,10 +191,10 @@ export class Archive {
       const at = wasm.wanted_at(session);
       const found = await this.#source.range(at, Math.min(Math.max(bytes, RANGE), this.size - at));
       if (found.length < bytes) throw new Error("the file is shorter than it was");
-      wasm.give(session, 1, at, this.#copy(found), found.length);
+      this.#there(wasm.give(session, 1, at, this.#copy(found), found.length));
     } else if (wanted) {
       const luma = await this.#decode(new Uint8Array(wasm.memory.buffer, packet, bytes).slice());
-      wasm.give(session, 2, 0, this.#copy(luma), luma.length);
+      this.#there(wasm.give(session, 2, 0, this.#copy(luma), luma.length));
     }
     return wanted > 0;
   }
@@ -180,8 +208,7 @@ export class Archive {
 
   async #load(info) {
     const wasm = this.#wasm, type = DTYPES.indexOf(info.dtype) < 4 ? F32 : STORED;
-    const bytes = wasm.bytes(info.address, type), room = wasm.alloc(bytes);
-    if (!room) throw new Error("out of memory");
+    const bytes = wasm.bytes(info.address, type), room = this.#there(wasm.alloc(bytes));
     try {
       this.#check(await this.#answered(() => wasm.load(this.#session, info.address, type, room, bytes)));
       return this.#made(info, room, bytes);
@@ -223,9 +250,11 @@ export class Archive {
     for (let place; (place = this.#wasm.next(session));) {
       const [tensor, room, bytes, coarse] = new Uint32Array(this.#wasm.memory.buffer, place, 4);
       const number = new Uint32Array(this.#wasm.memory.buffer, tensor, 10)[8];
-      for (const info of infos.filter((one) => one.number === number)) yield { ...this.#made(info, room, bytes), coarse: !!coarse };
-      this.#wasm.release(room);
-      this.#wasm.release(place);
+      try {
+        for (const info of infos.filter((one) => one.number === number)) yield { ...this.#made(info, room, bytes), coarse: !!coarse };
+      } finally {
+        this.#wasm.release(place); // also where the caller's loop ends here
+      }
     }
   }
 
@@ -235,6 +264,7 @@ export class Archive {
   }
 
   #tensors() {
+    this.#use();
     const found = [];
     for (let place = 0; place < this.#wasm.count(this.#session); place++) {
       const address = this.#wasm.tensor(this.#session, place);
@@ -251,10 +281,14 @@ export class Archive {
   }
 
   #copy(bytes) {
-    const room = this.#wasm.alloc(bytes.length || 1);
-    if (!room) throw new Error("out of memory");
+    const room = this.#there(this.#wasm.alloc(bytes.length));
     new Uint8Array(this.#wasm.memory.buffer).set(bytes, room);
     return room;
+  }
+
+  #there(address) {
+    if (!address) throw new Error("out of memory");
+    return address;
   }
 
   #check(status) {
@@ -271,18 +305,30 @@ function fromBytes(bytes) {
 async function fromAddress(url, onProgress) {
   const first = await fetched(url, { headers: { Range: "bytes=0-0" } });
   if (first.status !== 206) return fromBytes(new Uint8Array(await read(first, onProgress)));
-  const size = Number(first.headers.get("Content-Range")?.split("/")[1]);
+  const total = (response) => Number(response.headers.get("Content-Range")?.split("/")[1]), size = total(first);
+  // An encoded answer has an ETag of its own; dates count where one of the answers has no ETag.
+  const version = ({ headers }) => ({
+    tag: headers.has("Content-Encoding") ? null : headers.get("ETag")?.replace(/^W\//, ""), date: headers.get("Last-Modified") });
+  const was = version(first);
+  const same = async (options) => {
+    const response = await fetch(url, options), { tag, date } = version(response), now = total(response);
+    if (response.status !== 416) good(response, url); // 416: it is shorter now
+    const changed = tag && was.tag ? tag !== was.tag : date && was.date && date !== was.date;
+    if (!changed && !(now >= 0 && now !== size) && response.ok) return response;
+    await response.body?.cancel();
+    throw new Error(`the file at ${url} has changed`);
+  };
   await first.arrayBuffer();
   if (!Number.isSafeInteger(size)) return fromBytes(new Uint8Array(await read(await fetched(url), onProgress)));
   return {
     size,
     async range(at, count) {
-      const response = await fetched(url, { headers: { Range: `bytes=${at}-${at + count - 1}` } });
+      const response = await same({ headers: { Range: `bytes=${at}-${at + count - 1}` } });
       if (response.status !== 206) throw new Error(`${url}: the server no longer answers ranges`);
       return new Uint8Array(await response.arrayBuffer());
     },
     async* stream() {
-      const reader = (await fetched(url)).body.getReader();
+      const reader = (await same()).body.getReader();
       try {
         for (let have = 0; ;) {
           const { done, value } = await reader.read();
@@ -310,13 +356,16 @@ async function read(response, onProgress) {
  * @param {{onProgress?: (bytes: number, of: number) => void, base?: Archive, layers?: number,
  *          onLayer?: (arrived: number, of: number) => void}} options
  *   onProgress, onLayer: called while a stream arrives, of how many bytes and whole layers are there;
- *   base: what an update adds to, which stays open; layers: so many of the first ones alone.
+ *   base: what an update adds to, which stays open; layers: so many of the first ones alone, 1 at least.
  * @returns {Promise<Archive>}
  */
 export async function open(source, options = {}) {
-  const { onProgress } = options;
+  const { onProgress, base, layers } = options;
+  if (base != null && !(base instanceof Archive)) throw new TypeError("base: an archive that open() gave is wanted");
+  if (layers !== undefined && !(Number.isInteger(layers) && layers > 0))
+    throw new TypeError(`layers: a whole number above 0 is wanted, not ${String(layers)}`);
   const bytes = source instanceof ArrayBuffer ? new Uint8Array(source)
-    : source instanceof Response ? new Uint8Array(await read(source, onProgress))
+    : source instanceof Response ? new Uint8Array(await read(good(source, source.url), onProgress))
       : ArrayBuffer.isView(source) ? new Uint8Array(source.buffer, source.byteOffset, source.byteLength) : null;
   return Archive.open(bytes ? fromBytes(bytes) : await fromAddress(source, onProgress), options);
 }
