@@ -1068,7 +1068,7 @@ class Archive(Mapping[str, Array]):
 
     ``archive[name]`` reads one tensor; `items` gives all of them in file order as their frames
     arrive, which is the only way to read a pipe. BF16 comes as float32, float8 as raw bits. It is
-    for one thread at a time: let each open its own.
+    for one thread at a time: let each open its own. Of a file cut short, tensors may lack layers.
 
     Attributes
     ----------
