@@ -238,8 +238,9 @@ def read_tensors(archive: Archive, names: Collection[str]) -> Iterator[tuple[Ten
     except TruncatedError as error:
         if len(wanted) == everything:
             raise
-        why = f"the archive is cut short; missing: {', '.join(sorted(left))}"
-        raise TruncatedError(why, error.offset, sorted(left)) from None
+        why = f"the archive is cut short; missing or coarse: {', '.join(sorted(left))}"
+        lost, coarse = left.difference(error.coarse), left.intersection(error.coarse)
+        raise TruncatedError(why, error.offset, sorted(lost), sorted(coarse)) from None
 
 
 def stored_pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
