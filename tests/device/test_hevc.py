@@ -144,5 +144,10 @@ def test_damage_does_no_harm(tmp_path: Path) -> None:
             data[rng.integers(first, len(data), flips)] ^= np.uint8(1 << rng.integers(8))
             names.append(tmp_path / str(len(names)))
             names[-1].write_bytes(data[: rng.integers(len(data) // 2, len(data) + 1)].tobytes())
+    # Arithmetic code that begins beyond its range, behind any header of a slice.
+    seed = next(seeds(("slower",)))
+    for header in range(256):
+        names.append(tmp_path / str(len(names)))
+        names[-1].write_bytes(seed[: 1 + seed[0] + 2] + bytes((header, 255, 255, 255)))
     done = subprocess.run([program, *names], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -235,7 +235,7 @@ static void read_slice_header(wv_hevc *hevc) {
         hevc->contexts[i] = (uint8_t)(state < 64 ? (63 - state) << 1 : (state - 64) << 1 | 1);
     }
     hevc->contexts[END_OF_SLICE] = 126;
-    read_bits(hevc, 9); /* the offset, which stays above the spare bits */
+    expect(hevc, read_bits(hevc, 9) > 509, 0); /* the offset, which stays above the spare bits */
     hevc->in.value &= (1u << (hevc->in.spare + 9)) - 1;
     hevc->in.range = 510;
 }
