@@ -210,7 +210,8 @@ LIARS: dict[str, tuple[Callable[[socket.socket, bytes, int], object], str]] = {
     ),
     "circle": (
         lambda c, d, first: c.sendall(
-            b"HTTP/1.1 302 Found\r\nLocation: /model.mp4\r\nContent-Length: 0\r\n\r\n"
+            b"HTTP/1.1 302 Found\r\nLocation: /model.mp4\r\nContent-Length: 0\r\n"
+            b"Connection: close\r\n\r\n"
         ),
         "redirects in a circle",
     ),
