@@ -179,6 +179,8 @@ def test_verbs(tmp_path: Path) -> None:
         unpack_archive(path, out, UnpackOptions(layers=layers))
         with open_checkpoint(out) as made, open_archive(path, layers=layers) as archive:
             assert all(made.read(n).tobytes() == archive.stored(n).tobytes() for n in model())
+    with pytest.raises(TensorNotFoundError, match="counted from 1"):
+        unpack_archive(path, tmp_path / "0.safetensors", UnpackOptions(layers=0))
     with pytest.raises(TensorNotFoundError, match="no layer 3: the archive has 2"):
         unpack_archive(path, tmp_path / "3.safetensors", UnpackOptions(layers=3))
 

@@ -55,10 +55,10 @@ class FormatError(WeightvidError, ValueError):
 class TruncatedError(FormatError):
     """The archive ends too early: ``missing`` tensors did not come, ``coarse`` ones lack layers."""
 
-    def __init__(self, why: str, at: Any = None, missing: Any = (), coarse: Any = ()) -> None:
-        super().__init__(why, "truncated", at)
+    def __init__(self, why: str, offset: Any = None, missing: Any = (), coarse: Any = ()) -> None:
+        super().__init__(why, "truncated", offset)
         self.missing, self.coarse = tuple(missing), tuple(coarse)
-        self.args = why, at, self.missing, self.coarse
+        self.args = why, offset, self.missing, self.coarse
 
 
 class TensorNotFoundError(WeightvidError, KeyError):

@@ -136,7 +136,7 @@ def unpack_archive(
                 raise CheckpointError(f"{target} is the archive itself")
         elif chosen.partial:
             archive = stack.enter_context(seekable(archive))
-        layers = chosen.layers or loader.MAX_LAYERS
+        layers = loader.MAX_LAYERS if chosen.layers is None else chosen.layers
         opened = stack.enter_context(open_anywhere(archive, base=chosen.base, layers=layers))
         held = opened.header.layers.total if opened.header.layers else 1
         if chosen.layers is not None and chosen.layers > held:

@@ -165,7 +165,8 @@ def verify_archive(
             with open_checkpoint(against) as reader:
                 judged = None if evaluation is None else _Judged(evaluation, max_kl)
                 came, comparison = _compare(salvage, reader, min_sqnr_db, judged)
-        intact = [spec for spec in came if spec.name not in salvage.coarse]
+        coarse = set(salvage.coarse)
+        intact = [spec for spec in came if spec.name not in coarse]
         return VerifyReport(
             tensors=len(opened.header.tensors),
             tensors_intact=len(intact),
