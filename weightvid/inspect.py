@@ -160,13 +160,12 @@ def summarize_archive(location: Location, *, details: bool | None = None) -> Arc
     FormatError, OSError, RemoteError
     """
     with archives.seekable(location) as there, archives.open_anywhere(there) as archive:
-        index, track = archive.index, archive.track
-        size = archive.source.file.seek(0, os.SEEK_END)
+        index, track, file = archive.index, archive.track, archive.source.file
+        size = file.seek(0, os.SEEK_END)
         detailed = index is None or (not is_url(location) if details is None else details)
         frames = list(archives.walk_frames(archive)) if detailed else []
         packets = [packet_bytes for _, packet_bytes in frames] or [0]
         account = dict.fromkeys(ACCOUNT, 0)
-        file = archive.source.file
         signatures = () if index is None else signatures_in(file)
         boxes = archives.walk_boxes(file) if detailed else archives.find_tail(file).boxes
         for kind, _, box_bytes in boxes:
@@ -203,11 +202,9 @@ def _layers(archive: Archive, size: int) -> LayerSummary:
     header, index = archive.header, archive.index
     masks = [header.mask(number) for number in range(len(header.tensors))]
     base = header.layers.base.hex() if header.layers else ""
-    counts = (
-        sum(mask & 1 and mask > 1 for mask in masks),
-        sum(not mask & 1 for mask in masks),
-        masks.count(1),
-    )
+    added = sum(mask & 1 and mask > 1 for mask in masks)
+    fresh = sum(not mask & 1 for mask in masks)
+    counts = added, fresh, masks.count(1)
     if index is None:
         return LayerSummary((), "", base, *counts)
     ends, frames, boxes = [], 0, 0
@@ -227,10 +224,7 @@ def _tensors(archive: Archive, frames: Sequence[tuple[Sidecar, int]]) -> Iterato
     shares, spans = _shares(archive, frames, ends)
     exact = _boxed(archive)
     if archive.index is not None:
-        spans = {
-            number: (found[0].start, found[-1].stop - 1)
-            for number, found in archive.index.spans.items()
-        }
+        spans = {n: (own[0].start, own[-1].stop - 1) for n, own in archive.index.spans.items()}
     made = []
     for number, spec in enumerate(archive.header.tensors):
         own, end = parts.get(number), ends.get(number)

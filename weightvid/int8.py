@@ -208,15 +208,11 @@ class _Conversion:
         graph.node.extend(kept)
         needed = {name for node in kept for name in node.input}
         slots = [slot for slot in graph.initializer if slot.name in needed]
-        slots += [
-            self._onnx.numpy_helper.from_array(array, name)
-            for name, array in self._added.items()
-            if name in needed
-        ]
+        tensor = self._onnx.numpy_helper.from_array
+        slots += [tensor(array, name) for name, array in self._added.items() if name in needed]
         del graph.initializer[:]
         graph.initializer.extend(slots)
-        named = {slot.name for slot in slots} | needed
-        inputs = [value for value in graph.input if value.name in named]
+        inputs = [value for value in graph.input if value.name in needed]
         del graph.input[:], graph.value_info[:]
         graph.input.extend(inputs)
         self._onnx.checker.check_model(self.model)
@@ -259,9 +255,8 @@ class _Conversion:
         probe = type(self.model).FromString(self.model.SerializeToString())
         inner = [name for name in names if name not in examples]
         known = {value.name for value in probe.graph.output}
-        probe.graph.output.extend(
-            self._onnx.helper.make_empty_tensor_value_info(n) for n in inner if n not in known
-        )
+        value_info = self._onnx.helper.make_empty_tensor_value_info
+        probe.graph.output.extend(value_info(name) for name in inner if name not in known)
         with explained("the graph does not run with the weights of the archive"):
             session = runtime.InferenceSession(
                 probe.SerializeToString(), providers=["CPUExecutionProvider"]
@@ -286,8 +281,8 @@ class _Conversion:
             self._ranges[name] = scale, np.uint8(min(max(zero, _LOW), _HIGH))
 
     def _replace(self, layer: _Layer) -> None:
-        node, name = layer.node, layer.node.output[0]
-        weight, scales = self._integers(node.input[1], node.op_type, self._settings(node))
+        node, name, settings = layer.node, layer.node.output[0], self._settings(layer.node)
+        weight, scales = self._integers(node.input[1], node.op_type, settings)
         bias = self._constants[node.input[2]] if len(node.input) > 2 and node.input[2] else 0.0
         bias = np.broadcast_to(np.asarray(bias, np.float64), len(weight))
         if layer.norm is not None:
@@ -312,7 +307,6 @@ class _Conversion:
             step = self._add(f"{name}_scale", (float(scale) * scales).astype(np.float32))
             self._emit("Mul", [f"{name}_float", step], name)
             return
-        settings = self._settings(node)
         pads = settings.get("pads", [])
         if self._fold and any(pads) and zero:
             # The border's 0 is the zero point, which the kernel no longer knows.
@@ -333,9 +327,7 @@ class _Conversion:
         self._emit("QLinearConv", names, twin, **settings)
         self._emit("DequantizeLinear", [twin, *names[6:8]], layer.output)
 
-    def _integers(
-        self, name: str, kind: str, settings: Mapping[str, Any]
-    ) -> tuple[Array, np.ndarray[Any, Any]]:
+    def _integers(self, name: str, kind: str, settings: Mapping[str, Any]) -> tuple[Array, Array]:
         """Weights as int8, outputs along the first axis, and the scale of each output."""
         turned = kind == "MatMul" or (kind == "Gemm" and not settings.get("transB", 0))
         found = self._levels.get(name)

@@ -234,7 +234,7 @@ def draw(luma: Array, tiles: list[Tile], title: str, scale: int = 0) -> Bytes:
     levels = range(-(largest // step) * step, largest + 1, step)
     swatches = [(table[n + ZERO_SAMPLE], f"{n:+d}" if n else "0") for n in levels]
     caption = "each cell is a quantized weight, laid out column by column, large ones first"
-    _legend(pen, font, height * zoom, (title, caption, "level"), swatches)
+    _legend(pen, font, height * zoom, (title, caption, "level:"), swatches)
     return np.asarray(image)
 
 
@@ -252,7 +252,8 @@ def draw_kernels(weights: Array, title: str, spec: TensorSpec, scale: int = 0) -
     with np.errstate(over="ignore"):
         shares = np.nan_to_num(values / limit * 127).clip(-127, 127)  # NaN is drawn as 0
     samples = np.rint(shares).astype(np.int16) + ZERO_SAMPLE
-    grid = np.pad(colours(127)[samples], ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)),
+    table = colours(127)
+    grid = np.pad(table[samples], ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)),
                   constant_values=255)  # fmt: skip
     grid = grid.transpose(0, 2, 1, 3, 4).reshape(rows * (tall + gap), channels * (wide + gap), 3)
     zoom = scale or max(1, min(_KERNEL_SCALE, _TARGET_PX // max(grid.shape[:2])))
@@ -260,12 +261,10 @@ def draw_kernels(weights: Array, title: str, spec: TensorSpec, scale: int = 0) -
     part = "" if shown.size == whole.size else f" (the first {rows} x {channels} of them)"
     what = "kernels" if view.kernel else "weights"
     caption = f"{view.rows} outputs (rows) x {view.channels} inputs of {what}{part}"
-    swatches = [
-        (colours(127)[round(x * 127) + ZERO_SAMPLE], f"{x * limit:.2g}")
-        for x in (n / 4 for n in range(-4, 5))
-    ]
+    marks = [n / 4 for n in range(-4, 5)]
+    swatches = [(table[round(x * 127) + ZERO_SAMPLE], f"{x * limit:.2g}") for x in marks]
     shape = " x ".join(map(str, spec.shape))
-    words = f"{title}, {_printable(spec.name)}, {shape}", caption, "weight"
+    words = f"{title}, {_printable(spec.name)}, {shape}", caption, "weight:"
     _legend(pen, font, len(grid) * zoom, words, swatches)
     return np.asarray(image)
 
@@ -284,10 +283,8 @@ def _legend(
     pen: Any, font: Any, top: int, words: tuple[str, str, str], swatches: list[tuple[Array, str]]
 ) -> None:
     """What the picture is, how to read it, and the scale of its colours."""
-    title, caption, unit = words
-    pen.text((12, top + 6), title, fill=_INK, font=font)
-    pen.text((12, top + 22), caption, fill=_INK, font=font)
-    pen.text((12, top + 44), f"{unit}:", fill=_INK, font=font)
+    for y, text in zip((6, 22, 44), words, strict=True):
+        pen.text((12, top + y), text, fill=_INK, font=font)
     for place, (colour, text) in enumerate(swatches):
         x = 60 + place * 44
         pen.rectangle((x, top + 42, x + 43, top + 58), fill=tuple(colour.tolist()), outline=_INK)

@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from inspect import iscoroutinefunction
@@ -123,7 +123,7 @@ class WrongAnswerError(WeightvidError, OSError):
         self.status, self.code = status, code
 
 
-class Answer:
+class Answer(AbstractContextManager["Answer"]):
     """What a web server gives of a file, in pieces; OSErrors of it become ours by `explain`.
 
     The bytes from ``start`` to ``stop`` come: of a server without ranges all. The end, and the
@@ -207,9 +207,6 @@ class Answer:
         except Exception as error:
             name = type(error).__name__
             raise ConnectionError(_SAID.get(name, f"{name}: {error}")) from None
-
-    def __enter__(self) -> Answer:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._answer.close)

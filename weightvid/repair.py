@@ -100,17 +100,14 @@ class _Grid:
 
     def __init__(self, layout: _Layout, stream: Bytes) -> None:
         self.layout, seal = layout, layout.seal
-        ends = layout.parity, layout.parity + seal.rows * seal.row
-        self.parity = np.roll(
-            stream[slice(*ends)].reshape(seal.rows, seal.row), layout.parity % seal.row, axis=1
-        )
+        rows = stream[layout.parity :][: seal.rows * seal.row].reshape(seal.rows, seal.row)
+        self.parity = np.roll(rows, layout.parity % seal.row, axis=1)
         self.row_hashes = stream[layout.hashes : layout.hashes + 4 * layout.row_hashes].tobytes()
         self.code = np.zeros((layout.lines, seal.row), np.uint8)
         self.stream = self.code.reshape(-1)  # what a box holds besides its table counts as zero
-        table = slice(layout.table, layout.table + 4 * layout.groups)
-        for part in (slice(0, layout.data), table, slice(layout.behind, layout.size)):
+        self._table = slice(layout.table, layout.table + 4 * layout.groups)
+        for part in (slice(0, layout.data), self._table, slice(layout.behind, layout.size)):
             self.stream[part] = stream[part]
-        self._table = table
         self._decoder = _zfec().Decoder(layout.lines, layout.lines + seal.rows)
 
     @property
@@ -128,10 +125,8 @@ class _Grid:
         return crc.to_bytes(4, "little")
 
     def bad_groups(self) -> list[int]:
-        table = self.table
-        return [
-            n for n in range(self.layout.groups) if self.group_crc(n) != table[4 * n : 4 * n + 4]
-        ]
+        table, groups = self.table, range(self.layout.groups)
+        return [n for n in groups if self.group_crc(n) != table[4 * n : 4 * n + 4]]
 
     def bad_parity(self) -> list[Span]:
         """Spans of the parity that do not match their CRC-32s."""
@@ -341,12 +336,9 @@ def repair_archive(
                 output.file.write(grid.stream[: layout.data].data)
                 at += layout.box_bytes
             output.file.writelines((*boxes, grid.stream[layout.behind : layout.size].tobytes()))
-    except BaseException:
-        output.abort()
-        raise
-    if found or not in_place:
-        output.commit()
-    else:
+        if found or not in_place:
+            output.commit()
+    finally:
         output.abort()
     restored = sum(last - first for first, last in found)
     return RepairReport(size, sum(map(len, boxes)), restored, tuple(sorted(found)))
@@ -425,10 +417,10 @@ def _fits(grid: _Grid, bad: Sequence[Span], is_right: Callable[[], bool]) -> boo
     if patches is None:
         return False
     before = grid.put(patches)
-    if not is_right():
+    fits = is_right()
+    if not fits:
         grid.put(before)
-        return False
-    return True
+    return fits
 
 
 def _windows(layout: _Layout, region: Span) -> Iterator[Span]:

@@ -29,7 +29,6 @@ from weightvid.repair import MAX_SHARE, MIN_SHARE, PARITY_UUID, add_parity
 SIGN_UUID: Final = b"weightvid-sign\0\0"
 KEY, UNITS, SIGNATURE = 112, 114, 116
 
-
 #: a stretch of an archive that is checked as one: its bytes, and their SHA-256.
 Unit = tuple[int, bytes]
 
@@ -296,8 +295,9 @@ class _Checked(Pieces):
     def _load(self, number: int) -> bytes:
         if number == self._number:
             return self._unit
+        at = self._starts[number]
         if self._file.seekable():
-            self._file.seek(self._starts[number])
+            self._file.seek(at)
         parts, (left, sha256) = list[bytes](), self._units[number]
         while left and (part := self._file.read(min(left, 1 << 20))):
             parts.append(part)
@@ -306,9 +306,7 @@ class _Checked(Pieces):
         if hashlib.sha256(data).digest() != sha256:
             what = "the head" if not number else f"unit {number} of {len(self._units) - 1}"
             short = ": the archive ends early" if left else ""
-            raise SignatureError(
-                f"{what}, at byte {self._starts[number]}, is not what was signed{short}"
-            )
+            raise SignatureError(f"{what}, at byte {at}, is not what was signed{short}")
         self._number, self._unit = number, data
         return data
 

@@ -36,6 +36,7 @@ def frames(count: int = 2) -> list[Any]:
 def model() -> Model:
     arrays = small_models.small()
     arrays["nan.weight"] = np.full((8, 8), np.nan, np.float32)
+    arrays["logit_scale"] = np.array(4.6, np.float32)
     return load_model(from_mapping(arrays))
 
 

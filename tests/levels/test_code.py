@@ -14,7 +14,7 @@ from weightvid import loader
 from weightvid.levels import code
 from weightvid.levels.code import CodedPart, code_part, decibels, part_rows
 from weightvid.levels.stats import outlier_mask, tensor_stats
-from weightvid.levels.steps import TensorPlan, plan_tensor
+from weightvid.levels.steps import Moments, TensorPlan, plan_tensor
 from weightvid.levels.transform import dct
 from weightvid.loader import TensorSpec, dequantize, from_float32, from_sequence, to_float32
 
@@ -157,3 +157,21 @@ def test_parts_of_long_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row_db(values, stored).min() > 12
     worst = min(parts, key=lambda part: part.quality.worst_db).quality
     assert worst.worst_row == np.argmin(row_db(values, stored))
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (48, 20, 3, 3), (48, 1, 3, 3)])
+def test_calibrated_levels_put_out_as_much_as_the_weights(shape: tuple[int, ...]) -> None:
+    values = weights(4, *shape)
+    stats = tensor_stats(TensorSpec("w", "F32", values.shape), [values])
+    groups, columns = 48 if shape[1] == 1 else 1, stats.view.columns
+    inputs = np.maximum(np.random.default_rng(3).normal(0.2, 1, (groups, 4000, columns)), 0)
+    moment = inputs.swapaxes(1, 2) @ inputs / 4000
+    moments = Moments(moment, 0.01)
+    plan = plan_tensor(stats, stats.typical_scale, moments=moments)
+    assert plan is not None
+    made = code_part(values, plan, 0, 0, moments)
+    assert 1 < made.part.step / plan.step < 1.1
+    assert decoded(plan, made).tobytes() == made.stored.tobytes()
+    matrix = values.reshape(groups, -1, columns).astype(np.float64)
+    seen = matrix @ moment
+    assert np.vdot(seen, made.stored) == pytest.approx(np.vdot(seen, matrix), rel=1e-3)

@@ -15,10 +15,12 @@ from weightvid.levels.feedback import (
     factorize,
     feedback,
     fit,
+    lost_gain,
     output_error,
     quantize_rows,
 )
 from weightvid.levels.rounding import uniform
+from weightvid.levels.steps import MOST_GAIN
 from weightvid.levels.trellis import entropy_bits, trellis
 from weightvid.loader import trellis_index
 
@@ -138,8 +140,34 @@ def test_prices_of_groups_come_from_rows_that_were_quantized(method: Method) -> 
     together = feedback(scaled, moment, method=method)
     assert (levels == 0).mean() == pytest.approx((together == 0).mean(), abs=0.005)
     fitted = fit(scaled, np.stack([moment, moment]), method=method)
-    share = np.exp2(-fitted.price[127] / FeedbackConfig().lam)
-    assert share == pytest.approx((levels == 0).mean(), abs=0.01)
+    places = fitted.classes.of_places(scaled)
+    for kind in np.flatnonzero(np.bincount(places.ravel()) > 4096):
+        share = np.exp2(-fitted.price[kind, 127] / FeedbackConfig().lam)
+        assert share == pytest.approx((levels[places == kind] == 0).mean(), abs=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_level_costs_what_it_does_among_its_like(method: Method) -> None:
+    """Of columns that differ by orders, each gets what a matrix of such columns would get."""
+    rng = np.random.default_rng(2)
+    scaled = rng.laplace(0, np.repeat([0.25, 4.0], 32), (2048, 64)).astype(np.float32)
+    config = FeedbackConfig(lam=0.2)
+    together = feedback(scaled, np.eye(64), config, method)
+    for columns in (slice(0, 32), slice(32, 64)):
+        alone = feedback(scaled[:, columns], np.eye(32), config, method)
+        assert (together[:, columns] == alone).mean() > 0.9
+    assert np.abs(together[:, :32]).mean() < 0.9 * np.abs(np.rint(scaled[:, :32])).mean()
+
+
+def test_the_gain_makes_up_for_what_outputs_lack_in_common() -> None:
+    scaled, moment = layer(rows=64)
+    noise = np.random.default_rng(5).normal(0, 0.1, scaled.shape)
+    noise -= scaled * np.vdot(scaled @ moment, noise) / np.vdot(scaled @ moment, scaled)
+    assert lost_gain(scaled, 0.98 * scaled + noise, moment) == pytest.approx(1 / 0.98, rel=1e-5)
+    assert lost_gain(scaled, 0 * scaled, moment) == 1.0
+    assert lost_gain(scaled, 0.1 * scaled, moment) == MOST_GAIN
+    twice = np.concatenate([scaled, scaled]), np.stack([moment, 2 * moment])
+    assert lost_gain(twice[0], 0.97 * twice[0], twice[1]) == pytest.approx(1 / 0.97, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -27,11 +27,8 @@ INDEX: Final = ".index.json"
 WEIGHTS_ROLE: Final = "weights"
 #: weights, in whatever kind: those that are not packed are the same model again.
 WEIGHTS: Final = frozenset(
-    {
-        *(".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".onnx", ".gguf", ".h5", ".keras"),
-        *(".msgpack", ".tflite", ".ot", ".npz", ".mlmodel", ".onnx_data", ".data", ".pdparams"),
-        *(".tar", ".gz", ".zip", ".mp4"),
-    }
+    ".safetensors .bin .pt .pth .th .ckpt .onnx .gguf .h5 .keras .msgpack .tflite .ot .npz "
+    ".mlmodel .onnx_data .data .pdparams .tar .gz .zip .mp4".split()
 )
 #: what training leaves next to the weights.
 _STATE: Final = frozenset({"optimizer", "scheduler", "training_args", "rng_state", "scaler"})
@@ -122,10 +119,8 @@ class Reader(base.CheckpointReader):
             specs += [spec for spec in inside.tensors if spec.name in names]
             self._shard_of |= dict.fromkeys(names, shard)
             aliases |= {a: name for a, name in inside.aliases.items() if {a, name} <= names}
-            skipped += [
-                f"{name} (of {shard}: the model has it from another shard)"
-                for name in sorted(there - names)
-            ]
+            why = f"of {shard}: the model has it from another shard"
+            skipped += [f"{name} ({why})" for name in sorted(there - names)]
             skipped += inside.skipped
             metadata = metadata or dict(inside.metadata)
         return base.Contents(tuple(specs), aliases, metadata, tuple(skipped), files)
@@ -170,9 +165,8 @@ class Writer(base.CheckpointWriter):
         self._target = Path(os.path.realpath(path))
         self._merge = _check_target(self._target, os.fspath(path), force)
         self._files = self._side_files()
-        self.contents = replace(
-            contents, files=tuple(SideFile(name, data) for name, data in self._files.items())
-        )
+        files = tuple(SideFile(name, data) for name, data in self._files.items())
+        self.contents = replace(contents, files=files)
         self._writers: dict[str, base.CheckpointWriter] = {}
         self._weight_map: dict[str, str] = {}
         self._stem = self._name_weights(contents.files)

@@ -56,8 +56,7 @@ class Reader(base.CheckpointReader):
             flat: Array = np.asarray(tensor.data).reshape(-1).view(stored_dtype(spec.dtype))
             return flat.reshape(spec.shape)
         failed = f"gguf cannot dequantize {tensor.tensor_type.name} of tensor {spec.name!r}"
-        with base.explained(failed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with base.explained(failed), warnings.catch_warnings(action="ignore"):
             made: Array = _library().quants.dequantize(tensor.data, tensor.tensor_type)
         return made.reshape(spec.shape)
 

@@ -139,9 +139,8 @@ def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"unknown .npy version {version}")
     read = _FORMAT.read_array_header_1_0 if version == (1, 0) else _FORMAT.read_array_header_2_0
-    with warnings.catch_warnings():
-        # Headers of Python 2 (3L for 3) are read, with a warning that nobody needs.
-        warnings.simplefilter("ignore")
+    # Headers of Python 2 (3L for 3) are read, with a warning that nobody needs.
+    with warnings.catch_warnings(action="ignore"):
         shape, _, dtype = read(member)
     if any(isinstance(n, bool) or n < 0 for n in shape):
         raise ValueError(f"the shape {shape!r} is impossible")

@@ -208,8 +208,7 @@ def _elements(path: Path, spec: TensorSpec, tensor: Any, outside: dict[str, Arra
 
 def _outside(tensor: Any) -> tuple[Any, str]:
     """Where the data of a tensor lies, and the file that it is in."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of keys that it does not know
+    with warnings.catch_warnings(action="ignore"):  # of keys that it does not know
         info = _library().external_data_helper.ExternalDataInfo(tensor)
     location: str = info.location
     while location.startswith("./"):

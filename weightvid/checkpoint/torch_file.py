@@ -77,9 +77,8 @@ def to_stored(tensor: torch.Tensor) -> tuple[str, Array]:
         raise CheckpointError(f"a {problem} cannot be stored")
     name = _name_of()[tensor.dtype]
     try:
-        with warnings.catch_warnings():
-            # complex32 warns that it is experimental; nothing is computed with it here.
-            warnings.simplefilter("ignore")
+        # complex32 warns that it is experimental; nothing is computed with it here.
+        with warnings.catch_warnings(action="ignore"):
             plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
             flat: Array = _row(plain).view(import_torch().uint8).numpy()
     except (RuntimeError, TypeError, MemoryError) as error:
@@ -166,8 +165,7 @@ class Reader(base.ArrayReader):
     def __init__(self, path: Path) -> None:
         torch = import_torch()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(action="ignore"):
                 root = _load(path)
         except Exception as error:
             said = str(error) if isinstance(error, CheckpointError) else _refusal(error)
@@ -214,8 +212,7 @@ class Writer(base.FileWriter):
         for alias, name in self.contents.aliases.items():
             state[alias] = state[name]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(action="ignore"):
                 import_torch().save(state, self._output.file)
         except RuntimeError as error:
             # torch's zip writer turns a failing write into an error of its own.
@@ -434,9 +431,8 @@ class StateDict:
             self._counts[id(value)] = 0
             inner = value.values() if isinstance(value, dict) else value
             # Lists are not entered for weights, so what they hold does not make a dict worth it.
-            self._counts[id(value)] = sum(
-                self._count(item) for item in inner if not isinstance(item, (list, tuple))
-            )
+            entered = (item for item in inner if not isinstance(item, (list, tuple)))
+            self._counts[id(value)] = sum(map(self._count, entered))
         return self._counts[id(value)]
 
     def _skip(self, name: str, value: object) -> None:

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from weightvid.cli import output
-from weightvid.cli.output import FORCE, JSON, argument, option
+from weightvid.cli.output import FORCE, JSON, argument, output_option
 
 
 def apply(
     base: str = argument("ARCHIVE", "What the first update is to: a file or an address."),
     updates: list[str] = argument("UPDATE...", "Updates, the oldest first."),
-    destination: Path = option(..., "The merged archive.", "--output", "-o", metavar="ARCHIVE"),
+    destination: Path = output_option(..., "The merged archive.", "ARCHIVE"),
     force: bool = FORCE,
     json: bool = JSON,
 ) -> None:

@@ -13,9 +13,7 @@ def calibrate(
         "A Python file, and a function in it that takes nothing and returns a torch module and an "
         "iterable of example inputs.",
     ),
-    path: Path = option(
-        Path("stats.safetensors"), "The statistics.", "--output", "-o", metavar="STATS"
-    ),
+    path: Path = output.output_option(Path("stats.safetensors"), "The statistics.", "STATS"),
     memory: int = option(
         1024, "Limit of one pass; more layers take more passes.", min=1, metavar="MB"
     ),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightvid.cli import output
-from weightvid.cli.output import argument, check_function, option, usage_error
+from weightvid.cli.output import argument, check_function, option, output_option, usage_error
 
 if TYPE_CHECKING:
     from weightvid.compare import CompareOptions, CompareResult, Row
@@ -48,12 +48,8 @@ def compare(
         metavar="GOAL",
     ),
     anchor: str = option("weightvid", "BD-rates are taken against it.", metavar="CURVE"),
-    only: list[str] = option(
-        [], "Only this point or curve. May be repeated.", metavar="LABEL"
-    ),
-    folder: Path = option(
-        Path("compare"), "Results, plots, and finished points.", "--output", "-o", metavar="FOLDER"
-    ),
+    only: list[str] = option([], "Only this point or curve. May be repeated.", metavar="LABEL"),
+    folder: Path = output_option(Path("compare"), "Results, plots, and finished points.", "FOLDER"),
     jobs: int = option(1, "Workers; speeds are honest with one.", "--jobs", "-j", min=1),
     json: bool = option(False, "Print one JSON object for each point as it finishes.", "--json"),
 ) -> None:  # fmt: skip
@@ -101,7 +97,6 @@ def compare(
         folder=folder,
         jobs=jobs,
     )
-
     for lack in missing(options):
         output.warn(lack)
     rows: list[Row] = []
@@ -165,12 +160,10 @@ def _show(result: CompareResult, options: CompareOptions) -> None:
     if not result.alone:
         output.warn("other programs ran meanwhile: the seconds say little")
     curves = [name for name, rows in result.curves().items() if len(rows) > 1]
-    columns = {
-        f">BD-rate over {m.name}, %": {
-            name: output.number(rate, 4) for name, rate in result.bd_rates(m).items()
-        }
-        for m in result.measures()[:1]
-    }
+    columns: dict[str, dict[str, str]] = {}
+    for m in result.measures()[:1]:
+        rates = {name: output.number(rate, 4) for name, rate in result.bd_rates(m).items()}
+        columns[f">BD-rate over {m.name}, %"] = rates
     columns |= {f">bpw at {goal}": result.words_at(goal) for goal in options.goals}
     columns = {title: cells for title, cells in columns.items() if any(cells.values())}
     if columns and curves:

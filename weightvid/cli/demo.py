@@ -4,13 +4,11 @@ import shlex
 from pathlib import Path
 
 from weightvid.cli import output
-from weightvid.cli.output import JSON, option
+from weightvid.cli.output import JSON, output_option
 
 
 def demo(
-    folder: Path = option(
-        Path("weightvid-demo"), "Where the files go.", "--output", "-o", metavar="FOLDER"
-    ),
+    folder: Path = output_option(Path("weightvid-demo"), "Where the files go.", "FOLDER"),
     json: bool = JSON,
 ) -> None:
     """Pack the sample network, unpack it, and count the digits it still reads right.

@@ -3,16 +3,12 @@
 from importlib.resources import files
 from pathlib import Path
 
-import typer
-
 from weightvid.cli import output
-from weightvid.cli.output import FORCE, JSON, option
+from weightvid.cli.output import FORCE, JSON, output_option
 
 
 def device(
-    target: str = option(
-        ..., "Where the sources go; made where it is not there.", "--output", "-o", metavar="FOLDER"
-    ),
+    target: str = output_option(..., "Where the sources go; made where it is not there.", "FOLDER"),
     force: bool = FORCE,
     json: bool = JSON,
 ) -> None:
@@ -32,8 +28,4 @@ def device(
             with atomic_output(folder / source.name, force=force) as file:
                 file.write(source.read_bytes())
             written.append(str(folder / source.name))
-    if json:
-        output.emit_json({"files": written})
-        return
-    for path in written:
-        typer.echo(output.printable(path))
+    output.tell_paths(json, written, {"files": written})

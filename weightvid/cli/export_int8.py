@@ -13,7 +13,7 @@ def export_int8(
         ..., "Example inputs by name, examples along the first axis.",
         "--calibration", metavar="INPUTS.npz",
     ),
-    target: Path = option(..., "The integer graph.", "--output", "-o", metavar="INT8.onnx"),
+    target: Path = output.output_option(..., "The integer graph.", "INT8.onnx"),
     force: bool = FORCE,
     json: bool = JSON,
 ) -> None:  # fmt: skip

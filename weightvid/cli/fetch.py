@@ -8,9 +8,8 @@ def fetch(
     urls: list[str] = output.argument(
         "URL...", "http:// or https:// addresses of one file: where one fails, the next goes on."
     ),
-    archive: str = option(
-        "", "Where it goes. Default: the name in the address, here.",
-        "--output", "-o", metavar="ARCHIVE",
+    archive: str = output.output_option(
+        "", "Where it goes. Default: the name in the address, here.", "ARCHIVE"
     ),
     sha256: str = option("", "What the whole file must have.", metavar="HEX"),
     key: str = option("", "Public key by which the archive must be signed.", metavar="KEY"),

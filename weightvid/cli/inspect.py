@@ -93,9 +93,8 @@ def _facts(summary: ArchiveSummary, path: str) -> None:
             ("changes", f"{layers.added} tensors changed, {layers.fresh} new, "
                         f"{layers.unchanged} unchanged"),
         ]  # fmt: skip
-    if len(layers.ends) > 1:
-        rows.append(("layers end at", ", ".join(f"{end:,}" for end in layers.ends)))
-    rows.append(("root", layers.root))
+    ends = ", ".join(f"{end:,}" for end in layers.ends) if len(layers.ends) > 1 else ""
+    rows += [("layers end at", ends), ("root", layers.root)]
     listed = sum(tensor.escapes for tensor in summary.tensors)
     rows.append(("escapes", f"{listed:,} levels that no sample holds" if listed else ""))
     if summary.complete:

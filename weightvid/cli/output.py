@@ -33,18 +33,19 @@ SCHEMA_VERSION: Final = 1
 _LINE: Final = 1000
 
 
-def option(
-    default: Any, text: str, *names: str, metavar: str = "", group: str = "", **more: Any
-) -> Any:
+def option(default: Any, text: str, *names: str, **more: Any) -> Any:
     """An option of a verb; ``...`` as its default: it must be given. A flag has no metavar."""
-    return typer.Option(
-        default, *names, metavar=metavar or None, help=text, rich_help_panel=group or None, **more
-    )
+    return typer.Option(default, *names, help=text, **more)
 
 
 def argument(metavar: str, text: str) -> Any:
     """An argument of a verb."""
     return typer.Argument(..., metavar=metavar, help=text)
+
+
+def output_option(default: Any, text: str, metavar: str) -> Any:
+    """The option that says where a verb writes."""
+    return option(default, text, "--output", "-o", metavar=metavar)
 
 
 #: addresses are of type str, because a Path would make one slash of the two in them.
@@ -191,6 +192,15 @@ def tell(json: bool, record: Any, rows: Sequence[tuple[str, str]], **more: Any) 
         facts(rows)
 
 
+def tell_paths(json: bool, paths: Sequence[str], record: Mapping[str, Any]) -> None:
+    """Print which files a verb has written: one JSON object, or a line for each."""
+    if json:
+        emit_json(record)
+        return
+    for path in paths:
+        typer.echo(printable(path))
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; columns whose title starts with ``>`` are aligned to the right."""
     from rich import box
@@ -198,11 +208,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place, title in enumerate(columns):
-        justify: Any = "right" if title.startswith(">") else "left"
+        side: Any = "right" if title.startswith(">") else "left"
         # The first column is folded where the terminal is narrow; the others never are.
-        made.add_column(
-            title.removeprefix(">"), justify=justify, no_wrap=place > 0, overflow="fold"
-        )
+        made.add_column(title.removeprefix(">"), justify=side, no_wrap=place > 0, overflow="fold")
     for row in rows:
         made.add_row(*map(printable, row))
     console().print(made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from weightvid.pack import PackOptions, PackReport
     from weightvid.targets import Target
 
-_QUALITY, _DATA, _VIDEO, _WORK = "Quality", "With the model's own data", "Video", "Work"
-_DELIVERY = "Delivery"
+_quality = partial(option, rich_help_panel="Quality")
+_delivery = partial(option, rich_help_panel="Delivery")
+_data = partial(option, rich_help_panel="With the model's own data")
+_video = partial(option, rich_help_panel="Video")
+_work = partial(option, rich_help_panel="Work")
 
 
 def pack(
@@ -29,95 +33,86 @@ def pack(
         "A .safetensors, .pt/.pth, .npz, .gguf, .onnx or .tflite file, a Hugging Face folder, "
         "a .mlpackage, or an address: hf://org/model, https://, s3://.",
     ),
-    archive: str = option(
+    archive: str = output.output_option(
         "", "A file, an address in an object store, or -: a pipe. Default: MODEL's name, .mp4.",
-        "--output", "-o", metavar="ARCHIVE",
+        "ARCHIVE",
     ),
-    recipe: str = option(
-        "", "balanced (default): no visible loss of accuracy; small; fine.",
-        metavar="NAME", group=_QUALITY,
+    recipe: str = _quality(
+        "", "balanced (default): no visible loss of accuracy; small; fine.", metavar="NAME"
     ),
-    step: float | None = option(
-        None, "Quantizer step of an average tensor, in sigmas, instead of a recipe's.",
-        metavar="K", group=_QUALITY,
+    step: float | None = _quality(
+        None, "Quantizer step of an average tensor, in sigmas, instead of a recipe's.", metavar="K"
     ),
-    target: str = option(
+    target: str = _quality(
         "", "Search the step: 12MB or 2.5bpw (whole file, at most and nearly), or 35dB.",
-        metavar="SIZE|RATE|SQNR", group=_QUALITY,
+        metavar="SIZE|RATE|SQNR",
     ),
-    fidelity: str = option(
+    fidelity: str = _quality(
         "", "outputs (default): keep what the network computes; weights: keep the weights; "
         "integers: levels that an integer kernel can use.",
-        "--for", metavar="WHAT", group=_QUALITY,
+        "--for", metavar="WHAT",
     ),
-    integer: bool = option(False, "Short for --for integers.", "--integer", group=_QUALITY),
-    prune: float | None = option(
+    integer: bool = _quality(False, "Short for --for integers.", "--integer"),
+    prune: float | None = _quality(
         None, "Set weights to zero below the mean magnitude of their tensor times this.",
-        metavar="FACTOR", group=_QUALITY,
+        metavar="FACTOR",
     ),
-    base: list[str] = option(
+    base: list[str] = _delivery(
         [], "Write an update to this archive; of a chain of updates the oldest first.",
-        "--base", "-b", metavar="ARCHIVE", group=_DELIVERY,
+        "--base", "-b", metavar="ARCHIVE",
     ),
-    layers: int = option(
+    layers: int = _delivery(
         1, "First a coarse model, then refinements: so many layers in all.", min=1, max=16,
-        metavar="N", group=_DELIVERY,
+        metavar="N",
     ),
-    keep: list[str] = option(
-        [], "Keep these tensors bit for bit. May be repeated.", metavar="GLOB", group=_QUALITY
+    keep: list[str] = _quality(
+        [], "Keep these tensors bit for bit. May be repeated.", metavar="GLOB"
     ),
-    lossless: bool = option(
-        False, "Keep all tensors bit for bit, coded as floats.", "--lossless", group=_QUALITY
+    lossless: bool = _quality(
+        False, "Keep all tensors bit for bit, coded as floats.", "--lossless"
     ),
-    first: list[str] = option(
-        [], "Send these tensors first. May be repeated: in this order.", metavar="GLOB",
-        group=_DELIVERY,
+    first: list[str] = _delivery(
+        [], "Send these tensors first. May be repeated: in this order.", metavar="GLOB"
     ),
-    parity: str = option(
+    parity: str = _delivery(
         "", "Add so much of the file, 1%, to repair it by: see [bold]verify --repair[/bold].",
-        metavar="SHARE", group=_DELIVERY,
+        metavar="SHARE",
     ),
-    calibrate: str = option(
+    calibrate: str = _data(
         "", "Statistics that [bold]weightvid calibrate[/bold] wrote for this very model; "
         "SCRIPT:FUNCTION, as there, to quantize layer by layer, too; or, without any data, a "
         "function that returns the network alone, or auto: as transformers builds a folder's.",
-        metavar="STATS|auto", group=_DATA,
+        metavar="STATS|auto",
     ),
-    evaluate: str = option(
+    evaluate: str = _data(
         "", "Judges a dict of tensors: returns a number, logits, (logits, labels) or unit "
         "vectors. It is run as Python code: call only what you trust.",
-        "--eval", metavar="SCRIPT:FUNCTION", group=_DATA,
+        "--eval", metavar="SCRIPT:FUNCTION",
     ),
-    max_drop: str = option(
+    max_drop: str = _data(
         "", "Relative loss of the number that --eval returns, at most: 0.5% or 0.005.",
-        metavar="SHARE", group=_DATA,
+        metavar="SHARE",
     ),
-    max_kl: float | None = option(
+    max_kl: float | None = _data(
         None, "Mean KL divergence of logits, or 1 - mean cosine of unit vectors, at most.",
-        metavar="NATS", group=_DATA,
+        metavar="NATS",
     ),
-    lower: bool = option(
-        False, "The number that --eval returns is a loss.", "--lower-is-better", group=_DATA
+    lower: bool = _data(False, "The number that --eval returns is a loss.", "--lower-is-better"),
+    codec: str = _video("x265", "x265 (HEVC), svt-av1 (AV1) or x264 (H.264).", metavar="NAME"),
+    preset: str = _video("", "The codec's preset; default: by the model's size.", metavar="NAME"),
+    qp: int | None = _video(
+        None, "Code the pictures with loss, instead of the levels.", metavar="N"
     ),
-    codec: str = option(
-        "x265", "x265 (HEVC), svt-av1 (AV1) or x264 (H.264).", metavar="NAME", group=_VIDEO
-    ),
-    preset: str = option(
-        "", "The codec's preset; default: by the model's size.", metavar="NAME", group=_VIDEO
-    ),
-    qp: int | None = option(
-        None, "Code the pictures with loss, instead of the levels.", metavar="N", group=_VIDEO
-    ),
-    workers: str = option(
+    workers: str = _work(
         "threads", "threads, processes, dask, ray, or a scheduler: tcp://HOST:8786.",
-        metavar="WHERE", group=_WORK,
+        metavar="WHERE",
     ),
-    jobs: int = option(0, "How many; 0: one per core.", "--jobs", "-j", min=0, group=_WORK),
-    no_side_files: bool = option(
-        False, "Leave a folder's configuration, tokenizer out.", "--no-side-files", group=_WORK
+    jobs: int = _work(0, "How many; 0: one per core.", "--jobs", "-j", min=0),
+    no_side_files: bool = _work(
+        False, "Leave a folder's configuration, tokenizer out.", "--no-side-files"
     ),
-    no_verify: bool = option(
-        False, "Don't decode the archive before it gets its name.", "--no-verify", group=_WORK
+    no_verify: bool = _work(
+        False, "Don't decode the archive before it gets its name.", "--no-verify"
     ),
     force: bool = FORCE,
     json: bool = JSON,
@@ -248,18 +243,16 @@ def _share(text: str, option: str) -> float:
         usage_error(f"{text!r} is no share such as 0.5% or 0.005", option)
 
 
-def _evaluation(
-    function: str, max_drop: str, max_kl: float | None, lower: bool
-) -> Evaluation | None:
+def _evaluation(script: str, max_drop: str, max_kl: float | None, lower: bool) -> Evaluation | None:
     """How the function judges, and what it allows; a share may be given in percent."""
-    if not function:
+    if not script:
         if max_drop or max_kl is not None or lower:
             usage_error("only a function can judge that: --eval", "--max-drop / --max-kl")
         return None
     from weightvid.calibrate import Evaluation
 
     drop = _share(max_drop, "--max-drop") if max_drop else None
-    return Evaluation(check_function(function, "--eval"), drop, max_kl, lower)
+    return Evaluation(check_function(script, "--eval"), drop, max_kl, lower)
 
 
 def _pack(model: str, destination: str, options: PackOptions, layering: Layering) -> PackReport:

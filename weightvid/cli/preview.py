@@ -2,17 +2,13 @@
 
 from pathlib import Path
 
-import typer
-
 from weightvid.cli import output
-from weightvid.cli.output import ARCHIVE, FORCE, JSON, named_after, option, usage_error
+from weightvid.cli.output import ARCHIVE, FORCE, JSON, option, output_option, usage_error
 
 
 def preview(
     archive: str = ARCHIVE,
-    folder: str | None = option(
-        None, "Default: ARCHIVE's name with -preview.", "--output", "-o", metavar="FOLDER"
-    ),
+    folder: str | None = output_option(None, "Default: ARCHIVE's name with -preview.", "FOLDER"),
     frames: str = option("", "Frames, from 0: 3 or 0-3. Default: the first.", metavar="A-B"),
     tensor: str | None = option(None, "The frames on which these tensors lie.", metavar="GLOB"),
     kernels: bool = option(
@@ -44,15 +40,11 @@ def preview(
             usage_error("give --frames alone, without --tensor and --kernels", "--frames")
     if folder is not None:
         output.check_output(folder, {})
-    target = Path(folder or named_after(archive, "-preview"))
+    target = Path(folder or output.named_after(archive, "-preview"))
     if kernels:
         pictures = preview_kernels(archive, target, tensor=tensor or "*", scale=scale, force=force)
     else:
         pictures = preview_archive(
             archive, target, frames=numbers, tensor=tensor, scale=scale, force=force
         )
-    if json:
-        output.emit_json({"archive": archive, "pictures": pictures})
-        return
-    for picture in pictures:
-        typer.echo(output.printable(picture))
+    output.tell_paths(json, pictures, {"archive": archive, "pictures": pictures})

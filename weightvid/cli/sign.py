@@ -9,9 +9,9 @@ def sign(
     key: str = option(
         ..., "Your private key, Ed25519: PEM or OpenSSH, without a password.", metavar="KEY"
     ),
-    destination: str | None = option(
+    destination: str | None = output.output_option(
         None, "The signed archive, instead of ARCHIVE's place; or the file of the signature.",
-        "--output", "-o", metavar="FILE",
+        "FILE",
     ),
     detached: bool = option(
         False, "Write the signature into a file of its own: ARCHIVE.wvsig.", "--detached"
@@ -35,7 +35,6 @@ def sign(
 
     if destination is not None:
         output.check_output(destination, {"the key": key})
-
     if openssf:
         made = sign_for_openssf(archive, key, destination or "")
     else:

@@ -12,18 +12,14 @@ from weightvid.cli.output import ARCHIVE_OR_PIPE, DAMAGED, FORCE, JSON, option, 
 
 def unpack(
     archive: str = ARCHIVE_OR_PIPE,
-    destination: str = option(
+    destination: str = output.output_option(
         ..., "The suffix decides the kind: .safetensors, .pt/.pth/.bin, .npz, .gguf, .onnx, "
         ".tflite, .mlpackage; none, or a slash at the end: a folder.",
-        "--output", "-o", metavar="MODEL",
+        "MODEL",
     ),
     tensor: list[str] = option([], "Only these tensors. May be repeated.", metavar="GLOB"),
-    dtype: str = option(
-        "", "Convert floating-point tensors: F32, F16, BF16, F64.", metavar="TYPE"
-    ),
-    kind: str = option(
-        "", "Kind of MODEL whatever its suffix: folder, gguf-q8_0.", metavar="KIND"
-    ),
+    dtype: str = option("", "Convert floating-point tensors: F32, F16, BF16, F64.", metavar="TYPE"),
+    kind: str = option("", "Kind of MODEL whatever its suffix: folder, gguf-q8_0.", metavar="KIND"),
     no_side_files: bool = option(False, "Restore the weights alone.", "--no-side-files"),
     partial: bool = option(
         False, "Write what is whole of a broken archive; say what is missing; exit 3.", "--partial"

@@ -34,9 +34,8 @@ def verify(
     repair: bool = option(
         False, "Restore damaged bytes first, from the archive's parity.", "--repair"
     ),
-    destination: str | None = option(
-        None, "Where the repaired archive goes, instead of the damaged one's place.",
-        "--output", "-o", metavar="FILE",
+    destination: str | None = output.output_option(
+        None, "Where the repaired archive goes, instead of the damaged one's place.", "FILE"
     ),
     base: list[str] = output.BASE,
     key: str | None = output.KEY,

@@ -74,9 +74,7 @@ class FrameCodec:
         return replace(self, common=common)
 
 
-_X26X: Final = (
-    *("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower"),
-)
+_X26X: Final = tuple("ultrafast superfast veryfast faster fast medium slow slower".split())
 _SPEEDS: Final = tuple(map(str, range(12, -1, -1)))
 _QPS: Final = (8, 14, 20, 26, 32)
 _AV1_QPS: Final = (5, 13, 22, 32, 43)
@@ -234,14 +232,12 @@ def _run_program(
     import ffmpeg
 
     height, width = frames[0].shape
-    raw = ffmpeg.input(
-        "pipe:", format="rawvideo", pix_fmt=codec.pixel_format, s=f"{width}x{height}", r=_RATE
-    )
+    size = f"{width}x{height}"
+    raw = ffmpeg.input("pipe:", format="rawvideo", pix_fmt=codec.pixel_format, s=size, r=_RATE)
     coded = raw.output("pipe:", format=codec.muxer, vcodec=codec.encoder, threads=1, **options)
     command = coded.global_args("-hide_banner", "-loglevel", "error").compile(program)
     deep, chroma = codec.pixel_format.endswith("10le"), np.full(height * width // 2, 128, np.uint8)
-    planes = [plane for luma in frames for plane in (luma.reshape(-1), chroma)]
-    samples = np.concatenate(planes)
+    samples = np.concatenate([part for luma in frames for part in (luma.reshape(-1), chroma)])
     data = (samples.astype("<u2") << 2 if deep else samples).tobytes()
     done = subprocess.run(command, input=data, capture_output=True, check=False)
     if done.returncode or not done.stdout:

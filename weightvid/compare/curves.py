@@ -158,8 +158,7 @@ def bd_rate(anchor: Sequence[Pair], test: Sequence[Pair]) -> float | None:
     import bjontegaard
 
     (rate_a, level_a), (rate_t, level_t) = (np.array(curve).T for curve in falling)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about small common ranges
+    with warnings.catch_warnings(action="ignore"):  # about small common ranges
         percent = bjontegaard.bd_rate(
             rate_a, -level_a, rate_t, -level_t, method="pchip", require_matching_points=False
         )

@@ -92,16 +92,15 @@ def load_model(reader: CheckpointReader) -> Model:
     CheckpointError
         It holds no floating-point weights.
     """
-    digest = hashlib.sha256()
+    contents, digest = reader.contents, hashlib.sha256()
     tensors: Tensors = {}
-    for spec in reader.contents.tensors:
+    for spec in contents.tensors:
         stored = np.ascontiguousarray(reader.read(spec.name))
         digest.update(f"{spec.name}\0{spec.dtype}\0{spec.shape}\0".encode())
         digest.update(stored.tobytes())
         # A copy: the reader may have mapped the file.
         natural = to_float32(stored, "BF16") if spec.dtype == "BF16" else np.array(stored)
         tensors[spec.name] = natural.reshape(spec.shape)
-    contents = reader.contents
     with open_workers("threads", 1) as workers:
         survey = survey_checkpoint(reader, PackOptions(), workers)
     judged = frozenset(survey.specs[number].name for number in survey.stats)

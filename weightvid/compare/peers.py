@@ -63,9 +63,6 @@ def _nncodec(python: str, opt_qp: bool, model: Model, qp: float) -> Coded:
         told, stream, restored = run_nncodec(model.tensors, *settings, python=python)
     except RuntimeError as error:
         raise CodecError(f"NNCodec failed: {error}") from None
-    tensors = {
-        name: restored[name].reshape(before.shape).astype(before.dtype)
-        for name, before in model.tensors.items()
-    }
+    tensors = {n: restored[n].reshape(x.shape).astype(x.dtype) for n, x in model.tensors.items()}
     encode_s, decode_s = map(float, told.split()[-2:])
     return Coded(len(stream), tensors, encode_s, decode_s)

@@ -30,8 +30,6 @@ _BLOCK: Final = 64
 _K_QUANTS: Final = ("Q6_K", "Q5_K", "Q4_K")
 #: octaves of the global step, in units of the root mean square of all weights.
 _GLOBAL_FACTORS: Final = tuple(round(0.35 * 2 ** (i / 2), 3) for i in range(-4, 4))
-
-
 #: general compressors, and their inverses.
 _PACKERS: Final[Mapping[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]] = {
     "xz": (partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
@@ -109,10 +107,7 @@ def _global_step(model: Model, factor: float) -> Coded:
         name: _Integers(np.rint(tensor.astype(np.float32) / step), np.reshape(step, 1))
         for name, tensor in matrices.items()
     }
-    kept = {
-        spec.name: exact_elements(model.tensors[spec.name], spec, _MANTISSA_BITS)
-        for spec in model.specs
-    }
+    kept = {s.name: exact_elements(model.tensors[s.name], s, _MANTISSA_BITS) for s in model.specs}
     return _stored(model, integers, kept, "xz", began)
 
 
@@ -132,14 +127,8 @@ def _stored(
     packed = perf_counter()
     if unpack(data) != b"".join(chunks):
         raise CodecError("the compressor gave other bytes back than it was given")
-    restored = {
-        name: np.multiply(*integers[name], dtype=np.float32)
-        .astype(tensor.dtype)
-        .reshape(tensor.shape)
-        if name in integers
-        else kept[name].astype(tensor.dtype)
-        for name, tensor in model.tensors.items()
-    }
+    found = dict(kept) | {n: np.multiply(*x, dtype=np.float32) for n, x in integers.items()}
+    restored = {n: found[n].astype(x.dtype).reshape(x.shape) for n, x in model.tensors.items()}
     return Coded(len(data), restored, packed - began, perf_counter() - packed)
 
 

@@ -21,9 +21,7 @@ from weightvid.errors import OutputError
 
 _COLUMNS: Final = [item.name for item in fields(Row) if item.name not in ("settings", "details")]
 #: Okabe and Ito's colours, which people with any colour vision tell apart.
-_COLOURS: Final = (
-    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#888888"),
-)
+_COLOURS: Final = tuple("#0072b2 #d55e00 #009e73 #cc79a7 #56b4e9 #e69f00 #000000 #888888".split())
 _TICKS: Final = (0.1, 0.2, 0.3, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 #: sizes of a plot in inches, for wide windows and for telephones; texts are of one size on both.
 _WIDE, _NARROW = (12.0, 5.5), (4.2, 4.2)
@@ -285,17 +283,13 @@ def page(result: CompareResult, plots: Sequence[tuple[str, str]]) -> str:
     """One page that needs no network; plots for wide and narrow windows."""
     title = f"weightvid compare: {Path(result.source).name}"
     failed = sum(row.status not in (OK, MISSING) for row in result.rows)
-    missing = sorted(
-        {f"{row.curve}: {row.message}" for row in result.rows if row.status == MISSING}
-    )
-    about = (
-        f"{result.weights:,} weights in {result.original_bytes:,} bytes; "
-        f"{len(result.rows)} points; "
-        + ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    )
+    absent = sorted({f"{row.curve}: {row.message}" for row in result.rows if row.status == MISSING})
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    about = f"{result.weights:,} weights in {result.original_bytes:,} bytes; "
+    about += f"{len(result.rows)} points; {versions}"
     parts = [f"<h1>{escape(title)}</h1>", *_headline(result)]
     parts += [f"<p>{failed} points failed; the table says why.</p>"] if failed else []
-    parts += [f"<p>Not measured: {escape('; '.join(missing))}</p>"] if missing else []
+    parts += [f"<p>Not measured: {escape('; '.join(absent))}</p>"] if absent else []
     if not result.alone:
         parts.append("<p>Other programs ran meanwhile: the seconds say little.</p>")
     if result.options.goals:
@@ -317,7 +311,7 @@ def page(result: CompareResult, plots: Sequence[tuple[str, str]]) -> str:
         parts.append(f"<h2>BD-rate against {escape(result.options.anchor)}</h2>")
         parts.append('<p class="soft">Percent of its rate at equal quality; less is smaller.</p>')
         curves = dict.fromkeys(name for rates in bd.values() for name in rates)
-        rows = [[n, *(_percent(bd[m.name].get(n)) for m in measures)] for n in curves]
+        rows = [[n, *(_told(bd[m.name].get(n), "+.1f") for m in measures)] for n in curves]
         parts.append(_table(["curve", *names], rows))
     parts.append('<h2>All points</h2><p class="soft narrow">The table scrolls sideways.</p>')
     parts.append(_table(["point", "bytes", "bits per weight", *names,
@@ -330,16 +324,15 @@ def page(result: CompareResult, plots: Sequence[tuple[str, str]]) -> str:
 def _cells(row: Row, measures: Sequence[Measure]) -> list[str]:
     if row.status != OK:
         return [row.label, row.message]
-    values = [m.value(row) for m in measures]
     return [
         row.label, f"{row.file_bytes:,}", f"{row.bits_per_weight:.3f}",
-        *("–" if value is None else f"{value:.4g}" for value in values),
+        *(_told(m.value(row), ".4g") for m in measures),
         f"{row.encode_s:.2f}", f"{row.decode_s:.2f}", f"{row.cpu_s:.2f}",
     ]  # fmt: skip
 
 
-def _percent(rate: float | None) -> str:
-    return "–" if rate is None else f"{rate:+.1f}"
+def _told(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

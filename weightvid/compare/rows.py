@@ -22,9 +22,7 @@ from weightvid.version import code_sha256
 OK: Final = "ok"
 FAILED: Final = "failed"
 MISSING: Final = "missing"
-_PACKAGES: Final = (
-    *("weightvid", "av", "numpy", "torch", "zstandard", "constriction", "gguf", "bjontegaard"),
-)
+_PACKAGES: Final = tuple("weightvid av numpy torch zstandard constriction gguf bjontegaard".split())
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from weightvid.progress import Progress, Report, quiet
 if TYPE_CHECKING:
     from weightvid.calibrate import Calibration
 
+_Point = tuple[Method, float]
 #: step factors of a curve, from fine to coarse.
 FACTORS: Final = (0.09, 0.13, 0.18, 0.25, 0.36, 0.5, 0.7, 1.0, 1.4)
 
@@ -218,8 +219,7 @@ def compare(
         methods = list(all_methods(chosen, scratch))
         points = _selected([(m, v) for m in methods for v in m.points()], chosen.only)
         if chosen.evaluation is not None:
-            function = chosen.evaluation
-            wanted = function if chosen.numpy_evaluation else with_torch(function)
+            wanted = chosen.evaluation if chosen.numpy_evaluation else with_torch(chosen.evaluation)
             judge = Judge(wanted, model.state(model.tensors))
         rows: list[Row] = []
         for method, value in points:
@@ -291,9 +291,7 @@ def all_methods(options: CompareOptions, folder: Path) -> Iterator[Method]:
         yield from research_methods()
 
 
-def _selected(
-    points: Sequence[tuple[Method, float]], only: Sequence[str]
-) -> list[tuple[Method, float]]:
+def _selected(points: Sequence[_Point], only: Sequence[str]) -> list[_Point]:
     """The points that are asked for by label or curve."""
     names = {method.name for method, _ in points} | {m.label(v) for m, v in points}
     for name in only:

@@ -65,11 +65,10 @@ def archive_method(
         path = place(folder or Path(), model, replace(options, step_factor=factor or None))
         return load(path, model) if path.exists() else dict(code(model, factor).tensors)
 
-    made = Method(
-        name, "weightvid", code, settings=settings, command=("pack", *command),
-        restore=restore if folder else None,
+    return Method(
+        name, "weightvid", code, "step factor" if factors else "", tuple(factors) or (0.0,),
+        settings=settings, command=("pack", *command), restore=restore if folder else None,
     )  # fmt: skip
-    return replace(made, parameter="step factor", values=tuple(factors)) if factors else made
 
 
 def place(folder: Path, model: Model, options: PackOptions) -> Path:

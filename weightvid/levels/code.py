@@ -1,6 +1,6 @@
 """A part of a tensor to samples and back: scale, quantize, order, and what it cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, log10, prod
 from typing import Final, NamedTuple
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from weightvid import loader
 from weightvid.levels.descent import balanced_moment, descend
-from weightvid.levels.feedback import FeedbackConfig, Method, feedback
+from weightvid.levels.feedback import FeedbackConfig, Method, feedback, lost_gain
 from weightvid.levels.frames import choose_energies, to_sequence
 from weightvid.levels.rounding import balanced, uniform
 from weightvid.levels.stats import outlier_mask, row_scales
@@ -107,7 +107,8 @@ def code_part(
     rows = slice(first_row, first_row + len(weights))
     outliers = outlier_mask(weights, plan.row_scales[rows])
     quiet = np.where(outliers, np.float32(0), weights) if outliers.any() else weights
-    levels = quantize(quiet, plan, rows, moments)
+    levels, gain = quantize(quiet, plan, rows, moments)
+    plan = replace(plan, step=float(np.float32(plan.step * gain)))
     if plan.sign:  # feedback may cross zero
         levels = plan.sign * np.maximum(plan.sign * levels, 0)
     samples, escapes = _escapes(levels, weights, outliers, plan, rows)
@@ -148,8 +149,8 @@ def code_part(
 
 def quantize(
     weights: Floats, plan: TensorPlan, rows: slice, moments: Moments | None = None
-) -> npt.NDArray[np.int32]:
-    """Levels of some rows without outliers, in the columns of the transform."""
+) -> tuple[npt.NDArray[np.int32], float]:
+    """Levels of some rows without outliers, in the columns of the transform; gain of their step."""
     if moments is None:  # else feedback knows what was pruned
         weights = np.where(np.abs(weights) < plan.threshold, np.float32(0), weights)
     coefficients = forward(weights, plan.kernel) if plan.kernel else weights
@@ -158,17 +159,17 @@ def quantize(
     if moments is None:
         if plan.price:
             moment = balanced_moment(scaled.shape[1], plan.view.channels if plan.balanced else 0)
-            return descend(scaled, moment, 0.0, plan.price)
+            return descend(scaled, moment, 0.0, plan.price), 1.0
         if plan.method == loader.TRELLIS:
-            return trellis(scaled)
-        return balanced(scaled, plan.view.channels) if plan.balanced else uniform(scaled)
+            return trellis(scaled), 1.0
+        return balanced(scaled, plan.view.channels) if plan.balanced else uniform(scaled), 1.0
     return _fed_back(scaled, plan, rows, moments)
 
 
 def _fed_back(
     scaled: Floats, plan: TensorPlan, rows: slice, moments: Moments
-) -> npt.NDArray[np.int32]:
-    """Levels with error feedback; rows and columns in steps."""
+) -> tuple[npt.NDArray[np.int32], float]:
+    """Levels with error feedback, and what they lost of the gain; rows and columns in steps."""
     row_factors = plan.row_factors(rows).astype(np.float64)
     config = FeedbackConfig(damping=moments.damping, dead=plan.threshold / plan.step)
     method: Method = "trellis" if plan.method == loader.TRELLIS else "uniform"
@@ -185,7 +186,7 @@ def _fed_back(
         moment = block_diagonal(moments.moment)[first:last, first:last]
         moment = moment * (row_factors * row_factors[:, None])
         turned = fed_back(np.ascontiguousarray(scaled.T), moment, "uniform")
-        return np.ascontiguousarray(turned.T)
+        return np.ascontiguousarray(turned.T), 1.0
     moment, steps = moments.moment, plan.column_steps()
     share = plan.view.rows // len(moment)
     if len(moment) > 1 and len(scaled) < plan.view.rows:
@@ -193,15 +194,19 @@ def _fed_back(
     if plan.kernel:
         moment = forward_moment(moment, plan.kernel)
     moment = moment * (steps * steps[:, None])
+    if len(scaled) % len(moment):  # a part that begins or ends within a group
+        ends = [min(last, share * (first // share + g + 1)) - first for g in range(len(moment))]
+        parts = zip([0, *ends[:-1]], ends, moment, strict=True)
+        return np.concatenate([fed_back(scaled[a:b], h, method) for a, b, h in parts]), 1.0
     if moments.outputs is not None and not (plan.price or plan.threshold):
         outputs = moments.outputs[first:last, first:last] * (row_factors * row_factors[:, None])
-        return feedback(scaled, moment, config, method, outputs)
-    if not len(scaled) % len(moment):
-        return fed_back(scaled, moment, method)
-    # A part that begins or ends within a group.
-    ends = [min(last, share * (first // share + g + 1)) - first for g in range(len(moment))]
-    parts = zip([0, *ends[:-1]], ends, moment, strict=True)
-    return np.concatenate([fed_back(scaled[a:b], h, method) for a, b, h in parts])
+        levels = feedback(scaled, moment, config, method, outputs)
+    else:
+        levels = fed_back(scaled, moment, method)
+    if method == "uniform":  # integers that all share a step, or hardly smaller
+        return levels, 1.0
+    values = trellis_index(levels) / 4 * row_factors[:, None]
+    return levels, lost_gain(scaled * row_factors[:, None], values, moment)
 
 
 def block_diagonal(moment: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:

@@ -18,18 +18,15 @@ import numpy.typing as npt
 
 from weightvid.errors import QuantizationError
 from weightvid.levels.feedback import FeedbackConfig, feedback, split_groups
+from weightvid.levels.prices import Classes
 from weightvid.levels.rounding import MEAN_COUPLING, check_range
-from weightvid.levels.trellis import TABLE_MAX, histogram_bits
-from weightvid.loader import MAX_LEVEL, Bytes, Floats
+from weightvid.levels.trellis import TABLE_MAX, Places
+from weightvid.loader import MAX_LEVEL, Floats
 
 _SWEEPS: Final = 5
 #: price of a bit for the levels that the descent starts from, in that of its own; their damping.
 _START: Final = 1.7
 _LEAST_DAMPING: Final = 1e-4
-#: half octaves of expected magnitudes below 1 that have prices of their own; what a row or column
-#: counts for beside as many of its levels.
-_CLASSES: Final = 14
-_PRIOR: Final = 16.0
 #: columns whose gradients are kept up to date one by one.
 _BLOCK: Final = 32
 
@@ -78,8 +75,9 @@ def _descend(
     error = np.ascontiguousarray(scaled.T) - levels
     diagonal = np.diagonal(cost)
     for _ in range(_SWEEPS):
-        classes, bits = _class_bits(levels)
-        prices = (price * bits).astype(np.float32)
+        known = Classes.of(levels.T)
+        classes = np.ascontiguousarray(known.of_places(levels.T).T)
+        prices = (price * known.bits(levels.astype(np.int32), classes)).astype(np.float32)
         changed = False
         for first in range(0, len(error), _BLOCK):
             last = min(len(error), first + _BLOCK)
@@ -99,26 +97,7 @@ def _descend(
     return np.ascontiguousarray(levels.T).astype(np.int32)
 
 
-def _class_bits(levels: Floats) -> tuple[Bytes, npt.NDArray[np.float64]]:
-    """Class of each place by the mean magnitudes of its row and column; bits of levels by class.
-
-    A coder that meets a matrix in the order of its energies finds out about as much.
-    """
-    sizes = np.abs(levels)
-    mean = float(sizes.mean()) + 1e-6
-    by_row, by_column = (
-        (sizes.sum(axis=axis) + _PRIOR * mean) / (sizes.shape[axis] + _PRIOR) / mean
-        for axis in (0, 1)
-    )
-    octaves = np.log2(mean * by_row) + np.log2(by_column)[:, None]
-    classes = (np.clip(np.rint(2 * octaves), -_CLASSES, 0) + _CLASSES).astype(np.uint8)
-    whole = np.clip(levels, -TABLE_MAX, TABLE_MAX).astype(np.int32)
-    return classes, np.stack(
-        [histogram_bits(whole[classes == kind]) for kind in range(_CLASSES + 1)]
-    )
-
-
-def _cheapest(best: Floats, now: Floats, prices: Floats, classes: Bytes) -> Floats:
+def _cheapest(best: Floats, now: Floats, prices: Floats, classes: Places) -> Floats:
     """Of four levels the one of least cost, where ``best`` would be no error at all."""
     nearest = np.rint(best)
     inner = nearest - np.sign(nearest)

@@ -6,7 +6,8 @@ triangular, that is ``sum_j c_j (e_j + sum_{i<j} N_ji e_i)^2`` for every row, wh
 and N is L with unit diagonal. So the columns are quantized in order, each to the target ``w_j +
 sum_{i<j} N_ji e_i``: the error of the earlier columns is pushed into those to come, and c_j is what
 an error in column j still costs when all later columns make up for it as well as they can. No
-inverse is needed. The bits of the levels are weighed in too (`FeedbackConfig.lam`).
+inverse is needed. The bits of the levels are weighed in too (`FeedbackConfig.lam`): of each level
+what it costs among levels of about its expected magnitude, see `weightvid.levels.prices`.
 
 An error in one output matters together with those in others, too. With the second moment of what
 pulls at the outputs, G (see `weightvid.calibrate.watch`), E costs ``trace(G E H E')``, and G is
@@ -31,8 +32,10 @@ import numpy.typing as npt
 from weightvid.errors import QuantizationError
 from weightvid.levels import trellis
 from weightvid.levels.feedback_trellis import search
+from weightvid.levels.prices import Classes
 from weightvid.levels.rounding import check_range
-from weightvid.levels.trellis import MEAN_POINT, TABLE_MAX, CostTables, histogram_bits
+from weightvid.levels.steps import MOST_GAIN
+from weightvid.levels.trellis import MEAN_POINT, TABLE_MAX, CostTables, Places
 from weightvid.loader import MAX_LEVEL, Floats
 
 Method = Literal["uniform", "trellis"]
@@ -105,10 +108,11 @@ class Factor:
 class Fitted(NamedTuple):
     """A quantizer fitted to a matrix, so that its rows can be taken apart.
 
-    Prices, ``lam * bits``, of the levels -127 .. 127; tables of the trellis, or None; factors of
-    each group of rows; ``dead`` as in `FeedbackConfig`.
+    Classes of places; prices, ``lam * bits``, of the levels -127 .. 127 in each; tables of the
+    trellis, or None; factors of each group of rows; ``dead`` as in `FeedbackConfig`.
     """
 
+    classes: Classes
     price: Floats
     table: CostTables | None
     factors: tuple[Factor, ...]
@@ -169,13 +173,14 @@ def fit(
     groups = trellis.spread(len(parts), _SAMPLE_GROUPS)
     count = -(-_SAMPLE // max(1, len(groups) * scaled.shape[1]))
     sample = [(g, parts[g][0][trellis.spread(len(parts[g][0]), count)]) for g in groups]
+    sampled = np.concatenate([rows for _, rows in sample])
+    classes = Classes.of(sampled)
+    places = classes.of_places(sampled)
 
     def fitted(samples: Iterable[npt.NDArray[Any]]) -> Fitted:
-        bits = histogram_bits(
-            np.concatenate([levels.astype(np.int32).ravel() for levels in samples])
-        )
+        bits = classes.bits(np.concatenate(list(samples)).astype(np.int32), places)
         table = CostTables.build(bits, chosen.lam, peak) if method == "trellis" else None
-        return Fitted((chosen.lam * bits).astype(np.float32), table, factors, chosen.dead)
+        return Fitted(classes, (chosen.lam * bits).astype(np.float32), table, factors, chosen.dead)
 
     shift = MEAN_POINT if method == "trellis" else 0.0
     first = fitted(np.rint(rows - np.float32(shift)) for _, rows in sample)
@@ -218,12 +223,13 @@ def _quantized(
 ) -> tuple[Integers, Floats]:
     """Levels of rows, whose errors cost so much, and what they stand for."""
     weight = np.ascontiguousarray(rows.T[factor.order])
+    kinds = np.ascontiguousarray(fitted.classes.of_places(rows).T[factor.order])
     costs = factor.cost.astype(np.float32)[:, None]
     costs = costs if cost is None else costs * cost
     if fitted.table is not None:
-        found = search(weight, factor.feedback, costs, fitted.table)
+        found = search(weight, kinds, factor.feedback, costs, fitted.table)
     else:
-        found = _feed_back(weight, factor.feedback, costs, fitted.price, fitted.dead)
+        found = _feed_back(weight, kinds, factor.feedback, costs, fitted.price, fitted.dead)
     levels, values = np.empty(rows.shape, np.int32), np.empty_like(rows)
     levels[:, factor.order], values[:, factor.order] = found[0].T, found[1].T
     return levels, values
@@ -262,6 +268,23 @@ def factorize(moment: Moment, damping: float, by_energy: bool) -> Factor:
     raise QuantizationError("the second moment of the inputs is not positive semidefinite")
 
 
+def lost_gain(weights: Moment, values: Moment, moment: Moment) -> float:
+    """By what factor values are to be larger to put out as much as the weights, as far as alike.
+
+    Levels save bits by being small. Errors like noise add up in squares from layer to layer, but
+    what all outputs lack in common would add up as it is. Parameters are as above; the factor is
+    1 / 1.1 to 1.1, and 1 where nothing is put out.
+    """
+    groups = len(moment) if moment.ndim == 3 else 1
+    parts = zip(split_groups(weights, moment), np.split(values, groups), strict=True)
+    put_out = np.zeros(2)
+    for (own, h), found in parts:
+        seen = own @ h
+        put_out += np.vdot(seen, own), np.vdot(seen, found)
+    given, kept = put_out.tolist()
+    return min(max(given / kept, 1 / MOST_GAIN), MOST_GAIN) if kept > 0 else 1.0
+
+
 def output_error(error: Moment, moment: Moment) -> float:
     """``trace(E H E')``: summed squared output error per input, of error and moment as above."""
     parts = split_groups(error, moment)
@@ -281,10 +304,11 @@ def split_groups(matrix: Moment, moment: Moment) -> list[tuple[Moment, Moment]]:
 
 
 def _feed_back(
-    weight: Floats, feedback: Floats, cost: Floats, price: Floats, dead: float
+    weight: Floats, kinds: Places, feedback: Floats, cost: Floats, price: Floats, dead: float
 ) -> tuple[Integers, Floats]:
     """Plain levels, as `search` gives them, of weights whose rows are the columns in order."""
     error = np.empty_like(weight)
+    kinds = kinds * price.shape[1] + TABLE_MAX
     chosen = np.empty(weight.shape, np.int32)
     for start in range(0, len(weight), _BLOCK):
         stop = min(len(weight), start + _BLOCK)
@@ -292,29 +316,32 @@ def _feed_back(
         for column in range(start, stop):
             target = block[column - start]
             target += feedback[column, start:column] @ error[start:column]
-            level = _cheapest(target, cost[column], price)
+            level = _cheapest(target, kinds[column], cost[column], price)
             level[np.abs(weight[column]) < dead] = 0
             chosen[column] = level
             error[column] = weight[column] - level
     return chosen, weight - error
 
 
-def _cheapest(target: Floats, harm: Floats, price: Floats) -> Floats:
-    """Of the nearest level, the next one towards zero and zero: the one that costs least."""
+def _cheapest(target: Floats, zero: Places, harm: Floats, price: Floats) -> Floats:
+    """Of the nearest level, the next one towards zero and zero: the one that costs least.
+
+    ``zero`` is the place of level 0 in the prices of its class.
+    """
     best = nearest = np.rint(target)
     if not price.any():
         return nearest
-    least = _cost(target, nearest, harm, price)
+    least = _cost(target, nearest, zero, harm, price)
     for other in (nearest - np.sign(nearest), np.zeros_like(nearest)):
-        there = _cost(target, other, harm, price)
+        there = _cost(target, other, zero, harm, price)
         best = np.where(there < least, other, best)
         least = np.minimum(there, least)
     return best
 
 
-def _cost(target: Floats, level: Floats, harm: Floats, price: Floats) -> Floats:
+def _cost(target: Floats, level: Floats, zero: Places, harm: Floats, price: Floats) -> Floats:
     cost = target - level
     cost *= cost
     cost *= harm
-    cost += price.take(level.astype(np.intp) + TABLE_MAX, mode="clip")
+    cost += price.take(np.clip(level, -TABLE_MAX, TABLE_MAX).astype(np.intp) + zero)
     return cost

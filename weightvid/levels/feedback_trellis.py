@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from weightvid.levels.trellis import STATES, CostTables, branches_into
+from weightvid.levels.trellis import STATES, CostTables, Places, branches_into
 from weightvid.loader import Floats
 
 #: columns whose targets are brought up to date by one product of matrices.
@@ -23,7 +23,7 @@ _WINDOW: Final = 96
 
 
 def search(
-    weight: Floats, feedback: Floats, cost: Floats, table: CostTables
+    weight: Floats, classes: Places, feedback: Floats, cost: Floats, table: CostTables
 ) -> tuple[npt.NDArray[np.int32], Floats]:
     """Levels of runs searched side by side, and what they stand for, in steps.
 
@@ -31,6 +31,8 @@ def search(
     ----------
     weight : ndarray of float32, shape (C, lanes)
         In steps.
+    classes : ndarray of intp, shape (C, lanes)
+        Whose prices hold.
     feedback : ndarray of float32, shape (C, C)
         Unit lower triangular: what the errors of earlier columns add to the target of a column.
     cost : ndarray of float32, shape (C, lanes) or (C, 1)
@@ -46,7 +48,7 @@ def search(
     metric[0] = 0.0
     decided = np.empty_like(weight)
     recent = np.empty((0, STATES, lanes), np.float32)
-    branches = _Branches(table)
+    branches, cells = _Branches(table), classes * table.cells_of_class
     for start in range(0, columns, _BLOCK):
         stop = min(columns, start + _BLOCK)
         first = start - len(recent)
@@ -62,7 +64,7 @@ def search(
         block += target[:, None]
         origin = np.repeat(np.arange(STATES, dtype=np.float32), lanes).reshape(1, STATES, lanes)
         for at, column in enumerate(range(start, stop)):
-            value, metric, second = branches.step(block[at], metric, cost[column])
+            value, metric, second = branches.step(block[at], cells[column], metric, cost[column])
             block, origin = _follow(block, second), _follow(origin, second)
             error = np.subtract(weight[column], value, out=block[at])
             block[at + 1 :] += feedback[column + 1 : stop, column, None, None] * error
@@ -110,16 +112,17 @@ class _Branches:
         self._price = table.price.ravel()
 
     def step(
-        self, target: Floats, metric: Floats, cost: Floats
+        self, target: Floats, first_cell: Places, metric: Floats, cost: Floats
     ) -> tuple[Floats, Floats, npt.NDArray[np.int32]]:
         """Advance every survivor by a column, whose squared errors cost so much.
 
-        Parameters are of shape (8, lanes). So are the value that each survivor has chosen, in
-        steps, and its new metric; last comes ``second`` of `_follow`.
+        Parameters are of shape (8, lanes), or (lanes,): where the cells of its class begin. So are
+        the value that each survivor has chosen, in steps, and its new metric; last comes ``second``
+        of `_follow`.
         """
         by_branch = (2, STATES // 2, 1, target.shape[1])
         cell, moved = self._table.cells(target)
-        place = self._base + cell.reshape(by_branch)
+        place = self._base + (cell + first_cell).reshape(by_branch)
         value = self._value.take(place, mode="clip")
         if moved is not None:
             value += moved.reshape(by_branch)

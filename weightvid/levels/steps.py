@@ -31,6 +31,8 @@ FREQUENCY_GROWTH: Final = 1.7
 #: smaller tensors are kept exactly: a place on a frame and in a sidecar would cost more.
 MIN_WEIGHTS: Final = 256
 _EXPONENTS: Final = (-110, 110)
+#: by which a step may be larger after all, see `weightvid.levels.feedback`; usual are 1.005.
+MOST_GAIN: Final = 1.1
 #: by which steps of rows differ from the middle at most; bits that they must save for each weight.
 _MOST_OCTAVES: Final = 2.0
 _LEAST_BITS: Final = 0.05
@@ -210,7 +212,7 @@ def plan_tensor(
     if not (isfinite(step) and _EXPONENTS[0] < frexp(step)[1] < _EXPONENTS[1]):
         return None
     largest = min(stats.absmax, OUTLIER_SCALES * float(stats.row_scales.max()))
-    if largest + 16 * step >= LARGEST[spec.dtype]:
+    if MOST_GAIN * (largest + 16 * step) >= LARGEST[spec.dtype]:
         return None  # a dequantized weight might round to infinity
     row_steps = frequency_steps = None
     # A transform would spread an outlier over its kernel.

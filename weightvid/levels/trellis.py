@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from weightvid.errors import QuantizationError
 from weightvid.levels.rounding import check_range
-from weightvid.loader import MAX_LEVEL, Floats
+from weightvid.loader import MAX_LEVEL, Array, Floats
 
 #: levels beyond -127..127, which are escapes of an 8-bit sample, cost as much as the last ones.
 TABLE_MAX: Final = 127
@@ -57,10 +57,15 @@ def laplacian_bits(mean_magnitude: float) -> Bits:
     return bits
 
 
-def histogram_bits(levels: Levels) -> Bits:
-    """Bits by the histogram of some levels (or none) and their negatives, with a prior."""
+def histogram_bits(levels: Levels, mean: float | None = None) -> Bits:
+    """Bits by the histogram of some levels (or none) and their negatives.
+
+    The prior has magnitudes of the given mean, or else of the levels' own.
+    """
     flat = levels.astype(np.int32, copy=False).ravel()
-    prior = laplacian_bits(float(np.abs(flat).mean()) if flat.size else 0.0)
+    if mean is None:
+        mean = float(np.abs(flat).mean()) if flat.size else 0.0
+    prior = laplacian_bits(mean)
     clipped = np.clip(flat, -TABLE_MAX, TABLE_MAX) + TABLE_MAX
     counts = np.bincount(clipped, minlength=2 * TABLE_MAX + 1)
     folded = 0.5 * (counts + counts[::-1])
@@ -208,12 +213,12 @@ class CostTables:
 
     Attributes
     ----------
-    level : ndarray of int16, shape (4, cells)
+    level : ndarray of int16, shape (4, classes x cells)
         k; subsets in the order first quantizer even, odd, second even, odd.
-    price, cost : ndarray of float32, shape (4, cells)
+    price, cost : ndarray of float32, shape (4, classes x cells)
         ``lam * bits`` of that level; that and the squared error.
     middle : int
-        Cell of weight 0.
+        Cell of weight 0, counted in each class.
     used : ndarray of int32, or None
         The only cells that there are, in ascending order; None: all.
     """
@@ -230,7 +235,8 @@ class CostTables:
     ) -> CostTables:
         """Tables for magnitudes up to ``peak``; longer ones start and end with more cells.
 
-        Of a few ``weights``, only their own cells are made.
+        Bits are those of one class, or one row for each. Of a few ``weights``, only their own cells
+        are made.
         """
         reach = int(min(peak + 1.0, _REACH))
         middle, used = reach * CELLS, None
@@ -244,13 +250,21 @@ class CostTables:
         steps = np.array([-4, -2, 0, 2, 4])[:, None, None]
         candidates = np.concatenate([nearest + steps, [0 * nearest - parity]])
         most = reach + 6
-        prices = lam * bits[TABLE_MAX - most : TABLE_MAX + most + 1]
         errors = (weight - candidates - offset) ** 2
-        best = np.argmin(errors + prices[candidates.astype(np.intp) + most], axis=0)
-        level = np.choose(best, candidates)
-        price = prices[level.astype(np.intp) + most].astype(np.float32)
-        cost = np.choose(best, errors).astype(np.float32) + price
-        return cls(level.astype(np.int16), price, cost, middle, used)
+        levels, paid, costs = list[Array](), list[Floats](), list[Floats]()
+        for prices in lam * np.atleast_2d(bits)[:, TABLE_MAX - most : TABLE_MAX + most + 1]:
+            best = np.argmin(errors + prices[candidates.astype(np.intp) + most], axis=0)
+            level = np.choose(best, candidates)
+            price = prices[level.astype(np.intp) + most].astype(np.float32)
+            levels.append(level.astype(np.int16))
+            paid.append(price)
+            costs.append(np.choose(best, errors).astype(np.float32) + price)
+        return cls(np.hstack(levels), np.hstack(paid), np.hstack(costs), middle, used)
+
+    @property
+    def cells_of_class(self) -> int:
+        """Cells of each class."""
+        return 2 * self.middle + 1 if self.used is None else len(self.used)
 
     def cells(self, weights: Floats) -> tuple[Integers, Floats | None]:
         """Cell of each weight, and the even number of steps that it was moved by, if any was."""

@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from weightvid.compare.model import Array, Coded, Method, Model
+from weightvid.compare.model import Coded, Method, Model, Tensors
 from weightvid.compare.plain import lacks
 from weightvid.compare.research.kernels import Codebook, KernelPrediction
 from weightvid.compare.research.pyramid import Pyramid
@@ -27,8 +27,6 @@ from weightvid.levels.transform import view_of
 FACTORS: Final = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 #: mantissa bits of what is no matrix, as in weightvid's own recipes.
 _MANTISSA_BITS: Final = 7
-
-
 #: a quantizer of matrices in steps, each of shape (rows, channels, kernel positions).
 Scheme = FixedLength | Uniform | Lnq | KernelPrediction | Codebook | Pyramid
 #: every quantizer, by name.
@@ -54,12 +52,11 @@ SCHEMES: Final[dict[str, Scheme]] = {
 def research_methods() -> Iterator[Method]:
     """Every untrained method of the research, and the scalar quantizers it is judged against."""
     missing = lacks("constriction", "pip install 'weightvid[compare]'")
+    depends = ("compare/research/", "compare/rans", "levels/transform")
     for name, scheme in SCHEMES.items():
-        code = partial(_code, scheme)
-        depends = ("compare/research/", "compare/rans", "levels/transform")
         yield Method(
-            f"research {name}", "research", code, "step factor", FACTORS, missing, depends=depends,
-            command=("compare", "--research"),
+            f"research {name}", "research", partial(_code, scheme), "step factor", FACTORS, missing,
+            depends=depends, command=("compare", "--research"),
         )  # fmt: skip
 
 
@@ -67,10 +64,7 @@ def _code(scheme: Scheme, model: Model, factor: float) -> Coded:
     began = perf_counter()
     matrices = model.matrices()
     views = [view_of(tensor.shape) for tensor in matrices.values()]
-    shaped = [
-        tensor.astype(np.float64).reshape(shape_of(view))
-        for view, tensor in zip(views, matrices.values(), strict=True)
-    ]
+    shaped = [x.astype(np.float64).reshape(shape_of(view_of(x.shape))) for x in matrices.values()]
     count = max(1, sum(each.size for each in shaped))
     step = factor * sqrt(sum(float(np.square(x).sum()) for x in shaped) / count) or 1.0
     data = struct.pack("<d", step) + scheme.encode([x / step for x in shaped], views)
@@ -81,9 +75,7 @@ def _code(scheme: Scheme, model: Model, factor: float) -> Coded:
     }
     other = lzma.compress(b"".join(array.tobytes() for array in kept.values()))
     coded = perf_counter()
-    restored: dict[str, Array] = {
-        name: array.astype(model.tensors[name].dtype) for name, array in kept.items()
-    }
+    restored: Tensors = {n: x.astype(model.tensors[n].dtype) for n, x in kept.items()}
     for (name, tensor), found in zip(matrices.items(), scheme.decode(data[8:], views), strict=True):
         restored[name] = (found * step).reshape(tensor.shape).astype(tensor.dtype)
     return Coded(len(data) + len(other), restored, coded - began, perf_counter() - coded)

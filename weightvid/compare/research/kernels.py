@@ -167,9 +167,8 @@ class Codebook(NamedTuple):
             total = sum(view.rows * view.channels for view in own)
             chosen, data = decode(data, np.zeros(total, np.int64))
             vectors = (book.reshape(count, size) / _BOOK_SCALE)[chosen]
-            kernels[size] = iter(
-                scalar.in_shapes(vectors.reshape(-1), [scalar.shape_of(view) for view in own])
-            )
+            shapes = [scalar.shape_of(view) for view in own]
+            kernels[size] = iter(scalar.in_shapes(vectors.reshape(-1), shapes))
         return [next(kernels[prod(view.kernel)] if view.kernel else flat) for view in views]
 
 

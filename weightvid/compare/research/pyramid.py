@@ -32,8 +32,7 @@ class Pyramid(NamedTuple):
         bands: list[Integers] = []
         for levels in scalar.rounded(matrices):
             bands += self._bands(levels.reshape(len(levels), -1))
-        shapes = [band.shape for band in bands]
-        contexts = np.repeat(np.arange(len(bands)), [prod(shape) for shape in shapes])
+        contexts = np.repeat(np.arange(len(bands)), [band.size for band in bands])
         return encode(scalar.flattened(bands), contexts)
 
     def decode(self, data: bytes, views: Sequence[View]) -> list[Matrix]:

@@ -46,14 +46,12 @@ def rounded(matrices: Sequence[Floats64]) -> list[Integers]:
 
 def coefficients(matrices: Sequence[Floats64], views: Sequence[View]) -> list[Floats64]:
     """The DCT of all kernels."""
-    pairs = zip(matrices, views, strict=True)
-    return [np.asarray(x @ whole_basis(view.kernel).T) for x, view in pairs]
+    return [np.asarray(x @ whole_basis(v.kernel).T) for x, v in zip(matrices, views, strict=True)]
 
 
 def from_coefficients(found: Sequence[Matrix], views: Sequence[View]) -> list[Matrix]:
     """Kernels of their DCT."""
-    pairs = zip(found, views, strict=True)
-    return [np.asarray(x @ whole_basis(view.kernel)) for x, view in pairs]
+    return [np.asarray(x @ whole_basis(v.kernel)) for x, v in zip(found, views, strict=True)]
 
 
 #: classes of frequencies: the sum of both, 4 at most.
