@@ -169,7 +169,7 @@ def quantize(
 def _fed_back(
     scaled: Floats, plan: TensorPlan, rows: slice, moments: Moments
 ) -> tuple[npt.NDArray[np.int32], float]:
-    """Levels with error feedback, and what they lost of the gain; rows and columns in steps."""
+    """Levels with error feedback, and the gain of their step; rows and columns in steps."""
     row_factors = plan.row_factors(rows).astype(np.float64)
     config = FeedbackConfig(damping=moments.damping, dead=plan.threshold / plan.step)
     method: Method = "trellis" if plan.method == loader.TRELLIS else "uniform"
@@ -203,7 +203,7 @@ def _fed_back(
         levels = feedback(scaled, moment, config, method, outputs)
     else:
         levels = fed_back(scaled, moment, method)
-    if method == "uniform":  # integers that all share a step, or hardly smaller
+    if method == "uniform":  # integers, of which all parts of a tensor share a step
         return levels, 1.0
     values = trellis_index(levels) / 4 * row_factors[:, None]
     return levels, lost_gain(scaled * row_factors[:, None], values, moment)

@@ -223,13 +223,13 @@ def _quantized(
 ) -> tuple[Integers, Floats]:
     """Levels of rows, whose errors cost so much, and what they stand for."""
     weight = np.ascontiguousarray(rows.T[factor.order])
-    kinds = np.ascontiguousarray(fitted.classes.of_places(rows).T[factor.order])
+    classes = np.ascontiguousarray(fitted.classes.of_places(rows).T[factor.order])
     costs = factor.cost.astype(np.float32)[:, None]
     costs = costs if cost is None else costs * cost
     if fitted.table is not None:
-        found = search(weight, kinds, factor.feedback, costs, fitted.table)
+        found = search(weight, classes, factor.feedback, costs, fitted.table)
     else:
-        found = _feed_back(weight, kinds, factor.feedback, costs, fitted.price, fitted.dead)
+        found = _feed_back(weight, classes, factor.feedback, costs, fitted.price, fitted.dead)
     levels, values = np.empty(rows.shape, np.int32), np.empty_like(rows)
     levels[:, factor.order], values[:, factor.order] = found[0].T, found[1].T
     return levels, values
@@ -304,11 +304,11 @@ def split_groups(matrix: Moment, moment: Moment) -> list[tuple[Moment, Moment]]:
 
 
 def _feed_back(
-    weight: Floats, kinds: Places, feedback: Floats, cost: Floats, price: Floats, dead: float
+    weight: Floats, classes: Places, feedback: Floats, cost: Floats, price: Floats, dead: float
 ) -> tuple[Integers, Floats]:
     """Plain levels, as `search` gives them, of weights whose rows are the columns in order."""
     error = np.empty_like(weight)
-    kinds = kinds * price.shape[1] + TABLE_MAX
+    zero = classes * price.shape[1] + TABLE_MAX
     chosen = np.empty(weight.shape, np.int32)
     for start in range(0, len(weight), _BLOCK):
         stop = min(len(weight), start + _BLOCK)
@@ -316,7 +316,7 @@ def _feed_back(
         for column in range(start, stop):
             target = block[column - start]
             target += feedback[column, start:column] @ error[start:column]
-            level = _cheapest(target, kinds[column], cost[column], price)
+            level = _cheapest(target, zero[column], cost[column], price)
             level[np.abs(weight[column]) < dead] = 0
             chosen[column] = level
             error[column] = weight[column] - level
