@@ -30,7 +30,7 @@ VANISHING_SIGMAS: Final = 4.0
 FREQUENCY_GROWTH: Final = 1.7
 #: smaller tensors are kept exactly: a place on a frame and in a sidecar would cost more.
 MIN_WEIGHTS: Final = 256
-_EXPONENTS: Final = (-110, 110)
+_EXPONENTS: Final = (-109, 110)  # a step may still change by MOST_GAIN
 #: by which the step of a part may be larger than the plan's, see `feedback.lost_gain`.
 MOST_GAIN: Final = 1.1
 #: by which steps of rows differ from the middle at most; bits that they must save for each weight.
