@@ -638,26 +638,23 @@ def from_sequence(sequence: Array, part: Part) -> Array:
 def trellis_index(levels: Array) -> Array:
     """Numbers n of trellis-coded levels k: ``4 k``, or ``4 k + 2`` of the second quantizer.
 
-    The bit w that each level puts into the state is its parity p, exclusive-or the w of one and
-    of three levels before: w = p / (1 + D + D^3) over GF(2), D being a delay by one level. And
-    (1 + D + D^3) (1 + D + D^2 + D^4) = 1 + D^7, whose inverse is (1 + D^7) (1 + D^14) (1 + D^28)...
-    The second quantizer is that of levels whose w of two levels before is 1. Each row of the
-    levels, int8 (numbers: int16) or int32, of shape (R, C), is a run that starts in state 0.
+    The bit w that each level puts into the state is its parity and that of every fifth level before
+    it: w = p / (1 + D^5) over GF(2), D being a delay by one level: p (1 + D^5) (1 + D^10) ....
+    The second quantizer is that of levels before which an odd number of three w are 1. Each row of
+    the levels, int8 (numbers: int16) or int32, of shape (R, C), is a run that starts in state 0.
 
     >>> trellis_index(np.array([[1, 1, -2, 0, 3]], np.int8)).tolist()
-    [[4, 4, -6, 0, 12]]
+    [[4, 6, -8, 0, 14]]
     """
-    parity = levels.astype(np.uint8) & 1
-    state = parity.copy()
-    for delay in (1, 2, 4):
-        state[:, delay:] ^= parity[:, :-delay]
-    delay = 7
+    state = levels.astype(np.uint8) & 1
+    delay = 5
     while delay < state.shape[1]:
         state[:, delay:] ^= state[:, :-delay]
         delay *= 2
     index: Array = levels.astype(np.int16 if levels.itemsize == 1 else np.int32)
     index <<= 1
-    index[:, 2:] |= state[:, :-2]
+    for delay in (1, 2, 3):
+        index[:, delay:] ^= state[:, :-delay]
     index <<= 1
     return index
 

@@ -58,7 +58,7 @@ class Words(nn.Sequential):
 
 @pytest.fixture(scope="module", params=[Images, Words])
 def net(request: pytest.FixtureRequest) -> Any:
-    torch.manual_seed(2)
+    torch.manual_seed(0)
     made = request.param()
     with torch.no_grad():
         made(made.inputs(512))

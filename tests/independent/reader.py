@@ -233,9 +233,10 @@ def trellis_numbers(row: list[int]) -> list[int]:
     """Walk the machine of section 5.2 over the levels of one row."""
     state, numbers = 0, []
     for k in row:
-        numbers.append(4 * k + 2 if state >> 1 & 1 else 4 * k)
-        w = (k & 1) ^ (state & 1) ^ (state >> 2 & 1)
-        state = ((state << 1) | w) & 7
+        odd = (state & 1) ^ (state >> 1 & 1) ^ (state >> 2 & 1)
+        numbers.append(4 * k + 2 * odd)
+        w = (k & 1) ^ (state >> 4 & 1)
+        state = ((state << 1) | w) & 31
     return numbers
 
 

