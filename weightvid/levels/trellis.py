@@ -296,7 +296,7 @@ def _search(matrix: Floats, bits: Bits, lam: float) -> Integers:
     if not matrix.size:
         return found
     table = CostTables.build(bits, lam, check_range(matrix, MAX_LEVEL - 2), matrix)
-    lanes = min(_LANES, max(_LANES // 8, _DECISION_BYTES // (STATES * matrix.shape[1])))
+    lanes = min(_LANES, max(_LANES // 16, _DECISION_BYTES // (STATES * matrix.shape[1])))
     for first in range(0, len(matrix), lanes):
         cells, moved = table.cells(matrix[first : first + lanes])
         cells = np.ascontiguousarray(cells.T)
