@@ -56,13 +56,18 @@ class Words(nn.Sequential):
         return (torch.randint(0, 40, (count, 1)) + torch.randint(0, 6, (count, 12))) % 40
 
 
-@pytest.fixture(scope="module", params=[Images, Words])
-def net(request: pytest.FixtureRequest) -> Any:
-    torch.manual_seed(0)
-    made = request.param()
+def draw(kind: Any, seed: int = 0) -> Any:
+    """A network of random weights, its BatchNorm used to its inputs."""
+    torch.manual_seed(seed)
+    made = kind()
     with torch.no_grad():
         made(made.inputs(512))
     return made.eval()
+
+
+@pytest.fixture(scope="module", params=[Images, Words])
+def net(request: pytest.FixtureRequest) -> Any:
+    return draw(request.param)
 
 
 images = pytest.mark.parametrize("net", [Images], indirect=True)
@@ -108,16 +113,27 @@ def test_outputs_are_nearer_at_the_same_bytes(net: Any, example: Any, tmp_path: 
     plain, free = pack(net, path, None)
     same = Target("size", plain.file_bytes)
     known, better = pack(net, path, Calibration(example.stats), target=same)
-    layered, best = pack(net, path, example, target=same)
-    assert max(known.file_bytes, layered.file_bytes) <= plain.file_bytes
-    losses = [loss(net, restored) for restored in (free, better, best)]
+    assert known.file_bytes <= plain.file_bytes
+    losses = [loss(net, restored) for restored in (free, better)]
     assert losses[1][0] < 0.6 * losses[0][0]
     assert losses[1][1] < 0.7 * losses[0][1]
-    assert losses[2][0] < losses[1][0]
-    assert known.notes == layered.notes[:-1]
-    assert layered.notes[-1].startswith("layer by layer: ")
-    assert layered.notes[-1].count("KL divergence") == 2
     assert all(np.array_equal(array, before[name]) for name, array in arrays(net).items())
+
+
+@pytest.mark.parametrize("kind", [Images, Words])
+def test_outputs_are_nearer_layer_by_layer(kind: Any, tmp_path: Path) -> None:
+    gains = []
+    for seed in range(3):  # One network's gain is anything from none to a half.
+        drawn, path = draw(kind, seed), tmp_path / "m.mp4"
+        example = examples(drawn, trust=kind is Words)
+        known, better = pack(drawn, path, Calibration(example.stats))
+        layered, best = pack(drawn, path, example)
+        assert layered.file_bytes < 1.02 * known.file_bytes
+        assert known.notes == layered.notes[:-1]
+        assert "layer by layer" in layered.notes[-1]
+        assert layered.notes[-1].count("KL divergence") == 2
+        gains.append(np.log(loss(drawn, best)[0] / loss(drawn, better)[0]))
+    assert np.mean(gains) < np.log(0.9)
 
 
 def test_layers_of_a_file_are_calibrated_too(net: Any, example: Any, tmp_path: Path) -> None:
