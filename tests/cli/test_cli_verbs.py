@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -257,6 +259,15 @@ def test_cache(run: Run, run_json: Run, tmp_path: Path, monkeypatch: pytest.Monk
         assert old.name in run("cache", "--clear").stdout
         assert set(tmp_path.iterdir()) == {other, Path(live)}
     assert "no model" in run("cache", "--forget", "org/absent", status=2).stderr
+
+
+def test_a_model_is_forgotten_once(run_json: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(revisions=[SimpleNamespace(commit_hash="abc")], size_on_disk=9)
+    hub = Mock()
+    monkeypatch.setattr("weightvid.cli.cache._hub", lambda: ("hub", hub, {"org/m": model}))
+    record = run_json("cache", "--forget", "org/m", "--forget", "org/m")
+    assert record["removed"] == ["org/m"]
+    hub.delete_revisions.assert_called_once_with("abc")
 
 
 def test_demo(run: Run, run_json: Run, tmp_path: Path) -> None:

@@ -29,12 +29,13 @@ def cache(
     from weightvid.atomic import remains, remove_remains
 
     place, hub, models = _hub()
-    for name in forget:
+    unwanted = list(dict.fromkeys(forget))
+    for name in unwanted:
         if name not in models:
             usage_error(f"the hub's cache holds no model {name!r}", "--forget")
     temporary = Path(tempfile.gettempdir())
     removed = [str(path) for path in remove_remains(temporary)] if clear else []
-    for name in forget:
+    for name in unwanted:
         hashes = [revision.commit_hash for revision in models.pop(name).revisions]
         hub.delete_revisions(*hashes).execute()
         removed.append(name)
