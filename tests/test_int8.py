@@ -132,6 +132,8 @@ def test_examples_must_fit(onnx: Any, graphs: Path, tmp_path: Path) -> None:
         export_int8(*given, {"y": examples(), "z": examples()}, tmp_path / "a.onnx")
     with pytest.raises(CheckpointError, match="does not run"):
         export_int8(*given, {"x": examples()[:, :2]}, tmp_path / "a.onnx")
+    with pytest.raises(CheckpointError, match="'x' are a single number"):
+        export_int8(*given, {"x": np.ones((), np.float32)}, tmp_path / "a.onnx")
     np.savez(tmp_path / "x.npz", any_name=examples())
     assert export_int8(*given, tmp_path / "x.npz", tmp_path / "a.onnx").file_bytes > 1000
     with pytest.raises(CheckpointError, match="no example inputs"):

@@ -150,6 +150,11 @@ def _examples(
             f"the examples lack the input {missing[0]!r}; they have: {', '.join(sorted(found))}"
         )
     for name in names:
+        if found[name].ndim == 0:
+            raise CheckpointError(
+                f"the examples of the input {name!r} are a single number; the first axis of each "
+                "input must count the examples"
+            )
         if found[name].dtype.kind in "fc" and not np.isfinite(found[name]).all():
             raise CheckpointError(f"the examples of the input {name!r} hold NaN or infinity")
     return {name: found[name] for name in names}
