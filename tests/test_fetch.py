@@ -294,6 +294,13 @@ def test_what_cannot_be(site: Site, data: bytes, tmp_path: Path) -> None:
     assert path.read_bytes() == data
     with pytest.raises(OutputError, match="cannot write"):
         fetch_archive(url, tmp_path / "absent" / "m.mp4")
+    (tmp_path / "folder").mkdir()
+    before = list(site.asked)
+    for force in (False, True):
+        with pytest.raises(OutputError, match="it is a folder; name a file in it"):
+            fetch_archive(url, tmp_path / "folder", FetchOptions(force=force))
+    assert site.asked == before
+    assert left(tmp_path) == ["folder", "m.mp4"]
 
 
 def test_nothing_is_left_where_nothing_came(

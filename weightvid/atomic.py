@@ -46,7 +46,7 @@ class AtomicFile:
     def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         self._shown = os.fspath(path)
         self._force = force
-        self._target = _resolve(self._shown, force)
+        self._target = real_destination(self._shown, force)
         remove_remains(self._target.parent)
         while True:
             # Random, so it never needs to be long enough to hold the target's own name.
@@ -240,8 +240,8 @@ def refuse_address(shown: str) -> None:
         )
 
 
-def _resolve(shown: str, force: bool) -> Path:
-    """Real destination of ``shown``, checked to be writable in principle."""
+def real_destination(shown: str, force: bool) -> Path:
+    """What ``shown`` leads to; an `OutputError` if no file can be written there."""
     refuse_address(shown)
     try:
         target = Path(os.path.realpath(shown))

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Final, cast
 
 from weightvid import loader
 from weightvid.archives import Location, open_chain
-from weightvid.atomic import atomic_output, is_source, output_error
+from weightvid.atomic import atomic_output, is_source, output_error, real_destination
 from weightvid.errors import CodecError, FormatError, OutputError, RemoteError, SignatureError
 from weightvid.progress import Progress, Report, quiet
 from weightvid.remote import PATIENCE_S, Answer, WrongAnswerError, explain, is_web, shown
@@ -169,8 +169,7 @@ def fetch_archive(
     target = Path(destination)
     if is_source(target, *chosen.base):
         raise OutputError(f"{target} is the base itself; write to another file")
-    if target.exists() and not chosen.force:
-        raise OutputError(f"{target} exists already; use --force (force=True) to replace it")
+    real_destination(os.fspath(target), chosen.force)
     part = target.with_name(f".{target.name}.part")
     try:
         with part.open("r+b" if part.exists() else "x+b") as file:
