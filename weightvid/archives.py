@@ -45,11 +45,8 @@ def open_anywhere(
     """Archive at a path, an address, or in a file: decoded on all cores, every hash checked.
 
     A file or an archive that was given open stays open. ``base``: what the archive is an update to,
-    of a chain the oldest first; ``layers``: how many are read.
-
-    Raises
-    ------
-    FormatError, OSError, RemoteError
+    of a chain the oldest first; ``layers``: how many are read. What fails is a FormatError,
+    OSError or RemoteError.
     """
     if isinstance(location, Archive):
         yield location
@@ -80,12 +77,7 @@ def seekable(location: Location) -> Iterator[Location]:
 
 @contextmanager
 def open_chain(bases: Sequence[Location]) -> Iterator[Archive]:
-    """An archive and the updates to it, the oldest first: the last one, as if it stood alone.
-
-    Raises
-    ------
-    FormatError, OSError, RemoteError
-    """
+    """An archive and the updates to it, the oldest first: the last one, as if it stood alone."""
     with ExitStack() as stack:
         archives = [stack.enter_context(open_anywhere(location)) for location in bases]
         for before, after in pairwise(archives):
@@ -94,13 +86,7 @@ def open_chain(bases: Sequence[Location]) -> Iterator[Archive]:
 
 
 def checked_tensors(archive: Archive) -> Iterator[tuple[TensorSpec, Array]]:
-    """All tensors, whose hashes give the root of the archive.
-
-    Raises
-    ------
-    FormatError
-        ``tensor-digest``, at the end: they don't.
-    """
+    """All tensors, then a FormatError (``tensor-digest``) unless their hashes give the root."""
     numbers = {spec.name: number for number, spec in enumerate(archive.header.tensors)}
     heads = dict[int, bytes]()
     for spec, array in archive.stored_items():
@@ -214,10 +200,8 @@ class Salvage:
 def read_tensors(archive: Archive, names: Collection[str]) -> Iterator[tuple[TensorSpec, Array]]:
     """Tensors of these names, without decoding many frames of others.
 
-    Raises
-    ------
-    FormatError, CodecError
-        The archive is damaged there; a TruncatedError names those of ``names`` that are missing.
+    A FormatError or CodecError says that the archive is damaged there; a TruncatedError names those
+    of ``names`` that are missing.
     """
     wanted = {number: s for number, s in enumerate(archive.header.tensors) if s.name in names}
     if archive.index is not None:
@@ -250,12 +234,8 @@ def stored_pieces(archive: Archive) -> Iterator[tuple[TensorSpec, int, Array]]:
     ------
     TensorSpec, int, ndarray
         Tensor, number of the first element, elements; of an archive of one layer a part at a time,
-        so that no whole tensor is ever in memory.
-
-    Raises
-    ------
-    FormatError
-        The archive is damaged or cut short; ``tensor-digest`` at the last piece of a tensor.
+        so that no whole tensor is ever in memory. A FormatError comes where the archive is
+        damaged or cut short; ``tensor-digest`` at the last piece of a tensor.
     """
     header, ready = archive.header, list[tuple[int, int, Array]]()
     if header.layers is not None:  # sums need whole tensors
@@ -327,13 +307,7 @@ class Tail(NamedTuple):
 
 
 def find_tail(file: BinaryIO) -> Tail:
-    """Index and what is behind it, in a file that can seek.
-
-    Raises
-    ------
-    TruncatedError
-        The archive has no index.
-    """
+    """Index and what is behind it, in a file that can seek; a TruncatedError without an index."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 16))
     end = file.read(16)
@@ -348,13 +322,7 @@ def find_tail(file: BinaryIO) -> Tail:
 
 
 def walk_frames(archive: Archive) -> Iterator[tuple[Sidecar, int]]:
-    """Sidecars and bytes of packets of all whole frames of a file that can seek.
-
-    Raises
-    ------
-    FormatError
-        A sidecar is damaged.
-    """
+    """Sidecars and bytes of packets of all whole frames of a file that can seek."""
     file, sidecar = archive.source.file, None
     for kind, offset, size in walk_boxes(file):
         if kind == loader.FRAME_UUID:

@@ -33,12 +33,8 @@ class AtomicFile:
 
     A symbolic link is followed: the file that it points at is replaced. ``file`` is open for
     writing and reading back (``w+b``), with a mode that follows the umask; a failing write raises
-    an OutputError that names the destination. ``temporary`` is where the bytes lie until `commit`.
-
-    Raises
-    ------
-    OutputError
-        The destination exists (without ``force``), is no regular file, or cannot be written.
+    an OutputError that names the destination, as does one that exists (without ``force``) or is no
+    regular file. ``temporary`` is where the bytes lie until `commit`.
     """
 
     file: BinaryIO
@@ -66,10 +62,8 @@ class AtomicFile:
     def commit(self) -> None:
         """Flush to disk and rename into place; on failure nothing is left.
 
-        Raises
-        ------
-        OutputError
-            The disk is full, or (without ``force``) somebody made the destination meanwhile.
+        An OutputError says that the disk is full, or that (without ``force``) somebody made the
+        destination meanwhile.
         """
         if not self._cleanup.alive:
             raise OutputError(f"the output {self._shown} was finished already")
@@ -226,12 +220,7 @@ class ScratchFolder(tempfile.TemporaryDirectory[str]):
 
 
 def refuse_address(shown: str) -> None:
-    """Say of an address what it is, rather than that it has no folder of such a name.
-
-    Raises
-    ------
-    OutputError
-    """
+    """Say of an address what it is, rather than that no such folder exists: an OutputError."""
     # pathlib leaves one slash of the two.
     if _ADDRESS.match(shown) and not Path(shown).parent.exists():
         raise OutputError(

@@ -52,13 +52,7 @@ class DemoReport(NamedTuple):
 
 
 def sample_dir() -> Path:
-    """Folder of the demo's checkpoint and digits: in the wheel, or in a source checkout.
-
-    Raises
-    ------
-    CheckpointError
-        Neither place has it.
-    """
+    """Folder of the demo's checkpoint and digits: in the wheel, or in a source checkout."""
     package = Path(__file__).resolve().parent
     for folder in (package / "sample", package.parent / "data" / "digits"):
         if (folder / CHECKPOINT_NAME).is_file():
@@ -76,10 +70,6 @@ def run_demo(data_dir: Path, work_dir: Path, announce: Callable[[str], None]) ->
         restored checkpoint, where earlier ones are replaced.
     announce : callable
         Called with ``pack``, ``unpack`` and ``evaluate`` as each begins.
-
-    Raises
-    ------
-    WeightvidError
     """
     source, holdout = data_dir / CHECKPOINT_NAME, data_dir / HOLDOUT_NAME
     for path in (source, holdout):
@@ -139,13 +129,7 @@ def int8_xz(tensors: Mapping[str, Array]) -> tuple[int, dict[str, Array]]:
 
 
 def logits(tensors: Mapping[str, Array], images: npt.NDArray[np.uint8]) -> Floats:
-    """Run the network of ``tools/train_digits.py`` on images of shape (n, 8, 8), levels 0..16.
-
-    Raises
-    ------
-    CheckpointError
-        A tensor is missing.
-    """
+    """Run the network of ``tools/train_digits.py`` on images of shape (n, 8, 8), levels 0..16."""
     weights = {name: t.astype(np.float32) for name, t in tensors.items()}
     x = images.astype(np.float32)[:, np.newaxis] / np.float32(16)
     try:

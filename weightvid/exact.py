@@ -204,17 +204,12 @@ def round_mantissa(values: Floats, bits: int) -> Floats:
     ----------
     values : ndarray of float32
     bits : int
-        1..23; the relative error is at most 2**-(bits + 1).
+        1..23 (else a QuantizationError); the relative error is at most 2**-(bits + 1).
 
     Returns
     -------
     ndarray of float32, same shape
         NaN and infinity stay; so does what would round to infinity.
-
-    Raises
-    ------
-    QuantizationError
-        ``bits`` out of range.
 
     Examples
     --------

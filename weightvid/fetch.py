@@ -91,12 +91,7 @@ class FetchOptions:
     attempts: int = 4
 
     def check(self) -> None:
-        """Refuse what cannot be asked for.
-
-        Raises
-        ------
-        RemoteError
-        """
+        """Refuse what cannot be asked for, by a RemoteError."""
         if self.sha256 and not re.fullmatch("[0-9A-Fa-f]{64}", self.sha256):
             raise RemoteError(f"{self.sha256!r} is no SHA-256: it has 64 hexadecimal digits")
         if self.layers and (self.sha256 or self.key):
@@ -254,10 +249,7 @@ class _Arrived:
     def check(self, length: int) -> None:
         """Look at the boxes that are whole in so many bytes.
 
-        Raises
-        ------
-        FormatError, CodecError
-            At ``good`` starts something damaged.
+        A FormatError or CodecError says that at ``good`` starts something damaged.
         """
         while not self.complete and length >= self._at + 8:
             self._file.seek(self._at)

@@ -81,12 +81,7 @@ class Layering:
     base: tuple[Location, ...] = ()
 
     def check(self, options: PackOptions) -> None:
-        """Refuse what layers cannot do.
-
-        Raises
-        ------
-        QuantizationError
-        """
+        """Refuse what layers cannot do, by a QuantizationError."""
         if not 1 <= self.layers <= loader.MAX_LAYERS:
             most = loader.MAX_LAYERS
             raise QuantizationError(f"an archive has 1 to {most} layers, not {self.layers}")
@@ -115,19 +110,14 @@ def pack_layers(
 ) -> PackReport:
     """Pack a checkpoint into an archive of several layers, or into an update to another archive.
 
-    The model is held in memory. Statistics are used, and examples only for them.
+    The model is held in memory. Statistics are used, and examples only for them. Errors are
+    those of `weightvid.pack.pack_checkpoint`, and a FormatError if the base is damaged.
 
     Parameters
     ----------
     source, destination, options, progress
         As `weightvid.pack.pack_checkpoint` has them.
     layering : Layering
-
-    Raises
-    ------
-    FormatError
-        The base is damaged.
-    CheckpointError, QuantizationError, CodecError, OutputError, RemoteError
     """
     began, chosen = perf_counter(), options or PackOptions()
     chosen.check()

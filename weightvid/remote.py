@@ -227,9 +227,7 @@ def reach(
 ) -> Any:
     """Call a driver, which may take a minute, and a second for each 64 kB of ``size``.
 
-    Raises
-    ------
-    RemoteError
+    What fails is a RemoteError.
     """
     task = Future[Any]()
     task.set_running_or_notify_cancel()
@@ -252,10 +250,7 @@ def reach(
 def open_remote(url: str) -> BinaryIO:
     """Open a file at an address; it can seek, in a temporary copy where a server has no ranges.
 
-    Raises
-    ------
-    RemoteError
-        Nothing there, no access, no connection; reading may raise it, too.
+    A RemoteError says that nothing is there, or of no access or connection; reading may raise it.
     """
     if not is_web(url):
         files, path = find_driver(url)
@@ -338,10 +333,8 @@ class _RemoteFile(Pieces):
 def check_upload(url: str, *, force: bool) -> None:
     """See that a file may be written to an address, before the work that makes it.
 
-    Raises
-    ------
-    OutputError, RemoteError
-        The place takes no files, or (without ``force``) has that one already; it is out of reach.
+    An OutputError says that the place takes no files, or (without ``force``) has that one already;
+    a RemoteError that it is out of reach.
     """
     where = shown(url)
     if is_web(url) or scheme(url) == "hf":

@@ -225,12 +225,7 @@ def _choose(before: int, after: int, share: float) -> _Seal:
 
 
 def check_share(share: float) -> None:
-    """Refuse a share of parity that cannot be, or (RepairError) without the package that makes it.
-
-    Raises
-    ------
-    QuantizationError, RepairError
-    """
+    """Refuse a share of parity (QuantizationError), or any without its package (RepairError)."""
     if not MIN_SHARE <= share <= MAX_SHARE:
         raise QuantizationError(
             f"a parity of {100 * share:g} % is not possible; allowed are {100 * MIN_SHARE:g} to "
@@ -242,18 +237,16 @@ def check_share(share: float) -> None:
 def add_parity(file: BinaryIO, share: float) -> int:
     """Put parity into a whole archive, instead of what it has; gives the new size of the file.
 
+    A RepairError without the package zfec; a FormatError if the archive is not whole.
+
     Parameters
     ----------
     file : binary file object
         Open for reading and writing.
     share : float
-        Bytes of the parity by those of the file: 0.005 to 0.2. What belongs to it (hashes, sizes)
-        is counted; a file of a few kilobytes gets more, as parity has a least size.
-
-    Raises
-    ------
-    QuantizationError, RepairError, FormatError
-        A share out of range; zfec is missing; the archive is not whole.
+        Bytes of the parity by those of the file: 0.005 to 0.2 (else a QuantizationError).
+        What belongs to it (hashes, sizes) is counted; a file of a few kilobytes gets more, as
+        parity has a least size.
     """
     tail = find_tail(file)
     before = min((at for kind, at, _ in tail.boxes if kind == PARITY_UUID), default=tail.mfra)
@@ -296,6 +289,8 @@ def repair_archive(
 ) -> RepairReport:
     """Restore the damaged bytes of an archive that has parity.
 
+    A RepairError says that there is no parity, or the damage is larger than it can restore.
+
     Parameters
     ----------
     archive : path
@@ -304,12 +299,6 @@ def repair_archive(
         any damage. Appears whole, or not at all.
     force : bool
         Replace a destination that exists.
-
-    Raises
-    ------
-    RepairError
-        There is no parity, or the damage is larger than it can restore.
-    OutputError, OSError
     """
     path, found, in_place = Path(archive), list[Span](), destination is None
     output = AtomicFile(destination or path, force=force or in_place)

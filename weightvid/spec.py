@@ -40,12 +40,7 @@ def weight_count(specs: Iterable[TensorSpec]) -> int:
 
 
 def stored_dtype(name: str) -> np.dtype[np.generic]:
-    """Numpy dtype of one stored element of dtype ``name``.
-
-    Raises
-    ------
-    CheckpointError
-        Unknown name.
+    """Numpy dtype of one stored element of dtype ``name``; a CheckpointError for an unknown one.
 
     Examples
     --------

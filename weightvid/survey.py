@@ -243,10 +243,7 @@ def survey_checkpoint(
 ) -> Survey:
     """Read every tensor once.
 
-    Raises
-    ------
-    CheckpointError
-        The source is damaged, or the calibration statistics are of another model.
+    A CheckpointError says that the source is damaged, or the statistics are of another model.
     """
     _refuse_remains(reader)
     _refuse_unholdable(reader)

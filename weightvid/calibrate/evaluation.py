@@ -278,12 +278,8 @@ def load_function(wanted: str | Function) -> tuple[Function, bool]:
     """The function that ``module:function`` or ``script.py:function`` names, or that is given.
 
     And whether it wants torch tensors. What it prints goes to stderr, as stdout is data. A script
-    is read anew each time.
-
-    Raises
-    ------
-    EvaluationError
-        There is no such function, or its module cannot be imported.
+    is read anew each time. An EvaluationError says that there is none, or its module cannot be
+    imported.
     """
     call: Any = wanted
     source: Any = wanted

@@ -53,10 +53,7 @@ _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def build(folder: str | None) -> nn.Module:
     """The network that a Hugging Face folder describes, without its weights.
 
-    Raises
-    ------
-    EvaluationError
-        There is no such folder, or transformers cannot build the network.
+    An EvaluationError says that there is no such folder, or transformers cannot build the network.
     """
     if folder is None or not (Path(folder) / "config.json").is_file():
         raise EvaluationError(
@@ -78,10 +75,8 @@ def build(folder: str | None) -> nn.Module:
 def fill(module: nn.Module, reader: CheckpointReader) -> list[str]:
     """Give a module the weights of a checkpoint, by name; those that it has no place for.
 
-    Raises
-    ------
-    CheckpointError
-        The checkpoint lacks weights, or has them in another shape, or under other names.
+    A CheckpointError says that the checkpoint lacks weights, or has them in another shape, or under
+    other names.
     """
     wanted, aliases = module.state_dict(), State(module).reader.contents.aliases
     specs = dict(reader.contents.rows())
@@ -112,12 +107,8 @@ class OwnInputs(NamedTuple):
 def own_inputs(module: nn.Module, folder: str | None = None, progress: Report = quiet) -> OwnInputs:
     """Inputs for a module that nobody gives any; the same for the same weights.
 
-    ``folder`` may hold the tokenizer of a transformer.
-
-    Raises
-    ------
-    EvaluationError
-        It has neither BatchNorm nor a vocabulary, or takes no usual size of image.
+    ``folder`` may hold the tokenizer of a transformer. An EvaluationError says that the module
+    has neither BatchNorm nor a vocabulary, or takes no usual size of image.
     """
     vocabulary = getattr(getattr(module, "config", None), "vocab_size", None)
     with running(module) as state, torch.random.fork_rng():

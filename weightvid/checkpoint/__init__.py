@@ -196,13 +196,7 @@ def is_url(source: object) -> TypeGuard[str]:
 
 
 def kind_of_file(path: Path) -> Kind:
-    """Kind of an existing file, by content.
-
-    Raises
-    ------
-    CheckpointError
-        Missing, unreadable, or not a checkpoint that we understand: the message says what it is.
-    """
+    """Kind of an existing file, by content, or a CheckpointError that says what it is instead."""
     if path.is_dir():
         package = (path / "Manifest.json").is_file() and (path / "Data").is_dir()
         return kind_for_output(path, "coreml" if package else "folder")

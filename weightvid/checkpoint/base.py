@@ -458,12 +458,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Make one line of whatever error a damaged file brings out of a library: ``what: why``.
-
-    Raises
-    ------
-    CheckpointError
-    """
+    """Make a CheckpointError, ``what: why``, of what a damaged file brings out of a library."""
     try:
         yield
     except WeightvidError:

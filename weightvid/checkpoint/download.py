@@ -36,13 +36,7 @@ _Fetch = Callable[[str, Callable[[int], None]], Path]
 
 
 def open_downloaded(url: str, progress: Report) -> CheckpointReader:
-    """Download a file, a folder of an object store or a model of the hub, and open it.
-
-    Raises
-    ------
-    RemoteError, CheckpointError
-        It cannot be reached or read, or is no checkpoint.
-    """
+    """Download a file, a folder of an object store or a model of the hub, and open it."""
     folder = ScratchFolder()
     path = Path(folder.name)
     try:

@@ -417,12 +417,7 @@ def gather(
     """Small files of a model folder, and what is left out as ``"path (why)"``.
 
     Hidden files and index files of weights are not side files; ``foreign`` says of others why they
-    are not, or nothing.
-
-    Raises
-    ------
-    CheckpointError
-        A file cannot be read.
+    are not, or nothing. A file that cannot be read is a CheckpointError.
     """
     files: list[SideFile] = []
     skipped: list[str] = []

@@ -61,10 +61,7 @@ def run_nncodec(
 ) -> tuple[str, bytes, dict[str, Array]]:
     """Have a Python run the script: what it says, the bitstream, and what that decodes to.
 
-    Raises
-    ------
-    ValueError, RuntimeError
-        There is no such Python, or the script failed.
+    A ValueError or RuntimeError says that there is no such Python, or the script failed.
     """
     python = python or os.environ.get(VARIABLE, "")
     if not python:

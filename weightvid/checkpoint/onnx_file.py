@@ -146,12 +146,8 @@ def _load(source: Path | BytesIO, what: str) -> Any:
 def places(model: Any) -> Iterator[tuple[str, Any]]:
     """Where tensors are, in the order of the file: in graphs, their branches, and functions.
 
-    Names are those of the initializers; a name that another graph has, too, gets a number.
-
-    Raises
-    ------
-    CheckpointError
-        Two initializers of one graph have one name.
+    Names are those of the initializers; a name that another graph has, too, gets a number;
+    two of one graph are a CheckpointError.
     """
     taken: dict[str, int] = {}
     bodies = [model.graph, *model.functions]

@@ -69,10 +69,7 @@ def cut(whole: Array, places: Mapping[str, Place]) -> tuple[dict[str, Place], by
 def tensors_of(template: bytes) -> Iterator[tuple[TensorSpec, int, tuple[int, ...]]]:
     """Tensors of a template in the order of the file, their offsets and axes; nothing is checked.
 
-    Raises
-    ------
-    CheckpointError
-        It is no template.
+    What is no template is a CheckpointError.
     """
     try:
         for name, (at, dtype, shape, axes) in json.loads(template.partition(b"\n")[0]).items():

@@ -66,11 +66,7 @@ def to_stored(tensor: torch.Tensor) -> tuple[str, Array]:
 
     The array is C-contiguous and shares the tensor's memory where it can: don't write into it.
     A float4_e2m1fn_x2 tensor becomes F4 with twice the last dimension, as in safetensors.
-
-    Raises
-    ------
-    CheckpointError
-        A tensor that has no plain elements, or elements of a type weightvid lacks.
+    A CheckpointError says that its elements are not plain, or of a type that weightvid lacks.
     """
     problem = _unsupported(tensor)
     if problem is not None:
@@ -97,10 +93,7 @@ def to_stored(tensor: torch.Tensor) -> tuple[str, Array]:
 def stored_arrays(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Array], dict[str, str]]:
     """Stored elements and dtype names; what shows the same memory the same way is one array.
 
-    Raises
-    ------
-    CheckpointError
-        As by `to_stored`; the tensor is named.
+    A CheckpointError as by `to_stored` names the tensor.
     """
     known: dict[Any, tuple[str, Array]] = {}
     arrays, dtypes = {}, {}
@@ -119,12 +112,8 @@ def stored_arrays(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Array]
 def from_stored(array: Array, name: str) -> torch.Tensor:
     """Tensor of stored elements of dtype ``name``, on the CPU.
 
-    It shares the array's memory if that is contiguous and writable.
-
-    Raises
-    ------
-    CheckpointError
-        torch has no such element type, or the array is of another.
+    It shares the array's memory if that is contiguous and writable. A CheckpointError says that
+    torch has no such element type, or the array is of another.
     """
     dtype = torch_dtype(name)
     if array.dtype != stored_dtype(name):
@@ -257,11 +246,7 @@ def _load(path: Path) -> Any:
 
 
 def protocol_2(file: BinaryIO) -> bytes:
-    """One pickle, of whatever protocol, in the words of protocol 2.
-
-    Raises
-    ------
-    pickle.UnpicklingError
+    """One pickle, of whatever protocol, in the words of protocol 2, or a `pickle.UnpicklingError`.
 
     Examples
     --------
@@ -326,10 +311,7 @@ def _unsupported(tensor: Any) -> str | None:
 def _can_map(path: Path) -> bool:
     """True for zip files whose members are stored as they are (some tools deflate them).
 
-    Raises
-    ------
-    CheckpointError
-        Deflated members that are many times as large as the file.
+    Deflated members that are many times as large as the file are a CheckpointError.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -65,13 +65,7 @@ def calibrate(
 
 
 def load_examples(script: str, name: str) -> tuple[Any, Any]:
-    """The module and the inputs that a function of a script returns; None for inputs it lacks.
-
-    Raises
-    ------
-    WeightvidError
-        There is no torch, or the script fails.
-    """
+    """The module and the inputs that a function of a script returns; None for inputs it lacks."""
     check_function(script, name)
     from weightvid.calibrate.evaluation import load_function
     from weightvid.checkpoint.torch_file import import_torch

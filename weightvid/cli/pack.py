@@ -190,11 +190,7 @@ def pack(
 
 
 def parse_target(text: str) -> Target:
-    """A target as the command line spells it.
-
-    Raises
-    ------
-    QuantizationError
+    """A target as the command line spells it, or a QuantizationError.
 
     Examples
     --------

@@ -172,10 +172,8 @@ def through(
 ) -> Passage:
     """Code frames, uint8 of shape (height, width), at a QP or (None) losslessly; decode them.
 
-    Raises
-    ------
-    CodecError
-        No such encoder here; it failed; or not as many frames of that size came back.
+    A CodecError says that there is no such encoder here, that it failed, or that not as many frames
+    of that size came back.
     """
     options, program = codec.options(preset, value), backend(codec)
     if program is None:

@@ -58,10 +58,7 @@ class Model:
     def sqnr_db(self, restored: Mapping[str, Array]) -> float | None:
         """Signal over squared error in dB, as `compare_rows` counts it; None: all is exact.
 
-        Raises
-        ------
-        CodecError
-            A tensor is missing, of another shape, or changed though it is no float.
+        A CodecError says that a tensor is missing, of another shape, or changed though no float.
         """
         signal = noise = 0.0
         for spec in self.specs:
@@ -85,13 +82,7 @@ class Model:
 
 
 def load_model(reader: CheckpointReader) -> Model:
-    """All tensors of an open checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        It holds no floating-point weights.
-    """
+    """All tensors of an open checkpoint; a CheckpointError without any floating-point weights."""
     contents, digest = reader.contents, hashlib.sha256()
     tensors: Tensors = {}
     for spec in contents.tensors:

@@ -139,12 +139,8 @@ def with_torch(function: Function) -> Function:
 class RowStore:
     """Rows by what they depend on, in ``rows.jsonl`` of a folder, which is made; None: nowhere.
 
-    What a function says of a point is kept by itself: sizes and seconds do not depend on it.
-
-    Raises
-    ------
-    OutputError
-        The folder cannot be made.
+    What a function says of a point is kept by itself: sizes and seconds do not depend on it. An
+    OutputError says that the folder cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:

@@ -153,12 +153,7 @@ def frame_methods(
     ``names`` are of `weightvid.compare.codecs.CODECS`; a codec without any of the ``presets`` has
     its usual one. ``more`` are options of a codec, ``x265:rd=6``: curves of their own. ``factors``
     are those of the frames for lossless codecs. The archives that several points take their frames
-    from lie in ``folder``.
-
-    Raises
-    ------
-    CodecError
-        Unknown name; an option that is none.
+    from lie in ``folder``. An unknown name, or an option that is none, is a CodecError.
     """
     yield Method(
         "ideal entropy coder", "plain", partial(_ideal, folder), "step factor", factors,
@@ -206,10 +201,7 @@ def _parse_option(text: str) -> tuple[str, str]:
 def pictures(folder: Path, model: Model, factor: float, fidelity: str) -> Pictures:
     """Frames of the archive of a step factor, which is packed into a folder once.
 
-    Raises
-    ------
-    CodecError
-        The model is too small for frames.
+    A model that is too small for frames is a CodecError.
     """
     options = PackOptions(step_factor=factor, fidelity=fidelity)
     path = place(folder, model, options)

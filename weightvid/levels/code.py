@@ -79,7 +79,7 @@ def code_part(
     moments: Moments | None = None,
     below: Array | None = None,
 ) -> CodedPart:
-    """Quantize consecutive rows of a tensor.
+    """Quantize consecutive rows of a tensor; a QuantizationError if a level is out of range.
 
     Parameters
     ----------
@@ -93,11 +93,6 @@ def code_part(
         Of the whole tensor; errors are fed back by them.
     below : ndarray, optional
         Stored elements of these rows that the weights are added to.
-
-    Raises
-    ------
-    QuantizationError
-        A level is out of range.
     """
     original = to_float32(elements.reshape(-1), plan.spec.dtype).reshape(-1, plan.view.columns)
     weights = original

@@ -128,6 +128,9 @@ def feedback(
 ) -> Integers:
     """Levels of a matrix, with error feedback.
 
+    Weights that are not finite or beyond 2**21 steps, or a moment that doesn't fit, are a
+    QuantizationError.
+
     Parameters
     ----------
     scaled : ndarray of float32, shape (R, C)
@@ -144,11 +147,6 @@ def feedback(
     -------
     ndarray of int32, shape (R, C)
         ``|level|`` at most 2**22.
-
-    Raises
-    ------
-    QuantizationError
-        Weights that are not finite or beyond 2**21 steps, or a moment that doesn't fit.
     """
     fitted = fit(scaled, moment, config, method)
     if outputs is not None:
@@ -239,11 +237,7 @@ def factorize(moment: Moment, damping: float, by_energy: bool) -> Factor:
     """Factor a second moment: positive semidefinite, of any scale; all zeros counts as white.
 
     ``by_energy``: columns come in descending order of input energy, which the trellis cannot use.
-
-    Raises
-    ------
-    QuantizationError
-        Not finite, or clearly not positive semidefinite.
+    A moment that is not finite, or clearly not positive semidefinite, is a QuantizationError.
     """
     size = len(moment)
     energy = np.diagonal(moment).astype(np.float64)

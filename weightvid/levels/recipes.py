@@ -67,13 +67,7 @@ RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType({row.name: row for row i
 
 
 def recipe(name: str) -> Recipe:
-    """Recipe of a name.
-
-    Raises
-    ------
-    QuantizationError
-        Unknown name.
-    """
+    """Recipe of a name; a QuantizationError if it is unknown."""
     found = RECIPES.get(name)
     if found is None:
         raise QuantizationError(f"unknown recipe {name!r}; choose one of: {', '.join(RECIPES)}")
@@ -91,12 +85,8 @@ def units(stats: Sequence[TensorStats], fidelity: str = "outputs") -> list[float
         ``outputs``, ``integers``: ``f * sigma * sqrt(n / mean n + 0.05)``; f is 2 for the queries
         and keys of attention, whose errors only move the weights of a softmax, ``1 / sqrt(T)`` for
         the head of a language model of T other tensors, and 1 for others.
-        ``weights``: the root of the mean square of all weights, for every tensor.
-
-    Raises
-    ------
-    QuantizationError
-        Unknown fidelity.
+        ``weights``: the root of the mean square of all weights, for every tensor. Other names are a
+        QuantizationError.
     """
     if fidelity not in FIDELITIES:
         raise QuantizationError(f"unknown fidelity {fidelity!r}; choose: {', '.join(FIDELITIES)}")
@@ -120,16 +110,11 @@ def recipe_factor(
     Parameters
     ----------
     name : str
-        Of the recipe.
+        Of the recipe; an unknown one is a QuantizationError.
     stats : sequence of TensorStats
     units : sequence of float
         Of the same tensors.
     fidelity : str
-
-    Raises
-    ------
-    QuantizationError
-        Unknown recipe.
     """
     wanted = recipe(name)
     noise = wanted.language_noise if speaks(stats) else wanted.noise

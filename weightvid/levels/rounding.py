@@ -33,12 +33,8 @@ def uniform(scaled: Floats) -> npt.NDArray[np.int32]:
     Returns
     -------
     ndarray of int32, same shape
-        Rounded to nearest, ties to even; ``|level|`` at most 2**22.
-
-    Raises
-    ------
-    QuantizationError
-        A weight is NaN or infinite, or a level would exceed 2**22.
+        Rounded to nearest, ties to even; ``|level|`` at most 2**22. Else, or where a
+        weight is NaN or infinite, a QuantizationError.
 
     Examples
     --------
@@ -70,6 +66,8 @@ _SWEEPS: Final = 2
 def balanced(scaled: Floats, channels: int) -> npt.NDArray[np.int32]:
     """Levels of weights in steps; the errors of the first columns nearly cancel.
 
+    A level out of range is a QuantizationError.
+
     Parameters
     ----------
     scaled : ndarray of float32, shape (R, C)
@@ -79,11 +77,6 @@ def balanced(scaled: Floats, channels: int) -> npt.NDArray[np.int32]:
     Returns
     -------
     ndarray of int32, shape (R, C)
-
-    Raises
-    ------
-    QuantizationError
-        A level is out of range.
     """
     levels = uniform(scaled)
     if channels < 2:

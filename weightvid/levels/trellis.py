@@ -146,6 +146,9 @@ def second_quantizer(state: int) -> int:
 def trellis(scaled: Floats, lam: float = LAM, bits: Bits | None = None) -> Integers:
     """Trellis levels of a matrix.
 
+    No matrix, weights that are not finite or out of range, or a negative ``lam`` are a
+    QuantizationError.
+
     Parameters
     ----------
     scaled : ndarray of float32, shape (R, C)
@@ -160,11 +163,6 @@ def trellis(scaled: Floats, lam: float = LAM, bits: Bits | None = None) -> Integ
     -------
     ndarray of int32, shape (R, C)
         ``|level|`` at most 2**22.
-
-    Raises
-    ------
-    QuantizationError
-        No matrix, weights that are not finite or out of range, or a negative ``lam``.
     """
     check_lam(lam)
     if scaled.ndim != 2:
