@@ -119,7 +119,7 @@ def test_the_independent_reader_agrees(folder: Path) -> None:
         if base is not None:
             other.use_base(base)
             stream.use_base(base)
-        with open_chain([folder / f"{each}.mp4" for each in (*before, name)]) as archive:
+        with open_chain([folder / f"{each}.mp4" for each in (*before, name)]) as [*_, archive]:
             streamed = dict(stream.stream())
             for each in archive:
                 assert other.read(each) == archive.stored(each).tobytes() == streamed[each]

@@ -57,7 +57,7 @@ def open_anywhere(
             file, decoder=decoder, threads=0, check_tensors=True, layers=layers
         )
         if base:
-            archive.use_base(stack.enter_context(open_chain(base)))
+            archive.use_base(stack.enter_context(open_chain(base))[-1])
         yield archive
 
 
@@ -76,19 +76,24 @@ def seekable(location: Location) -> Iterator[Location]:
 
 
 @contextmanager
-def open_chain(bases: Sequence[Location]) -> Iterator[Archive]:
-    """An archive and the updates to it, the oldest first: the last one, as if it stood alone."""
+def open_chain(bases: Sequence[Location]) -> Iterator[list[Archive]]:
+    """An archive and the updates to it, the oldest first: the last reads as if it stood alone."""
     with ExitStack() as stack:
         archives = [stack.enter_context(open_anywhere(location)) for location in bases]
         for before, after in pairwise(archives):
             after.use_base(before)
-        yield archives[-1]
+        yield archives
 
 
-def checked_tensors(archive: Archive) -> Iterator[tuple[TensorSpec, Array]]:
-    """All tensors, then a FormatError (``tensor-digest``) unless their hashes give the root."""
+def checked_tensors(
+    archive: Archive, heads: dict[int, bytes] | None = None
+) -> Iterator[tuple[TensorSpec, Array]]:
+    """All tensors, then a FormatError (``tensor-digest``) unless their hashes give the root.
+
+    ``heads`` receives the heads of the hashes, by the numbers of the tensors.
+    """
     numbers = {spec.name: number for number, spec in enumerate(archive.header.tensors)}
-    heads = dict[int, bytes]()
+    heads = {} if heads is None else heads
     for spec, array in archive.stored_items():
         heads[numbers[spec.name]] = loader.tensor_sha256(array)[: loader.TENSOR_SHA_BYTES]
         yield spec, array

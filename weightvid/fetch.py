@@ -345,7 +345,7 @@ class _Download:
         self._length = file.seek(0, os.SEEK_END)
         root = b""
         if options.base:
-            with open_chain(options.base) as base:
+            with open_chain(options.base) as [*_, base]:
                 root = base.root
         trusted = min(self.state.checked, self._length)
         self._arrived = _Arrived(file, trusted, options.layers, root)

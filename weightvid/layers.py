@@ -129,7 +129,7 @@ def pack_layers(
             if isinstance(source, CheckpointReader)
             else stack.enter_context(open_checkpoint(source, progress))
         )
-        base = stack.enter_context(open_chain(layering.base)) if layering.base else None
+        base = stack.enter_context(open_chain(layering.base))[-1] if layering.base else None
         file = stack.enter_context(atomic_output(destination, force=chosen.force))
         workers = stack.enter_context(open_workers(chosen.workers, chosen.jobs))
         survey = survey_checkpoint(reader, chosen, workers, progress)
@@ -144,7 +144,7 @@ def pack_layers(
         if chosen.verify:
             file.flush()
             file.seek(0)
-            # What the tensors were packed as gave the root.
+            # The root in the file is that of what was packed.
             deque(checked_tensors(loader.open_archive(file, base=base, check_tensors=True)), 0)
     known = chosen.calibration
     notes = () if known is None else known.notes(survey, "layers are added to each other")

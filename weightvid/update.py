@@ -7,17 +7,16 @@ is dropped. The tensors are those that the chain has, and so is the root.
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from time import perf_counter
 from typing import BinaryIO, Final, cast
 
 import numpy as np
 
 from weightvid import loader
-from weightvid.archives import Location, checked_tensors, open_anywhere
+from weightvid.archives import Location, checked_tensors, open_chain
 from weightvid.atomic import atomic_output
 from weightvid.errors import FormatError
 from weightvid.levels.frames import Energies, FrameSize, lay_out, to_sequence
@@ -78,12 +77,8 @@ def apply_updates(
     OutputError, RemoteError, CodecError
     """
     began = perf_counter()
-    with ExitStack() as stack:
-        chain = [stack.enter_context(open_anywhere(location)) for location in (base, *updates)]
-        for before, after in pairwise(chain):
-            after.use_base(before)
-        with atomic_output(destination, force=force) as file:
-            report = _Merge(chain, progress).write(file)
+    with open_chain((base, *updates)) as chain, atomic_output(destination, force=force) as file:
+        report = _Merge(chain, progress).write(file)
     return replace(report, seconds=perf_counter() - began)
 
 
@@ -127,11 +122,8 @@ class _Merge:
 
     def write(self, file: BinaryIO) -> ApplyReport:
         header, chain = self._last.header, self._chain
-        numbers = {spec.name: number for number, spec in enumerate(header.tensors)}
-        heads = {
-            numbers[spec.name]: loader.tensor_sha256(array)[: loader.TENSOR_SHA_BYTES]
-            for spec, array in checked_tensors(self._last)
-        }
+        heads: dict[int, bytes] = {}
+        deque(checked_tensors(self._last, heads), 0)
         track = self._track()
         layers = loader.Layers(self._total, b"", tuple(self._masks))
         made = header._replace(files=(), bases=tuple(self._bases.values()), layers=layers)
