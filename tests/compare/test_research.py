@@ -10,8 +10,8 @@ import small_models
 
 from weightvid.checkpoint import from_mapping
 from weightvid.compare.model import Model, load_model
-from weightvid.compare.rans import decode, encode
 from weightvid.compare.research import SCHEMES, research_methods
+from weightvid.compare.research.scalar import decode, encode
 from weightvid.compare.rows import measure
 from weightvid.levels.transform import view_of
 

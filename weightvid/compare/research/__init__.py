@@ -52,7 +52,7 @@ SCHEMES: Final[dict[str, Scheme]] = {
 def research_methods() -> Iterator[Method]:
     """Every untrained method of the research, and the scalar quantizers it is judged against."""
     missing = lacks("constriction", "pip install 'weightvid[compare]'")
-    depends = ("compare/research/", "compare/rans", "levels/transform")
+    depends = ("compare/research/", "levels/transform")
     for name, scheme in SCHEMES.items():
         yield Method(
             f"research {name}", "research", partial(_code, scheme), "step factor", FACTORS, missing,

@@ -6,9 +6,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from weightvid.compare.rans import Integers, decode, encode
 from weightvid.compare.research import scalar
-from weightvid.compare.research.scalar import Floats64, Matrix
+from weightvid.compare.research.scalar import Floats64, Integers, Matrix, decode, encode
 from weightvid.levels.transform import View
 
 _LEVELS: Final = 3
