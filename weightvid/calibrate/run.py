@@ -83,7 +83,13 @@ def calibrate(
     if not samples:
         raise QuantizationError("no example inputs: calibration needs at least one batch")
     with running(module) as state:
-        found = _gather(state, batches, chosen, progress)
+        order = look(state, batches)
+        if not order.shapes:
+            raise QuantizationError(
+                "no layer was seen at work: the module's forward uses none of its own weights "
+                "(scripted modules and recurrent layers cannot be watched)"
+            )
+        found = with_or_without(order, lambda: _passes(state, batches, order, chosen, progress))
         moments, notes, refused = found.moments, found.notes, found.foreign
         unused = [name for name, known in moments.items() if not known.useful]
         if unused and not refused:
@@ -142,22 +148,10 @@ class _Gathered:
     notes: list[str] = field(default_factory=list)
 
 
-def _gather(
-    state: State, batches: Batches, config: CalibrationConfig, progress: Report
-) -> _Gathered:
-    """Run the model as often as memory asks for."""
-    order = look(state, batches)
-    if not order.shapes:
-        raise QuantizationError(
-            "no layer was seen at work: the module's forward uses none of its own weights "
-            "(scripted modules and recurrent layers cannot be watched)"
-        )
-    return with_or_without(order, lambda: _passes(state, batches, order, config, progress))
-
-
 def _passes(
     state: State, batches: Batches, order: Order, config: CalibrationConfig, progress: Report
 ) -> _Gathered:
+    """Run the model as often as memory asks for."""
     found = _Gathered(config.trust_inputs or order.reads)
     if not order.differentiable:
         found.notes.append("outputs have no gradients that can be used, to say which errors matter")
