@@ -7,8 +7,9 @@ templates, the program and the manifest as they are. Reading needs the ``coremlt
 
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -43,7 +44,9 @@ class Reader(base.ArrayReader):
         mapped: dict[str, Array] = {}
         taken: dict[str, int] = {}
         model, program = _program(path)
-        for name, value in _values(program):
+        functions = sorted(program.functions.items())
+        blocks = (sorted(each.block_specializations.items()) for _, each in functions)
+        for name, value in _values(block for _, block in chain.from_iterable(blocks)):
             file = _blob_file(path, model, value.blobFileValue.fileName)
             if file not in mapped:
                 mapped[file], places[file] = np.memmap(path / file, np.uint8, "r"), {}
@@ -138,15 +141,9 @@ def _messages() -> Any:
     return base.need(f"{name}.Model_pb2", "coreml")
 
 
-def _values(program: Any) -> Iterator[tuple[str, Any]]:
+def _values(blocks: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """Values that lie in blob files, by the names of what they are for."""
-    for _, function in sorted(program.functions.items()):
-        for _, block in sorted(function.block_specializations.items()):
-            yield from _values_of(block)
-
-
-def _values_of(block: Any) -> Iterator[tuple[str, Any]]:
-    for operation in block.operations:
+    for operation in chain.from_iterable(block.operations for block in blocks):
         name = operation.outputs[0].name if operation.outputs else operation.type
         # Weights that are compressed already: scales, palettes, what is not zero.
         compressed = operation.type.startswith("constexpr_")
@@ -159,8 +156,7 @@ def _values_of(block: Any) -> Iterator[tuple[str, Any]]:
             kept = compressed and _DTYPES.get(value.type.tensorType.dataType) in PACKABLE
             if value.HasField("blobFileValue") and not kept:
                 yield name if key == "val" else f"{name}.{key}", value
-        for inner in operation.blocks:
-            yield from _values_of(inner)
+        yield from _values(operation.blocks)
 
 
 def _blob_file(package: Path, model: Path, name: str) -> str:
