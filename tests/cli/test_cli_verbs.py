@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -261,13 +259,18 @@ def test_cache(run: Run, run_json: Run, tmp_path: Path, monkeypatch: pytest.Monk
     assert "no model" in run("cache", "--forget", "org/absent", status=2).stderr
 
 
-def test_a_model_is_forgotten_once(run_json: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = SimpleNamespace(revisions=[SimpleNamespace(commit_hash="abc")], size_on_disk=9)
-    hub = Mock()
-    monkeypatch.setattr("weightvid.cli.cache._hub", lambda: ("hub", hub, {"org/m": model}))
+def test_a_model_is_forgotten_once(
+    run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("m", "other"):
+        revision = tmp_path / f"models--org--{name}" / "snapshots" / "0123abcd"
+        revision.mkdir(parents=True)
+        (revision / "config.json").write_text("{}")
     record = run_json("cache", "--forget", "org/m", "--forget", "org/m")
     assert record["removed"] == ["org/m"]
-    hub.delete_revisions.assert_called_once_with("abc")
+    assert [path.name for path in tmp_path.iterdir()] == ["models--org--other"]
 
 
 def test_demo(run: Run, run_json: Run, tmp_path: Path) -> None:

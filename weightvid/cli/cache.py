@@ -63,7 +63,7 @@ def _hub() -> tuple[str | None, Any, dict[str, Any]]:
 
     found, models = None, {}
     with suppress(CacheNotFound):
-        found = scan_cache_dir()
+        found = scan_cache_dir(constants.HF_HUB_CACHE)
         models = {repo.repo_id: repo for repo in found.repos if repo.repo_type == "model"}
     return str(constants.HF_HUB_CACHE), found, models
 
