@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,15 @@ def test_examples_must_fit(onnx: Any, graphs: Path, tmp_path: Path) -> None:
         export_int8(*given, {"y": examples(), "z": examples()}, tmp_path / "a.onnx")
     with pytest.raises(CheckpointError, match="does not run"):
         export_int8(*given, {"x": examples()[:, :2]}, tmp_path / "a.onnx")
-    with pytest.raises(CheckpointError, match="'x' are a single number"):
-        export_int8(*given, {"x": np.ones((), np.float32)}, tmp_path / "a.onnx")
+    for wrong, said in (
+        (np.ones((), np.float32), "the shape []"), (examples()[:0], "the shape [0,"),
+        (0 * examples(), "are all 0"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            export_int8(*given, {"x": wrong}, tmp_path / "a.onnx")
+    np.save(tmp_path / "x.npy", examples())
+    with pytest.raises(CheckpointError, match="one array without a name"):
+        export_int8(*given, tmp_path / "x.npy", tmp_path / "a.onnx")
     np.savez(tmp_path / "x.npz", any_name=examples())
     assert export_int8(*given, tmp_path / "x.npz", tmp_path / "a.onnx").file_bytes > 1000
     with pytest.raises(CheckpointError, match="no example inputs"):
@@ -204,7 +212,7 @@ def test_a_graph_without_layers_is_refused(onnx: Any, graphs: Path, tmp_path: Pa
     onnx.save(model, tmp_path / "relu.onnx")
     with pytest.raises(CheckpointError, match="no convolution"):
         export_int8(
-            graphs / "model.mp4", tmp_path / "relu.onnx", {"x": np.zeros(1)}, tmp_path / "a.onnx"
+            graphs / "model.mp4", tmp_path / "relu.onnx", {"x": np.ones(1)}, tmp_path / "a.onnx"
         )
 
 

@@ -96,11 +96,12 @@ def test_every_tile_has_its_name() -> None:
 
 def test_names_from_files_may_be_anything(tmp_path: Path) -> None:
     odd = {"a\nb" * 1300: small_models.weights(1, 64, 80), "x/../\x00\u202e": np.ones((9, 9))}
-    odd["x_.._/\u202e"] = np.ones((9, 9))
+    odd |= {name: np.ones((9, 9)) for name in ("x_.._/\u202e", "", ".")}
     path = small_models.pack(odd, tmp_path / "odd.mp4")
     assert len(preview_archive(path, tmp_path / "p")) == 1
     pictures = preview_kernels(path, tmp_path / "k")
-    assert len({*pictures}) == 3
+    assert len({*pictures}) == 5
+    assert not any(Path(picture).name.startswith(".") for picture in pictures)
     assert all(Path(picture).parent == tmp_path / "k" for picture in pictures)
 
 

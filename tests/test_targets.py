@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import log2
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_models
 from hypothesis import given
@@ -87,6 +88,14 @@ def test_out_of_reach_leaves_nothing(tmp_path: Path, target: Target) -> None:
             PackOptions(target=target, jobs=1),
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_quantize_meets_no_sqnr(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="nothing of the model is packed as video"):
+        pack_checkpoint(
+            from_mapping({"b": np.ones(9, np.float32)}), tmp_path / "m.mp4",
+            PackOptions(target=Target("sqnr", 20), jobs=1),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,19 @@ def test_pack_verify_and_inspect_have_one_sqnr(tmp_path: Path) -> None:
     assert 20 < made.sqnr_db < 30
 
 
+def test_the_fewest_bits_of_mantissa_are_enough(tmp_path: Path) -> None:
+    """Where 1-D floats are most of a small model, they keep 5 bits; a picture there need not be."""
+    one = {"scale": np.array([1.017], np.float32)}
+    many = one | {"w": small_models.weights(1, 32, 64), "b": small_models.weights(2, 20000)}
+    for arrays in (many, one):
+        source = save(arrays, tmp_path / "m.npz")
+        pack_checkpoint(source, tmp_path / "m.mp4", PackOptions(recipe="small", force=True))
+        report = verify_archive(tmp_path / "m.mp4", source)
+        assert report.ok and report.comparison is not None
+        assert report.comparison.max_abs_error > 0
+        assert (report.comparison.sqnr_db is None) == (arrays is one)
+
+
 @pytest.mark.parametrize(("most", "ok"), [(1.0, True), (1e-9, False)])
 def test_divergence_of_the_outputs(archive: Path, tmp_path: Path, most: float, ok: bool) -> None:
     def logits(state: dict[str, Any]) -> Any:

@@ -313,6 +313,9 @@ class Tail(NamedTuple):
 
 def find_tail(file: BinaryIO) -> Tail:
     """Index and what is behind it, in a file that can seek; a TruncatedError without an index."""
+    file.seek(4)
+    if file.read(4) != b"ftyp":
+        raise FormatError("this is not a weightvid archive", "ftyp", 0)
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 16))
     end = file.read(16)

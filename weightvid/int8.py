@@ -139,7 +139,10 @@ def _examples(
         found = dict(calibration)
     else:
         try:
-            with np.load(calibration, allow_pickle=False) as file:
+            file = np.load(calibration, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise ValueError("it is one array without a name; write it with numpy.savez")
+            with file:
                 found = {name: file[name] for name in file.files}
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{calibration} holds no example inputs: {error}") from None
@@ -150,13 +153,16 @@ def _examples(
             f"the examples lack the input {missing[0]!r}; they have: {', '.join(sorted(found))}"
         )
     for name in names:
-        if found[name].ndim == 0:
+        examples, what = found[name], f"the examples of the input {name!r}"
+        if examples.ndim == 0 or not examples.size:
             raise CheckpointError(
-                f"the examples of the input {name!r} are a single number; the first axis of each "
-                "input must count the examples"
+                f"{what} have the shape {list(examples.shape)}; the first axis of each input must "
+                "count the examples"
             )
-        if found[name].dtype.kind in "fc" and not np.isfinite(found[name]).all():
-            raise CheckpointError(f"the examples of the input {name!r} hold NaN or infinity")
+        if examples.dtype.kind in "fc" and not np.isfinite(examples).all():
+            raise CheckpointError(f"{what} hold NaN or infinity")
+        if examples.dtype.kind in "fc" and not examples.any():
+            raise CheckpointError(f"{what} are all 0, which tells no range; give real inputs")
     return {name: found[name] for name in names}
 
 

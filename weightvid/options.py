@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from weightvid.errors import QuantizationError
 from weightvid.levels.recipes import recipe, units
@@ -15,6 +15,9 @@ from weightvid.video import Video
 
 if TYPE_CHECKING:
     from weightvid.calibrate import Calibration, Evaluation
+
+
+_MOST_JOBS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +112,10 @@ class PackOptions:
         ]  # fmt: skip
         if len(searched) > 1:
             raise QuantizationError(f"{searched[0]} and {searched[1]} exclude each other")
-        if self.jobs < 0:
-            raise QuantizationError(f"the number of jobs must not be negative, as {self.jobs} is")
+        if not 0 <= self.jobs <= _MOST_JOBS:
+            raise QuantizationError(
+                f"jobs are 1 to {_MOST_JOBS} (0: one per core), not {self.jobs}"
+            )
 
 
 class TensorReport(NamedTuple):

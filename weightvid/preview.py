@@ -150,7 +150,7 @@ def _draw_tensors(archive: Archive, pattern: str, scale: int) -> Iterator[tuple[
         with np.errstate(over="ignore"):
             weights = to_float32(archive.stored(spec.name), spec.dtype)
         picture = draw_kernels(weights, _name(archive), spec, scale)
-        stem = re.sub(r"[^\w.-]", "_", spec.name, flags=re.ASCII)[:120]
+        stem = re.sub(r"^\.|[^\w.-]", "_", spec.name, flags=re.ASCII)[:120] or "_"
         taken.append(stem)
         yield f"{stem}-{len(taken)}" if taken.count(stem) > 1 else stem, picture
 

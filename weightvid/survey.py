@@ -277,7 +277,7 @@ def survey_checkpoint(
             ("kept bit for bit, as integers already", integers),
             ("kept bit for bit, as scales of packed integers", scales),
             ("kept bit for bit, as constant tables", tables),
-            ("kept bit for bit, for NaN or infinity in them", broken),
+            ("kept bit for bit, for NaN, infinity or numbers beyond F32 in them", broken),
             ("an optimizer's state, which no loader needs, is packed, too", states),
         )
         if names

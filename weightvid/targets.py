@@ -148,6 +148,8 @@ def search(
             break
         at = following
     nearest = min((value for _, value in tried), key=lambda value: abs(value - target.value))
+    if nearest == inf:
+        raise TargetError(f"{target} cannot be reached: nothing of the model is packed as video")
     raise TargetError(
         f"{target} cannot be reached; the nearest that was found is {target.show(nearest)}: "
         "choose a value nearer to it"

@@ -6,6 +6,7 @@ All of them are `concurrent.futures.Executor`. What is computed does not depend 
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -132,6 +133,7 @@ def open_workers(workers: str | Executor | None = None, jobs: int = 0) -> Iterat
     ClusterError
         Unknown workers, or they cannot be reached.
     """
+    check_workers(workers)
     count = jobs or os.cpu_count() or 1
     if isinstance(workers, Executor):
         yield Workers(workers, count, remote=not isinstance(workers, futures.ThreadPoolExecutor))
@@ -150,10 +152,15 @@ def open_workers(workers: str | Executor | None = None, jobs: int = 0) -> Iterat
     elif workers == "dask" or str(workers).startswith(("tcp://", "tls://")):
         with _dask(str(workers), count) as client:
             yield Workers(client.get_executor(), max(1, len(client.ncores())), remote=True)
-    elif str(workers).startswith("ray"):
+    else:
         with _ray(str(workers), count) as executor:
             yield Workers(executor, count, remote=True)
-    else:
+
+
+def check_workers(workers: str | Executor | None) -> None:
+    """Refuse workers that there are none of, by a ClusterError."""
+    known = r"threads|processes|dask|ray|(tcp|tls|ray)://.+"
+    if isinstance(workers, str) and not re.fullmatch(known, workers):
         raise ClusterError(
             f"unknown workers {workers!r}; choose threads, processes, dask, tcp://HOST:PORT, ray "
             "or ray://HOST:PORT"

@@ -119,6 +119,7 @@ def test_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes = save(tmp_path / "m.gguf", source, "gguf-f32")
     assert "full copies" in notes[0]
     assert "no GGUF file" in notes[1]
+    assert "no scalars" in notes[2]
     with open_checkpoint(tmp_path / "m.gguf") as reader:
         assert reader.spec("scalar").shape == (1,)
         for name, array in arrays.items():

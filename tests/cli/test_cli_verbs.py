@@ -265,7 +265,7 @@ def test_a_model_is_forgotten_once(
     pytest.importorskip("huggingface_hub")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name in ("m", "other"):
-        revision = tmp_path / f"models--org--{name}" / "snapshots" / "0123abcd"
+        revision = tmp_path / f"models--org--{name}" / "snapshots" / f"0123{name}"
         revision.mkdir(parents=True)
         (revision / "config.json").write_text("{}")
     record = run_json("cache", "--forget", "org/m", "--forget", "org/m")

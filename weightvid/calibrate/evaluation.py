@@ -355,7 +355,8 @@ def _described(found: Any) -> str:
 
 
 def _array(value: Any) -> Vectors:
-    if value is None:  # which numpy takes for NaN
+    # numpy takes None for NaN, and drops imaginary parts.
+    if value is None or "complex" in str(getattr(value, "dtype", "")):
         return np.empty((0, 0, 0))
     for method in ("detach", "cpu", "double"):  # of torch tensors of any device and type
         value = getattr(value, method)() if hasattr(value, method) else value

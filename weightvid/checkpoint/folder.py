@@ -385,8 +385,10 @@ def _weights_name(name: str) -> tuple[SideFile, ...]:
 def _check_target(target: Path, shown: str, force: bool) -> bool:
     """Whether the files go into a folder that holds others already."""
     refuse_address(shown)
-    if not target.parent.is_dir():
-        raise OutputError(f"cannot write {shown}: No such file or directory {target.parent}")
+    try:
+        target.parent.stat()
+    except OSError as error:
+        raise output_error(shown, error) from None
     if not target.exists():
         return False
     if not target.is_dir():

@@ -81,6 +81,8 @@ class Writer(base.FileWriter):
                 "the source was no GGUF file: the output gets no architecture and no tokenizer, "
                 "and llama.cpp will not load it",
             )
+        if any(not spec.shape for spec in self.contents.tensors):
+            self.notes += ("GGUF has no scalars: tensors of the shape [] have the shape [1] there",)
         self._types: dict[str, Any] = {}
         self._offsets: dict[str, int] = {}
         with ScratchFolder() as folder:

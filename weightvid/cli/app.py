@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from weightvid.cli import output
@@ -20,6 +20,17 @@ VERBS: Final = (
     *("pack", "unpack", "apply", "inspect", "verify", "fetch", "sign", "preview"),
     *("calibrate", "compare", "export-int8", "device", "cache", "demo"),
 )
+
+
+class _Verb(TyperCommand):
+    """Refuses a value that is empty, as of a shell's variable that is not set."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for param in self.params:
+            given = ctx.get_parameter_source(param.name).name == "COMMANDLINE"
+            if given and ctx.params.get(param.name) == "":
+                output.usage_error("the value is empty", param.opts[0])
+        return super().invoke(ctx)
 
 
 class _Verbs(TyperGroup):
@@ -34,7 +45,7 @@ class _Verbs(TyperGroup):
         name = cmd_name.replace("-", "_")
         verb = getattr(import_module(f"weightvid.cli.{name}"), name)
         made = typer.Typer(rich_markup_mode="rich", add_completion=False)
-        made.command(cmd_name, no_args_is_help=cmd_name not in ("demo", "cache"))(verb)
+        made.command(cmd_name, cls=_Verb, no_args_is_help=cmd_name not in ("demo", "cache"))(verb)
         return get_command(made)
 
     def invoke(self, ctx: Any) -> Any:

@@ -95,7 +95,7 @@ def is_checkpoint(name: str) -> bool:
     return any(Path(name).suffix.lower() in kind.suffixes for kind in KINDS)
 
 
-def usage_error(message: str, option: str) -> NoReturn:
+def usage_error(message: str, option: str | None = None) -> NoReturn:
     """Refuse a wrong call; exit status 2."""
     raise typer.BadParameter(message, param_hint=option)
 

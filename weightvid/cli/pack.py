@@ -132,10 +132,11 @@ def pack(
     [bold]weightvid pack model.safetensors --layers 2[/bold]
     [bold]weightvid pack hf://sentence-transformers/all-MiniLM-L6-v2 -o minilm.mp4[/bold]
     """
-    from weightvid.errors import CodecError, QuantizationError
+    from weightvid.errors import ClusterError, CodecError, QuantizationError
     from weightvid.layers import Layering
     from weightvid.pack import PackOptions
     from weightvid.video import Video
+    from weightvid.workers import check_workers
 
     if integer and fidelity not in ("", "integers"):
         usage_error(f"--integer contradicts --for {fidelity}", "--integer")
@@ -165,8 +166,11 @@ def pack(
         options.check()
         layering = Layering(layers, tuple(base))
         layering.check(options)
+        check_workers(workers)
     except QuantizationError as error:
-        usage_error(str(error), "--recipe / --step / --target / --for / --prune / --qp")
+        usage_error(str(error))
+    except ClusterError as error:
+        usage_error(str(error), "--workers")
     except CodecError as error:
         usage_error(str(error), "--codec / --preset / --qp")
     destination = archive or str(output.named_after(model, ".mp4"))
