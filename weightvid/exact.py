@@ -191,6 +191,8 @@ def _plane(values: Array, strategy: int | None) -> tuple[bytes, bytes]:
 
 #: elements that a cache holds.
 _BLOCK: Final = 1 << 15
+
+
 #: stored mantissa bits of float32.
 FULL_BITS: Final = 23
 #: names of what a BatchNorm has measured: mean and variance.
@@ -226,6 +228,13 @@ def round_mantissa(values: Floats, bits: int) -> Floats:
     rounded = ((raw + half + ((raw >> drop) & np.uint32(1))) >> drop) << drop
     found = rounded.view(np.float32)
     return np.where(np.isfinite(values) & np.isfinite(found), found, values)
+
+
+def kept_bits(values: Floats) -> int:
+    """Stored mantissa bits, 0..23, that float32 values use: the others are zeros in all of them."""
+    used = int(np.bitwise_or.reduce(values.reshape(-1).view(np.uint32), initial=0))
+    used &= (1 << FULL_BITS) - 1
+    return FULL_BITS - (used & -used).bit_length() + 1 if used else 0
 
 
 def rounds_mantissas(spec: TensorSpec) -> bool:

@@ -18,6 +18,7 @@ from weightvid.archives import Defect, Location, Salvage, open_anywhere
 from weightvid.calibrate.evaluation import Function, Judge, load_function, natural_tensor
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import EvaluationError, FormatError, TensorNotFoundError
+from weightvid.exact import kept_bits, rounds_mantissas
 from weightvid.levels.code import compare_rows
 from weightvid.levels.transform import view_of
 from weightvid.loader import PACKABLE, Archive, Array, TensorSpec, to_float32
@@ -29,9 +30,12 @@ _BLOCK: Final = 1 << 20
 _CLAIM_ROUNDING_DB: Final = 0.02
 #: of a tensor that an update leaves as it was, as its error grows by less than 1.5 %.
 _UNCHANGED_DB: Final = 0.15
-#: a tensor beside the pictures keeps at least 5 bits of mantissa: 36 dB; of a BatchNorm that holds
-#: for what it computes with, where the errors of two tensors may add up.
-_EXACT_DB: Final = 33.0
+#: a tensor beside the pictures keeps 7 bits of mantissa, and in an update nearly so many; of a
+#: BatchNorm that holds for what it computes with.
+_EXACT_DB: Final = 42.0
+#: where floats are much of a small model, they keep fewer, 5 at least: each is worth so much, and
+#: in a BatchNorm two errors may meet.
+_LEAST_BITS, _DB_A_BIT, _MEETING_DB = 5, 6.0, 3.0
 
 
 class TensorComparison(NamedTuple):
@@ -209,8 +213,11 @@ def _compare(
     specs = archive.header.tensors
     norms = [[specs[number].name for number in norm] for norm in norms_of(specs)]
     normal, parts, kept = {*chain(*norms)}, dict[str, Array](), dict[str, float]()
+    bits = _LEAST_BITS
     for spec, array in salvage:
         intact.append(spec)
+        if rounds_mantissas(spec):
+            bits = max(bits, kept_bits(array))
         if spec.name in normal:
             parts[spec.name] = to_float32(array, "F32")
         if judged is not None:
@@ -256,7 +263,7 @@ def _compare(
         missing=tuple(name for name in theirs if name not in ours),
         extra=tuple(name for name in archive if name not in others),
         mismatched=tuple(mismatched),
-        below=tuple(_below(rows, least_db, archive, kept)),
+        below=tuple(_below(rows, least_db, archive, kept, _DB_A_BIT * (bits + 1))),
         sqnr_db=total.sqnr_db,
         max_abs_error=max((sums.largest for _, sums in compared), default=0.0),
         norms_db=min((sqnr for sqnr in kept.values() if sqnr < inf), default=None),
@@ -322,6 +329,7 @@ def _below(
     least_db: float | None,
     archive: Archive,
     norms: Mapping[str, float],
+    floor_db: float,
 ) -> Iterator[str]:
     """What is worse than it should be; calibration may move what lies beside the pictures."""
     moved = "calibrated" in archive.header.about
@@ -331,11 +339,12 @@ def _below(
     left = {s.name for n, s in enumerate(header.tensors) if last and not header.mask(n) & last}
     for row in rows:
         sqnr, claimed = norms.get(row.name, row.sqnr_db), row.claimed_db
+        floor = floor_db - _MEETING_DB * (row.name in norms)
         slack = _UNCHANGED_DB if row.name in left else _CLAIM_ROUNDING_DB
         kept = claimed is None and archive.index is not None and not row.exact
         if kept and row.dtype not in PACKABLE:
             yield f"{row.name}: other elements, and the archive keeps it exactly"
-        elif kept and not moved and sqnr is not None and sqnr < _EXACT_DB:
+        elif kept and not moved and sqnr is not None and sqnr < min(_EXACT_DB, floor):
             yield f"{row.name}: {sqnr:.2f} dB, and the archive keeps it but for its last bits"
         elif sqnr is not None and claimed is not None and sqnr < claimed - slack:
             yield f"{row.name}: {sqnr:.2f} dB, and the archive says {claimed:.2f}"
