@@ -330,7 +330,7 @@ def find_tail(file: BinaryIO) -> Tail:
 
 
 def walk_frames(archive: Archive) -> Iterator[tuple[Sidecar, int]]:
-    """Sidecars and bytes of packets of all whole frames of a file that can seek."""
+    """Sidecars and bytes of packets of all whole frames; a FormatError if a sidecar is damaged."""
     file, sidecar = archive.source.file, None
     for kind, offset, size in walk_boxes(file):
         if kind == loader.FRAME_UUID:

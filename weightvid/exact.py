@@ -193,8 +193,9 @@ def _plane(values: Array, strategy: int | None) -> tuple[bytes, bytes]:
 _BLOCK: Final = 1 << 15
 
 
-#: stored mantissa bits of float32.
+#: stored mantissa bits of float32; the fewest that a packed model's 1-D floats keep.
 FULL_BITS: Final = 23
+LEAST_BITS: Final = 5
 #: names of what a BatchNorm has measured: mean and variance.
 STATISTICS: Final = ("running_mean", "running_var")
 

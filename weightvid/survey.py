@@ -15,7 +15,7 @@ from weightvid import loader
 from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import CheckpointError
-from weightvid.exact import FULL_BITS, exact_elements, likeness, rounds_mantissas
+from weightvid.exact import FULL_BITS, LEAST_BITS, exact_elements, likeness, rounds_mantissas
 from weightvid.levels import buffers, steps
 from weightvid.levels.recipes import forecast, recipe, recipe_factor, speaks, units
 from weightvid.levels.stats import TensorStats, tensor_stats
@@ -31,7 +31,6 @@ from weightvid.workers import Piece, Workers
 #: 1-D floats next to weights that keep all their bits: ResNets have 1 %. A small network of
 #: depthwise layers has 13 %; 5 bits take 2 % from its file, and would harm ResNets more than that.
 _USUAL_FLOATS: Final = 0.03
-_LEAST_BITS: Final = 5
 
 
 def _refuse_unholdable(reader: CheckpointReader) -> None:
@@ -126,7 +125,7 @@ class Survey:
         floats = sum(spec.size for spec in self.specs if rounds_mantissas(spec))
         weights = sum(stats.spec.size for stats in self.stats.values())
         saved = log2(max(1.0, floats / max(1, weights) / _USUAL_FLOATS))
-        return max(_LEAST_BITS, small.mantissa_bits - round(saved))
+        return max(LEAST_BITS, small.mantissa_bits - round(saved))
 
     def warning(self, factor: float) -> tuple[str, ...]:
         """What to expect of the outputs, if it is worse than ``balanced`` would be."""

@@ -18,7 +18,7 @@ from weightvid.archives import Defect, Location, Salvage, open_anywhere
 from weightvid.calibrate.evaluation import Function, Judge, load_function, natural_tensor
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import EvaluationError, FormatError, TensorNotFoundError
-from weightvid.exact import kept_bits, rounds_mantissas
+from weightvid.exact import LEAST_BITS, kept_bits, rounds_mantissas
 from weightvid.levels.code import compare_rows
 from weightvid.levels.transform import view_of
 from weightvid.loader import PACKABLE, Archive, Array, TensorSpec, to_float32
@@ -33,9 +33,9 @@ _UNCHANGED_DB: Final = 0.15
 #: a tensor beside the pictures keeps 7 bits of mantissa, and in an update nearly so many; of a
 #: BatchNorm that holds for what it computes with.
 _EXACT_DB: Final = 42.0
-#: where floats are much of a small model, they keep fewer, 5 at least: each is worth so much, and
-#: in a BatchNorm two errors may meet.
-_LEAST_BITS, _DB_A_BIT, _MEETING_DB = 5, 6.0, 3.0
+#: where floats are much of a small model, they keep fewer: each bit is worth so much, and in a
+#: BatchNorm two errors may meet.
+_DB_A_BIT, _MEETING_DB = 6.0, 3.0
 
 
 class TensorComparison(NamedTuple):
@@ -213,7 +213,7 @@ def _compare(
     specs = archive.header.tensors
     norms = [[specs[number].name for number in norm] for norm in norms_of(specs)]
     normal, parts, kept = {*chain(*norms)}, dict[str, Array](), dict[str, float]()
-    bits = _LEAST_BITS
+    bits = LEAST_BITS
     for spec, array in salvage:
         intact.append(spec)
         if rounds_mantissas(spec):

@@ -28,7 +28,8 @@ class _Verb(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         for param in self.params:
             given = ctx.get_parameter_source(param.name).name == "COMMANDLINE"
-            if given and ctx.params.get(param.name) == "":
+            value = ctx.params.get(param.name)
+            if given and isinstance(value, str) and not value.strip():
                 output.usage_error("the value is empty", param.opts[0])
         return super().invoke(ctx)
 

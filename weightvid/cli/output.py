@@ -101,11 +101,9 @@ def usage_error(message: str, option: str | None = None) -> NoReturn:
 
 
 def check_output(path: Path | str, inputs: Mapping[str, Path | str]) -> None:
-    """Refuse an empty path, and to write over what is read; inputs by what they are."""
+    """Refuse to write over what is read; inputs by what they are."""
     from weightvid.atomic import is_source
 
-    if not os.fspath(path).strip():
-        usage_error("the path is empty", "--output")
     for what, source in inputs.items():
         if is_source(path, source):
             usage_error(f"{path} is {what} itself", "--output")

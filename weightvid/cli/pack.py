@@ -107,7 +107,7 @@ def pack(
         "threads", "threads, processes, dask, ray, or a scheduler: tcp://HOST:8786.",
         metavar="WHERE",
     ),
-    jobs: int = _work(0, "How many; 0: one per core.", "--jobs", "-j", min=0, max=1024),
+    jobs: int = _work(0, "How many; 0: one per core.", "--jobs", "-j", min=0),
     no_side_files: bool = _work(
         False, "Leave a folder's configuration, tokenizer out.", "--no-side-files"
     ),
