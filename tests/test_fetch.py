@@ -23,10 +23,9 @@ from hostile import HOSTILE, drip, send_forever, server
 from weightvid.checkpoint import from_mapping
 from weightvid.errors import KeyFileError, OutputError, RemoteError, SignatureError
 from weightvid.fetch import FetchOptions, WrongArchiveError, WrongHashError, fetch_archive
-from weightvid.layers import Layering, pack_layers
 from weightvid.loader import FRAME_UUID, open_archive
 from weightvid.numpy import save_file
-from weightvid.pack import PackOptions
+from weightvid.pack import PackOptions, pack_checkpoint
 
 sys.path.append(str(Path(__file__).parent / "checkpoint"))
 from serving import Site, serve
@@ -386,7 +385,8 @@ def weights() -> dict[str, Any]:
 def layered(path: Path, layers: int = 1, *bases: Path) -> bytes:
     """An archive of layers, or an update."""
     with from_mapping(weights()) as reader:
-        pack_layers(reader, path, Layering(layers, bases), PackOptions(recipe="small"))
+        options = PackOptions(recipe="small", layers=layers, base=bases)
+        pack_checkpoint(reader, path, options)
     return path.read_bytes()
 
 

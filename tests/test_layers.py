@@ -22,11 +22,10 @@ from weightvid.errors import (
     TensorNotFoundError,
     TruncatedError,
 )
-from weightvid.layers import Layering, pack_layers
 from weightvid.levels.descent import balanced_moment, descend
 from weightvid.levels.rounding import uniform
 from weightvid.loader import open_archive
-from weightvid.pack import PackOptions
+from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.targets import Target
 from weightvid.unpack import UnpackOptions, unpack_archive
 from weightvid.update import apply_updates
@@ -57,7 +56,7 @@ def pack_to(path: Path, layers: int, **options: Any) -> bytes:
     with tempfile.TemporaryDirectory() as name, sources.small_frames():
         place = Path(name) / path.name
         with from_mapping(model(), dtypes={"brain": "BF16"}) as checkpoint:
-            pack_layers(checkpoint, place, Layering(layers), PackOptions(jobs=1, **options))
+            pack_checkpoint(checkpoint, place, PackOptions(jobs=1, layers=layers, **options))
         return place.read_bytes()
 
 
@@ -71,10 +70,10 @@ def noise(archive: loader.Archive, name: str) -> float:
 def test_outliers_hide_no_error(tmp_path: Path) -> None:
     weights = sources.normal(7, 64, 80)
     weights[3, 5], weights[7, 7] = 90.0, -55.0
-    path, options = tmp_path / "a.mp4", PackOptions(jobs=1)
+    path, options = tmp_path / "a.mp4", PackOptions(jobs=1, layers=2)
     np.savez(tmp_path / "m.npz", w=weights)
     with from_mapping({"w": weights}) as checkpoint:
-        report = pack_layers(checkpoint, path, Layering(2), options)
+        report = pack_checkpoint(checkpoint, path, options)
     assert report.sqnr_db is not None
     assert report.sqnr_db < 50
     assert verify_archive(path, tmp_path / "m.npz").ok
@@ -98,8 +97,8 @@ def test_each_layer_is_nearer(layers: int) -> None:
 @pytest.mark.parametrize("step", [0.05, 0.15, 0.3])
 def test_the_first_layer_has_two_fifths_of_the_bits(step: float, tmp_path: Path) -> None:
     with from_mapping({f"{n}": sources.normal(n, 160, 160) for n in range(3)}) as checkpoint:
-        options = PackOptions(jobs=1, step_factor=step)
-        pack_layers(checkpoint, tmp_path / "a.mp4", Layering(2), options)
+        options = PackOptions(jobs=1, step_factor=step, layers=2)
+        pack_checkpoint(checkpoint, tmp_path / "a.mp4", options)
     with open_archive(tmp_path / "a.mp4") as archive:
         assert archive.index is not None
         start = archive.index.frames[archive.index.stages[0][0]][0]
@@ -248,9 +247,9 @@ def test_tensors_that_come_more_often_than_the_header_says() -> None:
 
 def test_more_layers_than_there_are() -> None:
     with pytest.raises(QuantizationError, match="1 to 16"):
-        Layering(17).check(PackOptions())
+        PackOptions(layers=17).check()
     with pytest.raises(QuantizationError, match="exclude each other"):
-        Layering(2).check(PackOptions(target=Target("size", 1e6)))
+        PackOptions(layers=2, target=Target("size", 1e6)).check()
     with open_archive(packed(2), layers=9) as archive:
         assert archive.layers == 2
 

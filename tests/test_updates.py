@@ -6,6 +6,7 @@ import hashlib
 import io
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from weightvid.archives import checked_tensors, open_chain
 from weightvid.checkpoint import from_mapping, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError, QuantizationError, WeightvidError
 from weightvid.exact import difference
-from weightvid.layers import Layering, pack_layers
 from weightvid.loader import Archive, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.unpack import UnpackOptions, unpack_archive
@@ -76,8 +76,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ("v2-v3", third(), ("v1", "v1-v2")),
         ):
             with from_mapping(model) as checkpoint:
-                layering = Layering(base=tuple(path / f"{each}.mp4" for each in base))
-                pack_layers(checkpoint, path / f"{name}.mp4", layering, options)
+                bases = tuple(path / f"{each}.mp4" for each in base)
+                pack_checkpoint(checkpoint, path / f"{name}.mp4", replace(options, base=bases))
     return path
 
 
@@ -153,8 +153,8 @@ def test_frames_of_another_size_are_laid_out_anew(folder: Path, tmp_path: Path) 
         video = Video("svt-av1")
         pack_checkpoint(checkpoint, tmp_path / "v1.mp4", PackOptions(jobs=1, video=video))
     with from_mapping(second()) as checkpoint:
-        layering = Layering(base=(tmp_path / "v1.mp4",))
-        pack_layers(checkpoint, tmp_path / "u.mp4", layering, PackOptions(jobs=1))
+        options = PackOptions(jobs=1, base=(tmp_path / "v1.mp4",))
+        pack_checkpoint(checkpoint, tmp_path / "u.mp4", options)
     report = apply_updates(tmp_path / "v1.mp4", [tmp_path / "u.mp4"], tmp_path / "v2.mp4")
     assert report.coded
     with (
@@ -185,9 +185,7 @@ def test_a_base_is_never_replaced(folder: Path, tmp_path: Path) -> None:
     link.symlink_to(base)
     for name in (base, link):
         with pytest.raises(CheckpointError, match="is the source or a base itself"):
-            pack_layers(
-                from_mapping(second()), name, Layering(base=(base,)), PackOptions(force=True)
-            )
+            pack_checkpoint(from_mapping(second()), name, PackOptions(base=(base,), force=True))
     assert base.read_bytes() == (folder / "v1.mp4").read_bytes()
 
 
@@ -238,8 +236,8 @@ def test_a_base_that_lies_is_noticed(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError):
         apply_updates(tmp_path / "forged.mp4", [folder / "v1-v2.mp4"], tmp_path / "out.mp4")
     with from_mapping(third()) as checkpoint, pytest.raises(FormatError) as caught:
-        layering = Layering(base=(tmp_path / "forged.mp4",))
-        pack_layers(checkpoint, tmp_path / "out.mp4", layering, PackOptions(jobs=1))
+        options = PackOptions(jobs=1, base=(tmp_path / "forged.mp4",))
+        pack_checkpoint(checkpoint, tmp_path / "out.mp4", options)
     assert caught.value.code == "tensor-digest"
     assert not (tmp_path / "out.mp4").exists()
 
@@ -309,16 +307,16 @@ def test_an_update_of_a_tensor_that_is_nowhere(folder: Path, tmp_path: Path) -> 
 
 def test_layers_of_an_update_are_one() -> None:
     with pytest.raises(QuantizationError, match="one layer"):
-        Layering(2, ("v1.mp4",)).check(PackOptions())
+        PackOptions(layers=2, base=("v1.mp4",)).check()
     with pytest.raises(QuantizationError, match="no sums"):
-        Layering(base=("v1.mp4",)).check(PackOptions(fidelity="integers"))
+        PackOptions(base=("v1.mp4",), fidelity="integers").check()
 
 
 def test_an_update_may_change_nothing(folder: Path, tmp_path: Path) -> None:
     same = {name: first()[name] for name in ("frozen", "count", "bias")}
     with from_mapping(same) as checkpoint:
-        layering = Layering(base=(folder / "v1.mp4",))
-        pack_layers(checkpoint, tmp_path / "u.mp4", layering, PackOptions(jobs=1))
+        options = PackOptions(jobs=1, base=(folder / "v1.mp4",))
+        pack_checkpoint(checkpoint, tmp_path / "u.mp4", options)
     with open_archive(tmp_path / "u.mp4", base=folder / "v1.mp4") as update:
         assert update.header.layers is not None
         assert set(update.header.layers.masks) == {1}

@@ -30,7 +30,6 @@ from weightvid import container, loader, repair
 from weightvid.checkpoint import from_mapping, open_checkpoint
 from weightvid.checkpoint.base import CheckpointReader
 from weightvid.errors import WeightvidError
-from weightvid.layers import Layering, pack_layers
 from weightvid.levels.frames import FrameSize
 from weightvid.loader import FILE_UUID, FRAME_UUID, INDEX_UUID
 from weightvid.pack import PackOptions, pack_checkpoint
@@ -132,23 +131,20 @@ def checkpoint(arrays: dict[str, Any]) -> CheckpointReader:
     return reader
 
 
-def pack(reader: CheckpointReader, path: Path, options: PackOptions, layering: Layering) -> bytes:
+def pack(reader: CheckpointReader, path: Path, options: PackOptions) -> bytes:
     """An archive of small pictures."""
     with ExitStack() as stack:
         for module in ("pack", "layers"):
             name = f"weightvid.{module}.choose_frame_size"
             stack.enter_context(patch(name, lambda *_: FrameSize(192, 192)))
-        if layering == Layering():
-            pack_checkpoint(reader, path, options)
-        else:
-            pack_layers(reader, path, layering, options)
+        pack_checkpoint(reader, path, options)
     return path.read_bytes()
 
 
 def sample(options: PackOptions | None = None) -> bytes:
     """An archive of four pictures, and all kinds of records."""
     with tempfile.TemporaryDirectory() as folder, checkpoint(model()) as reader:
-        return pack(reader, Path(folder, "m.mp4"), options or PackOptions(jobs=1), Layering())
+        return pack(reader, Path(folder, "m.mp4"), options or PackOptions(jobs=1))
 
 
 def seeds(folder: Path) -> list[Seed]:
@@ -162,9 +158,9 @@ def seeds(folder: Path) -> list[Seed]:
     few["brain"] = arrays["outlier"].view("u2")[:, 1::2].copy()
     small = partial(from_mapping, few, dtypes={"brain": "BF16"})
 
-    def add(kind: str, reader: Any, *base: Path, layers: int = 1, **options: Any) -> Path:
+    def add(kind: str, reader: Any, *base: Path, **options: Any) -> Path:
         path = folder / f"{len(made)}.mp4"
-        data = pack(reader, path, PackOptions(jobs=1, **options), Layering(layers, base))
+        data = pack(reader, path, PackOptions(jobs=1, base=base, **options))
         made.append(Seed(kind, split_boxes(data), base))
         return path
 

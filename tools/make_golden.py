@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from weightvid.checkpoint import from_mapping
-from weightvid.layers import Layering, pack_layers
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.update import apply_updates
 from weightvid.video import Video
@@ -69,8 +68,8 @@ def progressive(path: Path) -> None:
     """Three layers; a model of many types."""
     arrays = sources.kernels() | {"count": np.array([7]), "half": sources.normal(40, 50, kind="f2")}
     with from_mapping(arrays) as checkpoint:
-        options = PackOptions(recipe="small", jobs=1, force=True)
-        pack_layers(checkpoint, path, Layering(3), options)
+        options = PackOptions(recipe="small", layers=3, jobs=1, force=True)
+        pack_checkpoint(checkpoint, path, options)
 
 
 def update(path: Path) -> None:
@@ -83,9 +82,9 @@ def update(path: Path) -> None:
     arrays |= {"new": sources.normal(42, 40, 30), "new.bias": sources.normal(43, 40)}
     del arrays[gone]
     with from_mapping(arrays) as checkpoint:
-        options = PackOptions(recipe="small", jobs=1, force=True)
-        layering = Layering(base=(GOLDEN / "progressive.mp4",))
-        pack_layers(checkpoint, path, layering, options)
+        base = (GOLDEN / "progressive.mp4",)
+        options = PackOptions(recipe="small", base=base, jobs=1, force=True)
+        pack_checkpoint(checkpoint, path, options)
 
 
 def merged(path: Path) -> None:

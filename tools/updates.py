@@ -24,6 +24,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from math import expm1, log
 from pathlib import Path
 from statistics import mean, stdev
@@ -35,7 +36,6 @@ from matplotlib import pyplot
 from safetensors.torch import load_file
 
 from weightvid.calibrate import Calibration, calibrate
-from weightvid.layers import Layering, pack_layers
 from weightvid.loader import Archive, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 
@@ -136,7 +136,7 @@ def updates(root: Path, folder: Path, names: list[str]) -> Iterator[Row]:
             pack_checkpoint(before.path, base, before.options(step, calibrated))
             options = after.options(step, calibrated)
             alone = after.pack(other, options)
-            made = pack_layers(after.path, update, Layering(base=(base,)), options)
+            made = pack_checkpoint(after.path, update, replace(options, base=(base,)))
             with open_archive(update, base=base) as archive:
                 row = {"bytes": made.file_bytes} | after.judge(archive)
             yield {
@@ -182,7 +182,7 @@ def two_layers(model: Model, folder: Path, options: PackOptions) -> Row:
     """An archive of two layers beside one of one."""
     one, two = folder / "one.mp4", folder / "two.mp4"
     alone = model.pack(one, options)
-    made = pack_layers(model.path, two, Layering(2), options)
+    made = pack_checkpoint(model.path, two, replace(options, layers=2))
     data = two.read_bytes()
     with open_archive(two) as whole, open_archive(two, layers=1) as coarse:
         index = whole.index

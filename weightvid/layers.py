@@ -10,24 +10,17 @@ The ancestor is the Laplacian pyramid: Burt and Adelson, "The Laplacian pyramid 
 code", 1983.
 """
 
-import os
 import zlib
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import log2
-from time import perf_counter
 from typing import BinaryIO, Final
 
 import numpy as np
 
 from weightvid import loader
-from weightvid.archives import Location, checked_tensors, open_chain, walk_frames
-from weightvid.atomic import atomic_output, is_source
-from weightvid.checkpoint import CheckpointReader, open_checkpoint
-from weightvid.errors import CheckpointError, QuantizationError
+from weightvid.archives import checked_tensors, walk_frames
 from weightvid.exact import FULL_BITS, approach, difference, likeness, rounds_mantissas
 from weightvid.levels import frames
 from weightvid.levels.code import CodedPart, mean_shift, part_rows
@@ -37,13 +30,12 @@ from weightvid.levels.stats import TensorStats
 from weightvid.levels.steps import TensorPlan
 from weightvid.levels.trellis import sign_coded_bits
 from weightvid.loader import Archive, Array, End, Floats, Layers, tensor_sha256, to_float32
-from weightvid.pack import PackOptions, PackReport, Written, about_packing
-from weightvid.progress import Progress, Report, quiet
+from weightvid.progress import Progress, Report
 from weightvid.repair import add_parity
-from weightvid.survey import Survey, survey_checkpoint
-from weightvid.tasks import PartTask, Tally, code_task, encode_frames, track_of
+from weightvid.survey import Survey
+from weightvid.tasks import PartTask, Tally, Written, code_task, encode_frames, track_of
 from weightvid.video import CODECS
-from weightvid.workers import Workers, open_workers
+from weightvid.workers import Workers
 from weightvid.writer import ArchiveWriter
 
 #: steps of a difference, in those that a whole tensor would have, and the price of a bit; the price
@@ -64,91 +56,17 @@ _NEAR, _AS_GOOD = 1.4, 1.015
 Coded = list[CodedPart]
 
 
-@dataclass(frozen=True, slots=True)
-class Layering:
-    """Layers of an archive, and what they are added to.
-
-    Attributes
-    ----------
-    layers : int
-        1 to 16; the first is the coarsest.
-    base : tuple of path, address or file
-        The archive that is updated; of a chain of updates the oldest first.
-    """
-
-    layers: int = 1
-    base: tuple[Location, ...] = ()
-
-    def check(self, options: PackOptions) -> None:
-        """Refuse what layers cannot do, by a QuantizationError."""
-        if not 1 <= self.layers <= loader.MAX_LAYERS:
-            most = loader.MAX_LAYERS
-            raise QuantizationError(f"an archive has 1 to {most} layers, not {self.layers}")
-        if self.layers == 1 and not self.base:
-            return
-        if self.layers > 1 and self.base:
-            raise QuantizationError("an update has one layer: leave layers or the base out")
-        for name, value in (
-            ("a target", options.target), ("an evaluation", options.evaluation),
-            ("a QP", options.video.qp), ("pruning", options.prune),
-        ):  # fmt: skip
-            if value is not None:
-                raise QuantizationError(f"layers or a base and {name} exclude each other")
-        if options.fidelity == "integers":
-            raise QuantizationError("integers are no sums: leave layers and the base out")
-        if options.lossless and self.layers > 1:
-            raise QuantizationError("a lossless archive has nothing to refine: leave layers out")
-
-
-def pack_layers(
-    source: str | os.PathLike[str] | CheckpointReader,
-    destination: str | os.PathLike[str],
-    layering: Layering,
-    options: PackOptions | None = None,
-    progress: Report = quiet,
-) -> PackReport:
-    """Pack a checkpoint into an archive of several layers, or into an update to another archive.
-
-    The model is held in memory. Statistics are used, and examples only for them. Errors are
-    those of `weightvid.pack.pack_checkpoint`, and a FormatError if the base is damaged.
-
-    Parameters
-    ----------
-    source, destination, options, progress
-        As `weightvid.pack.pack_checkpoint` has them.
-    layering : Layering
-    """
-    began, chosen = perf_counter(), options or PackOptions()
-    chosen.check()
-    layering.check(chosen)
-    if is_source(destination, source, *layering.base):
-        raise CheckpointError(f"{destination} is the source or a base itself")
-    with ExitStack() as stack:
-        reader = (
-            source
-            if isinstance(source, CheckpointReader)
-            else stack.enter_context(open_checkpoint(source, progress))
-        )
-        base = stack.enter_context(open_chain(layering.base))[-1] if layering.base else None
-        file = stack.enter_context(atomic_output(destination, force=chosen.force))
-        workers = stack.enter_context(open_workers(chosen.workers, chosen.jobs))
-        survey = survey_checkpoint(reader, chosen, workers, progress)
-        pile = _Pile(survey, workers, progress)
-        if base is None:
-            pile.refine(layering.layers)
-        else:
-            pile.update(base)
-        made = pile.write(file, base)
-        if chosen.parity:
-            made = replace(made, file_bytes=add_parity(file, chosen.parity))
-        if chosen.verify:
-            file.flush()
-            file.seek(0)
-            # The root in the file is that of what was packed.
-            deque(checked_tensors(loader.open_archive(file, base=base, check_tensors=True)), 0)
-    known = chosen.calibration
-    notes = () if known is None else known.notes(survey, "layers are added to each other")
-    return made.report(survey, 1, perf_counter() - began, notes)
+def encode_layers(
+    survey: Survey, file: BinaryIO, base: Archive | None, workers: Workers, progress: Report
+) -> Written:
+    """Write an archive of so many layers as the options say, or an update to a base."""
+    pile, parity = _Pile(survey, workers, progress), survey.options.parity
+    if base is None:
+        pile.refine(survey.options.layers)
+    else:
+        pile.update(base)
+    made = pile.write(file, base)
+    return replace(made, file_bytes=add_parity(file, parity)) if parity else made
 
 
 @dataclass(slots=True)
@@ -331,7 +249,7 @@ class _Pile:
             {k for layer in self._layers for p in layer.plans.values() for k in p.kernel}
         )
         layers = Layers(len(self._layers), base.root if base else b"", tuple(self._masks))
-        header = survey.header(kernels, about_packing(survey), layers)
+        header = survey.header(kernels, layers)
         files = survey.reader.contents.files if options.side_files else ()
         writer = ArchiveWriter(file, track_of(video, *size), header, files)
         for place, layer in enumerate(self._layers):

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from weightvid.errors import QuantizationError
 from weightvid.levels.recipes import recipe, units
+from weightvid.loader import MAX_LAYERS
 from weightvid.repair import check_share
 from weightvid.targets import Target
 from weightvid.video import Video
 
 if TYPE_CHECKING:
+    from weightvid.archives import Location
     from weightvid.calibrate import Calibration, Evaluation
 
 
@@ -48,6 +50,10 @@ class PackOptions:
         Patterns of names that come first in the file, in this order.
     lossless : bool
         Keep all tensors exactly, and code floats bit for bit.
+    layers : int
+        1 to 16, the first the coarsest: see `weightvid.layers`.
+    base : tuple of path, address or file
+        The archive that is updated; of a chain of updates the oldest first.
     parity : float
         Share of the file that is added to repair it by: 0.01 is 1 %; 0: none.
     side_files : bool
@@ -74,6 +80,8 @@ class PackOptions:
     keep: tuple[str, ...] = ()
     first: tuple[str, ...] = ()
     lossless: bool = False
+    layers: int = 1
+    base: tuple[Location, ...] = ()
     parity: float = 0.0
     side_files: bool = True
     video: Video = field(default_factory=Video)
@@ -116,6 +124,29 @@ class PackOptions:
             raise QuantizationError(
                 f"jobs are 1 to {_MOST_JOBS} (0: one per core), not {self.jobs}"
             )
+        if not 1 <= self.layers <= MAX_LAYERS:
+            raise QuantizationError(f"an archive has 1 to {MAX_LAYERS} layers, not {self.layers}")
+        if self.layered:
+            self._check_layers()
+
+    @property
+    def layered(self) -> bool:
+        """Whether the archive has layers, or is an update."""
+        return self.layers > 1 or bool(self.base)
+
+    def _check_layers(self) -> None:
+        if self.layers > 1 and self.base:
+            raise QuantizationError("an update has one layer: leave layers or the base out")
+        for name, value in (
+            ("a target", self.target), ("an evaluation", self.evaluation),
+            ("a QP", self.video.qp), ("pruning", self.prune),
+        ):  # fmt: skip
+            if value is not None:
+                raise QuantizationError(f"layers or a base and {name} exclude each other")
+        if self.fidelity == "integers":
+            raise QuantizationError("integers are no sums: leave layers and the base out")
+        if self.lossless and self.layers > 1:
+            raise QuantizationError("a lossless archive has nothing to refine: leave layers out")
 
 
 class TensorReport(NamedTuple):

@@ -13,28 +13,38 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from weightvid import loader
-from weightvid.archives import stored_pieces
+from weightvid.archives import open_chain, stored_pieces
 from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError
-from weightvid.levels.code import CodedPart, compare_rows, decibels, part_rows
+from weightvid.layers import encode_layers
+from weightvid.levels.code import CodedPart, compare_rows, part_rows
 from weightvid.levels.frames import Frame, choose_frame_size, lay_out, ribbon_columns
 from weightvid.levels.steps import TensorPlan
-from weightvid.loader import Assembler, Bytes, End, Floats, Sidecar, open_archive, tensor_sha256
-from weightvid.options import PackOptions, PackReport, TensorReport
+from weightvid.loader import (
+    Archive,
+    Assembler,
+    Bytes,
+    End,
+    Floats,
+    Sidecar,
+    open_archive,
+    tensor_sha256,
+)
+from weightvid.options import PackOptions, PackReport
 from weightvid.progress import Progress, Report, quiet
 from weightvid.repair import add_parity
 from weightvid.survey import Survey, survey_checkpoint
-from weightvid.targets import Target, Trial, search
-from weightvid.tasks import Packet, PartTask, Tally, code_task, encode_frames, finish, track_of
-from weightvid.version import __version__
+from weightvid.targets import Target, search
+from weightvid.tasks import Packet, PartTask, Tally, Written, code_task, encode_frames, track_of
 from weightvid.workers import Workers, open_workers
 from weightvid.writer import ArchiveWriter
 
@@ -47,7 +57,9 @@ def pack_checkpoint(
     options: PackOptions | None = None,
     progress: Report = quiet,
 ) -> PackReport:
-    """Pack a checkpoint into an archive.
+    """Pack a checkpoint into an archive, also of several layers, or into an update to another.
+
+    Layers and updates hold the model in memory.
 
     Parameters
     ----------
@@ -61,31 +73,33 @@ def pack_checkpoint(
     Raises
     ------
     CheckpointError, QuantizationError, CodecError, OutputError, RemoteError
+    FormatError
+        The base is damaged.
     """
-    chosen = options or PackOptions()
-    if isinstance(source, CheckpointReader):
-        return _pack(source, destination, chosen, progress)
-    if is_source(destination, source):
-        raise CheckpointError(f"{destination} is the source itself")
-    with open_checkpoint(source, progress) as reader:
-        return _pack(reader, destination, chosen, progress)
-
-
-def _pack(
-    reader: CheckpointReader,
-    destination: str | os.PathLike[str],
-    options: PackOptions,
-    progress: Report,
-) -> PackReport:
-    began = perf_counter()
-    options.check()
-    with atomic_output(destination, force=options.force) as file:
-        with open_workers(options.workers, options.jobs) as workers:
-            survey = survey_checkpoint(reader, options, workers, progress)
-            encoder = Encoder(survey, file, workers, progress)
-            made, encodings, notes = _choose(survey, encoder, progress)
-        if options.verify:
-            _verify(file, reader, options.jobs, progress)
+    began, chosen = perf_counter(), options or PackOptions()
+    chosen.check()
+    if is_source(destination, source, *chosen.base):
+        what = "the source or a base" if chosen.base else "the source"
+        raise CheckpointError(f"{destination} is {what} itself")
+    with ExitStack() as stack:
+        reader = (
+            source
+            if isinstance(source, CheckpointReader)
+            else stack.enter_context(open_checkpoint(source, progress))
+        )
+        base = stack.enter_context(open_chain(chosen.base))[-1] if chosen.base else None
+        file = stack.enter_context(atomic_output(destination, force=chosen.force))
+        with open_workers(chosen.workers, chosen.jobs) as workers:
+            survey = survey_checkpoint(reader, chosen, workers, progress)
+            if chosen.layered:
+                made, encodings = encode_layers(survey, file, base, workers, progress), 1
+                known = chosen.calibration
+                notes = known.notes(survey, "layers are added to each other") if known else ()
+            else:
+                encoder = Encoder(survey, file, workers, progress)
+                made, encodings, notes = _choose(survey, encoder, progress)
+        if chosen.verify:
+            _verify(file, base, survey, progress)
     told = notes or survey.warning(made.factor)
     if made.sqnr_db is not None and made.sqnr_db < 3:
         told = (*told, f"next to nothing is left of the weights, {made.sqnr_db:.1f} dB")
@@ -110,54 +124,6 @@ def _choose(
         return made, encodings, ()
     made, more, notes = known.refine(survey, made, encoder, progress)
     return made, encodings + more, notes
-
-
-@dataclass(frozen=True, slots=True)
-class Written(Trial):
-    """An archive that was written: what `Trial` says, and what the report needs."""
-
-    packet_bytes: int = 0
-    coded_weights: int = 0
-    frames: int = 0
-    width: int = 0
-    height: int = 0
-    tensors: tuple[TensorReport, ...] = ()
-
-    @classmethod
-    def close(
-        cls, writer: ArchiveWriter, factor: float, weights: int, tallies: Sequence[Tally]
-    ) -> Written:
-        """Finish an archive of so many quantized weights."""
-        signal, noise = sum(t.signal for t in tallies), sum(t.noise for t in tallies)
-        return cls(
-            factor, finish(writer), decibels(signal, noise), writer.packet_bytes, weights,
-            len(writer.frames), *writer.track[:2], tuple(tally.report() for tally in tallies),
-        )  # fmt: skip
-
-    def report(
-        self, survey: Survey, encodings: int, seconds: float, notes: Sequence[str]
-    ) -> PackReport:
-        """What a packing did that ended with this archive."""
-        contents, side_files = survey.reader.contents, survey.options.side_files
-        return PackReport(
-            file_bytes=self.file_bytes,
-            source_bytes=sum(spec.stored_bytes for spec in contents.tensors),
-            packet_bytes=self.packet_bytes,
-            weights=survey.weights,
-            coded_weights=self.coded_weights,
-            sqnr_db=self.sqnr_db,
-            tensors=self.tensors,
-            frames=self.frames,
-            width=self.width,
-            height=self.height,
-            skipped=contents.skipped,
-            unused_keeps=survey.unused_keeps,
-            side_files=tuple(file.path for file in contents.files) if side_files else (),
-            step_factor=self.factor,
-            encodings=encodings,
-            seconds=seconds,
-            notes=(*survey.notes, *notes),
-        )
 
 
 class Encoder:
@@ -230,7 +196,7 @@ class _Run:
             for _, count in parts
         )
         size = choose_frame_size(columns)
-        header = survey.header(self._bases, about_packing(survey))
+        header = survey.header(self._bases)
         files = survey.reader.contents.files if options.side_files else ()
         writer = ArchiveWriter(file, track_of(self._video, *size), header, files)
         frames = lay_out(self._code(rows), size)
@@ -304,32 +270,14 @@ class _Run:
         return sidecar._replace(ends=tuple(ends))
 
 
-def about_packing(survey: Survey) -> dict[str, str]:
-    """What the header says to people about the making of the archive."""
-    options = survey.options
-    made = options.recipe if options.step_factor is None else f"step {options.step_factor:g}"
-    if options.target is not None:
-        made = f"target {options.target}"
-    if options.video.qp is not None:
-        made = f"lossy video, QP {options.video.qp}"
-    about = {"generator": f"weightvid {__version__}", "recipe": made}
-    if options.fidelity != "outputs":
-        about["fidelity"] = options.fidelity
-    if options.video.codec != "x265":
-        about["encoder"] = options.video.codec
-    if survey.moments:
-        about["calibrated"] = "yes"
-    return about
-
-
-def _verify(file: BinaryIO, reader: CheckpointReader, threads: int, progress: Report) -> None:
+def _verify(file: BinaryIO, base: Archive | None, survey: Survey, progress: Report) -> None:
     """Decode the archive and compare every hash in it."""
     file.flush()
     file.seek(0)
-    total = sum(spec.size for spec in reader.contents.tensors)
-    done = 0
+    total = sum(spec.size for spec in survey.specs)
+    done, threads = 0, survey.options.jobs
     try:
-        for _, _, elements in stored_pieces(open_archive(file, threads=threads)):
+        for _, _, elements in stored_pieces(open_archive(file, base=base, threads=threads)):
             done += elements.size
             progress(Progress("verify", done, total))
     except FormatError as error:

@@ -26,6 +26,7 @@ from weightvid.norms import Norm, norms_of, round_norm
 from weightvid.options import PackOptions
 from weightvid.progress import Progress, Report, quiet
 from weightvid.spec import weight_count
+from weightvid.version import __version__
 from weightvid.workers import Piece, Workers
 
 #: 1-D floats next to weights that keep all their bits: ResNets have 1 %. A small network of
@@ -138,14 +139,29 @@ class Survey:
             "check them, or choose the recipe balanced or an evaluation",
         )
 
-    def header(
-        self, kernels: Iterable[int], about: Mapping[str, str], layers: loader.Layers | None = None
-    ) -> Header:
+    def header(self, kernels: Iterable[int], layers: loader.Layers | None = None) -> Header:
         """Header of an archive of all tensors, with bases of kernel axes of these sizes."""
         contents, numbers = self.reader.contents, {s.name: n for n, s in enumerate(self.specs)}
         aliases = {alias: numbers[name] for alias, name in contents.aliases.items()}
         bases = tuple(map(dct, kernels))
-        return Header(self.specs, aliases, contents.metadata, (), bases, about, layers)
+        return Header(self.specs, aliases, contents.metadata, (), bases, self._about(), layers)
+
+    def _about(self) -> dict[str, str]:
+        """What the header says to people about the making of the archive."""
+        options = self.options
+        made = options.recipe if options.step_factor is None else f"step {options.step_factor:g}"
+        if options.target is not None:
+            made = f"target {options.target}"
+        if options.video.qp is not None:
+            made = f"lossy video, QP {options.video.qp}"
+        about = {"generator": f"weightvid {__version__}", "recipe": made}
+        if options.fidelity != "outputs":
+            about["fidelity"] = options.fidelity
+        if options.video.codec != "x265":
+            about["encoder"] = options.video.codec
+        if self.moments:
+            about["calibrated"] = "yes"
+        return about
 
     def keeps(self, name: str) -> bool:
         """Whether a tensor that is not quantized is kept bit for bit."""

@@ -1,10 +1,13 @@
 """What workers do for a packing, a part of a tensor or a frame at a time, and the sums over it."""
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import inf
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -12,10 +15,14 @@ from weightvid.levels.code import CodedPart, Quality, code_part, decibels
 from weightvid.levels.frames import Frame
 from weightvid.levels.steps import Moments, TensorPlan
 from weightvid.loader import Array, Bytes, Decoder, Track
-from weightvid.options import TensorReport
+from weightvid.options import PackReport, TensorReport
+from weightvid.targets import Trial
 from weightvid.video import CODECS, Video, hevc_level, open_encoder, with_level
 from weightvid.workers import Piece, Workers
 from weightvid.writer import ArchiveWriter
+
+if TYPE_CHECKING:
+    from weightvid.survey import Survey
 
 
 class PartTask(NamedTuple):
@@ -117,3 +124,51 @@ def finish(writer: ArchiveWriter) -> int:
         level = hevc_level(track.width, track.height, writer.largest_packet, writer.first_packet)
         writer.replace_record(with_level(track.record, level.level_idc))
     return size
+
+
+@dataclass(frozen=True, slots=True)
+class Written(Trial):
+    """An archive that was written: what `Trial` says, and what the report needs."""
+
+    packet_bytes: int = 0
+    coded_weights: int = 0
+    frames: int = 0
+    width: int = 0
+    height: int = 0
+    tensors: tuple[TensorReport, ...] = ()
+
+    @classmethod
+    def close(
+        cls, writer: ArchiveWriter, factor: float, weights: int, tallies: Sequence[Tally]
+    ) -> Written:
+        """Finish an archive of so many quantized weights."""
+        signal, noise = sum(t.signal for t in tallies), sum(t.noise for t in tallies)
+        return cls(
+            factor, finish(writer), decibels(signal, noise), writer.packet_bytes, weights,
+            len(writer.frames), *writer.track[:2], tuple(tally.report() for tally in tallies),
+        )  # fmt: skip
+
+    def report(
+        self, survey: Survey, encodings: int, seconds: float, notes: Sequence[str]
+    ) -> PackReport:
+        """What a packing did that ended with this archive."""
+        contents, side_files = survey.reader.contents, survey.options.side_files
+        return PackReport(
+            file_bytes=self.file_bytes,
+            source_bytes=sum(spec.stored_bytes for spec in contents.tensors),
+            packet_bytes=self.packet_bytes,
+            weights=survey.weights,
+            coded_weights=self.coded_weights,
+            sqnr_db=self.sqnr_db,
+            tensors=self.tensors,
+            frames=self.frames,
+            width=self.width,
+            height=self.height,
+            skipped=contents.skipped,
+            unused_keeps=survey.unused_keeps,
+            side_files=tuple(file.path for file in contents.files) if side_files else (),
+            step_factor=self.factor,
+            encodings=encodings,
+            seconds=seconds,
+            notes=(*survey.notes, *notes),
+        )

@@ -11,7 +11,6 @@ import pytest
 
 from weightvid.calibrate import Calibration, CalibrationConfig
 from weightvid.checkpoint import from_mapping
-from weightvid.layers import Layering, pack_layers
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, PackReport, Target, pack_checkpoint
 from weightvid.survey import survey_checkpoint
@@ -139,8 +138,10 @@ def test_outputs_are_nearer_layer_by_layer(kind: Any, tmp_path: Path) -> None:
 def test_layers_of_a_file_are_calibrated_too(net: Any, example: Any, tmp_path: Path) -> None:
     path, model = tmp_path / "m.mp4", tmp_path / "m.npz"
     np.savez(model, **arrays(net))
-    options = PackOptions(step_factor=0.4, calibration=example, jobs=1, keep=("nothing*",))
-    report = pack_layers(from_mapping(arrays(net)), path, Layering(2), options)
+    options = PackOptions(
+        step_factor=0.4, calibration=example, jobs=1, keep=("nothing*",), layers=2
+    )
+    report = pack_checkpoint(from_mapping(arrays(net)), path, options)
     notes = report.notes
     assert report.unused_keeps == options.keep
     assert notes[0].startswith("calibrated: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,7 +16,6 @@ from weightvid import container, exact, loader, writer
 from weightvid.archives import stored_pieces
 from weightvid.checkpoint import from_mapping
 from weightvid.errors import FormatError, QuantizationError, TruncatedError
-from weightvid.layers import Layering, pack_layers
 from weightvid.loader import DTYPES, MANTISSAS, Header, TensorSpec, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 
@@ -106,12 +106,12 @@ def test_a_lossless_update_keeps_every_bit_too(tmp_path: Path) -> None:
               for name, array in first.items()}  # fmt: skip
     options = PackOptions(lossless=True, jobs=1)
     pack_checkpoint(from_mapping(first), tmp_path / "v1.mp4", options)
-    update = Layering(base=(tmp_path / "v1.mp4",))
-    pack_layers(from_mapping(second), tmp_path / "v2.mp4", update, options)
+    update = replace(options, base=(tmp_path / "v1.mp4",))
+    pack_checkpoint(from_mapping(second), tmp_path / "v2.mp4", update)
     with open_archive(tmp_path / "v2.mp4", base=tmp_path / "v1.mp4") as archive:
         assert all(archive[name].tobytes() == second[name].tobytes() for name in second)
     with pytest.raises(QuantizationError, match="nothing to refine"):
-        pack_layers(from_mapping(first), tmp_path / "x.mp4", Layering(layers=2), options)
+        pack_checkpoint(from_mapping(first), tmp_path / "x.mp4", replace(options, layers=2))
 
 
 def test_what_has_arrived_comes_before_the_end(

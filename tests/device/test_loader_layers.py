@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -18,7 +19,6 @@ from test_hevc import ROOT, SANITIZED, SOURCES, compiled
 
 from weightvid.checkpoint import from_mapping
 from weightvid.errors import TruncatedError
-from weightvid.layers import Layering, pack_layers
 from weightvid.loader import DTYPES, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.update import apply_updates
@@ -243,10 +243,11 @@ def test_files_that_end_early(
         arrays |= {"bias": sources.normal(42, 50), "exact": np.arange(1400) ** 5 % 99991}
         later = arrays | {"exact": arrays["exact"] + np.arange(1400) % 5}
         base, update = tmp_path / "base.mp4", tmp_path / "later.mp4"
-        layerings = Layering(3), Layering(base=(base,))
-        for tensors, step, layering in zip((arrays, later), (base, update), layerings, strict=True):
+        options = PackOptions(recipe="small", jobs=1)
+        kinds = replace(options, layers=3), replace(options, base=(base,))
+        for tensors, step, kind in zip((arrays, later), (base, update), kinds, strict=True):
             with from_mapping(tensors) as checkpoint, sources.small_frames():
-                pack_layers(checkpoint, step, layering, PackOptions(recipe="small", jobs=1))
+                pack_checkpoint(checkpoint, step, kind)
         apply_updates(base, [update], path)
     data, statuses, names = path.read_bytes(), set[int](), set(wanted(path))
     last = len(data) - 3000  # behind it, boxes of one tensor that is exact

@@ -15,8 +15,7 @@ import torch
 from cifar import divergence, logits_of, pretrained, stored_images, table, write_results
 
 from weightvid.checkpoint import from_mapping
-from weightvid.layers import Layering, pack_layers
-from weightvid.pack import PackOptions
+from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.torch import load_file
 
 FACTORS = (0.36, 0.5, 0.7)
@@ -34,10 +33,10 @@ def main() -> None:
     for fidelity in GOALS:
         for layers in LAYERS:
             for factor in FACTORS:
-                options = PackOptions(step_factor=factor, fidelity=fidelity, jobs=1)
+                options = PackOptions(step_factor=factor, fidelity=fidelity, layers=layers, jobs=1)
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder) / "model.mp4"
-                    made = pack_layers(from_mapping(arrays), path, Layering(layers), options)
+                    made = pack_checkpoint(from_mapping(arrays), path, options)
                     restored.load_state_dict(load_file(path))
                 kl = divergence(wanted, logits_of(restored, images))
                 row = {"for": fidelity, "layers": layers, "step_factor": factor}

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
     from weightvid.calibrate.layers import Examples
     from weightvid.checkpoint import CheckpointReader
-    from weightvid.pack import Encoder, Written
+    from weightvid.pack import Encoder
     from weightvid.survey import Survey
+    from weightvid.tasks import Written
 
 #: what a bit for every weight is worth: harm goes with 4**-bits.
 DB_PER_BIT: Final = 20 * log10(2)

@@ -25,8 +25,8 @@ from weightvid.loader import Array, TensorSpec, open_archive, to_float32
 from weightvid.progress import Progress, Report, quiet
 
 if TYPE_CHECKING:
-    from weightvid.pack import Written
     from weightvid.survey import Survey
+    from weightvid.tasks import Written
 
 Vectors = npt.NDArray[np.floating[Any]]
 #: takes a dict of names to tensors.

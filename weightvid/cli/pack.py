@@ -16,7 +16,6 @@ from weightvid.cli.output import FORCE, JSON, argument, check_function, option, 
 if TYPE_CHECKING:
     from weightvid.calibrate import Calibration, Evaluation
     from weightvid.checkpoint import CheckpointReader
-    from weightvid.layers import Layering
     from weightvid.pack import PackOptions, PackReport
     from weightvid.targets import Target
 
@@ -133,7 +132,6 @@ def pack(
     [bold]weightvid pack hf://sentence-transformers/all-MiniLM-L6-v2 -o minilm.mp4[/bold]
     """
     from weightvid.errors import ClusterError, CodecError, QuantizationError
-    from weightvid.layers import Layering
     from weightvid.pack import PackOptions
     from weightvid.video import Video
     from weightvid.workers import check_workers
@@ -155,6 +153,8 @@ def pack(
             keep=tuple(keep),
             lossless=lossless,
             first=tuple(first),
+            layers=layers,
+            base=tuple(base),
             parity=_share(parity, "--parity") if parity else 0.0,
             side_files=not no_side_files,
             video=Video(codec, preset, qp),
@@ -164,8 +164,6 @@ def pack(
             verify=not no_verify,
         )
         options.check()
-        layering = Layering(layers, tuple(base))
-        layering.check(options)
         check_workers(workers)
     except QuantizationError as error:
         usage_error(str(error))
@@ -182,7 +180,7 @@ def pack(
     own = {"the model": model, "the calibration": calibrate.rpartition(":")[0] or calibrate}
     own |= {"the evaluation": evaluate.rpartition(":")[0]}
     output.check_output(destination, own | {f"the base {each}": each for each in base})
-    made = _pack(model, destination, options, layering)
+    made = _pack(model, destination, options)
     for entry in made.skipped:
         output.warn(f"not packed: {entry}")
     if json:
@@ -255,12 +253,11 @@ def _evaluation(script: str, max_drop: str, max_kl: float | None, lower: bool) -
     return Evaluation(check_function(script, "--eval"), drop, max_kl, lower)
 
 
-def _pack(model: str, destination: str, options: PackOptions, layering: Layering) -> PackReport:
+def _pack(model: str, destination: str, options: PackOptions) -> PackReport:
     """Pack into a file, or into one that is then uploaded."""
     from weightvid import checkpoint
     from weightvid.atomic import ScratchFolder
     from weightvid.errors import OutputError
-    from weightvid.layers import Layering, pack_layers
     from weightvid.pack import pack_checkpoint
 
     # What stands in for a closed stream has a number for a name.
@@ -269,9 +266,7 @@ def _pack(model: str, destination: str, options: PackOptions, layering: Layering
 
     def pack_into(path: Path | str) -> PackReport:
         with output.others_on_stderr():
-            if layering == Layering():
-                return pack_checkpoint(reader, path, options, report)
-            return pack_layers(reader, path, layering, options, report)
+            return pack_checkpoint(reader, path, options, report)
 
     remote = checkpoint.is_url(destination)
     if remote:

@@ -144,6 +144,9 @@ _X265_LOSSLESS: Final = {
     "medium": (16, "rd=3:tu-intra-depth=4"),
     "slower": (8, "rd=3:tu-intra-depth=4"),
 }
+#: lossless blocks have no QP, but the picture's sets the prices of modes and where the arithmetic
+#: code's contexts start: 26 takes 0.1 to 0.4 % less than x265's 4. Only a zone may say so.
+_X265_START: Final = "zones=0,1,q=26"
 #: the codec's own decisions about what an eye would miss are of no use to weights.
 _X265_LOSSY: Final = "psy-rd=0:psy-rdoq=0:rdoq-level=2:ipratio=1"
 #: most samples of a picture, and the lowest level, as FFmpeg names it, that allows them at 14 bits
@@ -163,7 +166,7 @@ def _options(video: Video, width: int, height: int) -> dict[str, str]:
         if video.qp is None:
             least, search = _X265_LOSSLESS[video.preset]
             # Sides that are multiples of it need no padding and no conformance window.
-            mode = f"lossless=1:min-cu-size={gcd(width, height, least)}:{search}"
+            mode = f"lossless=1:min-cu-size={gcd(width, height, least)}:{search}:{_X265_START}"
         else:
             mode = f"qp={video.qp}:min-cu-size=8:{_X265_LOSSY}"
         return {"x265-params": f"{mode}:{_X265_PROFILE}", "forced-idr": "1"}
