@@ -16,6 +16,7 @@ import pytest
 import small_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from weightvid import errors, tasks
 from weightvid import pack as pack_module
@@ -24,6 +25,7 @@ from weightvid.levels import code
 from weightvid.levels.frames import FrameSize
 from weightvid.loader import DTYPES, PACKABLE, from_float32, open_archive, to_float32
 from weightvid.pack import PackOptions, PackReport, Target, pack_checkpoint
+from weightvid.progress import Progress
 from weightvid.verify import verify_archive
 from weightvid.video import Video
 
@@ -226,6 +228,31 @@ def test_the_source_is_not_the_destination(tmp_path: Path) -> None:
     with pytest.raises(errors.OutputError, match="exists already"):
         pack_checkpoint(tmp_path / "m.npz", tmp_path / "m.mp4")
     assert (tmp_path / "m.mp4").read_bytes() == b"old"
+
+
+def test_a_file_of_a_source_folder_is_not_the_destination(tmp_path: Path) -> None:
+    model, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    save_file({"w": normal(1, 30, 30)}, model)
+    config.write_text("{}")
+    with pytest.raises(errors.CheckpointError, match="or a part of it"):
+        pack_checkpoint(tmp_path, config, PackOptions(force=True))
+    assert config.read_text() == "{}"
+    for _ in range(2):
+        pack_checkpoint(tmp_path, tmp_path / "m.mp4", PackOptions(force=True, jobs=1))
+
+
+def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "m.npz"
+    np.savez(path, w=normal(1, 300, 300))
+
+    def rewrite(progress: Progress) -> None:
+        if progress.stage == "encode":
+            path.write_bytes(path.read_bytes())
+            os.utime(path, ns=(1, 1))
+
+    with pytest.raises(errors.CheckpointError, match="changed while it was packed"):
+        pack_checkpoint(path, tmp_path / "m.mp4", PackOptions(jobs=1), rewrite)
+    assert not (tmp_path / "m.mp4").exists()
 
 
 #: packs what takes a while, and says so when it has begun to write.

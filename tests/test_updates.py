@@ -19,7 +19,13 @@ from test_layers import with_header
 from weightvid import loader
 from weightvid.archives import checked_tensors, open_chain
 from weightvid.checkpoint import from_mapping, open_checkpoint
-from weightvid.errors import CheckpointError, FormatError, QuantizationError, WeightvidError
+from weightvid.errors import (
+    CheckpointError,
+    FormatError,
+    QuantizationError,
+    TensorNotFoundError,
+    WeightvidError,
+)
 from weightvid.exact import difference
 from weightvid.loader import Archive, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
@@ -146,6 +152,12 @@ def test_chain_and_merged_archives_are_one(folder: Path, tmp_path: Path) -> None
         assert {s.name: a.tobytes() for s, a in merged.stored_items()} == tensors(chain)
         assert chain.root == merged.root == bytes.fromhex(whole.root)
         dict(checked_tensors(merged))
+    # What an update brought is in no earlier layer.
+    with (
+        open_archive(tmp_path / "whole.mp4", layers=1) as early,
+        pytest.raises(TensorNotFoundError, match="in none of the first 1 layers"),
+    ):
+        dict(early.items())
 
 
 def test_frames_of_another_size_are_laid_out_anew(folder: Path, tmp_path: Path) -> None:

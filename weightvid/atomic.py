@@ -121,10 +121,14 @@ def atomic_output(path: str | os.PathLike[str], *, force: bool = False) -> Itera
 
 
 def is_source(path: str | os.PathLike[str], *sources: object) -> bool:
-    """Whether what would be written is one of those that are read, by whatever name."""
-    places = [os.fspath(each) for each in sources if isinstance(each, (str, os.PathLike))]
-    real = os.path.realpath(path)
-    return os.path.exists(real) and real in (os.path.realpath(p) for p in places if p)  # noqa: PTH110
+    """Whether what would be written is one of those that are read, by whatever name.
+
+    Or may be: of a folder that is read, any file but an archive.
+    """
+    given = [os.fspath(each) for each in sources if isinstance(each, (str, os.PathLike))]
+    real, places = Path(path).resolve(), [Path(place).resolve() for place in given if place]
+    inside = real.suffix != ".mp4" and any(place in real.parents for place in places)
+    return real.exists() and (inside or real in places)
 
 
 def output_error(path: str | os.PathLike[str], error: OSError) -> OutputError:

@@ -4,7 +4,6 @@ Nothing here prints and nothing needs torch: the network is run in numpy. The ch
 held-out digits come from ``tools/train_digits.py``.
 """
 
-import lzma
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -13,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
+from weightvid.checkpoint import open_checkpoint
+from weightvid.compare.model import load_model
+from weightvid.compare.plain import plain_methods
 from weightvid.errors import CheckpointError
 from weightvid.loader import Array, Floats, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
@@ -20,6 +22,8 @@ from weightvid.unpack import UnpackOptions, unpack_archive
 
 CHECKPOINT_NAME: Final = "digits_cnn.safetensors"
 HOLDOUT_NAME: Final = "digits_holdout.npz"
+#: the plain way that the table shows, which counts neither names nor shapes.
+INT8: Final = "integers per channel + xz"
 #: PyTorch's default ``BatchNorm2d.eps``, with which the network was trained.
 _BATCH_NORM_EPS: Final = np.float32(1e-5)
 
@@ -86,46 +90,26 @@ def run_demo(data_dir: Path, work_dir: Path, announce: Callable[[str], None]) ->
     with open_archive(small) as opened:
         coarse = dict(opened.items())
     announce("evaluate")
-    original: dict[str, Array] = load_file(source)
-    int8_bytes, int8 = int8_xz(original)
+    with open_checkpoint(source) as reader:
+        model = load_model(reader)
+        int8 = next(way for way in plain_methods() if way.name == INT8).code(model, 8)
     with np.load(holdout, allow_pickle=False) as data:
         images, labels = data["images"], data["labels"]
-    weights = sum(tensor.size for tensor in original.values())
-    expected = logits(original, images).argmax(axis=1)
+    expected = logits(model.tensors, images).argmax(axis=1)
     rows = []
     for name, file_bytes, tensors in (
-        ("fp32", source.stat().st_size, original),
-        ("int8+xz", int8_bytes, int8),
+        ("fp32", source.stat().st_size, model.tensors),
+        ("int8+xz", int8.file_bytes, int8.tensors),
         ("weightvid", archive.stat().st_size, load_file(restored)),
         ("weightvid small", small.stat().st_size, coarse),
     ):
         found = logits(tensors, images).argmax(axis=1)
         correct, agreement = int((found == labels).sum()), float((found == expected).mean())
-        rows.append(DemoRow(name, file_bytes, 8 * file_bytes / weights, correct, agreement))
+        rows.append(DemoRow(name, file_bytes, 8 * file_bytes / model.weights, correct, agreement))
     return DemoReport(
-        tuple(rows), len(labels), weights, packed.seconds, unpacked.seconds,
+        tuple(rows), len(labels), model.weights, packed.seconds, unpacked.seconds,
         str(source), str(archive), str(restored),
     )  # fmt: skip
-
-
-def int8_xz(tensors: Mapping[str, Array]) -> tuple[int, dict[str, Array]]:
-    """Bytes of ``xz -9e`` over int8 weights with a scale per output channel, and what comes back.
-
-    Float tensors of two or more axes are quantized; neither names nor shapes are counted.
-    """
-    restored: dict[str, Array] = {}
-    chunks: list[bytes] = []
-    for name, tensor in tensors.items():
-        restored[name] = tensor
-        if tensor.ndim < 2 or tensor.dtype.kind != "f":
-            chunks.append(tensor.tobytes())
-            continue
-        values, axes = tensor.astype(np.float32), tuple(range(1, tensor.ndim))
-        scales = np.abs(values).max(axis=axes, initial=0, keepdims=True) / np.float32(127)
-        levels = np.rint(values / np.where(scales > 0, scales, 1)).astype(np.int8)
-        chunks += [levels.tobytes(), scales.tobytes()]
-        restored[name] = (levels * scales).astype(tensor.dtype)
-    return len(lzma.compress(b"".join(chunks), preset=9 | lzma.PRESET_EXTREME)), restored
 
 
 def logits(tensors: Mapping[str, Array], images: npt.NDArray[np.uint8]) -> Floats:

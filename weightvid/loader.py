@@ -1371,7 +1371,8 @@ class Archive(Mapping[str, Array]):
 
         for number in [number for number, layers in enumerate(own) if not layers]:
             if not self.header.mask(number) & 1:
-                raise _defect(specs[number], f"does not come in the first {self.layers} layers")
+                name, count = specs[number].name, self.layers
+                raise TensorNotFoundError(f"tensor {name!r} is in none of the first {count} layers")
             yield arrived(number, self._of_base(number))
         try:
             for event in self.events() if left or every else ():

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any, BinaryIO
 
@@ -80,13 +81,14 @@ def pack_checkpoint(
     chosen.check()
     if is_source(destination, source, *chosen.base):
         what = "the source or a base" if chosen.base else "the source"
-        raise CheckpointError(f"{destination} is {what} itself")
+        raise CheckpointError(f"{destination} is {what} itself, or a part of it")
     with ExitStack() as stack:
         reader = (
             source
             if isinstance(source, CheckpointReader)
             else stack.enter_context(open_checkpoint(source, progress))
         )
+        before = _stamps(reader)
         base = stack.enter_context(open_chain(chosen.base))[-1] if chosen.base else None
         file = stack.enter_context(atomic_output(destination, force=chosen.force))
         with open_workers(chosen.workers, chosen.jobs) as workers:
@@ -98,12 +100,22 @@ def pack_checkpoint(
             else:
                 encoder = Encoder(survey, file, workers, progress)
                 made, encodings, notes = _choose(survey, encoder, progress)
+        now = _stamps(reader)
+        if any(now.get(file, was) != was for file, was in before.items()):
+            raise CheckpointError(f"{reader.location} changed while it was packed: pack it again")
         if chosen.verify:
             _verify(file, base, survey, progress)
     told = notes or survey.warning(made.factor)
     if made.sqnr_db is not None and made.sqnr_db < 3:
         told = (*told, f"next to nothing is left of the weights, {made.sqnr_db:.1f} dB")
     return made.report(survey, encodings, perf_counter() - began, told)
+
+
+def _stamps(reader: CheckpointReader) -> dict[Path, tuple[int, int]]:
+    """Size and time of each file of a checkpoint: others, and somebody wrote to it."""
+    path = Path(reader.location or os.devnull)
+    files = filter(Path.is_file, path.rglob("*") if path.is_dir() else [path])
+    return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
 
 
 def _choose(

@@ -271,8 +271,8 @@ def add_parity(file: BinaryIO, share: float) -> int:
 class RepairReport:
     """What a repair did.
 
-    ``parity_bytes`` are those of the parity boxes; ``restored_bytes`` those that differed, which
-    lie in the ``spans``: the first byte, and the one behind the last.
+    ``parity_bytes`` are those of the parity boxes; ``restored_bytes`` those of the ``spans`` that
+    were damaged: the first byte, and the one behind the last.
     """
 
     file_bytes: int

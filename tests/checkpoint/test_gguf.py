@@ -93,6 +93,16 @@ def test_refused(tmp_path: Path, data: bytes, said: str) -> None:
         open_checkpoint(tmp_path / "m.gguf")
 
 
+def test_metadata_that_is_no_unicode(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(gguf_file().replace(b"bc", b"b\xff"))
+    with (
+        open_checkpoint(tmp_path / "m.gguf") as reader,
+        pytest.raises(CheckpointError, match="GGUF metadata of the source cannot be written"),
+    ):
+        save(tmp_path / "n.gguf", reader)
+    assert not (tmp_path / "n.gguf").exists()
+
+
 def test_a_header_that_eats_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weightvid.checkpoint.gguf._MAX_FIELDS", 1000)
     many = pair("x", 9, struct.pack("<IQ", 0, 2000) + bytes(2000))

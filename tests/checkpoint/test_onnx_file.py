@@ -10,7 +10,7 @@ import pytest
 from checkpoints import normal, save
 
 from weightvid.checkpoint import Contents, create_checkpoint, open_checkpoint
-from weightvid.errors import CheckpointError
+from weightvid.errors import CheckpointError, OutputError
 from weightvid.loader import TensorSpec
 
 onnx = pytest.importorskip("onnx")
@@ -70,6 +70,24 @@ def test_a_network_there_and_back(
     onnx.checker.check_model(str(out), full_check=True)
     assert np.array_equal(outputs(out), before)
     assert len(list(tmp_path.iterdir())) == 2 + bool(where) + external
+
+
+def test_a_model_that_cannot_be_written_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightvid.checkpoint.onnx_file.INLINE_BYTES", 100)
+    onnx.save(linear(), tmp_path / "m.onnx")
+    with open_checkpoint(tmp_path / "m.onnx") as reader:
+        save(tmp_path / "n.onnx", reader)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with monkeypatch.context() as patch, pytest.raises(OutputError):
+
+            def full(*_: object) -> None:
+                raise OSError(28, "No space left on device")
+
+            patch.setattr("weightvid.checkpoint.onnx_file.Writer._publish", full)
+            save(tmp_path / "n.onnx", reader, force=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_fields_and_types(tmp_path: Path) -> None:

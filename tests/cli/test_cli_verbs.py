@@ -276,6 +276,9 @@ def test_a_model_is_forgotten_once(
 def test_demo(run: Run, run_json: Run, tmp_path: Path) -> None:
     record = run_json("demo", "-o", tmp_path)
     schemas.check(record, "demo")
+    whole, int8 = record["rows"][:2]
+    assert whole["file_bytes"] / 5 < int8["file_bytes"] < whole["file_bytes"] / 4
+    assert int8["correct"] >= 445
     rows = {row["name"]: row for row in record["rows"]}
     assert rows["weightvid"]["file_bytes"] < rows["int8+xz"]["file_bytes"]
     assert rows["weightvid"]["correct"] >= rows["fp32"]["correct"] - 3

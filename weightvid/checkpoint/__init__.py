@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Final, TypeGuard, cast
 from weightvid.checkpoint import base
 from weightvid.checkpoint.base import CheckpointReader, CheckpointWriter, Contents
 from weightvid.errors import CheckpointError, OutputError
-from weightvid.loader import Array, TensorSpec
+from weightvid.loader import TensorSpec
 from weightvid.progress import Report, quiet
 
 __all__ = [
@@ -35,6 +34,8 @@ __all__ = [
     "kind_for_output",
     "open_checkpoint",
 ]
+
+from_mapping: Final = base.ArrayReader
 
 _ZIP_STARTS: Final = (b"PK\x03\x04", b"PK\x05\x06")
 #: two letters at least: one is a drive of Windows.
@@ -152,36 +153,6 @@ def create_checkpoint(
         said = "it is no regular file; a checkpoint cannot go into a pipe"
         raise OutputError(f"cannot write {os.fspath(path)}: {said}")
     return kind_for_output(place, kind).create(place, contents, force=force)
-
-
-def from_mapping(
-    arrays: Mapping[str, Array],
-    *,
-    dtypes: Mapping[str, str] | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> CheckpointReader:
-    """Read from a mapping of name to numpy array; tied weights stay tied, nothing is copied.
-
-    Parameters
-    ----------
-    arrays : mapping of str to ndarray
-        Any shape and strides. Types numpy lacks come as raw bits, named in ``dtypes``.
-    dtypes, metadata : mapping of str to str, optional
-        Dtype names where they are not the arrays' own (``{"w": "BF16"}``); free text pairs.
-
-    Raises
-    ------
-    CheckpointError
-        No string for a name, no array of plain elements, a dtype that does not fit the array.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> with from_mapping({"w": np.zeros((2, 3), np.float32)}) as reader:
-    ...     reader.contents.tensors
-    (TensorSpec(name='w', dtype='F32', shape=(2, 3)),)
-    """
-    return base.ArrayReader(arrays, dtypes, metadata)
 
 
 def is_url(source: object) -> TypeGuard[str]:

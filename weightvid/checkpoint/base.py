@@ -142,8 +142,14 @@ class ArrayReader(CheckpointReader):
     """A reader over arrays by name, in memory or mapped; nothing is copied before it is read.
 
     Names whose arrays show the same memory the same way (address, dtype, shape, strides) become
-    aliases of the first of them, so tied weights stay tied. ``read`` gives read-only views of
-    contiguous arrays, copies of others.
+    aliases of the first of them, so tied weights stay tied. Types that numpy lacks come as raw
+    bits, and ``dtypes`` names them (``{"w": "BF16"}``). ``read`` gives read-only views of
+    contiguous arrays, copies of others. A name that is no string, or an array whose elements have
+    no name or not that of ``dtypes``, is a CheckpointError.
+
+    >>> with ArrayReader({"w": np.zeros((2, 3), np.float32)}) as reader:
+    ...     reader.contents.tensors
+    (TensorSpec(name='w', dtype='F32', shape=(2, 3)),)
     """
 
     def __init__(

@@ -89,7 +89,8 @@ class Writer(base.FileWriter):
             path = Path(folder, METADATA_PATH)
             if data is not None:
                 path.write_bytes(data)
-            maker = _maker(None if data is None else _parse(path))
+            with base.explained("the GGUF metadata of the source cannot be written"):
+                maker = _maker(None if data is None else _parse(path))
             maker.add_file_type(_MATRICES[matrices][0])
             end = 0
             for name, spec in self.contents.rows():

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from weightvid.atomic import atomic_output
+from weightvid.atomic import AtomicFile
 from weightvid.checkpoint import base
 from weightvid.errors import CheckpointError
 from weightvid.loader import Array, TensorSpec
@@ -81,7 +81,7 @@ class Writer(base.FileWriter):
     The weights of a large model go to ``NAME.data``.
     """
 
-    _data_path: Path | None = None
+    _data: AtomicFile | None = None
 
     def _plan(self) -> bytes:
         graph = self._side_file(GRAPH_ROLE)
@@ -104,29 +104,30 @@ class Writer(base.FileWriter):
 
     def _finish(self) -> None:
         if self._data_name:
-            path = self._path.with_name(self._data_name)
-            move_out = _library().external_data_helper.set_external_data
-            with atomic_output(path, force=self._force) as file:
-                # Branches and functions keep theirs: not every runtime finds them elsewhere.
-                for slot in map(self._slots.get, [t.name for t in self._model.graph.initializer]):
-                    if slot is None or not slot.raw_data:
-                        continue
-                    at = file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
-                    file.write(slot.raw_data)
-                    move_out(slot, self._data_name, at, len(slot.raw_data))
-                    slot.ClearField("raw_data")
-            self._data_path = path
+            self._data = AtomicFile(self._path.with_name(self._data_name), force=self._force)
+            file, move_out = self._data.file, _library().external_data_helper.set_external_data
+            # Branches and functions keep theirs: not every runtime finds them elsewhere.
+            for slot in map(self._slots.get, [t.name for t in self._model.graph.initializer]):
+                if slot is None or not slot.raw_data:
+                    continue
+                at = file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
+                file.write(slot.raw_data)
+                move_out(slot, self._data_name, at, len(slot.raw_data))
+                slot.ClearField("raw_data")
+            file.flush()
         self._output.file.write(self._model.SerializeToString())
+        self._output.file.flush()
 
     def _publish(self) -> None:
+        if self._data is not None:
+            self._data.commit()
         super()._publish()
-        self._data_path = None
 
     def abort(self) -> None:
         """Remove what has been written; does nothing after :meth:`commit`."""
         super().abort()
-        if self._data_path is not None:
-            self._data_path.unlink()
+        if self._data is not None:
+            self._data.abort()
 
 
 def _library() -> Any:

@@ -106,7 +106,7 @@ def check_output(path: Path | str, inputs: Mapping[str, Path | str]) -> None:
 
     for what, source in inputs.items():
         if is_source(path, source):
-            usage_error(f"{path} is {what} itself", "--output")
+            usage_error(f"{path} is {what} itself, or a part of it", "--output")
 
 
 def check_function(text: str, option: str) -> str:

@@ -11,6 +11,7 @@ k follows from a recipe, which says how much more harm than int8 with a scale pe
 steps may do. What int8 does is known without data: its steps are the rows' peaks over 127.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
@@ -20,6 +21,7 @@ from typing import Final, NamedTuple
 from weightvid.errors import QuantizationError
 from weightvid.levels.stats import TensorStats
 from weightvid.levels.steps import INT8, TOKENS, finest_sigmas, is_pointwise
+from weightvid.levels.transform import view_of
 from weightvid.loader import TensorSpec
 
 #: where the step factor of a recipe is looked for, and how often the range is halved.
@@ -32,6 +34,9 @@ LARGEST_CORRECTION: Final = 8.0
 _QUERY_KEY: Final = frozenset({"query", "key", "q_proj", "k_proj", "q", "k", "to_q", "to_k"})
 #: heads of models that write text; without one the table of tokens is the head.
 _HEADS: Final = frozenset({"lm_head", "embed_out", "output"})
+#: errors of a convolution whose outputs are averaged over places cancel there, and those of its
+#: kernels' high frequencies the most: steps of one of single positions, and of others.
+_POOLED: Final = (2.0, 3.0)
 #: harm of our errors beside equally large steps of int8: those of the trellis are smaller, and
 #: those at high kernel frequencies are borne better.
 _MATRIX_HARM: Final = 0.8
@@ -84,7 +89,8 @@ def units(stats: Sequence[TensorStats], fidelity: str = "outputs") -> list[float
     fidelity : str
         ``outputs``, ``integers``: ``f * sigma * sqrt(n / mean n + 0.05)``; f is 2 for the queries
         and keys of attention, whose errors only move the weights of a softmax, ``1 / sqrt(T)`` for
-        the head of a language model of T other tensors, and 1 for others.
+        the head of a language model of T other tensors, 3 for the last convolution of a classifier
+        (2 without kernels), and 1 for others.
         ``weights``: the root of the mean square of all weights, for every tensor. Other names are a
         QuantizationError.
     """
@@ -172,13 +178,40 @@ def speaks(stats: Sequence[TensorStats]) -> bool:
 
 def _kind_factors(stats: Sequence[TensorStats]) -> list[float]:
     """What the step of each tensor is multiplied by for what the tensor does in the network."""
-    head = language_head([s.spec for s in stats])
+    specs = [s.spec for s in stats]
+    head, pooled = language_head(specs), pooled_convolution(specs)
     return [
         1 / sqrt(max(len(stats) - 1, 1))
         if s.spec.name == head
-        else 2.0 if _parts(s.spec) & _QUERY_KEY else 1.0
+        else _POOLED[bool(s.view.kernel)]
+        if s.spec.name == pooled
+        else 2.0
+        if _parts(s.spec) & _QUERY_KEY
+        else 1.0
         for s in stats
-    ]  # fmt: skip
+    ]
+
+
+def pooled_convolution(specs: Sequence[TensorSpec]) -> str | None:
+    """Name of the convolution whose outputs the only matrix of a network reads, place by place.
+
+    Examples
+    --------
+    >>> convolutions = [TensorSpec(f"layer{n}.conv", "F32", (64, 64, 3, 3)) for n in (2, 10, 9)]
+    >>> head = TensorSpec("fc", "F32", (10, 64))
+    >>> pooled_convolution([*convolutions, head]), pooled_convolution([*convolutions, head, head])
+    ('layer10.conv', None)
+    """
+    found = [s for s in specs if view_of(s.shape).kernel or is_pointwise(s)]
+    matrices = [spec for spec in specs if spec not in found]
+    if len(matrices) != 1:
+        return None
+    before = [spec.name for spec in found if spec.shape[0] in matrices[0].shape]
+    return max(before, key=_by_number, default=None)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(n or 0), text) for n, text in re.findall(r"(\d*)(\D*)", name)]
 
 
 def _parts(spec: TensorSpec) -> frozenset[str]:

@@ -22,7 +22,7 @@ from weightvid.spec import LARGEST
 
 Steps = npt.NDArray[np.int8]
 #: no tensor gets a step coarser or finer than this many sigmas.
-COARSEST_SIGMAS: Final = 1.5
+COARSEST_SIGMAS: Final = 3.0
 FINEST_SIGMAS: Final = 0.02
 #: with one step for all tensors, one of small weights may vanish.
 VANISHING_SIGMAS: Final = 4.0
