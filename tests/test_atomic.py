@@ -110,6 +110,9 @@ def test_mode_and_links(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_bytes() == b"newer"
     assert (tmp_path / "target").stat().st_mode & 0o777 == 0o640
+    with atomic_output(tmp_path / "link", force=True) as file:  # the mode of what is replaced
+        file.write(b"newest")
+    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o640
 
 
 def test_destinations_that_are_no_files(tmp_path: Path) -> None:
@@ -127,6 +130,22 @@ def test_destinations_that_are_no_files(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=said):
             AtomicFile(path, force=True)
     assert listing(tmp_path) == ["pipe", "plain"]
+
+
+def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
+    code = """
+    import os
+    from weightvid.atomic import atomic_output
+    from weightvid.errors import OutputError
+    os.rmdir(os.getcwd())
+    try:
+        with atomic_output("out.bin"):
+            pass
+    except OutputError as error:
+        print(error)
+    """
+    (tmp_path / "gone").mkdir()
+    assert run(code, tmp_path / "gone") == "cannot write out.bin: No such file or directory\n"
 
 
 def test_processes(tmp_path: Path) -> None:

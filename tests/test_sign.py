@@ -12,7 +12,7 @@ from samples import Pipe, all_same
 
 from weightvid.archives import find_tail
 from weightvid.container import close_body, tail_box
-from weightvid.errors import SignatureError
+from weightvid.errors import OutputError, SignatureError
 from weightvid.loader import FRAME_UUID, INDEX_UUID, open_archive
 from weightvid.sign import SIGN_UUID, fingerprint, open_signed, sign_archive, sign_for_openssf
 from weightvid.unpack import unpack_archive
@@ -182,6 +182,18 @@ def test_parity_covers_the_signature(signed: Path, keys: Path, tmp_path: Path) -
     path.write_bytes(whole[:at] + bytes(300) + whole[at + 300 :])
     repair.repair_archive(path)
     assert path.read_bytes() == whole
+
+
+def test_what_is_signed_is_not_replaced_by_its_signature(
+    long_archive: Path, keys: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(long_archive.read_bytes())
+    with pytest.raises(OutputError, match="is the archive or the key itself"):
+        sign_archive(path, keys / "owner", path, detached=True, force=True)
+    with pytest.raises(OutputError, match="is the archive or the key itself"):
+        sign_for_openssf(path, keys / "owner", str(path))
+    assert path.read_bytes() == long_archive.read_bytes()
 
 
 def test_fingerprints_name_keys() -> None:

@@ -22,6 +22,7 @@ from weightvid.checkpoint import from_mapping, open_checkpoint
 from weightvid.errors import (
     CheckpointError,
     FormatError,
+    OutputError,
     QuantizationError,
     TensorNotFoundError,
     WeightvidError,
@@ -199,6 +200,19 @@ def test_a_base_is_never_replaced(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="is the source or a base itself"):
             pack_checkpoint(from_mapping(second()), name, PackOptions(base=(base,), force=True))
     assert base.read_bytes() == (folder / "v1.mp4").read_bytes()
+
+
+def test_inputs_of_a_merging_are_never_replaced(folder: Path, tmp_path: Path) -> None:
+    base, update = tmp_path / "v1.mp4", tmp_path / "u.mp4"
+    shutil.copy(folder / "v1.mp4", base)
+    shutil.copy(folder / "v1-v2.mp4", update)
+    for path in (base, update):
+        before = path.read_bytes()
+        with pytest.raises(OutputError, match="is the archive or an update itself"):
+            apply_updates(base, [update], path, force=True)
+        assert path.read_bytes() == before
+    with pytest.raises(FormatError, match=r"v1-v2\.mp4 is itself an update: its base must come"):
+        apply_updates(folder / "v1-v2.mp4", [folder / "v2-v3.mp4"], tmp_path / "v3.mp4")
 
 
 def test_a_wrong_base_is_refused_by_name(folder: Path, tmp_path: Path) -> None:

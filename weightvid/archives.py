@@ -80,6 +80,9 @@ def open_chain(bases: Sequence[Location]) -> Iterator[list[Archive]]:
     """An archive and the updates to it, the oldest first: the last reads as if it stood alone."""
     with ExitStack() as stack:
         archives = [stack.enter_context(open_anywhere(location)) for location in bases]
+        first = archives[0].header.layers
+        if archives[1:] and first and first.base and archives[0].base is None:
+            raise FormatError(f"{bases[0]} is itself an update: its base must come first", "base")
         for before, after in pairwise(archives):
             after.use_base(before)
         yield archives

@@ -32,9 +32,9 @@ class AtomicFile:
     """A file being written under a hidden temporary name beside its destination.
 
     A symbolic link is followed: the file that it points at is replaced. ``file`` is open for
-    writing and reading back (``w+b``), with a mode that follows the umask; a failing write raises
-    an OutputError that names the destination, as does one that exists (without ``force``) or is no
-    regular file. ``temporary`` is where the bytes lie until `commit`.
+    writing and reading back (``w+b``), with the mode of the file there or one that follows the
+    umask; a failing write raises an OutputError that names the destination, as does one that exists
+    (without ``force``) or is no regular file. ``temporary`` is where the bytes lie until `commit`.
     """
 
     file: BinaryIO
@@ -57,6 +57,8 @@ class AtomicFile:
             if hold(raw.fileno(), self.temporary):
                 break
             raw.close()
+        with suppress(OSError):  # there may be no such file
+            shutil.copymode(self._target, self.temporary)
         self.file = io.BufferedRandom(raw, 1 << 16)
 
     def commit(self) -> None:
@@ -133,8 +135,8 @@ def is_source(path: str | os.PathLike[str], *sources: object) -> bool:
 
 def output_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
     """Say that ``path`` cannot be written, and why; ``errno`` is carried over."""
-    shown = os.fspath(path)
-    made = OutputError(f"cannot write {shown}: {error.strerror or error}")
+    why = error.strerror or (os.strerror(error.errno) if error.errno else error)
+    made = OutputError(f"cannot write {os.fspath(path)}: {why}")
     made.errno = error.errno
     return made
 
@@ -236,6 +238,7 @@ def refuse_address(shown: str) -> None:
 def real_destination(shown: str, force: bool) -> Path:
     """What ``shown`` leads to; an `OutputError` if no file can be written there."""
     refuse_address(shown)
+    target = Path(shown)  # in a current folder that is gone
     try:
         target = Path(os.path.realpath(shown))
         # Not of the target: /dev/stdout on a pipe resolves to a path that does not exist.

@@ -7,6 +7,7 @@ which bytes are damaged; FORMAT.md describes the box.
 """
 
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import numpy as np
 
 from weightvid.archives import find_tail
-from weightvid.atomic import AtomicFile
+from weightvid.atomic import atomic_output
 from weightvid.container import record, stored_body, tail_box, uint
 from weightvid.errors import QuantizationError, RepairError
 from weightvid.loader import Bytes
@@ -300,37 +301,35 @@ def repair_archive(
     force : bool
         Replace a destination that exists.
     """
-    path, found, in_place = Path(archive), list[Span](), destination is None
-    output = AtomicFile(destination or path, force=force or in_place)
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            seals, boxes, at = _find_seals(file, size), list[bytes](), 0
-            for layout in map(_Layout, seals):
-                at = at or layout.seal.before
-                file.seek(layout.start)
-                parts = [file.read(layout.data)]
-                for place, count in ((at, layout.box_bytes), (size - layout.after, layout.after)):
-                    file.seek(place)
-                    parts.append(file.read(count))
-                damaged = np.frombuffer(b"".join(parts), np.uint8)
-                grid = _Grid(layout, damaged)
-                _mend(grid)
-                grid.encode()
-                boxes.append(grid.box())
-                grid.stream[layout.data : layout.behind] = np.frombuffer(boxes[-1], np.uint8)
-                differ = np.flatnonzero(grid.stream[: layout.size] != damaged)
-                shift = np.where(differ < layout.data, layout.start, at - layout.data)
-                found += _runs((differ + shift).tolist())
-                output.file.write(grid.stream[: layout.data].data)
-                at += layout.box_bytes
-            output.file.writelines((*boxes, grid.stream[layout.behind : layout.size].tobytes()))
-        if found or not in_place:
-            output.commit()
-    finally:
-        output.abort()
-    restored = sum(last - first for first, last in found)
-    return RepairReport(size, sum(map(len, boxes)), restored, tuple(sorted(found)))
+    path, mended, parity = Path(archive), dict[Span, bytes](), 0
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        for layout in map(_Layout, _find_seals(file, size)):
+            at, parts = layout.seal.before + parity, list[bytes]()
+            places = (layout.start, layout.data), (at, layout.box_bytes)
+            for place, count in (*places, (size - layout.after, layout.after)):
+                file.seek(place)
+                parts.append(file.read(count))
+            damaged = np.frombuffer(b"".join(parts), np.uint8)
+            grid = _Grid(layout, damaged)
+            _mend(grid)
+            grid.encode()
+            grid.stream[layout.data : layout.behind] = np.frombuffer(grid.box(), np.uint8)
+            differ = np.flatnonzero(grid.stream[: layout.size] != damaged)
+            parity += layout.box_bytes
+            shift = np.where(differ < layout.data, layout.start, at - layout.data)
+            for first, last in _runs((differ + shift).tolist()):
+                gap = layout.start if first < layout.start + layout.data else at - layout.data
+                mended[first, last] = grid.stream[first - gap : last - gap].tobytes()
+    if mended or destination is not None:
+        to, forced = destination or path, force or destination is None
+        with atomic_output(to, force=forced) as output, path.open("rb") as file:
+            shutil.copyfileobj(file, output)
+            for (first, _), data in mended.items():
+                output.seek(first)
+                output.write(data)
+    restored = sum(last - first for first, last in mended)
+    return RepairReport(size, parity, restored, tuple(sorted(mended)))
 
 
 def _runs(places: Sequence[int]) -> list[Span]:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from weightvid.archives import Location, find_tail, open_file, walk_boxes
-from weightvid.atomic import atomic_output
+from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import is_url
 from weightvid.container import box, close_body, mfra, record, tail_box, uint
-from weightvid.errors import FormatError, KeyFileError, SignatureError
+from weightvid.errors import FormatError, KeyFileError, OutputError, SignatureError
 from weightvid.loader import EXACT_UUID, FRAME_UUID, INDEX_UUID, Fields, open_body, read_records
 from weightvid.remote import Pieces
 from weightvid.repair import MAX_SHARE, MIN_SHARE, PARITY_UUID, add_parity
@@ -89,6 +89,8 @@ def sign_archive(
     path, private = Path(archive), read_key(key, "private")
     public = private.public_key().public_bytes_raw()
     target = destination or (path.with_name(f"{path.name}.wvsig") if detached else path)
+    if is_source(target, key, *[path] * detached):
+        raise OutputError(f"{target} is the archive or the key itself")
     with atomic_output(target, force=force or target == path) as output, path.open("rb") as file:
         units = [uint(size) + sha256 for size, sha256 in _units_of(file)]
         listed = uint(len(units)) + b"".join(units)
@@ -118,6 +120,8 @@ def sign_for_openssf(
     SignatureError
     """
     target = destination or f"{os.fspath(archive)}.sig"
+    if is_source(target, archive, key):
+        raise OutputError(f"{target} is the archive or the key itself")
     with _openssf("signing") as config:
         signer = config.use_elliptic_key_signer(private_key=Path(key))
         signer.sign(Path(archive), Path(target))

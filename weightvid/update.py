@@ -17,8 +17,8 @@ import numpy as np
 
 from weightvid import loader
 from weightvid.archives import Location, checked_tensors, open_chain
-from weightvid.atomic import atomic_output
-from weightvid.errors import FormatError
+from weightvid.atomic import atomic_output, is_source
+from weightvid.errors import FormatError, OutputError
 from weightvid.levels.frames import Energies, FrameSize, lay_out, to_sequence
 from weightvid.loader import Archive, Array, End, Header, Part, Sidecar, Track, parse_exact
 from weightvid.progress import Progress, Report, quiet
@@ -64,7 +64,7 @@ def apply_updates(
     base : path, address or file
     updates : sequence of them
     destination : path
-        Appears whole, or not at all.
+        Appears whole, or not at all; without parity and signatures.
     force : bool
         Replace an existing file.
     progress : callable
@@ -77,6 +77,8 @@ def apply_updates(
     OutputError, RemoteError, CodecError
     """
     began = perf_counter()
+    if is_source(destination, base, *updates):
+        raise OutputError(f"{destination} is the archive or an update itself")
     with open_chain((base, *updates)) as chain, atomic_output(destination, force=force) as file:
         report = _Merge(chain, progress).write(file)
     return replace(report, seconds=perf_counter() - began)
@@ -139,9 +141,8 @@ class _Merge:
                 for sidecar, packet in self._frames(place, frames, track):
                     writer.add_frame(sidecar._replace(frame=len(writer.frames)), packet)
                 writer.add_exact(self._exact(place, made, boxes))
-                self._progress(
-                    Progress("merge", self._first[place] + stage + 1, self._total, unit="layers")
-                )
+                done = self._first[place] + stage + 1
+                self._progress(Progress("merge", done, self._total, unit="layers"))
         writer.heads = heads
         return ApplyReport(
             self._total, len(header.tensors), finish(writer), self.copied, self.coded,

@@ -95,6 +95,9 @@ def test_a_full_disk_behind_stdout(folder: Path) -> None:
     for more in ("", "--json"):
         done = shell(f"weightvid inspect full.mp4 {more} > /dev/full", folder)
         assert (done.returncode, done.stderr) == (1, b"error: No space left on device\n")
+    for call in ("--version", "-h"):
+        done = shell(f"weightvid {call} > /dev/full", folder)
+        assert (done.returncode, done.stderr) == (1, b"error: No space left on device\n")
 
 
 def test_a_terminal_of_ascii(folder: Path) -> None:

@@ -273,7 +273,32 @@ def test_a_model_is_forgotten_once(
     assert [path.name for path in tmp_path.iterdir()] == ["models--org--other"]
 
 
-def test_demo(run: Run, run_json: Run, tmp_path: Path) -> None:
+def test_models_that_are_broken_or_stay(
+    run: Run, run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    half, whole = (tmp_path / f"models--org--{name}" for name in ("half", "whole"))
+    for path in (half / "blobs" / "ab.incomplete", whole / "snapshots" / "0123" / "config.json"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(999))
+    (half / "snapshots" / "0123").mkdir(parents=True)
+    (half / "snapshots" / "0123" / "config.json").symlink_to("../../blobs/absent")
+    hub = [one for one in run_json("cache")["entries"] if "hub" in one["what"]]
+    assert [(one["what"], one["name"], one["bytes"]) for one in hub] == [
+        ("broken model of a hub", "org/half", 999), ("model of a hub", "org/whole", 999)
+    ]  # fmt: skip
+    assert run_json("cache", "--forget", "org/half")["removed"] == ["org/half"]
+    assert not half.exists()
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    done = run("cache", "--forget", "org/whole", status=1)
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {whole} could not be removed")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path(__file__)))
+    assert run("cache", status=1).stderr == f"error: {__file__}: Not a directory\n"
+
+
+def test_demo(run: Run, run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = run_json("demo", "-o", tmp_path)
     schemas.check(record, "demo")
     whole, int8 = record["rows"][:2]
@@ -284,8 +309,12 @@ def test_demo(run: Run, run_json: Run, tmp_path: Path) -> None:
     assert rows["weightvid"]["correct"] >= rows["fp32"]["correct"] - 3
     assert rows["weightvid small"]["file_bytes"] < 0.75 * rows["weightvid"]["file_bytes"]
     assert rows["weightvid small"]["correct"] >= rows["fp32"]["correct"] - 9
-    output = run("demo", "-o", tmp_path).stdout
+    assert "--force" in run("demo", "-o", tmp_path, status=1).stderr
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-x").symlink_to(tmp_path)
+    output = run("demo", "--force", "-o", "-x").stdout
     assert output.count("weightvid ") >= 3 and "weightvid pack YOUR_MODEL" in output
+    assert "weightvid inspect ./-x/digits_cnn.mp4" in output
 
 
 def test_names_from_files_cannot_drive_the_terminal(run: Run, tmp_path: Path) -> None:

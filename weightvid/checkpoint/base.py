@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from errno import EEXIST
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from typing import Final, Self
 import numpy as np
 
 from weightvid.atomic import AtomicFile, output_error
-from weightvid.errors import CheckpointError, OutputError, TensorNotFoundError, WeightvidError
+from weightvid.errors import CheckpointError, TensorNotFoundError, WeightvidError
 from weightvid.loader import Array, Bytes, TensorSpec
 from weightvid.spec import SIDE_FILE_BYTES, SideFile, name_of, stored_dtype
 
@@ -96,9 +97,8 @@ class CheckpointReader(ABC):
         """
         spec = self._wanted(name)
         if not 0 <= first <= first + count <= spec.size:
-            raise CheckpointError(
-                f"tensor {name!r} has {spec.size} elements, not {first} .. {first + count}"
-            )
+            there = f"tensor {name!r} has {spec.size} elements"
+            raise CheckpointError(f"{there}, not {first} .. {first + count}")
         with self._lock, explained(f"tensor {name!r} is damaged"):
             return self._read_range(spec, first, count)
 
@@ -272,7 +272,7 @@ class CheckpointWriter(ABC):
             yield
         except BaseException as error:
             self.abort()
-            if isinstance(error, OSError) and not isinstance(error, OutputError):
+            if isinstance(error, OSError) and error.errno not in (None, EEXIST):
                 raise output_error(self._path, error) from None
             raise
 

@@ -241,7 +241,10 @@ class Writer(base.CheckpointWriter):
 
     def write_parts(self, name: str, parts: Iterable[Array]) -> None:
         """Add one tensor whose elements come in consecutive parts."""
-        self._writers[self._weight_map[self._wanted(name).name]].write_parts(name, parts)
+        try:
+            self._writers[self._weight_map[self._wanted(name).name]].write_parts(name, parts)
+        except OutputError as error:
+            raise output_error(self._path, error) from None
         del self._todo[name]
 
     def _finish(self) -> None:
@@ -319,9 +322,7 @@ def _placed(folder: Path) -> tuple[str, Mapping[str, set[str] | None]]:
     weights = find_weights(names)
     if len(weights) > 1:
         listed = base.shorten(weights)
-        raise CheckpointError(
-            f"{folder} holds several weights and no index of them ({listed}); name one"
-        )
+        raise CheckpointError(f"{folder} holds several weights and no index ({listed}); name one")
     if not weights:
         inner = [f"{sub.parent.name}/{sub.name}" for sub in folder.glob("*/*") if sub.is_file()]
         raise CheckpointError(advice(str(folder), names + inner))
@@ -395,9 +396,8 @@ def _check_target(target: Path, shown: str, force: bool) -> bool:
         raise OutputError(f"cannot write the folder {shown}: a file has that name")
     full = any(target.iterdir())
     if full and not force:
-        raise OutputError(
-            f"the folder {shown} is not empty; use --force (force=True) to replace files in it"
-        )
+        why = "is not empty; use --force (force=True) to replace files in it"
+        raise OutputError(f"the folder {shown} {why}")
     return full
 
 

@@ -23,7 +23,7 @@ VERBS: Final = (
 
 
 class _Verb(TyperCommand):
-    """Refuses a value that is empty, as of a shell's variable that is not set."""
+    """Refuses what is empty, as a shell's variable that is not set, and a folder elsewhere."""
 
     def invoke(self, ctx: Any) -> Any:
         for param in self.params:
@@ -31,6 +31,8 @@ class _Verb(TyperCommand):
             value = ctx.params.get(param.name)
             if given and isinstance(value, str) and not value.strip():
                 output.usage_error("the value is empty", param.opts[0])
+            if param.metavar == "FOLDER" and "://" in (value or ""):
+                output.usage_error("it is an address: name a folder, and upload it", param.opts[0])
         return super().invoke(ctx)
 
 
@@ -174,3 +176,9 @@ def main() -> None:
         app(prog_name="weightvid")
     except KeyboardInterrupt as error:
         sys.exit(_interrupted(error))
+    except SystemExit as done:  # typer makes 130 of any signal
+        cause = getattr(done.__context__, "__cause__", None)
+        sys.exit(_interrupted(cause) if isinstance(cause, KeyboardInterrupt) else done.code)
+    except OSError as error:  # the help cannot be written
+        _stop_writing()
+        sys.exit(f"error: {error.strerror}")

@@ -15,12 +15,14 @@ def apply(
 ) -> None:
     """Merge an archive and updates to it into one archive, without quantizing anything again.
 
-    Its tensors have the very hashes that the updates give. The inputs stay as they are.
+    Its tensors have the very hashes that the updates give. Parity and signatures stay behind.
 
     [bold]weightvid apply v1.mp4 v1-v2.mp4 -o v2.mp4[/bold]
     """
     from weightvid.update import apply_updates
 
+    inputs = {"the archive": base} | {f"the update {each}": each for each in updates}
+    output.check_output(destination, inputs)
     with output.progress_bars() as report:
         made = apply_updates(base, updates, destination, force=force, progress=report)
     output.tell(json, made, [

@@ -1,22 +1,21 @@
 """``weightvid cache``: what lies on this machine, and where."""
 
+import logging
+import os
+import shutil
 import tempfile
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from weightvid.cli import output
 from weightvid.cli.output import JSON, option, usage_error
 
 
 def cache(
-    clear: bool = option(
-        False, "Remove what runs that were killed have left in the temporary folder.", "--clear"
-    ),
-    forget: list[str] = option(
-        [], "Remove a model from the hub's cache. May be repeated.", metavar="ORG/MODEL"
-    ),
+    clear: bool = option(False, "Remove what killed runs left in the temporary folder.", "--clear"),
+    forget: list[str] = option([], "Remove a model. May be repeated.", metavar="ORG/MODEL"),
     json: bool = JSON,
 ) -> None:
     """Show what is kept on this machine: models of a hub, and what killed runs have left.
@@ -28,25 +27,23 @@ def cache(
     """
     from weightvid.atomic import remains, remove_remains
 
-    place, hub, models = _hub()
-    unwanted = list(dict.fromkeys(forget))
-    for name in unwanted:
+    place, models = _hub()
+    for name in forget:
         if name not in models:
             usage_error(f"the hub's cache holds no model {name!r}", "--forget")
     temporary = Path(tempfile.gettempdir())
     removed = [str(path) for path in remove_remains(temporary)] if clear else []
-    for name in unwanted:
-        hashes = [revision.commit_hash for revision in models.pop(name).revisions]
-        hub.delete_revisions(*hashes).execute()
+    for name in dict.fromkeys(forget):
+        _forget(models.pop(name))
         removed.append(name)
-    sizes = {name: ("model of a hub", model.size_on_disk) for name, model in models.items()}
-    sizes |= {str(path): ("left by a run", _size(path)) for path in remains(temporary)}
-    entries = [{"what": what, "name": name, "bytes": n} for name, (what, n) in sizes.items()]
-    places = {"hub": place, "temporary": str(temporary)}
+    kept = [(_state(folder), name, _size(folder)) for name, folder in models.items()]
+    kept += [("left by a run", str(path), _size(path)) for path in remains(temporary)]
     if json:
+        entries = [{"what": what, "name": name, "bytes": number} for what, name, number in kept]
+        places = {"hub": place, "temporary": str(temporary)}
         output.emit_json({"places": places, "entries": entries, "removed": removed})
         return
-    rows = [(what, name, output.size(number)) for name, (what, number) in sizes.items()]
+    rows = [(what, name, output.size(number)) for what, name, number in kept]
     output.table(("what", "name", ">size"), rows)
     output.facts([
         ("models of hubs", f"{place} (HF_HUB_CACHE moves it)" if place else ""),
@@ -55,19 +52,37 @@ def cache(
     ])  # fmt: skip
 
 
-def _hub() -> tuple[str | None, Any, dict[str, Any]]:
-    """Where huggingface_hub has its cache, what is in it, and its models by name."""
+def _hub() -> tuple[str | None, dict[str, Path]]:
+    """Where huggingface_hub has its cache, and the folders of its models by name."""
     if find_spec("huggingface_hub") is None:
-        return None, None, {}
-    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
+        return None, {}
+    from huggingface_hub import constants
 
-    found, models = None, {}
-    with suppress(CacheNotFound):
-        found = scan_cache_dir(constants.HF_HUB_CACHE)
-        models = {repo.repo_id: repo for repo in found.repos if repo.repo_type == "model"}
-    return str(constants.HF_HUB_CACHE), found, models
+    place = Path(constants.HF_HUB_CACHE)
+    names = [p.name for p in place.iterdir()] if place.exists() else []
+    models = {n[8:].replace("--", "/"): place / n for n in sorted(names) if n[:8] == "models--"}
+    return str(place), models
+
+
+def _forget(folder: Path) -> None:
+    """By huggingface_hub, which shares files among models; itself what that leaves, if broken."""
+    from huggingface_hub import scan_cache_dir
+
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    with suppress(OSError):
+        hub = scan_cache_dir(folder.parent)
+        known = (repo.revisions for repo in hub.repos if repo.repo_path.name == folder.name)
+        hub.delete_revisions(*(each.commit_hash for each in chain(*known))).execute()
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        raise OSError(f"{folder} could not be removed: look at its permissions")
+
+
+def _state(folder: Path) -> str:
+    whole = min(map(os.path.exists, folder.glob("snapshots/*/**/*")), default=False)
+    return "model of a hub" if whole else "broken model of a hub"
 
 
 def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else (path,)
-    return sum(file.lstat().st_size for file in files if file.is_file())
+    files = set(map(os.path.realpath, (path, *path.rglob("*"))))
+    return sum(map(os.path.getsize, filter(os.path.isfile, files)))

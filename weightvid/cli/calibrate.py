@@ -14,9 +14,7 @@ def calibrate(
         "iterable of example inputs.",
     ),
     path: Path = output.output_option(Path("stats.safetensors"), "The statistics.", "STATS"),
-    memory: int = option(
-        1024, "Limit of one pass; more layers take more passes.", min=1, metavar="MB"
-    ),
+    memory: int = option(1024, "Limit of a pass; more layers take more.", min=1, metavar="MB"),
     trust_inputs: bool = option(
         False, "The inputs are of the kind that the model is used on; models with BatchNorm know "
         "by themselves.", "--trust-inputs",

@@ -35,9 +35,7 @@ def compare(
         False, "Quantizers of the literature: LNQ, prediction, codebooks, pyramids.", "--research"
     ),
     nncodec: str = option("", "A Python that has NNCodec.", metavar="PYTHON"),
-    calibrate: str = option(
-        "", "Adds a curve of calibrated archives, as for pack.", metavar="STATS"
-    ),
+    calibrate: str = option("", "Adds a curve of calibrated archives.", metavar="STATS"),
     evaluate: str = option(
         "", "Judges a dict of tensors, as for pack: call only what you trust.",
         "--eval", metavar="SCRIPT:FUNCTION",
@@ -49,7 +47,7 @@ def compare(
     ),
     anchor: str = option("weightvid", "BD-rates are taken against it.", metavar="CURVE"),
     only: list[str] = option([], "Only this point or curve. May be repeated.", metavar="LABEL"),
-    folder: Path = output_option(Path("compare"), "Results, plots, and finished points.", "FOLDER"),
+    folder: str = output_option("compare", "Results, plots, and finished points.", "FOLDER"),
     jobs: int = option(1, "Workers; speeds are honest with one.", "--jobs", "-j", min=1),
     json: bool = option(False, "Print one JSON object for each point as it finishes.", "--json"),
 ) -> None:  # fmt: skip
@@ -94,7 +92,7 @@ def compare(
         lower_is_better=lower,
         goals=goals,
         anchor=anchor,
-        folder=folder,
+        folder=Path(folder),
         jobs=jobs,
     )
     for lack in missing(options):

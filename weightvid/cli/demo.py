@@ -4,11 +4,12 @@ import shlex
 from pathlib import Path
 
 from weightvid.cli import output
-from weightvid.cli.output import JSON, output_option
+from weightvid.cli.output import FORCE, JSON, output_option
 
 
 def demo(
-    folder: Path = output_option(Path("weightvid-demo"), "Where the files go.", "FOLDER"),
+    folder: str = output_option("weightvid-demo", "Where the files go.", "FOLDER"),
+    force: bool = FORCE,
     json: bool = JSON,
 ) -> None:
     """Pack the sample network, unpack it, and count the digits it still reads right.
@@ -16,12 +17,15 @@ def demo(
     [bold]weightvid demo[/bold]
     """
     from weightvid.demo import run_demo, sample_dir
+    from weightvid.errors import OutputError
 
     def announce(stage: str) -> None:
         if output.on_terminal():
             output.note(f"{stage} ...")
 
-    report = run_demo(sample_dir(), folder, announce)
+    if not force and any(Path(folder).glob("digits_cnn.*")):
+        raise OutputError(f"{folder} holds an earlier demo; use --force to replace it")
+    report = run_demo(sample_dir(), Path(folder), announce)
     if json:
         output.emit_json(report._asdict())
         return
@@ -32,7 +36,7 @@ def demo(
         for row in report.rows
     ]  # fmt: skip
     output.table(columns, rows)
-    archive = shlex.quote(report.archive)
+    archive = shlex.quote(report.archive if folder[0] != "-" else f"./{report.archive}")
     output.facts([
         ("weights", f"{report.weights:,}"),
         ("packed in", f"{report.pack_s:.2f} s, every hash checked"),

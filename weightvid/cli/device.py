@@ -17,15 +17,15 @@ def device(
     [bold]weightvid device -o loader[/bold]
     [bold]cd loader && cc -O2 -ffp-contract=off weightvid.c hevc.c example.c -o example[/bold]
     """
-    from weightvid.atomic import atomic_output
+    from weightvid.atomic import atomic_output, real_destination
 
-    output.check_output(target, {})  # Path would take an empty one for the current folder
     folder = Path(target)
+    sources = [one for one in files("weightvid").joinpath("device").iterdir() if one.is_file()]
+    written = {str(folder / one.name): one for one in sorted(sources, key=lambda one: one.name)}
+    for path in written:
+        real_destination(path, force)
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for source in sorted(files("weightvid").joinpath("device").iterdir(), key=lambda one: one.name):
-        if source.is_file():
-            with atomic_output(folder / source.name, force=force) as file:
-                file.write(source.read_bytes())
-            written.append(str(folder / source.name))
-    output.tell_paths(json, written, {"files": written})
+    for path, source in written.items():
+        with atomic_output(path, force=force) as file:
+            file.write(source.read_bytes())
+    output.tell_paths(json, list(written), {"files": list(written)})

@@ -55,9 +55,7 @@ BASE: Final = option(
     [], "What ARCHIVE is an update to; of a chain of updates the oldest first.",
     "--base", "-b", metavar="ARCHIVE",
 )  # fmt: skip
-KEY: Final = option(
-    None, "Public key by which ARCHIVE must be signed: PEM or OpenSSH.", metavar="KEY"
-)
+KEY: Final = option(None, "Public key of who must have signed it: PEM or OpenSSH.", metavar="KEY")
 SIGNATURE: Final = option(None, "The signature, if it is in a file of its own.", metavar="FILE")
 FORCE: Final = option(False, "Replace an existing file.", "--force", "-f")
 JSON: Final = option(False, "Print one JSON object instead of a table.", "--json")

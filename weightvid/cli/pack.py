@@ -64,12 +64,8 @@ def pack(
         1, "First a coarse model, then refinements: so many layers in all.", min=1, max=16,
         metavar="N",
     ),
-    keep: list[str] = _quality(
-        [], "Keep these tensors bit for bit. May be repeated.", metavar="GLOB"
-    ),
-    lossless: bool = _quality(
-        False, "Keep all tensors bit for bit, coded as floats.", "--lossless"
-    ),
+    keep: list[str] = _quality([], "Keep these bit for bit. May be repeated.", metavar="GLOB"),
+    lossless: bool = _quality(False, "Keep all bit for bit, coded as floats.", "--lossless"),
     first: list[str] = _delivery(
         [], "Send these tensors first. May be repeated: in this order.", metavar="GLOB"
     ),
@@ -99,9 +95,7 @@ def pack(
     lower: bool = _data(False, "The number that --eval returns is a loss.", "--lower-is-better"),
     codec: str = _video("x265", "x265 (HEVC), svt-av1 (AV1) or x264 (H.264).", metavar="NAME"),
     preset: str = _video("", "The codec's preset; default: by the model's size.", metavar="NAME"),
-    qp: int | None = _video(
-        None, "Code the pictures with loss, instead of the levels.", metavar="N"
-    ),
+    qp: int | None = _video(None, "Code pictures with loss, instead of levels.", metavar="N"),
     workers: str = _work(
         "threads", "threads, processes, dask, ray, or a scheduler: tcp://HOST:8786.",
         metavar="WHERE",
@@ -110,9 +104,7 @@ def pack(
     no_side_files: bool = _work(
         False, "Leave a folder's configuration, tokenizer out.", "--no-side-files"
     ),
-    no_verify: bool = _work(
-        False, "Don't decode the archive before it gets its name.", "--no-verify"
-    ),
+    no_verify: bool = _work(False, "Don't decode the archive to check it.", "--no-verify"),
     force: bool = FORCE,
     json: bool = JSON,
 ) -> None:  # fmt: skip

@@ -38,8 +38,6 @@ def preview(
             usage_error(f"the range {frames!r} is empty", "--frames")
         if tensor is not None or kernels:
             usage_error("give --frames alone, without --tensor and --kernels", "--frames")
-    if folder is not None:
-        output.check_output(folder, {})
     target = Path(folder or output.named_after(archive, "-preview"))
     if kernels:
         pictures = preview_kernels(archive, target, tensor=tensor or "*", scale=scale, force=force)

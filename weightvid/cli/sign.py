@@ -6,16 +6,12 @@ from weightvid.cli.output import FORCE, JSON, argument, option
 
 def sign(
     archive: str = argument("ARCHIVE", "The archive (.mp4)."),
-    key: str = option(
-        ..., "Your private key, Ed25519: PEM or OpenSSH, without a password.", metavar="KEY"
-    ),
+    key: str = option(..., "Private key, Ed25519: PEM or OpenSSH, no password.", metavar="KEY"),
     destination: str | None = output.output_option(
         None, "The signed archive, instead of ARCHIVE's place; or the file of the signature.",
         "FILE",
     ),
-    detached: bool = option(
-        False, "Write the signature into a file of its own: ARCHIVE.wvsig.", "--detached"
-    ),
+    detached: bool = option(False, "Write the signature into ARCHIVE.wvsig.", "--detached"),
     openssf: bool = option(
         False, "Write a bundle of OpenSSF's model-signing, ARCHIVE.sig; KEY is on an elliptic "
         "curve then.", "--openssf",
@@ -34,7 +30,8 @@ def sign(
     from weightvid.sign import sign_archive, sign_for_openssf
 
     if destination is not None:
-        output.check_output(destination, {"the key": key})
+        read = {"the archive": archive} if detached or openssf else {}
+        output.check_output(destination, {"the key": key, **read})
     if openssf:
         made = sign_for_openssf(archive, key, destination or "")
     else:

@@ -18,22 +18,14 @@ if TYPE_CHECKING:
 
 def verify(
     archive: str = ARCHIVE_OR_PIPE,
-    against: str | None = option(
-        None, "The checkpoint to compare with, tensor by tensor.", metavar="MODEL"
-    ),
-    min_sqnr: float | None = option(
-        None, "What each tensor's SQNR must reach against MODEL.", metavar="DB"
-    ),
+    against: str | None = option(None, "The checkpoint to compare tensors with.", metavar="MODEL"),
+    min_sqnr: float | None = option(None, "What each SQNR against MODEL must reach.", metavar="DB"),
     evaluate: str = option(
         "", "Judges dicts of all tensors, as for pack: call only what you trust.",
         "--eval", metavar="SCRIPT:FUNCTION",
     ),
-    max_kl: float | None = option(
-        None, "Mean KL divergence of its logits, or 1 - mean cosine, at most.", metavar="NATS"
-    ),
-    repair: bool = option(
-        False, "Restore damaged bytes first, from the archive's parity.", "--repair"
-    ),
+    max_kl: float | None = option(None, "At most: mean KL, or 1 - mean cosine.", metavar="NATS"),
+    repair: bool = option(False, "Restore damaged bytes first, from the parity.", "--repair"),
     destination: str | None = output.output_option(
         None, "Where the repaired archive goes, instead of the damaged one's place.", "FILE"
     ),
@@ -99,6 +91,8 @@ def _repair(archive: str, destination: str | None) -> str:
 
     if archive == "-" or is_url(archive):
         usage_error("only a file can be repaired; fetch it first", "--repair")
+    if destination is not None and Path(destination).is_file():
+        usage_error(f"{destination} exists already; name another file", "--output")
     made = repair_archive(archive, destination)
     for first, last in made.spans:
         output.warn(f"restored: {last - first} bytes from byte {first} on")
