@@ -213,6 +213,8 @@ def test_bundles_of_openssf(long_archive: Path, tmp_path: Path) -> None:
     bundle = sign_for_openssf(long_archive, private, str(tmp_path / "b.sig")).output
     with open_signed(long_archive, public, bundle) as file:
         assert verify_archive(file).ok
+    with pytest.raises(OutputError, match="exists already"):
+        sign_for_openssf(long_archive, private, bundle)
     hurt = tmp_path / long_archive.name
     hurt.write_bytes(long_archive.read_bytes()[:-1] + b"x")
     with pytest.raises(SignatureError, match="model-signing: "), open_signed(hurt, public, bundle):

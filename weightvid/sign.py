@@ -103,7 +103,11 @@ def sign_archive(
 
 
 def sign_for_openssf(
-    archive: str | os.PathLike[str], key: str | os.PathLike[str], destination: str = ""
+    archive: str | os.PathLike[str],
+    key: str | os.PathLike[str],
+    destination: str = "",
+    *,
+    force: bool = False,
 ) -> SignReport:
     """Sign an archive by OpenSSF's model-signing, as one file; the report has no fingerprint.
 
@@ -114,17 +118,19 @@ def sign_for_openssf(
         Private key on an elliptic curve (P-256, P-384, P-521), PEM.
     destination : str
         Empty: the archive's name with ``.sig``.
+    force : bool
+        Replace an existing file.
 
     Raises
     ------
-    SignatureError
+    SignatureError, OutputError
     """
     target = destination or f"{os.fspath(archive)}.sig"
     if is_source(target, archive, key):
         raise OutputError(f"{target} is the archive or the key itself")
-    with _openssf("signing") as config:
+    with atomic_output(target, force=force) as output, _openssf("signing") as config:
         signer = config.use_elliptic_key_signer(private_key=Path(key))
-        signer.sign(Path(archive), Path(target))
+        signer.sign(Path(archive), Path(output.name))
     return SignReport(os.fspath(archive), target, "", 1)
 
 

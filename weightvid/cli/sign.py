@@ -33,7 +33,7 @@ def sign(
         read = {"the archive": archive} if detached or openssf else {}
         output.check_output(destination, {"the key": key, **read})
     if openssf:
-        made = sign_for_openssf(archive, key, destination or "")
+        made = sign_for_openssf(archive, key, destination or "", force=force)
     else:
         made = sign_archive(archive, key, destination, detached=detached, force=force)
     output.tell(json, made._asdict(), [
