@@ -133,6 +133,16 @@ def test_the_head_of_a_language_model_has_a_finer_step() -> None:
     assert untied[10] * np.sqrt(10) == pytest.approx(untied[0])
 
 
+def test_the_last_convolution_of_a_classifier_has_a_coarser_step() -> None:
+    kernels = [stats_of(64, 64, 3, 3, name=f"layer{n}.conv.weight") for n in (1, 10, 9)]
+    single = [stats_of(64, 64, 1, 1, name=f"layer{n}.conv.weight") for n in (1, 10, 9)]
+    head, gate = stats_of(10, 64, name="fc.weight"), stats_of(1, 64, 64, name="LSTM_3")
+    for body, factor in (kernels, 3.0), (single, 2.0):
+        usual, found = units([*body, head, gate]), units([*body, head])
+        assert usual[1] / usual[2] == pytest.approx(body[1].scale / body[2].scale)
+        assert found[1] / found[2] == pytest.approx(factor * body[1].scale / body[2].scale)
+
+
 def test_a_recipe_says_how_much_worse_than_int8_it_is() -> None:
     matrices = [stats_of(64, 100, name="a.weight"), stats_of(256, 100, name="b.weight")]
     kernels = [stats_of(64, 10, 3, 3, name=name) for name in "ab"]
