@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from weightvid import loader
 from weightvid.levels.frames import (
     FEWEST_FRAMES,
-    LEAST_LEVELS,
     Energies,
     FrameSize,
     choose_energies,
@@ -114,7 +113,7 @@ def test_frame_sizes(columns: int) -> None:
     assert 0.5 <= width / height <= 2
     frames = max(1, -(-columns // FrameSize(width, height).columns))
     # A few for a small model, else no frame more than needed, and little left blank in the last.
-    small = min(FEWEST_FRAMES, -(-columns // BAND) * BAND**2 // LEAST_LEVELS)
+    small = min(FEWEST_FRAMES, -(-columns // BAND) // 9)
     least = max(1, -(-columns * BAND // LARGEST))
     assert max(least, small - 1) <= frames <= max(least, small)
     blank = frames * width * height - columns * BAND

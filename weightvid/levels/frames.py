@@ -124,9 +124,9 @@ MAX_FRAME: Final = 2048
 #: frames grow with the model up to this size, at which HEVC's level 3.1 asks for the least
 #: compression of a first picture.
 LARGEST_FRAME: Final = 983_040
-#: middling models get so many frames, so that a download that is cut gives some tensors, but none
-#: of fewer levels: each costs some 250 bytes, and the arithmetic code starts anew.
-FEWEST_FRAMES, LEAST_LEVELS = 5, 1 << 18
+#: small models get so many frames, where they fill them, so that a download that is cut gives some
+#: tensors. Each frame costs some 250 bytes: 0.9 % of a model of 270 thousand weights.
+FEWEST_FRAMES: Final = 5
 
 
 class FrameSize(NamedTuple):
@@ -160,12 +160,12 @@ def choose_frame_size(columns: int, fewest: int = FEWEST_FRAMES) -> FrameSize:
     columns : int
         Length of the ribbon; 0 is allowed.
     fewest : int
-        Frames that a middling model gets.
+        Frames that a small model gets, if it fills them.
     """
     blocks = max(1, -(-columns // BAND))
     low, high = MIN_FRAME // BAND, MAX_FRAME // BAND
     most = LARGEST_FRAME // BAND**2
-    frames = max(1, -(-blocks // most), min(fewest, blocks * BAND**2 // LEAST_LEVELS))
+    frames = max(1, -(-blocks // most), min(fewest, blocks // low**2))
     sizes = ((wide, max(low, -(-blocks // (frames * wide)))) for wide in range(low, high + 1))
     wide, tall = min(
         (size for size in sizes if prod(size) <= most and 0.5 <= size[0] / size[1] <= 2.0),
