@@ -202,11 +202,11 @@ def pooled_convolution(specs: Sequence[TensorSpec]) -> str | None:
     >>> pooled_convolution([*convolutions, head]), pooled_convolution([*convolutions, head, head])
     ('layer10.conv', None)
     """
-    found = [s for s in specs if view_of(s.shape).kernel or is_pointwise(s)]
-    matrices = [spec for spec in specs if spec not in found]
+    convolutions = [s for s in specs if view_of(s.shape).kernel or is_pointwise(s)]
+    matrices = [spec for spec in specs if spec not in convolutions]
     if len(matrices) != 1:
         return None
-    before = [spec.name for spec in found if spec.shape[0] in matrices[0].shape]
+    before = [spec.name for spec in convolutions if spec.shape[0] in matrices[0].shape]
     return max(before, key=_by_number, default=None)
 
 
