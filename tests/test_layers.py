@@ -79,6 +79,23 @@ def test_outliers_hide_no_error(tmp_path: Path) -> None:
     assert verify_archive(path, tmp_path / "m.npz").ok
 
 
+@pytest.mark.parametrize("kind", ["weight", "count"])
+def test_layers_that_decode_to_something_else_are_discarded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of quantized tensors the hashes in the sidecars tell, of exact ones the root."""
+
+    def wrong(array: Any) -> bytes:
+        digest = loader.tensor_sha256(array)
+        return digest[::-1] if (array.dtype == np.int64) == (kind == "count") else digest
+
+    monkeypatch.setattr("weightvid.layers.tensor_sha256", wrong)
+    arrays = {"weight": sources.normal(1, 60, 60), "count": np.array([3])}
+    with pytest.raises(FormatError, match="does not decode to what was packed"):
+        pack_checkpoint(from_mapping(arrays), tmp_path / "a.mp4", PackOptions(jobs=1, layers=2))
+    assert not (tmp_path / "a.mp4").exists()
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_each_layer_is_nearer(layers: int) -> None:
     before = dict[str, float]()

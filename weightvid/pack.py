@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from weightvid import loader
-from weightvid.archives import open_chain, stored_pieces
+from weightvid.archives import checked_tensors, open_chain, stored_pieces
 from weightvid.atomic import atomic_output, is_source
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import CheckpointError, FormatError
@@ -100,8 +100,7 @@ def pack_checkpoint(
             else:
                 encoder = Encoder(survey, file, workers, progress)
                 made, encodings, notes = _choose(survey, encoder, progress)
-        now = _stamps(reader)
-        if any(now.get(file, was) != was for file, was in before.items()):
+        if _stamps(reader) | before != before | _stamps(reader):
             raise CheckpointError(f"{reader.location} changed while it was packed: pack it again")
         if chosen.verify:
             _verify(file, base, survey, progress)
@@ -286,10 +285,11 @@ def _verify(file: BinaryIO, base: Archive | None, survey: Survey, progress: Repo
     """Decode the archive and compare every hash in it."""
     file.flush()
     file.seek(0)
-    total = sum(spec.size for spec in survey.specs)
-    done, threads = 0, survey.options.jobs
+    done, total = 0, sum(spec.size for spec in survey.specs)
     try:
-        for _, _, elements in stored_pieces(open_archive(file, base=base, threads=threads)):
+        archive = open_archive(file, base=base, threads=survey.options.jobs, check_tensors=True)
+        check: Any = checked_tensors if archive.header.layers else stored_pieces
+        for *_, elements in check(archive):
             done += elements.size
             progress(Progress("verify", done, total))
     except FormatError as error:
