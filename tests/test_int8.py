@@ -184,6 +184,37 @@ def test_weights_that_do_not_fit_the_graph(onnx: Any, graphs: Path, tmp_path: Pa
         export_int8(
             tmp_path / "other.mp4", graphs / "float.onnx", {"x": examples()}, tmp_path / "a.onnx"
         )
+    save_file({"other": np.ones((10, 12), np.float32)}, tmp_path / "other.mp4")
+    with pytest.raises(CheckpointError, match="none of the graph's initializers"):
+        export_int8(
+            tmp_path / "other.mp4", graphs / "float.onnx", {"x": examples()}, tmp_path / "a.onnx"
+        )
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16"])
+def test_one_layer(onnx: Any, tmp_path: Path, kind: str) -> None:
+    dtype = np.float32 if kind == "FLOAT" else np.float16
+    weights = np.random.default_rng(2).normal(0, 0.1, (64, 32)).astype(dtype)
+    info = onnx.helper.make_tensor_value_info
+    ends = [
+        info(name, onnx.TensorProto.DataType.Value(kind), ["n", size])
+        for name, size in (("x", 64), ("y", 32))
+    ]
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])]
+    slots = [onnx.numpy_helper.from_array(weights, "w")]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], slots)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    onnx.save(model, tmp_path / "g.onnx")
+    pack_checkpoint(tmp_path / "g.onnx", tmp_path / "g.mp4", PackOptions(fidelity="integers"))
+    inputs = np.random.default_rng(3).normal(0, 1, (50, 64)).astype(dtype)
+    given = tmp_path / "g.mp4", tmp_path / "g.onnx", {"x": inputs}, tmp_path / "a.onnx"
+    if kind == "FLOAT16":
+        with pytest.raises(CheckpointError, match="constant float32 weights"):
+            export_int8(*given)
+        return
+    assert export_int8(*given).own == ("w",)
+    assert np.abs(run(tmp_path / "a.onnx", inputs) - inputs @ weights).max() < 0.1
 
 
 @pytest.mark.parametrize("name", ["model.mp4", "float.onnx", "x.npz"])

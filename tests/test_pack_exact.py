@@ -13,8 +13,7 @@ import small_models
 from weightvid.archives import Salvage
 from weightvid.checkpoint import from_mapping
 from weightvid.errors import CheckpointError
-from weightvid.levels.buffers import is_sinusoid
-from weightvid.levels.stats import tensor_stats
+from weightvid.levels.stats import is_sinusoid, tensor_stats
 from weightvid.loader import TensorSpec, open_archive
 from weightvid.pack import PackOptions, PackReport, pack_checkpoint
 

@@ -37,12 +37,14 @@ def test_masks_survive_training(torch: Any) -> None:
     assert 0.3 < share < 0.5
     # Momentum and weight decay would move what a mask on the gradient alone protects.
     optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=0.1)
+    net.register_buffer("attn_mask", torch.ones(3))  # no mask of pruning
     for _ in range(3):
         step(torch, net, optimizer, torch.randn(4, 2, 6, 6))
     assert prune(net, 0.0, keep=("3",)) == share
     assert prune(net, 1.0, keep=("3",)) > share + 0.1
     step(torch, net, optimizer, torch.randn(4, 2, 6, 6))
     state = pruned_state(net)
+    assert torch.equal(state.pop("attn_mask"), torch.ones(3))
     plain = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 20), nn.Linear(20, 5))
     plain.load_state_dict(state)
     x = torch.randn(3, 2, 6, 6)

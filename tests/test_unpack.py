@@ -204,6 +204,8 @@ def test_what_is_refused(archive: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.npz"
     with pytest.raises(CheckpointError, match="INT4"):
         unpack_archive(archive, path, UnpackOptions(dtype="INT4"))
+    with pytest.raises(CheckpointError, match="gguf-f32"):
+        unpack_archive(archive, path.with_suffix(".gguf"), UnpackOptions(dtype="F32"))
     with pytest.raises(TensorNotFoundError, match="'nothing"):
         unpack_archive(archive, path, UnpackOptions(tensors=("conv.*", "nothing.*")))
     assert not list(tmp_path.iterdir())

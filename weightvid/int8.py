@@ -13,6 +13,7 @@ Source: Jeong, "Bias embedding of quantization offsets", 2020; the arithmetic: J
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -101,14 +102,14 @@ def export_int8(
         model.graph.node.remove(node)
     levels: dict[str, Levels] = {}
     with open_anywhere(archive) as opened:
-        for slot in model.graph.initializer:
-            if slot.name in opened:
-                values = np.ascontiguousarray(opened[slot.name])
-                slot.CopyFrom(onnx.numpy_helper.from_array(values, slot.name))
-                try:
-                    levels[slot.name] = opened.levels(slot.name)
-                except TensorNotFoundError:
-                    continue
+        slots = [slot for slot in model.graph.initializer if slot.name in opened]
+        if model.graph.initializer and not slots:
+            raise CheckpointError("the archive has none of the graph's initializers")
+        for slot in slots:
+            values = np.ascontiguousarray(opened[slot.name])
+            slot.CopyFrom(onnx.numpy_helper.from_array(values, slot.name))
+            with suppress(TensorNotFoundError):
+                levels[slot.name] = opened.levels(slot.name)
     made = _Conversion(onnx, model, levels, fold)
     made.convert(_examples(model, calibration))
     data = made.model.SerializeToString(deterministic=True)
@@ -203,7 +204,7 @@ class _Conversion:
         layers = {layer.node.output[0]: layer for layer in map(self._layer, graph.node) if layer}
         if not layers:
             raise CheckpointError(
-                "the graph has no convolution or linear layer of constant weights"
+                "the graph has no convolution or linear layer of constant float32 weights"
             )
         convolutions = [x for x in layers.values() if x.node.op_type == "Conv"]
         wanted = {x.node.input[0] for x in layers.values()} | {x.output for x in convolutions}
@@ -233,6 +234,8 @@ class _Conversion:
         if len(node.input) < 2 or node.input[1] not in self._constants:
             return None
         weight, settings = self._constants[node.input[1]], self._settings(node)
+        if weight.dtype != np.float32:  # QuantizeLinear of this opset takes no other floats
+            return None
         if node.op_type == "Conv" and weight.ndim == 4 and "auto_pad" not in settings:
             norm, output, merged = None, node.output[0], []
             after = self._only_user(output)
@@ -276,7 +279,7 @@ class _Conversion:
         for first in range(0, min(map(len, examples.values())), _BATCH):
             part = {name: array[first : first + _BATCH] for name, array in examples.items()}
             try:
-                values = dict(zip(inner, session.run(inner, part), strict=True)) | part
+                values = dict(zip(inner, session.run(inner, part), strict=bool(inner))) | part
             except Exception as error:  # onnxruntime's errors share no class
                 raise CheckpointError(f"the graph does not run on the examples: {error}") from None
             for name in names:

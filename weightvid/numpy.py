@@ -20,8 +20,8 @@ def load_file(location: Location) -> dict[str, Array]:
     Returns
     -------
     dict of str to ndarray
-        In the order of the source; tied tensors are one array. BF16 comes as float32, float8 and
-        complex32 as raw bits.
+        In the order of the source; further names of tied tensors, which are one array, come last.
+        BF16 comes as float32, float8 and complex32 as raw bits.
 
     Raises
     ------

@@ -16,9 +16,9 @@ from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import CheckpointError
 from weightvid.exact import FULL_BITS, LEAST_BITS, exact_elements, likeness, rounds_mantissas
-from weightvid.levels import buffers, steps
+from weightvid.levels import steps
 from weightvid.levels.recipes import forecast, recipe, recipe_factor, speaks, units
-from weightvid.levels.stats import TensorStats, tensor_stats
+from weightvid.levels.stats import TensorStats, is_sinusoid, no_weights, tensor_stats
 from weightvid.levels.steps import MIN_WEIGHTS, Moments, TensorPlan, plan_tensor
 from weightvid.levels.transform import dct, view_of
 from weightvid.loader import PACKABLE, Array, Floats, Header, TensorSpec, from_float32, to_float32
@@ -265,8 +265,7 @@ def survey_checkpoint(
     if options.lossless:
         options = replace(options, keep=("*",))
     specs = reader.contents.tensors
-    scales, tables = buffers.scales_of(specs), buffers.tables_of(specs)
-    states = buffers.optimizer_state(specs)
+    scales, tables, states = no_weights(specs)
     integers = [s.name for s in specs if s.dtype in ("I8", "U8") and s.size >= MIN_WEIGHTS]
     wanted = {
         number: spec
@@ -279,7 +278,7 @@ def survey_checkpoint(
     for number, found in zip(wanted, workers.map(_look_at, tasks), strict=True):
         done += found.spec.size
         progress(Progress("survey", done, total))
-        if buffers.is_sinusoid(found):
+        if is_sinusoid(found):
             tables.add(found.spec.name)
         elif not found.finite:
             broken.append(found.spec.name)

@@ -157,10 +157,9 @@ def prune(module: torch.nn.Module, factor: float = 1.0, keep: Collection[str] = 
 def pruned_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """State of a pruned module as the module had it before: weights with their zeros, no masks."""
     state: dict[str, torch.Tensor] = module.state_dict()
-    masks = [name for name in state if name.endswith(_MASK)]
-    for name in masks:
-        weight = name.removesuffix(_MASK)
-        state[weight] = state.pop(weight + _ORIGINAL) * state.pop(name)
+    for weight in [n.removesuffix(_MASK) for n in state if n.endswith(_MASK)]:
+        if weight + _ORIGINAL in state:  # else a mask of the module's own
+            state[weight] = state.pop(weight + _ORIGINAL) * state.pop(weight + _MASK)
     return state
 
 

@@ -130,6 +130,8 @@ def unpack_archive(
         raise CheckpointError(
             f"cannot convert to {chosen.dtype!r}; choose one of {', '.join(OUTPUT_DTYPES)}"
         )
+    if chosen.dtype and kind_for_output(target, chosen.kind).label == "GGUF":
+        raise CheckpointError("types of GGUF are a kind: gguf (F16), gguf-f32, gguf-q8_0")
     with ExitStack() as stack:
         if isinstance(archive, (str, os.PathLike)):
             if is_source(target, archive):

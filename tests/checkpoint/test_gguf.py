@@ -126,6 +126,8 @@ def test_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="'big' does not fit F16"):
         save(tmp_path / "m.gguf", source)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="'wide' does not fit F32"):
+        save(tmp_path / "m.gguf", from_mapping({"wide": np.full((2, 2), 1e300)}), "gguf-f32")
     notes = save(tmp_path / "m.gguf", source, "gguf-f32")
     assert "full copies" in notes[0]
     assert "no GGUF file" in notes[1]

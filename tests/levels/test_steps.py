@@ -255,6 +255,12 @@ def test_what_is_kept_exactly() -> None:
     # Weights near the largest of their type might round to infinity.
     assert plan_tensor(stats_of(32, 32, scale=1.7e4, dtype="F16"), 4e3) is None
     assert plan_tensor(stats_of(32, 32, scale=5e3, dtype="F16"), 1e3) is not None
+    # Numbers of outliers, and what they stand for, stay finite.
+    for outlier in (2e19, 1e35, 1e37, float(np.finfo(np.float32).max)):
+        values = weights(16, 16, 16)
+        values[3, 4] = -outlier
+        plan = plan_tensor(tensor_stats(TensorSpec("w", "F32", (16, 16)), [values]), 1e-3)
+        assert (plan is None) == (outlier > 1e34)
     wide = TensorSpec("w", "F32", (2, 1 << 25))
     stats = TensorStats(wide, steps.View(2, 1 << 25), np.ones(2, np.float32), 1.0, 3.0, True)
     assert not is_codable(wide, stats), "a row must fit a part"

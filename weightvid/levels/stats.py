@@ -1,6 +1,11 @@
-"""What the choice of steps needs to know of a tensor: robust scales of rows, peaks, zeros."""
+"""What the choice of steps needs to know of a tensor: robust scales of rows, peaks, zeros.
 
-from collections.abc import Iterable
+And what is no weight, and is kept bit for bit: scales of packed integers, constant tables. Names
+decide, as files say nothing of what a tensor is for; a table of sines also tells by its rows.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, log2, sqrt
 from typing import Final
@@ -9,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.levels.transform import View, view_of
-from weightvid.loader import Array, Floats, TensorSpec, to_float32
+from weightvid.loader import PACKABLE, Array, Floats, TensorSpec, to_float32
 
 #: a weight further than so many scales of its row from zero is an outlier, kept exactly.
 OUTLIER_SCALES = 48.0
@@ -27,6 +32,20 @@ SPARSE_SHARE: Final = 0.5
 #: rows get steps of their own where their scales spread so far, in octaves between the root mean
 #: square and the geometric mean.
 ROW_SPREAD: Final = 1.5
+#: of a tensor that says how to read the packed integers or 8-bit floats beside it.
+_SCALE: Final = re.compile(
+    r"(scales?|zeros?|zero_points?|absmax|quant_map|codebook)(_inv)?$", re.IGNORECASE
+)
+#: buffers that programs compute and store: filters of spectrograms, tables of positions.
+_TABLE: Final = re.compile(
+    r"(^|[._])(mel_?(filters?|basis|fb|bank)|filter_?bank|fb|pe|inv_freq|(cos|sin)(_cached)?|"
+    r"freqs_(cis|cos|sin)|sinusoid\w*|(i?stft|dft|fft)\w*|hann\w*|window)$",
+    re.IGNORECASE,
+)
+_MOMENT: Final = re.compile(
+    r"(^|\.)(exp_avg|exp_avg_sq|exp_inf|max_exp_avg_sq|momentum_buffer|square_avg|grad_avg|"
+    r"acc_delta|ax)(\.|$)"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,3 +192,28 @@ def has_row_steps(stats: TensorStats) -> bool:
     """Whether the scales of rows differ so much that they need steps of their own."""
     typical = stats.typical_scale
     return len(stats.row_scales) > 1 and typical > 0 and log2(stats.sigma / typical) > ROW_SPREAD
+
+
+def no_weights(specs: Sequence[TensorSpec]) -> tuple[set[str], set[str], set[str]]:
+    """Names of what is no weight: scales, constant tables, an optimizer's state.
+
+    Scales are floats in a module of packed integers or 8-bit floats.
+
+    Examples
+    --------
+    >>> kinds = {"l.qweight": "I32", "l.scales": "F16", "m.scales": "F16", "a.pos.pe": "F32"}
+    >>> no_weights([TensorSpec(name, kind, (64, 64)) for name, kind in kinds.items()])
+    ({'l.scales'}, {'a.pos.pe'}, set())
+    """
+    floats = {s.name: s.name.rpartition(".") for s in specs if s.dtype in PACKABLE}
+    packed = {s.name for s in specs if s.dtype not in PACKABLE and s.size > 1}
+    modules = packed | {name.rpartition(".")[0] for name in packed}
+    scales = {n for n, (m, _, own) in floats.items() if m in modules and _SCALE.search(own or n)}
+    states = {s.name for s in specs if s.name.startswith("optimizer") or _MOMENT.search(s.name)}
+    return scales, {name for name in floats if _TABLE.search(name)}, states
+
+
+def is_sinusoid(stats: TensorStats) -> bool:
+    """Whether each row is made of pairs of a sine and a cosine: its mean square is a half."""
+    close = np.allclose(stats.row_scales, np.float32(sqrt(0.5)), rtol=1e-4)
+    return close and stats.row_scales.size > 0 and 0.9 < stats.absmax < 1.0001

@@ -231,6 +231,10 @@ def plan_tensor(
     convolution = usual and (transformed or is_pointwise(spec))
     uniform = fidelity == "integers" or convolution or (moments is not None and moments.axis == 0)
     method = UNIFORM if uniform else TRELLIS
+    finest_row = 0 if row_steps is None else int(row_steps.min())
+    unit = 2 ** (finest_row / 4) * step / 8  # of numbers listed for outliers, a gain included
+    if stats.outliers and stats.absmax >= LARGEST["F32"] * min(unit, 0.999):
+        return None  # a number or its weight might be infinite
     return TensorPlan(
         spec, view, method, step, transformed, stats.row_scales, convolution,
         frequency_steps, row_steps, threshold=_LEAST if stats.sparse else 0.0, sign=stats.sign,
