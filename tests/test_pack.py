@@ -147,6 +147,7 @@ def test_report_and_options(tmp_path: Path) -> None:
         ({"step_factor": 0.0}, "positive"), ({"step_factor": float("nan")}, "positive"),
         ({"step_factor": 1.0, "target": Target("size", 1)}, "exclude"),
         ({"target": Target("size", 1), "video": Video(qp=20)}, "exclude"), ({"jobs": -1}, "-1"),
+        ({"keep": "fc.*"}, r"keep is a tuple, such as \('fc"), ({"base": Path("a")}, "base is a"),
     ],
 )  # fmt: skip
 def test_refusals(tmp_path: Path, options: Arrays, said: str) -> None:

@@ -178,6 +178,32 @@ def test_frames_of_another_size_are_laid_out_anew(folder: Path, tmp_path: Path) 
         assert merged.track.entry == b"hvc1"
 
 
+@pytest.mark.parametrize("shape", [(16, 8, 3, 3), (40,)])
+@pytest.mark.parametrize("part", [1 << 24, 500])
+def test_tensors_that_are_tied_or_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], part: int
+) -> None:
+    monkeypatch.setattr("weightvid.levels.code.PART_WEIGHTS", part)
+    chance = np.random.default_rng(3)
+    one = chance.normal(0, 0.05, shape).astype(np.float32)
+    near = [(one + chance.normal(0, 0.005, shape)).astype(np.float32) for _ in range(4)]
+    other = chance.normal(0, 0.05, (30, 40)).astype(np.float32)
+    paths = []
+    for number, (a, t) in enumerate(
+        ((one, one), (near[0], near[1]), (near[2],) * 2, (near[3], one))
+    ):
+        path, base = tmp_path / f"{number}.mp4", tuple(paths)
+        with from_mapping({"a": a, "other": other, "t": t}) as checkpoint:
+            pack_checkpoint(checkpoint, path, PackOptions(jobs=1, base=base))
+        paths.append(path)
+    for last in range(2, 5):
+        merged = tmp_path / f"merged{last}.mp4"
+        apply_updates(paths[0], paths[1:last], merged)
+        with open_chain(paths[:last]) as chain, open_archive(merged, check_tensors=True) as made:
+            assert tensors(made) == tensors(chain[-1])
+            assert made.root == chain[-1].root
+
+
 def test_verbs(folder: Path, tmp_path: Path) -> None:
     base, update = folder / "v1.mp4", folder / "v1-v2.mp4"
     unpack_archive(update, tmp_path / "v2.npz", UnpackOptions(base=(base,)))

@@ -1483,8 +1483,9 @@ def open_archive(
         file = open(source, "rb")  # noqa: SIM115, PTH123 - closed by the archive
     try:
         archive = Archive(file, decoder, threads, check_tensors, layers)
-        if base is not None and base != ():
-            archive.use_base(*(base if isinstance(base, list | tuple) else (base,)))
+        bases = base if isinstance(base, list | tuple) else (base,)
+        if base is not None and bases:
+            archive.use_base(*bases)
     except BaseException:
         if file is not source:
             file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from math import inf
@@ -97,6 +98,9 @@ class PackOptions:
         ------
         QuantizationError
         """
+        for name in ("keep", "first", "base"):
+            if isinstance(given := getattr(self, name), str | os.PathLike):
+                raise QuantizationError(f"{name} is a tuple, such as ({os.fspath(given)!r},)")
         recipe(self.recipe)
         units((), self.fidelity)
         if self.parity:

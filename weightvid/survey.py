@@ -11,18 +11,16 @@ from functools import cache
 from math import log2
 from typing import Final
 
-from weightvid import loader
+from weightvid import exact, loader
 from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten
 from weightvid.errors import CheckpointError
-from weightvid.exact import FULL_BITS, LEAST_BITS, exact_elements, likeness, rounds_mantissas
 from weightvid.levels import steps
 from weightvid.levels.recipes import forecast, recipe, recipe_factor, speaks, units
 from weightvid.levels.stats import TensorStats, is_sinusoid, no_weights, tensor_stats
 from weightvid.levels.steps import MIN_WEIGHTS, Moments, TensorPlan, plan_tensor
 from weightvid.levels.transform import dct, view_of
 from weightvid.loader import PACKABLE, Array, Floats, Header, TensorSpec, from_float32, to_float32
-from weightvid.norms import Norm, norms_of, round_norm
 from weightvid.options import PackOptions
 from weightvid.progress import Progress, Report, quiet
 from weightvid.spec import weight_count
@@ -123,10 +121,10 @@ class Survey:
         own, small = recipe(self.options.recipe), recipe("small")
         if own.name == "fine" or self.noise(factor) < 0.99 * small.noise:
             return own.mantissa_bits
-        floats = sum(spec.size for spec in self.specs if rounds_mantissas(spec))
+        floats = sum(spec.size for spec in self.specs if exact.rounds_mantissas(spec))
         weights = sum(stats.spec.size for stats in self.stats.values())
         saved = log2(max(1.0, floats / max(1, weights) / _USUAL_FLOATS))
-        return max(LEAST_BITS, small.mantissa_bits - round(saved))
+        return max(exact.LEAST_BITS, small.mantissa_bits - round(saved))
 
     def warning(self, factor: float) -> tuple[str, ...]:
         """What to expect of the outputs, if it is worse than ``balanced`` would be."""
@@ -201,7 +199,7 @@ class Survey:
         specs = self.specs
         norms = {
             number: norm
-            for norm in (norms_of(specs) if bits < FULL_BITS else ())
+            for norm in (exact.norms_of(specs) if bits < exact.FULL_BITS else ())
             if not any(each in plans or self.keeps(specs[each].name) for each in norm)
             for number in norm
         }
@@ -214,19 +212,19 @@ class Survey:
             return from_float32(to_float32(array, spec.dtype) + shifts[number], spec.dtype)
 
         @cache
-        def rounded(norm: Norm) -> list[Floats]:
+        def rounded(norm: exact.Norm) -> list[Floats]:
             base = [below[each] for each in norm] if below.keys() >= {*norm} else None
-            return round_norm(map(read, norm), bits, base)
+            return exact.round_norm(map(read, norm), bits, base)
 
         left = (number for number in range(len(specs)) if number not in plans)
-        for number in sorted(left, key=lambda n: (self.turn(n), *likeness(specs[n]))):
+        for number in sorted(left, key=lambda n: (self.turn(n), *exact.likeness(specs[n]))):
             norm, spec = norms.get(number), specs[number]
             if norm is not None:
                 yield number, rounded(norm)[norm.index(number)]
             elif self.keeps(spec.name):
                 yield number, read(number)
             else:
-                yield number, exact_elements(read(number), spec, bits)
+                yield number, exact.exact_elements(read(number), spec, bits)
 
     def plan(self, number: int, step: float, moments: Moments | None = None) -> TensorPlan | None:
         """Plan of a tensor at a step, as `plan_tensor` makes it, and pruned if that is asked for.

@@ -102,8 +102,9 @@ class _Merge:
             {spec.name: n for n, spec in enumerate(header.tensors)} | dict(header.aliases)
             for header in headers
         ]
-        #: new numbers of what is kept, by the numbers of the archive and of the tensor there.
-        self._numbers: dict[tuple[int, int], int] = {}
+        #: new numbers of what is kept, by those of the archive and of the tensor there: several, if
+        #: tensors were tied.
+        self._numbers: dict[tuple[int, int], list[int]] = {}
         self._masks = [
             self._trace(len(chain) - 1, spec.name, number)
             for number, spec in enumerate(self._last.header.tensors)
@@ -117,8 +118,9 @@ class _Merge:
         there = self._names[place].get(name)
         if there is None:
             raise FormatError(f"tensor {name!r} is not in the base as it should be", "base")
-        mask = self._chain[place].header.mask(there)
-        self._numbers[place, there] = number
+        header = self._chain[place].header
+        mask, name = header.mask(there), header.tensors[there].name
+        self._numbers.setdefault((place, there), []).append(number)
         own = (mask >> 1) << (1 + self._first[place])
         return own | (self._trace(place - 1, name, number) if mask & 1 else 0)
 
@@ -159,7 +161,8 @@ class _Merge:
     def _frames(self, place: int, frames: range, track: Track) -> Iterator[tuple[Sidecar, bytes]]:
         """Frames of a layer, with what is kept of their tensors."""
         archive = self._chain[place]
-        if _same(archive.track, track):
+        shared = any(len(new) > 1 for (at, _), new in self._numbers.items() if at == place)
+        if _same(archive.track, track) and not shared:
             spans = archive.index.spans.items() if archive.index else ()
             kept = [span for n, own in spans if (place, n) in self._numbers for span in own]
             for number in (n for n in frames if any(n in span for span in kept)):
@@ -172,20 +175,23 @@ class _Merge:
         yield from self._laid_out(place, frames, track)
 
     def _laid_out(self, place: int, frames: range, track: Track) -> Iterator[tuple[Sidecar, bytes]]:
-        """Frames of another size or codec, coded again without loss."""
-        archive, items, ends = self._chain[place], list[tuple[Part, Array]](), dict[int, End]()
+        """Frames of another size or codec, or of tensors twice, coded again without loss."""
+        archive, parts_of = self._chain[place], dict[int, list[tuple[Part, Array]]]()
+        ends: dict[int, End] = {}
 
         def take(part: Part, matrix: Array) -> None:
             energies = None if part.energies is None else Energies(*part.energies)
             samples = to_sequence(matrix.view(np.uint8) ^ np.uint8(loader.ZERO_SAMPLE), energies)
-            items.extend((kept, samples) for kept in self._kept(place, (part,)))
+            for kept in self._kept(place, (part,)):
+                parts_of.setdefault(kept.tensor, []).append((kept, samples))
 
         assembler = loader.Assembler(archive.header, sink=take)
         for sidecar, luma in archive.frames(frames):
             all(assembler.add(sidecar, luma))
             ends |= {end.tensor: end for end in self._ended(place, sidecar.ends)}
         encoder = open_encoder(Video(), track.width, track.height)
-        last = {part.tensor: part for part, _ in items}
+        last = {number: parts[-1][0] for number, parts in parts_of.items()}
+        items = (item for parts in parts_of.values() for item in parts)
         for frame in lay_out(items, FrameSize(track.width, track.height)):
             parts = tuple(replace(part, column=column) for part, column in frame.starts)
             done = tuple(ends[part.tensor] for part in frame.ends if part is last[part.tensor])
@@ -197,16 +203,14 @@ class _Merge:
         """Parts that are still needed, by their new numbers."""
         known = list(self._bases)
         for part in parts:
-            number = self._numbers.get((place, part.tensor))
-            if number is not None:
-                matrices = (self._chain[place].header.bases[basis] for basis in part.bases)
-                bases = tuple(known.index(matrix.tobytes()) for matrix in matrices)
+            matrices = (self._chain[place].header.bases[basis] for basis in part.bases)
+            bases = tuple(known.index(matrix.tobytes()) for matrix in matrices)
+            for number in self._numbers.get((place, part.tensor), ()):
                 yield replace(part, tensor=number, bases=bases)
 
     def _ended(self, place: int, ends: Sequence[End]) -> Iterator[End]:
         for end in ends:
-            number = self._numbers.get((place, end.tensor))
-            if number is not None:
+            for number in self._numbers.get((place, end.tensor), ()):
                 yield end._replace(tensor=number)
 
     def _exact(self, place: int, made: Header, boxes: Sequence[int]) -> Iterator[tuple[int, Array]]:
@@ -214,8 +218,7 @@ class _Merge:
         archive, pieces = self._chain[place], dict[int, list[Array]]()
         for at in boxes:
             for tensor, first, elements in parse_exact(archive.source.box(at)[1], archive.header):
-                number = self._numbers.get((place, tensor))
-                if number is not None:
+                for number in self._numbers.get((place, tensor), ()):
                     pieces.setdefault(number, []).append(elements)
                     if first + elements.size == made.tensors[number].size:
                         yield number, np.concatenate(pieces.pop(number))

@@ -18,11 +18,10 @@ from weightvid.archives import Defect, Location, Salvage, open_anywhere
 from weightvid.calibrate.evaluation import Function, Judge, load_function, natural_tensor
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import EvaluationError, FormatError, TensorNotFoundError
-from weightvid.exact import LEAST_BITS, kept_bits, rounds_mantissas
+from weightvid.exact import LEAST_BITS, kept_bits, norm_sqnr_db, norms_of, rounds_mantissas
 from weightvid.levels.code import compare_rows
 from weightvid.levels.transform import view_of
 from weightvid.loader import PACKABLE, Archive, Array, TensorSpec, to_float32
-from weightvid.norms import norm_sqnr_db, norms_of
 from weightvid.progress import Report, quiet
 
 _BLOCK: Final = 1 << 20

@@ -104,6 +104,7 @@ def test_other_data_other_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[
         (lambda _: {}["no\nsuch data"], "failed: KeyError: "),
         (lambda _: exit(3), "failed: SystemExit: 3"),
         (lambda _: None, "returned a NoneType"),
+        (lambda _: 10**400, "returned a int"),
         (lambda _: np.ones((4, 3), complex), r"returned a ndarray of shape \[4, 3\]"),
         (lambda _: {"loss": 1.0}, "returned a dict"),
         (lambda _: float("nan"), "NaN or infinity"),

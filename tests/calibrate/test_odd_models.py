@@ -306,6 +306,15 @@ def test_inputs_that_are_none(inputs: Iterable[Any], message: str) -> None:
         calibrate(nn.Linear(24, 10), inputs)
 
 
+def test_inputs_that_fail_say_how() -> None:
+    def endless() -> Iterable[Any]:
+        yield batches()[0]
+        raise OSError("disk gone")
+
+    with pytest.raises(EvaluationError, match=r"example inputs fail: OSError: disk gone"):
+        calibrate(nn.Linear(24, 10), endless())
+
+
 def test_a_module_that_fails_says_how() -> None:
     with pytest.raises(EvaluationError, match=r"fails on example inputs: TypeError: .*takes 2"):
         calibrate(nn.Linear(24, 10), [[x, x] for x in batches()])  # as a DataLoader gives them

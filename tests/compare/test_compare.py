@@ -262,6 +262,10 @@ def test_what_is_missing_is_one_row(tmp_path: Path) -> None:
         ({"fidelities": ("inputs",)}, QuantizationError, "unknown fidelity"),
         ({"recipes": ("huge",)}, QuantizationError, "unknown recipe"),
         ({"codecs": ("x256",)}, CodecError, "unknown codec"),
+        ({"codecs": ("all", "x256")}, CodecError, "unknown codec"),
+        ({"presets": ("sluggish",)}, CodecError, "preset 'sluggish'"),
+        ({"codec_options": ("x265:bogus=1",)}, CodecError, "Unknown option: bogus"),
+        ({"anchor": "x256"}, QuantizationError, "no curve 'x256'"),
         ({"codec_options": ("x256:rd=6",)}, CodecError, "unknown codec"),
         ({"codec_options": ("x265:rd",)}, CodecError, "no option of a codec"),
         ({"evaluation": lambda state: None}, EvaluationError, "returned"),
@@ -272,6 +276,13 @@ def test_wrong_options_are_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         compare(from_mapping(small_models.small()), replace(CompareOptions(), **changes))
+
+
+def test_other_files_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("precious")
+    with pytest.raises(OutputError, match="other files"):
+        compare(from_mapping(small_models.small()), CompareOptions(folder=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_nothing_to_compare() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from weightvid.checkpoint import from_mapping
+from weightvid.exact import norm_sqnr_db, norms_of, round_norm
 from weightvid.loader import Floats, TensorSpec, open_archive
-from weightvid.norms import norm_sqnr_db, norms_of, round_norm
 from weightvid.numpy import load_file, save_file
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.verify import verify_archive

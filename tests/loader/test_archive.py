@@ -156,7 +156,8 @@ def test_paths_and_files_are_closed(tmp_path: Path) -> None:
 
 def test_other_bytes_and_numbers_of_layers() -> None:
     for held in (bytearray(sample()), memoryview(sample())):
-        assert same(open_archive(held, base=())["wide"], tensors()["wide"])
+        for none in (), [], None:
+            assert same(open_archive(held, base=none)["wide"], tensors()["wide"])
     for layers in (0, -1):
         with pytest.raises(TensorNotFoundError, match="counted from 1"):
             open_archive(sample(), layers=layers)

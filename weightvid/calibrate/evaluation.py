@@ -362,7 +362,7 @@ def _array(value: Any) -> Vectors:
         value = getattr(value, method)() if hasattr(value, method) else value
     try:
         found: Vectors = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return np.empty((0, 0, 0))
     if not np.isfinite(found).all():
         raise EvaluationError("the evaluation returned NaN or infinity")

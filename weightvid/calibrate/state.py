@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from weightvid.calibrate.evaluation import divergence, is_unit
+from weightvid.calibrate.evaluation import divergence, is_unit, one_line
 from weightvid.checkpoint.base import ArrayReader
 from weightvid.checkpoint.torch_file import from_stored, stored_arrays
 from weightvid.errors import EvaluationError, QuantizationError, WeightvidError
@@ -71,8 +71,8 @@ class State:
             except WeightvidError:
                 raise
             except Exception as error:
-                why = f"{type(error).__name__}: {error}"
-                raise EvaluationError(f"the module fails on example inputs: {why}") from error
+                said = f"the module fails on example inputs: {one_line(error)}"
+                raise EvaluationError(said) from error
 
     def outputs(self, batches: Sequence[Any]) -> list[torch.Tensor | None]:
         """First output of each batch, as float64 on the CPU."""
@@ -126,12 +126,15 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def batches_of(inputs: Iterable[Any]) -> list[Any]:
-    """The batches of example inputs; `QuantizationError` if they are none."""
+    """The batches of example inputs; an error if they are none, or cannot be had."""
     if isinstance(inputs, torch.Tensor | Mapping) or not isinstance(inputs, Iterable):
         what = f"the example inputs are of type {type(inputs).__name__}, not a list of batches"
         raise QuantizationError(f"{what}; of one tensor, give inputs.split(50)")
     # One by one: in `list` an endless iterable could not be interrupted.
-    batches = [batch for batch in inputs]  # noqa: C416
+    try:
+        batches = [batch for batch in inputs]  # noqa: C416
+    except Exception as error:
+        raise EvaluationError(f"the example inputs fail: {one_line(error)}") from error
     for number, batch in enumerate(batches):
         kind = isinstance(batch, torch.Tensor | Mapping | tuple | list)
         if not kind or first_tensor(batch) is None:

@@ -65,7 +65,7 @@ def calibrate(
 def load_examples(script: str, name: str) -> tuple[Any, Any]:
     """The module and the inputs that a function of a script returns; None for inputs it lacks."""
     check_function(script, name)
-    from weightvid.calibrate.evaluation import load_function
+    from weightvid.calibrate.evaluation import load_function, one_line
     from weightvid.checkpoint.torch_file import import_torch
     from weightvid.errors import EvaluationError
 
@@ -74,7 +74,7 @@ def load_examples(script: str, name: str) -> tuple[Any, Any]:
     try:
         given = function()
     except (Exception, SystemExit) as error:
-        raise EvaluationError(f"{script} failed: {type(error).__name__}: {error}") from error
+        raise EvaluationError(f"{script} failed: {one_line(error)}") from error
     if isinstance(given, torch.nn.Module):
         return given, None
     pair = isinstance(given, tuple) and len(given) == 2

@@ -123,6 +123,8 @@ def pack(
     [bold]weightvid pack model.safetensors --layers 2[/bold]
     [bold]weightvid pack hf://sentence-transformers/all-MiniLM-L6-v2 -o minilm.mp4[/bold]
     """
+    from weightvid.atomic import real_destination
+    from weightvid.checkpoint import is_url
     from weightvid.errors import ClusterError, CodecError, QuantizationError
     from weightvid.pack import PackOptions
     from weightvid.video import Video
@@ -132,7 +134,19 @@ def pack(
         usage_error(f"--integer contradicts --for {fidelity}", "--integer")
     if recipe and step is not None:
         usage_error("--step replaces a recipe's step; give one of both", "--step")
+    destination = archive or str(output.named_after(model, ".mp4"))
+    piped = destination in output.STDOUT
+    if piped and (json or sys.stdout.isatty()):
+        usage_error("the archive goes to a file or a pipe, without other output", "--output")
+    if output.is_checkpoint(destination):
+        usage_error(f"an archive is an MP4 file: name it .mp4, not {destination}", "--output")
+    own = {"the model": model, "the calibration": calibrate.rpartition(":")[0] or calibrate}
+    own |= {"the evaluation": evaluate.rpartition(":")[0]}
+    output.check_output(destination, own | {f"the base {each}": each for each in base})
+    if calibrate and not piped and not is_url(destination):
+        real_destination(destination, force)  # before the model runs for minutes
     began = perf_counter()
+    known = load_calibration(calibrate, model) if calibrate else None
     try:
         options = PackOptions(
             recipe=recipe or "balanced",
@@ -140,7 +154,7 @@ def pack(
             fidelity="integers" if integer else fidelity or "outputs",
             target=parse_target(target) if target else None,
             evaluation=_evaluation(evaluate, max_drop, max_kl, lower),
-            calibration=load_calibration(calibrate, model) if calibrate else None,
+            calibration=known,
             prune=prune,
             keep=tuple(keep),
             lossless=lossless,
@@ -163,15 +177,6 @@ def pack(
         usage_error(str(error), "--workers")
     except CodecError as error:
         usage_error(str(error), "--codec / --preset / --qp")
-    destination = archive or str(output.named_after(model, ".mp4"))
-    piped = destination in output.STDOUT
-    if piped and (json or sys.stdout.isatty()):
-        usage_error("the archive goes to a file or a pipe, without other output", "--output")
-    if output.is_checkpoint(destination):
-        usage_error(f"an archive is an MP4 file: name it .mp4, not {destination}", "--output")
-    own = {"the model": model, "the calibration": calibrate.rpartition(":")[0] or calibrate}
-    own |= {"the evaluation": evaluate.rpartition(":")[0]}
-    output.check_output(destination, own | {f"the base {each}": each for each in base})
     made = _pack(model, destination, options)
     for entry in made.skipped:
         output.warn(f"not packed: {entry}")

@@ -92,7 +92,7 @@ _ROWS: Final = (
                {"x265-params": "lossless=1"}, {"x265-params": _X265_LOSSY},
                _QPS, _X26X, "superfast", "yuv420p"),
     FrameCodec("x264", "libx264",
-               {"bf": "0", "x264-params": "log-level=none:ipratio=1", "aq-mode": "0", "psy": "0",
+               {"bf": "0", "x264-params": "ipratio=1", "aq-mode": "0", "psy": "0",
                 "preset": "{preset}"},
                {"qp": "0"}, {"qp": "{value}"}, _QPS, _X26X, "medium", "yuv420p"),
     FrameCodec("svt-av1", "libsvtav1",
@@ -203,6 +203,21 @@ def through(
             f"{codec.encoder}: {len(frames)} frames became {len(lumas)}, or others in size"
         )
     return Passage(size, lumas, coded - began, perf_counter() - coded)
+
+
+def refused_options(codec: FrameCodec) -> str:
+    """What an encoder of PyAV says of options that it does not know; empty where it says nothing.
+
+    Encoders go on without them, and tell FFmpeg's log at most.
+    """
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.WARNING)
+    try:
+        with av.logging.Capture() as said:
+            through([np.full((192, 192), 128, np.uint8)], codec, codec.preset)
+    finally:
+        av.logging.set_level(level)
+    return "; ".join(text.strip() for _, _, text in said if "option" in text)
 
 
 def _run_pyav(frames: Sequence[Bytes], codec: FrameCodec, options: dict[str, str]) -> bytes:

@@ -150,13 +150,16 @@ class RowStore:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            foreign = not self._path.exists() and any(self._path.parent.iterdir())
         except OSError as error:
             raise OutputError(f"cannot make the folder {folder}: {error}") from None
-        with suppress(FileNotFoundError):
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError, TypeError):  # the last line may be cut short
-                    key, found = json.loads(line)
-                    self._kept[key] = (Row if "curve" in found else Verdict)(**found)
+        if foreign:
+            raise OutputError(f"{folder} holds no comparison but other files: name another folder")
+        self._path.touch()
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, TypeError):  # the last line may be cut short
+                key, found = json.loads(line)
+                self._kept[key] = (Row if "curve" in found else Verdict)(**found)
 
     def measure(self, model: Model, method: Method, value: float, judge: Judge | None) -> Row:
         """A row that is there already, or one that is measured now."""

@@ -20,8 +20,7 @@ from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.compare.codecs import CODECS
 from weightvid.compare.curves import Goal, Measure, bd_rate, crossing, ending, measures
 from weightvid.compare.model import Method, load_model
-from weightvid.compare.peers import peer_methods
-from weightvid.compare.plain import plain_methods
+from weightvid.compare.plain import peer_methods, plain_methods
 from weightvid.compare.research import research_methods
 from weightvid.compare.rows import OK, Row, RowStore, machine, versions, with_torch
 from weightvid.compare.video import archive_method, frame_methods, llm265_method
@@ -217,6 +216,8 @@ def compare(
             scratch = Path(chosen.folder) / "archives"
             scratch.mkdir(exist_ok=True)
         methods = list(all_methods(chosen, scratch))
+        if chosen.anchor not in ("weightvid", *(method.name for method in methods)):
+            raise QuantizationError(f"this comparison has no curve {chosen.anchor!r} for an anchor")
         points = _selected([(m, v) for m in methods for v in m.points()], chosen.only)
         if chosen.evaluation is not None:
             wanted = chosen.evaluation if chosen.numpy_evaluation else with_torch(chosen.evaluation)
@@ -279,7 +280,7 @@ def all_methods(options: CompareOptions, folder: Path) -> Iterator[Method]:
         settings = replace(base, calibration=options.calibration)
         command = ("--calibrate", options.calibration_name)
         yield archive_method("weightvid calibrated", settings, options.factors, folder, command)
-    names = tuple(CODECS) if "all" in options.codecs else options.codecs
+    names = [n for name in options.codecs for n in (CODECS if name == "all" else [name])]
     more = options.presets, options.codec_options, options.factors
     yield from frame_methods(names, *more, folder)
     if options.plain:

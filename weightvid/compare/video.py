@@ -20,7 +20,7 @@ import numpy as np
 from weightvid import loader
 from weightvid.archives import walk_frames
 from weightvid.atomic import ScratchFolder
-from weightvid.compare.codecs import CODECS, FrameCodec, Passage, backend, through
+from weightvid.compare.codecs import CODECS, FrameCodec, Passage, backend, refused_options, through
 from weightvid.compare.model import Array, Coded, Method, Model, Tensors
 from weightvid.errors import CodecError
 from weightvid.loader import Assembler, Bytes, open_archive, to_float32
@@ -159,14 +159,23 @@ def frame_methods(
         "ideal entropy coder", "plain", partial(_ideal, folder), "step factor", factors,
         restore=partial(_lossless_again, folder), command=("compare", "--codecs", "none"),
     )  # fmt: skip
-    for name, extra in (*((name, "") for name in names), *map(_parse_option, more)):
-        codec = CODECS.get(name)
-        if codec is None:
+    wanted = (*((name, "") for name in names), *map(_parse_option, more))
+    for name, _ in wanted:
+        if name not in CODECS:
             raise CodecError(f"unknown codec {name!r}; choose: {', '.join(CODECS)}")
+    known = {preset for name, _ in wanted for preset in CODECS[name].presets}
+    if unknown := sorted(set(presets) - known):
+        raise CodecError(
+            f"no codec here has a preset {unknown[0]!r}; known: {', '.join(sorted(known))}"
+        )
+    for name, extra in wanted:
+        codec = CODECS[name]
         lacking = f"neither PyAV nor an ffmpeg program has {codec.encoder}"
         missing = "" if backend(codec) else lacking
         chosen = [p for p in presets if p in codec.presets] or [codec.preset]
         codec = codec.with_options(extra) if extra else codec
+        if extra and not missing and (said := refused_options(codec)):
+            raise CodecError(f"{name} does not take {extra}: {said}")
         for preset in chosen:
             curve = " ".join(filter(None, (name, preset, extra)))
             command = ["compare", "--codecs", "none" if extra else name]

@@ -174,7 +174,7 @@ def _options(video: Video, width: int, height: int) -> dict[str, str]:
     if video.codec == "x264":
         return {
             "qp": str(video.qp or 0), "bf": "0", "aq-mode": "0", "psy": "0", "level": level,
-            "x264-params": "log-level=none:ipratio=1",
+            "x264-params": "ipratio=1",
         }  # fmt: skip
     mode = "lossless=1" if video.qp is None else f"rc=0:aq-mode=0:qp={video.qp}"
     return {"svtav1-params": f"{mode}:pred-struct=1:lp=1", "level": level}
