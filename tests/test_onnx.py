@@ -26,6 +26,7 @@ def network() -> onnx.ModelProto:
         "bias": draw(24, np.float32),
         "half": (draw((24 * 36, 10)) / 30).astype(np.float16),
         "shape": np.array([1, -1], np.int64),
+        "unused": draw((40, 40), np.float32),
     }
     nodes = [
         helper.make_node("Conv", ["x", "kernels", "bias"], ["a"]),

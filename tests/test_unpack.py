@@ -88,6 +88,10 @@ def test_folder_gets_the_side_files(tmp_path: Path) -> None:
     report = unpack_archive(tmp_path / "m.mp4", tmp_path / "out")
     assert report.side_files == ("config.json",)
     assert (tmp_path / "out" / "config.json").read_text() == "{}"
+    (tmp_path / "out" / "mine").write_bytes(bytes(1000))
+    again = unpack_archive(tmp_path / "m.mp4", tmp_path / "out", UnpackOptions(force=True))
+    files = [tmp_path / "out" / name for name in ("model.safetensors", "config.json")]
+    assert again.file_bytes == report.file_bytes == sum(file.stat().st_size for file in files)
     notes = unpack_archive(tmp_path / "m.mp4", tmp_path / "m.npz").notes
     assert any("config.json" in note for note in notes)
 

@@ -181,10 +181,12 @@ def test_damage_names_what_it_affects(long_archive: Path) -> None:
 
 
 def test_cut_archive(archive: Path) -> None:
-    report = verify_archive(io.BytesIO(archive.read_bytes()[:-300]))
-    assert report.defect is not None
-    assert report.defect.code == "truncated"
-    assert not report.ok
+    whole = archive.read_bytes()
+    for cut in (whole[:-300], whole[:-20], whole[:-1], whole + b"more"):
+        report = verify_archive(io.BytesIO(cut))
+        assert report.defect is not None
+        assert report.defect.code == "truncated"
+        assert not report.ok
 
 
 def test_something_else_raises(tmp_path: Path) -> None:

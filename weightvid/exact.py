@@ -200,7 +200,6 @@ def _plane(values: Array, strategy: int | None) -> tuple[bytes, bytes]:
 #: elements that a cache holds.
 _BLOCK: Final = 1 << 15
 
-
 #: stored mantissa bits of float32; the fewest that a packed model's 1-D floats keep.
 FULL_BITS: Final = 23
 LEAST_BITS: Final = 5

@@ -49,13 +49,14 @@ def session(
         arrays = {spec.name: array for spec, array in archive.stored_items()}
         arrays |= {alias: arrays[archive.spec(alias).name] for alias in archive.header.aliases}
     values: dict[str, Any] = {}
+    used = {name for node in model.graph.node for name in node.input}
     in_graph = len(model.graph.initializer)
     for number, (name, slot) in enumerate(places(model)):
         array = arrays.get(name)
         if array is None or slot.raw_data:
             continue
-        # onnxruntime reads shapes and axes before; those of branches cannot be handed over.
-        if array.size < 1024 or number >= in_graph:
+        # onnxruntime reads shapes and axes before; it takes none of branches, or that nothing uses.
+        if array.size < 1024 or number >= in_graph or slot.name not in used:
             slot.raw_data = raw_bytes(array).tobytes()
             continue
         values[slot.name] = _value(runtime, array, slot.data_type)

@@ -176,7 +176,7 @@ class PackReport:
         Elements of all floats and of what is quantized to a byte or less already; and of those
         that were quantized now.
     sqnr_db : float or None
-        Over all quantized weights; None if nothing was lost.
+        Over all quantized weights; None without an error, or without any.
     tensors : tuple of TensorReport
         Of the quantized tensors.
     frames, width, height : int

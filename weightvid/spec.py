@@ -21,7 +21,6 @@ RAW_BITS: Final = frozenset(n for n in DTYPES if n.startswith(("BF", "F8", "F6_"
 #: has one element per byte (low bits); files pack them, the first element in the lowest bits.
 SUB_BYTE: Final[dict[str, int]] = {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 
-
 #: dtypes of weights that are quantized already, one stored element each.
 _QUANTIZED: Final = frozenset(
     name for name, dtype in DTYPES.items() if dtype.itemsize == 1 and name != "BOOL"

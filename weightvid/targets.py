@@ -87,7 +87,7 @@ def parse_size(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A whole encoding: step factor, bytes of the file, SQNR in dB (None: nothing was lost)."""
+    """A whole encoding: step factor, bytes of the file, SQNR in dB (None: no error)."""
 
     factor: float
     file_bytes: int

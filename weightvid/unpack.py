@@ -185,11 +185,10 @@ def _unpack(
             writer.write(names[spec.name], made)
             done, done_bytes = done + made.size, done_bytes + made.nbytes
             progress(Progress("decode", done, total, done_bytes, total_bytes))
-    written = destination.rglob("*") if destination.is_dir() else (destination,)
     return UnpackReport(
         tensors=len(specs),
         weights=total,
-        file_bytes=sum(file.stat().st_size for file in written if file.is_file()),
+        file_bytes=writer.file_bytes,
         aliases=tuple(aliases),
         converted=tuple(converted),
         notes=(*writer.notes, *file_notes),

@@ -207,6 +207,8 @@ class CheckpointWriter(ABC):
 
     #: what this file kind cannot hold as it is, and what is written instead; known at once.
     notes: tuple[str, ...] = ()
+    #: of all its files; known after :meth:`commit`.
+    file_bytes = 0
 
     def __init__(self, path: Path, contents: Contents) -> None:
         _check(contents)
@@ -363,6 +365,7 @@ class FileWriter(CheckpointWriter):
 
     def _publish(self) -> None:
         self._output.commit()
+        self.file_bytes = self._path.stat().st_size
 
 
 def _check(contents: Contents) -> None:

@@ -254,6 +254,7 @@ class Writer(base.CheckpointWriter):
             path = self._folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+        self.file_bytes = sum(p.stat().st_size for p in self._folder.rglob("*") if p.is_file())
 
     def _index(self) -> dict[str, bytes]:
         """The file that says which shard holds what, if there is more than one."""

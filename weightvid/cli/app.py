@@ -31,6 +31,8 @@ class _Verb(TyperCommand):
             value = ctx.params.get(param.name)
             if given and isinstance(value, str) and not value.strip():
                 output.usage_error("the value is empty", param.opts[0])
+            if "--output" in param.opts and str(value) in output.STDOUT and ctx.info_name != "pack":
+                output.usage_error("only pack writes to a pipe; name a file", "--output")
             if param.metavar == "FOLDER" and "://" in (value or ""):
                 output.usage_error("it is an address: name a folder, and upload it", param.opts[0])
         return super().invoke(ctx)

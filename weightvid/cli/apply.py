@@ -23,6 +23,7 @@ def apply(
 
     inputs = {"the archive": base} | {f"the update {each}": each for each in updates}
     output.check_output(destination, inputs)
+    output.check_archive_name(str(destination))
     with output.progress_bars() as report:
         made = apply_updates(base, updates, destination, force=force, progress=report)
     output.tell(json, made, [

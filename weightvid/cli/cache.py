@@ -1,12 +1,9 @@
 """``weightvid cache``: what lies on this machine, and where."""
 
-import logging
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 
 from weightvid.cli import output
@@ -65,14 +62,7 @@ def _hub() -> tuple[str | None, dict[str, Path]]:
 
 
 def _forget(folder: Path) -> None:
-    """By huggingface_hub, which shares files among models; itself what that leaves, if broken."""
-    from huggingface_hub import scan_cache_dir
-
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    with suppress(OSError):
-        hub = scan_cache_dir(folder.parent)
-        known = (repo.revisions for repo in hub.repos if repo.repo_path.name == folder.name)
-        hub.delete_revisions(*(each.commit_hash for each in chain(*known))).execute()
+    """A model's folder has all its files, those that its snapshots link to included."""
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
         raise OSError(f"{folder} could not be removed: look at its permissions")

@@ -47,8 +47,6 @@ def fetch(
     destination = archive or file_name(urls[0])
     if not destination:
         usage_error("the address has no file name; say where the archive goes", "--output")
-    if destination in output.STDOUT:
-        usage_error("a download goes to a file, where it is checked and resumed", "--output")
     output.check_output(destination, {f"the base {each}": each for each in base})
     options = FetchOptions(force, restart, sha256, key, layers, tuple(base), patience)
     try:

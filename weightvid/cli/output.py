@@ -98,6 +98,12 @@ def usage_error(message: str, option: str | None = None) -> NoReturn:
     raise typer.BadParameter(message, param_hint=option)
 
 
+def check_archive_name(name: str) -> None:
+    """Refuse to write an archive into what is named as a kind of checkpoint is."""
+    if is_checkpoint(name):
+        usage_error(f"an archive is an MP4 file: name it .mp4, not {name}", "--output")
+
+
 def check_output(path: Path | str, inputs: Mapping[str, Path | str]) -> None:
     """Refuse to write over what is read; inputs by what they are."""
     from weightvid.atomic import is_source

@@ -138,8 +138,7 @@ def pack(
     piped = destination in output.STDOUT
     if piped and (json or sys.stdout.isatty()):
         usage_error("the archive goes to a file or a pipe, without other output", "--output")
-    if output.is_checkpoint(destination):
-        usage_error(f"an archive is an MP4 file: name it .mp4, not {destination}", "--output")
+    output.check_archive_name(destination)
     own = {"the model": model, "the calibration": calibrate.rpartition(":")[0] or calibrate}
     own |= {"the evaluation": evaluate.rpartition(":")[0]}
     output.check_output(destination, own | {f"the base {each}": each for each in base})
@@ -302,7 +301,7 @@ def _show(made: PackReport, destination: str, options: PackOptions, seconds: flo
                  f" (1/{ratio:.1f}), {share:.1f} % of it video"),
         ("weights", f"{made.weights:,}, of which {made.coded_weights:,} as video"),
         ("bits per weight", f"{made.bits_per_weight:.3f} (whole file)"),
-        ("SQNR", output.db(made.sqnr_db)),
+        ("SQNR", output.db(made.sqnr_db) if made.coded_weights else ""),
     ]  # fmt: skip
     tensor, row = made.worst_tensor, made.worst_row
     if tensor is not None and row is not None:
