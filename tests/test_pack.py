@@ -156,6 +156,13 @@ def test_refusals(tmp_path: Path, options: Arrays, said: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tensor_that_cannot_be_quantized_is_named(tmp_path: Path) -> None:
+    values = normal(1, 64, 64)
+    values[3] *= 1e16
+    with pytest.raises(errors.QuantizationError, match=r"tensor 'far': a weight lies"):
+        packed({"near": normal(2, 64, 64), "far": values}, tmp_path / "m.mp4")
+
+
 def test_names_that_are_too_long(tmp_path: Path) -> None:
     with pytest.raises(errors.CheckpointError, match="longer than 4096 bytes"):
         packed({"x" * 4097: normal(1, 30, 30)}, tmp_path / "m.mp4")

@@ -147,6 +147,8 @@ class Salvage:
             for spec, array in self.archive.stored_items():
                 del left[spec.name]
                 yield spec, array
+            if self.archive.source.seekable:
+                _ = self.archive.root  # where it should be
         except (FormatError, CodecError) as error:
             if self.defect is None:
                 code, offset = getattr(error, "code", "decode"), getattr(error, "offset", None)

@@ -1117,6 +1117,8 @@ class Archive(Mapping[str, Array]):
             for number in numbers:
                 self._boxes.setdefault(number, []).append(at)
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # not those of a Mapping
+
     def __enter__(self) -> Archive:
         return self
 
@@ -1196,7 +1198,7 @@ class Archive(Mapping[str, Array]):
     def _indexed(self) -> Index:
         if self.index is None:
             self.source.box(self._start)  # a pipe says that it is one
-            raise TruncatedError("the archive has no index: it is cut short", self.source.size)
+            raise TruncatedError("the archive has no index at its end", self.source.size)
         return self.index
 
     def _payload(self, at: int, kind: bytes, what: str, code: str = "index") -> bytes:
@@ -1483,9 +1485,8 @@ def open_archive(
         file = open(source, "rb")  # noqa: SIM115, PTH123 - closed by the archive
     try:
         archive = Archive(file, decoder, threads, check_tensors, layers)
-        bases = base if isinstance(base, list | tuple) else (base,)
-        if base is not None and bases:
-            archive.use_base(*bases)
+        if base not in (None, (), []):
+            archive.use_base(*(base if isinstance(base, list | tuple) else (base,)))
     except BaseException:
         if file is not source:
             file.close()

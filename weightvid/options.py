@@ -91,12 +91,10 @@ class PackOptions:
     force: bool = False
     verify: bool = True
 
-    def check(self) -> None:
-        """Refuse settings that contradict each other or themselves.
+    def check(self, calibrated: bool = False) -> None:
+        """Refuse settings that contradict each other or themselves, by a QuantizationError.
 
-        Raises
-        ------
-        QuantizationError
+        Also a calibration that is still to come, if it will be ``calibrated``.
         """
         for name in ("keep", "first", "base"):
             if isinstance(given := getattr(self, name), str | os.PathLike):
@@ -124,6 +122,8 @@ class PackOptions:
         ]  # fmt: skip
         if len(searched) > 1:
             raise QuantizationError(f"{searched[0]} and {searched[1]} exclude each other")
+        if calibrated or self.calibration is not None:
+            self._check_calibrated()
         if not 0 <= self.jobs <= _MOST_JOBS:
             raise QuantizationError(
                 f"jobs are 1 to {_MOST_JOBS} (0: one per core), not {self.jobs}"
@@ -137,6 +137,14 @@ class PackOptions:
     def layered(self) -> bool:
         """Whether the archive has layers, or is an update."""
         return self.layers > 1 or bool(self.base)
+
+    def _check_calibrated(self) -> None:
+        for name, given in (
+            ("fidelity 'weights'", self.fidelity == "weights"),
+            ("a QP", self.video.qp is not None), ("lossless", self.lossless),
+        ):  # fmt: skip
+            if given:
+                raise QuantizationError(f"calibration and {name} exclude each other")
 
     def _check_layers(self) -> None:
         if self.layers > 1 and self.base:

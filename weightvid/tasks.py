@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from weightvid.errors import QuantizationError
 from weightvid.levels.code import CodedPart, Quality, code_part, decibels
 from weightvid.levels.frames import Frame
 from weightvid.levels.steps import Moments, TensorPlan
@@ -81,7 +82,10 @@ class Tally:
 def code_task(task: PartTask) -> CodedPart:
     """Quantize the rows of a task."""
     piece, plan, number, first_row, moments, below = task
-    return code_part(piece.read(), plan, number, first_row, moments, below)
+    try:
+        return code_part(piece.read(), plan, number, first_row, moments, below)
+    except QuantizationError as error:
+        raise QuantizationError(f"tensor {plan.spec.name!r}: {error}") from None
 
 
 def encode_frame(video: Video, luma: Bytes) -> Packet:

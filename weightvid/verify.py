@@ -168,11 +168,7 @@ def verify_archive(
             with open_checkpoint(against) as reader:
                 judged = None if evaluation is None else _Judged(evaluation, max_kl)
                 came, comparison = _compare(salvage, reader, min_sqnr_db, judged)
-        defect, coarse = salvage.defect, set(salvage.coarse)
-        if defect is None and opened.index is None and opened.source.seekable:
-            defect = Defect(
-                "truncated", "there is no index where the file ends", opened.source.size
-            )
+        coarse = set(salvage.coarse)
         intact = [spec for spec in came if spec.name not in coarse]
         return VerifyReport(
             tensors=len(opened.header.tensors),
@@ -180,7 +176,7 @@ def verify_archive(
             weights=sum(spec.size for spec in intact),
             frames=None if opened.index is None else len(opened.index.frames),
             file_bytes=opened.source.size,
-            defect=defect,
+            defect=salvage.defect,
             affected=(*salvage.missing, *salvage.coarse),
             comparison=comparison,
             seconds=perf_counter() - began,

@@ -104,7 +104,7 @@ def packed(path: Path, stats: CalibrationStats, arrays: Any = ARRAYS, **more: An
     [
         (ARRAYS | {"a.weight": 2 * ARRAYS["a.weight"]}, {}, "other weights"),
         ({"b.weight": ARRAYS["a.weight"]}, {}, r"has no .*a\.weight"),
-        (ARRAYS, {"fidelity": "weights"}, "calibration keeps the outputs"),
+        (ARRAYS, {"fidelity": "weights"}, "calibration and fidelity 'weights' exclude"),
     ],
 )
 def test_another_model_and_other_aims(tmp_path: Path, arrays: Any, more: Any, message: str) -> None:

@@ -34,6 +34,8 @@ from small_models import weights
         ("pack", "{model}", "--workers", "slurm"),
         ("pack", "{model}", "--target", ""),
         ("pack", "{model}", "--calibrate="),
+        ("pack", "{model}", "--calibrate", "none.stats", "--for", "weights"),
+        ("pack", "{model}", "--calibrate", "none.stats", "--lossless"),
         ("pack", "{model}", "--for", "glory"),
         ("pack", "{model}", "--for", "weights", "--integer"),
         ("pack", "{model}", "--codec", "vp9"),

@@ -369,6 +369,17 @@ def test_metadata_may_have_any_key(tmp_path: Path) -> None:
     assert in_node(tmp_path, script) == metadata
 
 
+@needs_node
+def test_an_archive_without_tensors(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "m.safetensors")
+    pack_checkpoint(tmp_path / "m.safetensors", tmp_path / "m.mp4", PackOptions(jobs=1))
+    script = (
+        'const empty = await open(await source("m.mp4")), found = [empty.layers];'
+        "for await (const { name } of empty) found.push(name);"
+    )
+    assert in_node(tmp_path, script) == [1]
+
+
 @needs_chromium
 def test_layers_in_chromium(site: tuple[Path, str], tmp_path: Path) -> None:
     folder, address = site

@@ -41,6 +41,8 @@ def test_mapping(archive: Archive) -> None:
     assert 3 not in archive
     assert archive.get("nowhere") is None
     assert archive.get("nowhere", 7) == 7
+    assert archive == archive != open_archive(sample())
+    assert {archive: 1}[archive]
     assert same(archive.get("conv"), archive["conv"])
     assert all_same(dict(archive), tensors())
     assert repr(archive) == (f"<Archive: 13 tensors, 81706 elements, {len(sample())} bytes>")

@@ -20,7 +20,7 @@ from weightvid.calibrate.stats import (
     without_ones,
 )
 from weightvid.checkpoint.base import shorten
-from weightvid.errors import EvaluationError, QuantizationError
+from weightvid.errors import EvaluationError
 from weightvid.levels.feedback import OUTPUT_DAMPING, factorize
 from weightvid.levels.recipes import measured_units
 from weightvid.levels.steps import Moments, steps_from_costs
@@ -149,22 +149,8 @@ class Calibration:
     def apply(self, survey: Survey, progress: Report = quiet) -> Survey:
         """The survey of the checkpoint that these statistics are of, with what they say.
 
-        Raises
-        ------
-        CheckpointError
-            They are of another model.
-        QuantizationError
-            Options that calibration contradicts.
+        A CheckpointError says that they are of another model.
         """
-        if survey.options.fidelity == "weights":
-            raise QuantizationError(
-                "calibration keeps the outputs of a model, which fidelity 'weights' gives up: "
-                "choose 'outputs' or 'integers', or pack without calibration"
-            )
-        if survey.options.video.qp is not None:
-            raise QuantizationError(
-                "calibration chooses levels, which a QP gives up: leave one of both out"
-            )
         self.stats.check(survey.reader)
         if self.stats.refused:
             return survey

@@ -99,6 +99,8 @@ def stored_arrays(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Array]
     arrays, dtypes = {}, {}
     for name, tensor in tensors.items():
         try:
+            if not isinstance(tensor, import_torch().Tensor):
+                raise CheckpointError(f"it is no tensor but {type(tensor).__name__}")
             stored = to_stored(tensor)
             # Not by what is stored: that of a GPU, or of odd strides, is a copy each time.
             seen = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())

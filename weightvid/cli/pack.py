@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,6 @@ def pack(
     if calibrate and not piped and not is_url(destination):
         real_destination(destination, force)  # before the model runs for minutes
     began = perf_counter()
-    known = load_calibration(calibrate, model) if calibrate else None
     try:
         options = PackOptions(
             recipe=recipe or "balanced",
@@ -153,7 +153,6 @@ def pack(
             fidelity="integers" if integer else fidelity or "outputs",
             target=parse_target(target) if target else None,
             evaluation=_evaluation(evaluate, max_drop, max_kl, lower),
-            calibration=known,
             prune=prune,
             keep=tuple(keep),
             lossless=lossless,
@@ -168,7 +167,7 @@ def pack(
             force=force,
             verify=not no_verify,
         )
-        options.check()
+        options.check(calibrated=bool(calibrate))
         check_workers(workers)
     except QuantizationError as error:
         usage_error(str(error))
@@ -176,6 +175,8 @@ def pack(
         usage_error(str(error), "--workers")
     except CodecError as error:
         usage_error(str(error), "--codec / --preset / --qp")
+    if calibrate:
+        options = replace(options, calibration=load_calibration(calibrate, model))
     made = _pack(model, destination, options)
     for entry in made.skipped:
         output.warn(f"not packed: {entry}")

@@ -2126,7 +2126,7 @@ uint32_t wv_layers(const wv_archive *a, uint32_t *arrived)
     uint32_t unused;
     arrived = arrived ? arrived : &unused;
     *arrived = 0;
-    if (!wv_count(a))
+    if (!a || a->stage < AT_BODY)
         return 0;
     *arrived = a->layers < a->all_layers ? a->layers : a->all_layers;
     for (uint32_t i = 0; i < a->tensors; i++) {

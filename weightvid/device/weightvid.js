@@ -1,5 +1,6 @@
 /**
- * Reads weightvid archives in the browser (or in Node): an ES module beside weightvid.wasm.
+ * Reads weightvid archives in the browser: an ES module beside weightvid.wasm. In Node, which fetches no
+ * files, first `prepare(await readFile("weightvid.wasm"))`, and `open` the bytes of an archive.
  *
  *     import { open } from "./weightvid.js";
  *     const archive = await open("model.mp4");
