@@ -224,6 +224,24 @@ def test_partial_unpacking_of_a_cut_archive(tmp_path: Path) -> None:
     assert {spec.name for spec, _ in salvage} == set(model())
 
 
+def test_of_a_damaged_layer_those_below_stay(tmp_path: Path) -> None:
+    data = bytearray(packed(3))
+    with open_archive(bytes(data)) as archive:
+        assert archive.index is not None
+        (first, _), (second, _), _ = archive.index.stages
+        at, size = archive.index.frames[first + second]  # the first frame of the last layer
+    data[at + size // 2] ^= 255
+    (tmp_path / "m.mp4").write_bytes(data)
+    out = tmp_path / "m.safetensors"
+    report = unpack_archive(tmp_path / "m.mp4", out, UnpackOptions(partial=True))
+    assert report.missing == ()
+    assert report.coarse
+    with open_checkpoint(out) as found, open_archive(packed(3), layers=2) as lower:
+        for name in report.coarse:
+            assert found.read(name).tobytes() == lower.stored(name).tobytes()
+    assert set(report.coarse) == set(verify_archive(tmp_path / "m.mp4").affected)
+
+
 @pytest.mark.parametrize(
     "masks",
     [(0, 6, 6, 6, 6, 2, 2), (7, 6, 6, 6, 6, 2, 2), (8, 6, 6, 6, 6, 2, 2), (6, 6), (2,) * 7],

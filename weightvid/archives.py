@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
@@ -175,8 +175,23 @@ class Salvage:
                     # What is wrong with one tensor, or with the base, says nothing of the frame.
                     if frame >= 0 and archive.base is None and not getattr(error, "tensor", ""):
                         bad.add(frame)
+                    if (coarse := self._coarse(spec.name)) is not None:
+                        yield spec.name, coarse
                 else:
                     yield spec.name, array
+
+    def _coarse(self, name: str) -> Array | None:
+        """The sum of the layers below one that is damaged."""
+        archive, layers = self.archive, self.archive.layers
+        try:
+            for archive.layers in range(layers - 1, 0, -1):
+                with suppress(FormatError, CodecError):
+                    found = archive.stored(name)
+                    self.coarse += (name,)
+                    return found
+        finally:
+            archive.layers = layers
+        return None
 
     def _in_part(self, number: int, spec: TensorSpec) -> Array | None:
         """Elements of the parts of a tensor that lie on whole frames; None if there are none."""

@@ -294,12 +294,9 @@ def survey_checkpoint(
         )
         if names
     ]
-    survey = Survey(
-        reader, options, stats, scaled, apart=frozenset(scales | tables), notes=tuple(notes)
-    )
-    if options.calibration is not None:
-        survey = options.calibration.apply(survey, progress)
-    return survey
+    apart, known = frozenset(scales | tables), options.calibration
+    survey = Survey(reader, options, stats, scaled, apart=apart, notes=tuple(notes))
+    return survey if known is None else known.apply(survey, progress)
 
 
 def may_code(spec: TensorSpec, keep: Sequence[str] = ()) -> bool:

@@ -19,8 +19,11 @@ from weightvid.workers import Workers
 
 torch = pytest.importorskip("torch", reason="needs the extra: weightvid[torch]")
 from weightvid.calibrate import layers  # noqa: E402
-from weightvid.calibrate.order import held_back, look  # noqa: E402
-from weightvid.calibrate.state import running  # noqa: E402
+from weightvid.calibrate.state import (  # noqa: E402
+    held_back,
+    look,
+    running,
+)
 from weightvid.calibrate.watch import Watch  # noqa: E402
 
 nn, fn = torch.nn, torch.nn.functional

@@ -28,26 +28,24 @@ import numpy as np
 import torch
 
 from weightvid.calibrate.layouts import Call, Seen
-from weightvid.calibrate.order import (
+from weightvid.calibrate.run import calibrate
+from weightvid.calibrate.state import (
     Batches,
     Order,
+    State,
     are_read,
+    batches_of,
+    change_of,
     count_samples,
+    describe_change,
+    first_output,
     held_back,
     look,
     pulls,
-    stages,
-    with_or_without,
-)
-from weightvid.calibrate.run import calibrate
-from weightvid.calibrate.state import (
-    State,
-    batches_of,
-    change_of,
-    describe_change,
-    first_output,
     running,
     samples_of,
+    stages,
+    with_or_without,
 )
 from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats
 from weightvid.calibrate.sums import InputMeans, Sums

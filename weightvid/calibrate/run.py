@@ -12,18 +12,22 @@ import numpy as np
 import torch
 
 from weightvid.calibrate.layouts import Seen
-from weightvid.calibrate.order import (
+from weightvid.calibrate.state import (
     Batches,
     Order,
+    State,
+    batches_of,
     count_samples,
+    first_output,
     held_back,
     look,
     nats_apart,
     pulls,
+    running,
+    samples_of,
     stages,
     with_or_without,
 )
-from weightvid.calibrate.state import State, batches_of, first_output, running, samples_of
 from weightvid.calibrate.stats import (
     CalibrationConfig,
     CalibrationStats,

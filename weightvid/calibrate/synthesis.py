@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from weightvid.calibrate.evaluation import one_line
-from weightvid.calibrate.order import nats_apart
-from weightvid.calibrate.state import State, running
+from weightvid.calibrate.state import State, nats_apart, running
 from weightvid.calibrate.watch import Watch
 from weightvid.checkpoint import CheckpointReader
 from weightvid.checkpoint.base import shorten

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightvid.calibrate.calibration import DB_PER_BIT, packing_moments, with_statistics
-from weightvid.calibrate.order import are_read
-from weightvid.calibrate.state import State, change_of, describe_change, samples_of
+from weightvid.calibrate.state import State, are_read, change_of, describe_change, samples_of
 from weightvid.calibrate.stats import TensorMoments
 from weightvid.calibrate.sums import InputMeans
 from weightvid.checkpoint import CheckpointReader

@@ -139,10 +139,7 @@ def _device(summary: ArchiveSummary) -> None:
 
 def _row(tensor: TensorSummary) -> tuple[str, ...]:
     """Cells of all of ``_COLUMNS``."""
-    frames = ""
-    if tensor.frames is not None:
-        first, last = tensor.frames
-        frames = str(first) if first == last else f"{first}-{last}"
+    frames = "-".join(dict.fromkeys(map(str, tensor.frames or ())))
     coding = "tied" if tensor.alias_of else tensor.method or tensor.coding
     if tensor.kernel:
         coding += f" {'x'.join(map(str, tensor.kernel))}"

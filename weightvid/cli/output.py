@@ -198,8 +198,7 @@ def tell_paths(json: bool, paths: Sequence[str], record: Mapping[str, Any]) -> N
     """Print which files a verb has written: one JSON object, or a line for each."""
     if json:
         emit_json(record)
-        return
-    for path in paths:
+    for path in () if json else paths:
         typer.echo(printable(path))
 
 
