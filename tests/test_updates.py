@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from fuzz_archives import change_records, join_boxes, split_boxes
 from independent import reader, sources
+from safetensors.numpy import save_file
 from test_layers import with_header
 
 from weightvid import loader
-from weightvid.archives import checked_tensors, open_chain
+from weightvid.archives import checked_tensors, open_anywhere, open_chain
 from weightvid.checkpoint import from_mapping, open_checkpoint
 from weightvid.errors import (
     CheckpointError,
@@ -202,6 +203,31 @@ def test_tensors_that_are_tied_or_no_longer(
         with open_chain(paths[:last]) as chain, open_archive(merged, check_tensors=True) as made:
             assert tensors(made) == tensors(chain[-1])
             assert made.root == chain[-1].root
+
+
+@pytest.mark.parametrize("keep", [(), ("b",)])
+def test_what_stays_is_as_near_as_the_base_says(tmp_path: Path, keep: tuple[str, ...]) -> None:
+    """Tensors that were tied, and tensors that no update of a chain changes."""
+    chance = np.random.default_rng(1)
+    a, o, b = (chance.normal(0, 0.05, s).astype(np.float32) for s in ((120, 90), (64, 80), 40))
+    k = chance.normal(0, 0.05, (16, 16, 3, 3)).astype(np.float32)
+    moved = (o + chance.normal(0, 0.003, o.shape)).astype(np.float32)
+    first = {"z": a, "a": a, "o": o, "k": k, "b": b}
+    chain = [first, first | {"z": a.copy(), "o": moved}, first, first | {"z": a * np.float32(1.01)}]
+    paths: list[Path] = []
+    for number, arrays in enumerate(chain):
+        path = tmp_path / f"{number}.mp4"
+        options = PackOptions(
+            recipe="small" if number else "fine", keep=keep, base=tuple(paths), jobs=1
+        )
+        save_file(arrays, path.with_suffix(".safetensors"))
+        with from_mapping(arrays) as checkpoint:
+            pack_checkpoint(checkpoint, path, options)
+        with open_anywhere(path, base=paths) as archive:
+            found = verify_archive(archive, path.with_suffix(".safetensors")).comparison
+        assert found is not None
+        assert found.below == ()
+        paths.append(path)
 
 
 def test_verbs(folder: Path, tmp_path: Path) -> None:

@@ -295,11 +295,12 @@ class _Pile:
 
 
 def _steps(archive: Archive) -> dict[str, float]:
-    """Step of each quantized tensor, by name."""
-    names = [spec.name for spec in archive.header.tensors]
-    return {
-        names[part.tensor]: part.step for each, _ in walk_frames(archive) for part in each.parts
-    }
+    """Step of each quantized tensor, the last one in a chain, by all its names."""
+    known, names = _steps(archive.base) if archive.base else {}, list(archive)
+    last = {part.tensor: part.step for each, _ in walk_frames(archive) for part in each.parts}
+    known |= {names[number]: step for number, step in last.items()}
+    aliases = archive.header.aliases.items()
+    return known | {alias: known[names[n]] for alias, n in aliases if names[n] in known}
 
 
 def _normal_bits(plans: Mapping[int, TensorPlan], stats: Mapping[int, TensorStats]) -> float:

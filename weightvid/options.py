@@ -92,10 +92,7 @@ class PackOptions:
     verify: bool = True
 
     def check(self, calibrated: bool = False) -> None:
-        """Refuse settings that contradict each other or themselves, by a QuantizationError.
-
-        Also a calibration that is still to come, if it will be ``calibrated``.
-        """
+        """A QuantizationError, if settings contradict each other or a calibration to come."""
         for name in ("keep", "first", "base"):
             if isinstance(given := getattr(self, name), str | os.PathLike):
                 raise QuantizationError(f"{name} is a tuple, such as ({os.fspath(given)!r},)")

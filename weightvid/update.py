@@ -102,8 +102,7 @@ class _Merge:
             {spec.name: n for n, spec in enumerate(header.tensors)} | dict(header.aliases)
             for header in headers
         ]
-        #: new numbers of what is kept, by those of the archive and of the tensor there: several, if
-        #: tensors were tied.
+        #: new numbers, several of what was tied, by those of the archive and of the tensor there.
         self._numbers: dict[tuple[int, int], list[int]] = {}
         self._masks = [
             self._trace(len(chain) - 1, spec.name, number)

@@ -18,7 +18,14 @@ from weightvid.archives import Defect, Location, Salvage, open_anywhere
 from weightvid.calibrate.evaluation import Function, Judge, load_function, natural_tensor
 from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.errors import EvaluationError, FormatError, TensorNotFoundError
-from weightvid.exact import LEAST_BITS, kept_bits, norm_sqnr_db, norms_of, rounds_mantissas
+from weightvid.exact import (
+    FULL_BITS,
+    LEAST_BITS,
+    kept_bits,
+    norm_sqnr_db,
+    norms_of,
+    rounds_mantissas,
+)
 from weightvid.levels.code import compare_rows
 from weightvid.levels.transform import view_of
 from weightvid.loader import PACKABLE, Archive, Array, TensorSpec, to_float32
@@ -212,11 +219,11 @@ def _compare(
     specs = archive.header.tensors
     norms = [[specs[number].name for number in norm] for norm in norms_of(specs)]
     normal, parts, kept = {*chain(*norms)}, dict[str, Array](), dict[str, float]()
-    bits = LEAST_BITS
+    bits = dict[str, int]()
     for spec, array in salvage:
         intact.append(spec)
         if rounds_mantissas(spec):
-            bits = max(bits, kept_bits(array))
+            bits[spec.name] = max(LEAST_BITS, kept_bits(array))
         if spec.name in normal:
             parts[spec.name] = to_float32(array, "F32")
         if judged is not None:
@@ -235,6 +242,7 @@ def _compare(
     same = {spec.name for spec, _ in compared}
     for norm in norms:
         if same.issuperset(norm):
+            bits |= dict.fromkeys(norm, max(bits[name] for name in norm))
             given = (to_float32(reader.read(name), "F32") for name in norm)
             sqnr = norm_sqnr_db(given, (parts[name] for name in norm))
             kept |= {} if isnan(sqnr) else dict.fromkeys(norm, sqnr)
@@ -262,7 +270,7 @@ def _compare(
         missing=tuple(name for name in theirs if name not in ours),
         extra=tuple(name for name in archive if name not in others),
         mismatched=tuple(mismatched),
-        below=tuple(_below(rows, least_db, archive, kept, _DB_A_BIT * (bits + 1))),
+        below=tuple(_below(rows, least_db, archive, kept, bits)),
         sqnr_db=total.sqnr_db,
         max_abs_error=max((sums.largest for _, sums in compared), default=0.0),
         norms_db=min((sqnr for sqnr in kept.values() if sqnr < inf), default=None),
@@ -314,8 +322,9 @@ def _claims(archive: Archive) -> dict[str, float | None]:
     found, header = dict[str, float | None](), archive.header
     tensors = header.tensors
     if archive.base is not None:
-        begun = {spec.name for number, spec in enumerate(tensors) if header.mask(number) & 1}
-        found = {name: db for name, db in _claims(archive.base).items() if name in begun}
+        begun = [spec.name for number, spec in enumerate(tensors) if header.mask(number) & 1]
+        base, said = archive.base, _claims(archive.base)
+        found = {name: said.get(base.spec(name).name) for name in begun if name in base}
     for number in range(len(archive.index.frames) if archive.index else 0):
         with suppress(FormatError):
             ends = archive.packet(number)[0].ends
@@ -328,7 +337,7 @@ def _below(
     least_db: float | None,
     archive: Archive,
     norms: Mapping[str, float],
-    floor_db: float,
+    bits: Mapping[str, int],
 ) -> Iterator[str]:
     """What is worse than it should be; calibration may move what lies beside the pictures."""
     moved = "calibrated" in archive.header.about
@@ -338,7 +347,7 @@ def _below(
     left = {s.name for n, s in enumerate(header.tensors) if last and not header.mask(n) & last}
     for row in rows:
         sqnr, claimed = norms.get(row.name, row.sqnr_db), row.claimed_db
-        floor = floor_db - _MEETING_DB * (row.name in norms)
+        floor = _DB_A_BIT * (bits.get(row.name, FULL_BITS) + 1) - _MEETING_DB * (row.name in norms)
         slack = _UNCHANGED_DB if row.name in left else _CLAIM_ROUNDING_DB
         kept = claimed is None and archive.index is not None and not row.exact
         if kept and row.dtype not in PACKABLE:

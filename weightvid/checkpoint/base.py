@@ -207,8 +207,7 @@ class CheckpointWriter(ABC):
 
     #: what this file kind cannot hold as it is, and what is written instead; known at once.
     notes: tuple[str, ...] = ()
-    #: of all its files; known after :meth:`commit`.
-    file_bytes = 0
+    file_bytes = 0  #: of all its files; known after :meth:`commit`
 
     def __init__(self, path: Path, contents: Contents) -> None:
         _check(contents)

@@ -206,10 +206,7 @@ def through(
 
 
 def refused_options(codec: FrameCodec) -> str:
-    """What an encoder of PyAV says of options that it does not know; empty where it says nothing.
-
-    Encoders go on without them, and tell FFmpeg's log at most.
-    """
+    """What an encoder says, to FFmpeg's log at most, of options without which it goes on."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.WARNING)
     try:

@@ -195,9 +195,7 @@ def has_row_steps(stats: TensorStats) -> bool:
 
 
 def no_weights(specs: Sequence[TensorSpec]) -> tuple[set[str], set[str], set[str]]:
-    """Names of what is no weight: scales, constant tables, an optimizer's state.
-
-    Scales are floats in a module of packed integers or 8-bit floats.
+    """Names of what is no weight: scales of packed integers, tables, an optimizer's state.
 
     Examples
     --------
