@@ -41,7 +41,7 @@ from weightvid.writer import ArchiveWriter
 #: steps of a difference, in those that a whole tensor would have, and the price of a bit; the price
 #: where a base errs little more than an archive of the model itself would: what is left there are
 #: the changes of the training, which point one way in all tensors and do more harm than noise.
-UPDATE_STEP, UPDATE_PRICE, NEAR_PRICE = 0.8, 0.076, 0.066
+UPDATE_STEP, UPDATE_PRICE, NEAR_PRICE = 0.8, 0.08, 0.07
 #: of a progressive archive, the part of all bits that the first layer gets, and the price of a bit
 #: there: about what a smaller error saves in the refinement. That depends on the errors of weights
 #: as well, which the damping stands for. A tensor is complete at once, by its last steps, where
