@@ -6,8 +6,8 @@ A **BatchNorm** keeps four numbers for each channel and computes with two, its g
 
     gain = weight / sqrt(variance + eps)        offset = bias - mean * gain
 
-So mean and variance may be rounded as coarsely as weights are: weight and bias, rounded finely,
-are changed so that gain and offset stay. A base's statistics, if near, are kept as they are.
+So mean and variance are rounded as coarsely as weights, and weight and bias are changed so that
+gain and offset stay. A base's statistics, if near, are kept as they are.
 """
 
 import zlib

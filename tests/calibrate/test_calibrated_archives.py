@@ -11,6 +11,7 @@ import pytest
 
 from weightvid.calibrate import Calibration, CalibrationConfig
 from weightvid.checkpoint import from_mapping
+from weightvid.errors import CheckpointError
 from weightvid.loader import open_archive
 from weightvid.pack import PackOptions, PackReport, Target, pack_checkpoint
 from weightvid.survey import survey_checkpoint
@@ -222,6 +223,41 @@ def test_biases_take_the_mean_error(net: Any, example: Any, tmp_path: Path) -> N
     kept = ("13.bias", "5.weight")
     made = pack(net, tmp_path / "m.mp4", example, keep=kept)[1]
     assert all(np.array_equal(made[name], before[name]) for name in kept)
+
+
+class Shared(nn.Module):
+    """Two layers that share a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 24), nn.Linear(32, 24)
+        self.b.bias = self.a.bias
+
+    def forward(self, x: Any) -> Any:
+        return torch.cat([self.a(x), self.b(x.square())], 1)
+
+
+def test_a_bias_of_two_layers_takes_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Shared().eval()
+    known = Calibration.from_examples(net, (torch.randn(400, 32) + 3).split(40))
+    before = arrays(net)["a.bias"]
+    for keep in (), ("b.weight",):
+        made = pack(net, tmp_path / "m.mp4", Calibration(known.stats), keep=keep)[1]
+        assert np.abs(made["a.bias"] - before).max() <= 2**-5 * np.abs(before).max()
+
+
+def test_statistics_belong_to_all_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 24), nn.LayerNorm(24), nn.Linear(24, 20)).eval()
+    known = Calibration.from_examples(net, torch.randn(400, 32).split(40))
+    known.stats.save(tmp_path / "net.stats")
+    known = Calibration.from_file(tmp_path / "net.stats")
+    pack(net, tmp_path / "m.mp4", known)
+    with torch.no_grad():
+        net[1].weight[3] += 0.5
+    with pytest.raises(CheckpointError, match="other weights"):
+        pack(net, tmp_path / "other.mp4", known)
 
 
 @images

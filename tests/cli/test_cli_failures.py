@@ -55,6 +55,7 @@ from small_models import weights
         ("apply", "{archive}", "{archive}", "-o", "{folder}/other.npz"),
         ("apply", "{archive}", "{archive}", "-o", "-"),
         ("sign", "{archive}", "--key", "{model}", "-o", "-"),
+        ("sign", "{archive}", "--key", "{archive}.pem", "-o", "{folder}/m.npz"),
         ("fetch", "https://host/a.mp4", "-o", "-"),
         ("unpack", "{archive}"),
         ("unpack", "{archive}", "-o", "{folder}/m.tar"),

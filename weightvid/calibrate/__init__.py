@@ -2,7 +2,6 @@
 
 >>> from weightvid.calibrate import Calibration, calibrate  # doctest: +SKIP
 >>> calibrate(module, batches).save("stats.safetensors")  # doctest: +SKIP
->>> PackOptions(calibration=Calibration.from_file("stats.safetensors"))  # doctest: +SKIP
 
 Only what runs a model imports torch.
 """

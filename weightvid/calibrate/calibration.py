@@ -212,11 +212,11 @@ def with_statistics(
     losses = {aliases.get(name, name): loss for name, loss in sensitivity.items()}
     numbers = {spec.name: number for number, spec in enumerate(survey.specs)}
     chosen = {n: known[survey.specs[n].name] for n in survey.stats if survey.specs[n].name in known}
-    takers = {number: _taker(survey, found, numbers) for number, found in chosen.items()}
-    uses = Counter(takers.values())
+    uses = Counter(_taker(survey, found, numbers) for found in known.values())
     moments: dict[int, Moments] = {}
     for number, found in chosen.items():
-        taker = takers[number] if uses[takers[number]] == 1 else None
+        taker = _taker(survey, found, numbers)
+        taker = taker if uses[taker] == 1 else None
         made = packing_moments(found, survey.specs[number], taker)
         moments |= {} if made is None else {number: made}
     for number, made in moments.items():

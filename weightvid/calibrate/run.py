@@ -42,6 +42,7 @@ from weightvid.checkpoint.base import shorten
 from weightvid.errors import QuantizationError
 from weightvid.levels.feedback import factorize
 from weightvid.levels.steps import steps_from_counts
+from weightvid.loader import PACKABLE
 from weightvid.progress import Progress, Report, quiet
 
 #: divergence of what BatchNorm layers see from what they remember, above which inputs are foreign.
@@ -122,16 +123,13 @@ def calibrate(
             moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
             measured = {}
             notes.append(f"{refused}; the statistics will not be used")
+        specs = state.reader.contents.tensors
+        others = [s.name for s in specs if s.dtype in PACKABLE and s.name not in moments]
         return CalibrationStats(
-            model_hash(state.reader, moments),
-            samples,
-            moments,
-            tuple(notes),
-            measured,
-            refused,
-            found.confirmed and not found.foreign,
-            gained,
-        )
+            model_hash(state.reader, moments), samples, moments, tuple(notes), measured, refused,
+            found.confirmed and not found.foreign, gained,
+            {name: model_hash(state.reader, [name]) for name in others},
+        )  # fmt: skip
 
 
 @dataclass(slots=True)

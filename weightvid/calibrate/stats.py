@@ -26,7 +26,7 @@ KEY: Final = "weightvid.calibration"
 VERSION: Final = 1
 #: what the file says of each tensor, and of all.
 _RECORDED: Final = ("axis", "damping", "gain_db", "bias", "bias_sign")
-_WHOLE: Final = ("model_sha256", "samples", "notes", "refused", "confirmed", "gained")
+_WHOLE: Final = ("model_sha256", "others", "samples", "notes", "refused", "confirmed", "gained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,8 @@ class CalibrationStats:
         Why none of it is to be used; empty: it is.
     confirmed : bool
         The model's BatchNorm layers know the inputs, or whoever calibrated said so.
+    others : mapping of str to str
+        `model_hash` of each other float tensor of the model.
     gained : str
         What the outputs gain on inputs that were held back, or why nobody knows.
     """
@@ -130,6 +132,7 @@ class CalibrationStats:
     refused: str = ""
     confirmed: bool = False
     gained: str = ""
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, reader: CheckpointReader) -> None:
         """Refuse statistics of another model.
@@ -144,7 +147,9 @@ class CalibrationStats:
         if missing:
             why = f"the checkpoint has no {shorten(missing)}"
             raise CheckpointError(f"the calibration statistics are of another model: {why}")
-        if model_hash(reader, self.tensors) != self.model_sha256:
+        others = {name: sha for name, sha in self.others.items() if name in known}
+        same = all(model_hash(reader, [name]) == sha for name, sha in others.items())
+        if not same or model_hash(reader, self.tensors) != self.model_sha256:
             raise CheckpointError(
                 "the calibration statistics are of a model with other weights than this "
                 "checkpoint's; calibrate again"
@@ -232,6 +237,7 @@ def load_stats(path: str | os.PathLike[str]) -> CalibrationStats:
                 raise ValueError("a sensitivity is no positive number")
             tensors = {n: _read_tensor(reader, n, entry) for n, entry in record["tensors"].items()}
             known = {key: record[key] for key in _WHOLE} | {"notes": tuple(record["notes"])}
+            known["others"] = dict(record["others"].items())
             return CalibrationStats(tensors=tensors, sensitivity=sensitivity, **known)
         except CheckpointError:
             raise
@@ -264,11 +270,7 @@ def _read_tensor(reader: CheckpointReader, name: str, entry: Mapping[str, Any]) 
 
 
 def model_hash(reader: CheckpointReader, names: Iterable[str]) -> str:
-    """SHA-256 of tensors: for each, in order of its name, name, shape and values as float32.
-
-    Buffers such as batch counters differ between a file and the module that was loaded from it, so
-    only tensors that have statistics are taken. Their types may differ, too: halves run as float32.
-    """
+    """SHA-256 of tensors, by name: of each its name, shape and values as float32, as halves run."""
     digest = hashlib.sha256()
     for name in sorted(names):
         spec = reader.spec(name)

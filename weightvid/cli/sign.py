@@ -32,6 +32,8 @@ def sign(
     if destination is not None:
         read = {"the archive": archive} if detached or openssf else {}
         output.check_output(destination, {"the key": key, **read})
+        if not read:
+            output.check_archive_name(destination)
     if openssf:
         made = sign_for_openssf(archive, key, destination or "", force=force)
     else:

@@ -122,9 +122,10 @@ def _show(found: VerifyReport, archive: str) -> None:
             ],
         )  # fmt: skip
         equal, norms = sum(row.exact for row in lists.tensors), lists.norms_db
+        pictures = f"{output.db(lists.sqnr_db)} (of those in the pictures)"
         rows += [
             ("bit for bit", f"{equal} of {len(lists.tensors)} tensors"),
-            ("SQNR", f"{output.db(lists.sqnr_db)} (of those in the pictures)"),
+            ("SQNR", "" if lists.sqnr_db is None and equal < len(lists.tensors) else pictures),
             ("BatchNorms", "" if norms is None else f"gain and offset {output.db(norms)}"),
             ("largest error", f"{lists.max_abs_error:.6g}"),
             ("divergence", output.number(lists.divergence, 4)),
