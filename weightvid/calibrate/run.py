@@ -123,12 +123,11 @@ def calibrate(
             moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
             measured = {}
             notes.append(f"{refused}; the statistics will not be used")
-        specs = state.reader.contents.tensors
-        others = [s.name for s in specs if s.dtype in PACKABLE and s.name not in moments]
+        others = {s.name for s in state.reader.contents.tensors if s.dtype in PACKABLE} - {*moments}
         return CalibrationStats(
             model_hash(state.reader, moments), samples, moments, tuple(notes), measured, refused,
             found.confirmed and not found.foreign, gained,
-            {name: model_hash(state.reader, [name]) for name in others},
+            {name: model_hash(state.reader, [name]) for name in sorted(others)},
         )  # fmt: skip
 
 

@@ -116,10 +116,9 @@ class Writer(base.FileWriter):
             with np.errstate(over="ignore", invalid="ignore"):
                 values = to_float32(array, spec.dtype)
             if kind.name != "F32" and not np.max(np.abs(values)) <= _MATRICES[kind.name][1]:
-                said = f"tensor {spec.name!r} does not fit {kind.name}; use --kind gguf-f32"
-                raise CheckpointError(said)
+                raise CheckpointError(f"{spec.name!r} does not fit {kind.name}; use --kind gguf-f32")
             if spec.dtype == "F64" and (np.isinf(values) & np.isfinite(array)).any():
-                raise CheckpointError(f"tensor {spec.name!r} does not fit F32, GGUF's largest type")
+                raise CheckpointError(f"{spec.name!r} does not fit F32, GGUF's largest type")
             array = _library().quants.quantize(values, kind)
         for name in self._names_of[spec.name]:
             self._write_at(self._offsets[name], array)
