@@ -123,11 +123,11 @@ def calibrate(
             moments = {n: replace(m, damping=0.0) for n, m in moments.items()}
             measured = {}
             notes.append(f"{refused}; the statistics will not be used")
-        others = {s.name for s in state.reader.contents.tensors if s.dtype in PACKABLE} - {*moments}
+        rest = {s.name for s in state.reader.contents.tensors if s.dtype in PACKABLE} - {*moments}
         return CalibrationStats(
             model_hash(state.reader, moments), samples, moments, tuple(notes), measured, refused,
             found.confirmed and not found.foreign, gained,
-            {name: model_hash(state.reader, [name]) for name in sorted(others)},
+            {name: model_hash(state.reader, [name]) for name in sorted(rest)},
         )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ class Writer(base.FileWriter):
             with np.errstate(over="ignore", invalid="ignore"):
                 values = to_float32(array, spec.dtype)
             if kind.name != "F32" and not np.max(np.abs(values)) <= _MATRICES[kind.name][1]:
-                raise CheckpointError(f"{spec.name!r} does not fit {kind.name}; use --kind gguf-f32")
+                raise CheckpointError(f"{spec.name!r} does not fit {kind.name}: --kind gguf-f32")
             if spec.dtype == "F64" and (np.isinf(values) & np.isfinite(array)).any():
                 raise CheckpointError(f"{spec.name!r} does not fit F32, GGUF's largest type")
             array = _library().quants.quantize(values, kind)
