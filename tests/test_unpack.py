@@ -208,6 +208,8 @@ def test_what_is_refused(archive: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.npz"
     with pytest.raises(CheckpointError, match="INT4"):
         unpack_archive(archive, path, UnpackOptions(dtype="INT4"))
+    with pytest.raises(CheckpointError, match=r"tensors is a tuple, such as \('conv"):
+        unpack_archive(archive, path, UnpackOptions(tensors="conv.*"))  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="gguf-f32"):
         unpack_archive(archive, path.with_suffix(".gguf"), UnpackOptions(dtype="F32"))
     with pytest.raises(TensorNotFoundError, match="'nothing"):

@@ -127,9 +127,9 @@ def unpack_archive(
     """
     began, chosen, target = perf_counter(), options or UnpackOptions(), Path(destination)
     if chosen.dtype not in (None, *OUTPUT_DTYPES):
-        raise CheckpointError(
-            f"cannot convert to {chosen.dtype!r}; choose one of {', '.join(OUTPUT_DTYPES)}"
-        )
+        raise CheckpointError(f"no type {chosen.dtype!r}; choose one of {', '.join(OUTPUT_DTYPES)}")
+    if isinstance(chosen.tensors, str):
+        raise CheckpointError(f"tensors is a tuple, such as ({chosen.tensors!r},)")
     if chosen.dtype and kind_for_output(target, chosen.kind).label == "GGUF":
         raise CheckpointError("types of GGUF are a kind: gguf (F16), gguf-f32, gguf-q8_0")
     with ExitStack() as stack:
