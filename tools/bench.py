@@ -40,7 +40,7 @@ from weightvid.checkpoint import (
     open_checkpoint,
 )
 from weightvid.compare.model import load_model
-from weightvid.compare.plain import peer_methods
+from weightvid.compare.rivals import peer_methods
 from weightvid.loader import Decoder, TensorSpec, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint
 from weightvid.unpack import unpack_archive

@@ -33,7 +33,7 @@ from weightvid.calibrate.evaluation import Judge
 from weightvid.checkpoint import open_checkpoint
 from weightvid.compare.curves import Measure, Pair, crossing, measures
 from weightvid.compare.model import Method, Model, load_model
-from weightvid.compare.plain import peer_methods, plain_methods
+from weightvid.compare.rivals import peer_methods, plain_methods
 from weightvid.compare.rows import OK, Row, RowStore, machine, versions, with_torch
 from weightvid.compare.video import archive_method
 from weightvid.pack import PackOptions

@@ -148,7 +148,7 @@ class Salvage:
                 del left[spec.name]
                 yield spec, array
             if self.archive.source.seekable:
-                _ = self.archive.root  # where it should be
+                _ = self.archive.root  # an error, if no index is where it should be
         except (FormatError, CodecError) as error:
             if self.defect is None:
                 code, offset = getattr(error, "code", "decode"), getattr(error, "offset", None)

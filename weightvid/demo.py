@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from weightvid.checkpoint import open_checkpoint
 from weightvid.compare.model import load_model
-from weightvid.compare.plain import plain_methods
+from weightvid.compare.rivals import plain_methods
 from weightvid.errors import CheckpointError
 from weightvid.loader import Array, Floats, open_archive
 from weightvid.pack import PackOptions, pack_checkpoint

@@ -15,7 +15,7 @@ import small_models
 from weightvid.checkpoint import from_mapping
 from weightvid.compare.codecs import CODECS, FrameCodec, backend, through
 from weightvid.compare.model import Model, load_model
-from weightvid.compare.plain import peer_methods, plain_methods
+from weightvid.compare.rivals import peer_methods, plain_methods
 from weightvid.compare.rows import measure
 from weightvid.compare.video import llm265_method, pictures
 from weightvid.errors import CodecError

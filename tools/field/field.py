@@ -29,7 +29,7 @@ from subjects import SUBJECTS, Subject
 
 from weightvid.checkpoint import open_checkpoint
 from weightvid.compare.model import Coded, Method, load_model
-from weightvid.compare.plain import plain_methods
+from weightvid.compare.rivals import plain_methods
 from weightvid.compare.video import archive_method
 from weightvid.pack import PackOptions
 

@@ -211,13 +211,12 @@ def with_statistics(
     known = {aliases.get(name, name): found for name, found in tensors.items()}
     losses = {aliases.get(name, name): loss for name, loss in sensitivity.items()}
     numbers = {spec.name: number for number, spec in enumerate(survey.specs)}
-    chosen = {n: known[survey.specs[n].name] for n in survey.stats if survey.specs[n].name in known}
-    uses = Counter(_taker(survey, found, numbers) for found in known.values())
-    moments: dict[int, Moments] = {}
-    for number, found in chosen.items():
-        taker = _taker(survey, found, numbers)
-        taker = taker if uses[taker] == 1 else None
-        made = packing_moments(found, survey.specs[number], taker)
+    # Of all tensors: one that is not quantized has no shifts for a bias that it shares.
+    takers = {name: _taker(survey, found, numbers) for name, found in known.items()}
+    uses, moments = Counter(takers.values()), dict[int, Moments]()
+    for number in (n for n in survey.stats if survey.specs[n].name in known):
+        spec, taker = survey.specs[number], takers[survey.specs[number].name]
+        made = packing_moments(known[spec.name], spec, taker if uses[taker] == 1 else None)
         moments |= {} if made is None else {number: made}
     for number, made in moments.items():
         name = survey.specs[number].name

@@ -20,8 +20,8 @@ from weightvid.checkpoint import CheckpointReader, open_checkpoint
 from weightvid.compare.codecs import CODECS
 from weightvid.compare.curves import Goal, Measure, bd_rate, crossing, ending, measures
 from weightvid.compare.model import Method, load_model
-from weightvid.compare.plain import peer_methods, plain_methods
 from weightvid.compare.research import research_methods
+from weightvid.compare.rivals import peer_methods, plain_methods
 from weightvid.compare.rows import OK, Row, RowStore, machine, versions, with_torch
 from weightvid.compare.video import archive_method, frame_methods, llm265_method
 from weightvid.errors import QuantizationError

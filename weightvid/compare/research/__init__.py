@@ -16,10 +16,10 @@ from typing import Final
 import numpy as np
 
 from weightvid.compare.model import Coded, Method, Model, Tensors
-from weightvid.compare.plain import lacks
 from weightvid.compare.research.kernels import Codebook, KernelPrediction
 from weightvid.compare.research.pyramid import Pyramid
 from weightvid.compare.research.scalar import FixedLength, Lnq, Uniform, shape_of
+from weightvid.compare.rivals import lacks
 from weightvid.exact import exact_elements
 from weightvid.levels.transform import view_of
 

@@ -1,4 +1,4 @@
-"""Ways to store a model without video: integers or halves and a general compressor; GGUF; NNCodec.
+"""What people use without video: integers or halves and a general compressor; GGUF; NNCodec.
 
 But for GGUF and NNCodec their bytes hold no names, shapes or index, which any real file needs and
 weightvid's own sizes do count. NNCodec's pins clash with ours, so a Python of its own runs it: its
@@ -56,7 +56,7 @@ class _Integers(NamedTuple):
 
 def plain_methods() -> Iterator[Method]:
     """Every plain way: the smallest of each kind at several rates."""
-    depends = ("compare/plain",)
+    depends = ("compare/rivals",)
     zstd = lacks("zstandard", "pip install 'weightvid[compare]'")
     for name, block in (*((name, 0) for name in _PACKERS), ("xz", _BLOCK)):
         missing = zstd if name == "zstd" else ""
@@ -239,7 +239,7 @@ def peer_methods(
     for name, opt_qp, qps in (("NNCodec DQ", False, dq_qps), ("NNCodec opt_qp", True, opt_qps)):
         yield Method(
             name, "peer", partial(_nncodec, python, opt_qp), "QP", tuple(map(float, qps)), missing,
-            {"version": version}, ("compare/plain", "compare/nncodec", "checkpoint/nnc"),
+            {"version": version}, ("compare/rivals", "compare/nncodec", "checkpoint/nnc"),
             command=("compare", "--nncodec", python) if nncodec else ("compare",),
         )  # fmt: skip
 
