@@ -65,15 +65,10 @@ def sample_dir() -> Path:
 
 
 def run_demo(data_dir: Path, work_dir: Path, announce: Callable[[str], None]) -> DemoReport:
-    """Pack the sample, unpack it, and compare sizes and answers.
+    """Pack the sample (of `sample_dir`), unpack it, and compare sizes and answers.
 
-    Parameters
-    ----------
-    data_dir, work_dir : Path
-        Folder with the sample, usually :func:`sample_dir`; folder for the archive and the
-        restored checkpoint, where earlier ones are replaced.
-    announce : callable
-        Called with ``pack``, ``unpack`` and ``evaluate`` as each begins.
+    The archive and the restored checkpoint go to ``work_dir``, where earlier ones are replaced.
+    ``announce`` is called with ``pack``, ``unpack`` and ``evaluate`` as each begins.
     """
     source, holdout = data_dir / CHECKPOINT_NAME, data_dir / HOLDOUT_NAME
     for path in (source, holdout):

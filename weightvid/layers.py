@@ -130,8 +130,9 @@ class _Pile:
             if float(np.square(error).mean(dtype=np.float64)) < 2 * _NEAR * spread:
                 # With the base's own step, a tensor that was not trained gives the base again.
                 step = min(steps.get(plan.spec.name, plan.step), _NEAR * plan.step)
-                [(_, alone)] = self._code({number: plan.with_step(step)}, added=False)
-                usual = self._harm(weights - _values(alone, plan), plan, number)
+                [(_, parts)] = self._code({number: plan.with_step(step)}, added=False)
+                alone = np.concatenate([part.stored.reshape(-1) for part in parts])
+                usual = self._harm(weights - to_float32(alone, plan.spec.dtype), plan, number)
                 harm = self._harm(error, plan, number)
                 if harm <= _AS_GOOD * usual:
                     self._shift(number, error.reshape(-1, plan.view.columns), plan)
@@ -217,11 +218,9 @@ class _Pile:
                 if n not in self._below or self._below[n].tobytes() != array.tobytes()
             ]
             small = all(n in self._below and array.itemsize <= 8 for n, array in changed)
-            items = changed
-            if small:
-                items = [(n, difference(self._below[n], array)) for n, array in changed]
-                if not self._layers and _packed(items) >= _packed(changed):
-                    items, small = changed, False
+            items = [(n, difference(self._below[n], a)) for n, a in changed] if small else changed
+            if small and not self._layers and _packed(items) >= _packed(changed):
+                items, small = changed, False
             for number, array in changed:
                 self._below[number] = array
                 self._masks[number] = (self._masks[number] if small else 0) | 2 << layer
@@ -230,11 +229,9 @@ class _Pile:
 
     def _near(self, number: int, flat: Array) -> Array:
         """Elements of an exact tensor, or such near them that differ little from those so far."""
-        spec, bits = self._survey.specs[number], self._mantissa_bits
-        below = self._below.get(number)
-        if below is None or bits == FULL_BITS or not rounds_mantissas(spec):
-            return flat
-        if self._survey.keeps(spec.name):
+        spec, below = self._survey.specs[number], self._below.get(number)
+        kept = self._mantissa_bits == FULL_BITS or self._survey.keeps(spec.name)
+        if below is None or kept or not rounds_mantissas(spec):
             return flat
         return approach(below, flat, DIFFERENCE_BITS)
 
@@ -308,10 +305,6 @@ def _normal_bits(plans: Mapping[int, TensorPlan], stats: Mapping[int, TensorStat
     root = 4.13  # of 2 pi e
     bits = [p.spec.size * log2(root * stats[n].scale / p.step) for n, p in plans.items()]
     return max(0.0, sum(bits) / max(1, sum(plan.spec.size for plan in plans.values())))
-
-
-def _values(coded: Sequence[CodedPart], plan: TensorPlan) -> Floats:
-    return to_float32(np.concatenate([part.stored.reshape(-1) for part in coded]), plan.spec.dtype)
 
 
 def _bits(coded: Sequence[CodedPart]) -> float:

@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 
 
 _MOST_JOBS: Final = 1024
+#: settings, and those that they cannot be combined with.
+_EXCLUDED: Final = {
+    "pruning": ("a QP",),
+    "lossless": ("pruning",),
+    "a step factor": ("a target", "an evaluation", "a QP", "lossless"),
+    "a target": ("an evaluation", "a QP", "lossless"),
+    "an evaluation": ("a QP", "lossless"),
+    "a QP": ("lossless",),
+    "calibration": ("fidelity 'weights'", "a QP", "lossless"),
+    "layers or a base": ("a target", "an evaluation", "a QP", "pruning"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +115,21 @@ class PackOptions:
         for name, factor in factors:
             if factor is not None and not 0 < factor < inf:
                 raise QuantizationError(f"{name} must be a positive number, not {factor}")
-        if self.prune is not None and self.video.qp is not None:
-            raise QuantizationError("pruning and a QP exclude each other")
-        if self.lossless and self.prune is not None:
-            raise QuantizationError("lossless and pruning exclude each other")
-        searched = [
-            name
-            for name, value in (
-                ("a step factor", self.step_factor), ("a target", self.target),
-                ("an evaluation", self.evaluation), ("a QP", self.video.qp),
-                ("lossless", self.lossless or None),
-            )
-            if value is not None
-        ]  # fmt: skip
-        if len(searched) > 1:
-            raise QuantizationError(f"{searched[0]} and {searched[1]} exclude each other")
-        if calibrated or self.calibration is not None:
-            self._check_calibrated()
+        asked = {
+            "a step factor": self.step_factor is not None,
+            "a target": self.target is not None,
+            "an evaluation": self.evaluation is not None,
+            "a QP": self.video.qp is not None,
+            "lossless": self.lossless,
+            "pruning": self.prune is not None,
+            "calibration": calibrated or self.calibration is not None,
+            "fidelity 'weights'": self.fidelity == "weights",
+            "layers or a base": self.layered,
+        }
+        for name, others in _EXCLUDED.items():
+            for other in others:
+                if asked[name] and asked[other]:
+                    raise QuantizationError(f"{name} and {other} exclude each other")
         if not 0 <= self.jobs <= _MOST_JOBS:
             raise QuantizationError(
                 f"jobs are 1 to {_MOST_JOBS} (0: one per core), not {self.jobs}"
@@ -135,23 +144,9 @@ class PackOptions:
         """Whether the archive has layers, or is an update."""
         return self.layers > 1 or bool(self.base)
 
-    def _check_calibrated(self) -> None:
-        for name, given in (
-            ("fidelity 'weights'", self.fidelity == "weights"),
-            ("a QP", self.video.qp is not None), ("lossless", self.lossless),
-        ):  # fmt: skip
-            if given:
-                raise QuantizationError(f"calibration and {name} exclude each other")
-
     def _check_layers(self) -> None:
         if self.layers > 1 and self.base:
             raise QuantizationError("an update has one layer: leave layers or the base out")
-        for name, value in (
-            ("a target", self.target), ("an evaluation", self.evaluation),
-            ("a QP", self.video.qp), ("pruning", self.prune),
-        ):  # fmt: skip
-            if value is not None:
-                raise QuantizationError(f"layers or a base and {name} exclude each other")
         if self.fidelity == "integers":
             raise QuantizationError("integers are no sums: leave layers and the base out")
         if self.lossless and self.layers > 1:

@@ -138,16 +138,7 @@ def _choose(
 
 
 class Encoder:
-    """Writes archives over each other, until one is as it should be.
-
-    Parameters
-    ----------
-    survey : Survey
-    file : binary file object
-        Holds the last archive.
-    workers : Workers
-    progress : callable
-    """
+    """Writes archives over each other into a file, until one is as it should be."""
 
     def __init__(
         self, survey: Survey, file: BinaryIO, workers: Workers, progress: Report = quiet
@@ -157,14 +148,7 @@ class Encoder:
     def encode(
         self, factor: float, coded: Mapping[int, Sequence[CodedPart]] | None = None
     ) -> Written:
-        """Write the archive of a step factor.
-
-        Parameters
-        ----------
-        factor : float
-        coded : mapping of int to sequence of CodedPart, optional
-            Tensors that are quantized already.
-        """
+        """Write the archive of a step factor; ``coded`` are tensors that are quantized already."""
         survey = self._survey
         plans = survey.plans(factor)
         run = _Run(survey, plans, coded or {}, self._workers, self._progress)
@@ -259,9 +243,8 @@ class _Run:
             parts.append(replace(coded.part, column=column, bases=bases))
         ends = []
         for coded in frame.ends:
-            plan = self._plans[coded.part.tensor]
-            if coded.part.first_row + coded.part.rows == plan.view.rows:
-                number = coded.part.tensor
+            number = coded.part.tensor
+            if coded.part.first_row + coded.part.rows == self._plans[number].view.rows:
                 digest = self._hashes.pop(number).digest()[: loader.TENSOR_SHA_BYTES]
                 ends.append(End(number, digest, self._reports[number].sqnr_db))
         return Sidecar(frame.number, packet.sha256, tuple(parts), tuple(ends))
@@ -270,13 +253,10 @@ class _Run:
         """Sidecar of a lossy frame: hashes and qualities are those of what came back."""
         ends = []
         for number, array in assembler.add(sidecar, luma):
-            spec, plan = self._survey.specs[number], self._plans[number]
-            tally = Tally(spec.name)
-            original, shape = self._survey.reader.read(spec.name), (-1, plan.view.columns)
-            tally.add_quality(
-                compare_rows(original.reshape(shape), array.reshape(shape), spec.dtype)
-            )
-            self._reports[number] = tally
+            spec, shape = self._survey.specs[number], (-1, self._plans[number].view.columns)
+            original = self._survey.reader.read(spec.name).reshape(shape)
+            tally = self._reports[number] = Tally(spec.name)
+            tally.add_quality(compare_rows(original, array.reshape(shape), spec.dtype))
             ends.append(End(number, tensor_sha256(array)[: loader.TENSOR_SHA_BYTES], tally.sqnr_db))
         return sidecar._replace(ends=tuple(ends))
 

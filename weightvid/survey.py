@@ -66,20 +66,10 @@ def _refuse_remains(reader: CheckpointReader) -> None:
 class Survey:
     """A checkpoint whose tensors have all been looked at once.
 
-    Attributes
-    ----------
-    reader : CheckpointReader
-    options : PackOptions
-    stats : mapping of int to TensorStats
-        Of the tensors that are worth quantizing, by number, in order.
-    units : mapping of int to float
-        Step of each at k = 1, before any limit.
-    moments : mapping of int to Moments
-        What calibration knows of the inputs of a tensor.
-    apart : frozenset of str
-        Names of tensors that are kept bit for bit because they are no weights.
-    notes : tuple of str
-        What people should know of the model.
+    By number, in order, ``stats`` are of the tensors that are worth quantizing, ``units`` the step
+    of each at k = 1, before any limit, and ``moments`` what calibration knows of its inputs.
+    ``apart`` names tensors that are kept bit for bit because they are no weights; ``notes`` are
+    what people should know of the model.
     """
 
     reader: CheckpointReader
@@ -186,15 +176,8 @@ class Survey:
     ) -> Iterator[tuple[int, Array]]:
         """Tensors without a plan, in their order, and their elements as they are kept.
 
-        Parameters
-        ----------
-        plans : mapping of int to TensorPlan
-        shifts : mapping of int to ndarray of float32
-            What is added to biases first.
-        bits : int
-            Mantissa bits that 1-D floats keep.
-        below : mapping of int to ndarray
-            Elements of a base, or of a layer before.
+        ``shifts`` are added to biases first; 1-D floats keep so many mantissa ``bits``; ``below``
+        are elements of a base, or of a layer before.
         """
         specs = self.specs
         norms = {

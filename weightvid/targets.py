@@ -128,25 +128,24 @@ def search(
         The target is out of reach; the nearest that was found is named.
     """
     low, high = log(_SMALLEST), log(_LARGEST)
+    least, most = target.value * (1 - SIZE_TOLERANCE), target.value
+    if target.kind == "sqnr":
+        least, most = target.value - SQNR_TOLERANCE_DB, target.value + SQNR_TOLERANCE_DB
     tried: list[tuple[float, float]] = []
     at = log(factor)
     while len(tried) < _MOST_TRIALS:
         made = encode(exp(at))
         value = _value(target, made, weights)
         tried.append((at, value))
-        if _met(target, value):
+        if least <= value <= most:
             return made, len(tried)
-        if value < target.value * (1 if target.kind == "sqnr" else 1 - SIZE_TOLERANCE):
-            high = at  # too coarse
-        else:
-            low = at
-        following = _next(target, tried)
-        if not low < following < high:
-            following = (low + high) / 2
+        low, high = (low, at) if value < least else (at, high)
         settled = len(tried) > 2 and len({value for _, value in tried[-3:]}) == 1
         if high - low < 1e-4 or settled:
             break
-        at = following
+        at = _next(target, tried)
+        if not low < at < high:
+            at = (low + high) / 2
     nearest = min((value for _, value in tried), key=lambda value: abs(value - target.value))
     if nearest == inf:
         raise TargetError(f"{target} cannot be reached: nothing of the model is packed as video")
@@ -160,12 +159,6 @@ def _value(target: Target, made: Trial, weights: int) -> float:
     if target.kind == "sqnr":
         return inf if made.sqnr_db is None else made.sqnr_db
     return made.file_bytes if target.kind == "size" else 8 * made.file_bytes / max(1, weights)
-
-
-def _met(target: Target, value: float) -> bool:
-    if target.kind == "sqnr":
-        return abs(value - target.value) <= SQNR_TOLERANCE_DB
-    return target.value * (1 - SIZE_TOLERANCE) <= value <= target.value
 
 
 def _next(target: Target, tried: list[tuple[float, float]]) -> float:

@@ -13,10 +13,7 @@ _PACKAGE = Path(__file__).resolve().parent
 def code_sha256(only: tuple[str, ...] = ("",), leave: tuple[str, ...] = ()) -> str:
     """SHA-256 of this package's own code: what was measured with other code is not used again.
 
-    Parameters
-    ----------
-    only, leave : tuple of str
-        Beginnings of paths within the package that count, and of those that don't.
+    Paths within the package count that begin as one of ``only``, and not as one of ``leave``.
     """
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):

@@ -20,24 +20,10 @@ _ENOUGH_TENSORS, _ENOUGH_BYTES = 16, 1 << 16
 class ArchiveWriter:
     """Writes an archive front to back, in constant memory.
 
-    Parameters
-    ----------
-    file : binary file object
-    track : Track
-    header : Header
-        Its ``files`` are not looked at.
-    files : sequence of SideFile
-
-    Attributes
-    ----------
-    track : Track
-    frames : list of int
-        Bytes of each frame so far.
-    packet_bytes, largest_packet, first_packet : int
-        Of the frames written so far.
-    heads : dict of int to bytes
-        First bytes of the SHA-256 of each tensor. Whoever adds to a base says what exact tensors
-        become, and those that stay as they are.
+    The ``files`` of the header that is given are not looked at. ``frames`` are the bytes of each
+    frame so far; ``packet_bytes``, ``largest_packet`` and ``first_packet`` are of those, too.
+    ``heads`` are the first bytes of the SHA-256 of each tensor: whoever adds to a base says what
+    exact tensors become, and those that stay as they are.
     """
 
     def __init__(
@@ -54,11 +40,9 @@ class ArchiveWriter:
         self._boxes: list[tuple[int, tuple[int, ...]]] = []
         self.packet_bytes = self.largest_packet = self.first_packet = 0
         made = [box(loader.FILE_UUID, close_body(entry.data)) for entry in files]
-        self._write(container.ftyp(), container.moov(track))
         sizes = [(entry, len(data)) for entry, data in zip(files, made, strict=True)]
-        self._write(
-            box(loader.HEADER_UUID, close_body(*container.header_records(header, sizes))), *made
-        )
+        head = box(loader.HEADER_UUID, close_body(*container.header_records(header, sizes)))
+        self._write(container.ftyp(), container.moov(track), head, *made)
 
     def _write(self, *parts: bytes) -> int:
         size = sum(map(len, parts))
@@ -85,14 +69,9 @@ class ArchiveWriter:
         self.largest_packet = max(self.largest_packet, len(packet))
 
     def add_exact(self, tensors: Iterable[tuple[int, Array]], lossless: bool = False) -> None:
-        """Write exact tensors, each as its stored elements, into as many boxes as they need.
+        """Write exact tensors, numbers and stored elements, into as many boxes as they need.
 
-        Parameters
-        ----------
-        tensors : iterable of (int, ndarray)
-            Numbers and elements.
-        lossless : bool
-            Save time: floats are not tried as plain bytes, too.
+        ``lossless`` saves time: floats are not tried as plain bytes, too.
         """
 
         def make(items: Sequence[tuple[int, int, Array]]) -> bytes:

@@ -108,6 +108,9 @@ def test_passes_end_once_their_layers_were_seen(tmp_path: Path) -> None:
     (lambda x, y: y + 1, False), (lambda x, y: x.add(x), False),
     (lambda x, y: x + y.mul_(2), False),
     (lambda x, y: (x + 1, y + x)[1], True), (lambda x, y: torch.add(y, x, alpha=2), False),
+    (lambda x, y: x + y.view(-1).view(x.shape), True), (lambda x, y: x + y.T.contiguous().T, False),
+    (lambda x, y: y + y.view(x.shape), False),
+    (lambda x, y: x + y.view(-1).relu().view(x.shape), False),
 ])  # fmt: skip
 def test_what_a_result_is_added_to(forward: Any, known: bool) -> None:
     net, x = By(lambda s, x: forward(x, s.a(x)), a=(24, 24)), batches()[0]
@@ -135,8 +138,8 @@ def test_weights_make_up_for_what_is_missing_besides(corrected: bool) -> None:
         ]
         assert sums.add(*runs)
     means = sums.means()
-    found = refit(w.astype(np.float32), means.inner(corrected), 1e-9)
     check = Check(w.astype(np.float32), 1, means, means)
+    found = refit(check, means.inner(corrected), 1e-9)
     shift = check.shift(found) * corrected
     asked = x @ w.T + added - short
     design = np.column_stack([near, np.ones(500)]) if corrected else near

@@ -16,6 +16,7 @@ from weightvid.levels.code import CodedPart, code_part, decibels, part_rows
 from weightvid.levels.stats import outlier_mask, tensor_stats
 from weightvid.levels.steps import Moments, TensorPlan, plan_tensor
 from weightvid.levels.transform import dct
+from weightvid.levels.trellis import entropy_bits
 from weightvid.loader import TensorSpec, dequantize, from_float32, from_sequence, to_float32
 
 Array = np.ndarray[Any, Any]
@@ -175,3 +176,25 @@ def test_calibrated_levels_put_out_as_much_as_the_weights(shape: tuple[int, ...]
     matrix = values.reshape(groups, -1, columns).astype(np.float64)
     seen = matrix @ moment
     assert np.vdot(seen, made.stored) == pytest.approx(np.vdot(seen, matrix), rel=1e-3)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_inputs_along_the_rows_cost_what_they_do_along_the_columns(known: bool) -> None:
+    """``x @ W``, as GPT-2 has it: the trellis goes along the outputs."""
+    rng, values = np.random.default_rng(5), weights(6, 96, 160)
+    inputs = np.maximum(rng.standard_normal((900, 40)) @ rng.standard_normal((40, 160)), 0) + 0.3
+    moment, turn = inputs.T @ inputs / 900, rng.standard_normal((96, 24))
+    outputs = turn @ turn.T / 24 + 0.1 * np.eye(96)
+    costs, bits = [], []
+    for axis, matrix in ((1, values), (0, np.ascontiguousarray(values.T))):
+        moments = Moments(moment[None], 0.01, axis, outputs=outputs if known else None)
+        stats = tensor_stats(TensorSpec("w", "F32", matrix.shape), [matrix])
+        plan = plan_tensor(stats, 0.5 * stats.typical_scale, moments=moments)
+        assert plan is not None
+        assert plan.method == loader.TRELLIS
+        made = code_part(matrix, plan, 0, 0, moments)
+        assert decoded(plan, made).tobytes() == made.stored.tobytes()
+        error = (made.stored if axis else made.stored.T) - values
+        costs.append(np.trace((outputs if known else np.eye(96)) @ error @ moment @ error.T))
+        bits.append(entropy_bits(made.samples))
+    assert 10 * np.log10(costs[1] / costs[0]) + 6.02 * (bits[1] - bits[0]) < 0.5

@@ -206,7 +206,7 @@ def test_steps_by_frequency() -> None:
     assert told.frequency_steps is own.frequency_steps
     assert (told.method, told.balanced) == (TRELLIS, False)
     across = Moments(np.eye(64)[None], 0.01, axis=0)
-    assert planned(stats_of(64, 100), moments=across).method == UNIFORM
+    assert planned(stats_of(64, 100), moments=across).method == TRELLIS
 
 
 def test_steps_by_row_where_scales_spread() -> None:

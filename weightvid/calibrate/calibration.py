@@ -256,8 +256,9 @@ def packing_moments(known: TensorMoments, spec: TensorSpec, bias: int | None) ->
     made = Moments(moment, known.damping, known.axis, known.mean, bias, known.bias_sign)
     if known.row_steps is not None and len(known.row_steps) == view.rows:
         made = replace(made, row_steps=known.row_steps)
-    outputs = known.outputs if groups == known.axis == 1 else None
-    if outputs is not None and len(outputs) == view.rows and outputs.any():
+    outputs = known.outputs if groups == 1 else None
+    size = view.rows if known.axis else view.columns
+    if outputs is not None and len(outputs) == size and outputs.any():
         made = replace(made, outputs=outputs)
     if not view.kernel or known.axis == 0:
         return made

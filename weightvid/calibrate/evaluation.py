@@ -285,8 +285,8 @@ def load_function(wanted: str | Function) -> tuple[Function, bool]:
     source: Any = wanted
     before = "torch" in sys.modules
     if isinstance(wanted, str):
-        place, colon, name = wanted.rpartition(":")
-        if not (colon and place and name.isidentifier()):
+        place, _, name = wanted.rpartition(":")
+        if not (place and name.isidentifier()):
             raise EvaluationError(
                 f"{wanted!r} is not of the form module:function or script.py:function"
             )

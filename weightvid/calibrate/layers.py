@@ -49,11 +49,11 @@ from weightvid.calibrate.state import (
 )
 from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats
 from weightvid.calibrate.sums import InputMeans, Sums
-from weightvid.calibrate.trial import Check, Coded, sample_rows, values_of
+from weightvid.calibrate.trial import Check, Coded, some_outputs, values_of
 from weightvid.calibrate.watch import Enough, Watch
 from weightvid.levels.code import CodedPart, quality_of
 from weightvid.levels.steps import Moments, TensorPlan
-from weightvid.loader import Array, Floats, TensorSpec, from_float32
+from weightvid.loader import UNIFORM, Array, Floats, TensorSpec, from_float32
 from weightvid.progress import Progress, Report
 from weightvid.survey import Survey
 
@@ -136,7 +136,8 @@ class Layer:
     @property
     def check(self) -> Check:
         """What errors of its weights do."""
-        return Check(values_of(self.elements, self.plan.spec), 1, self.fitted, self.held)
+        weights = values_of(self.elements, self.plan.spec)
+        return Check(weights, self.moments.axis, self.fitted, self.held)
 
     def code(self, fit: float | None, number: int = 0) -> Coded:
         """Quantize it, fitted anew with a damping or as it is."""
@@ -144,41 +145,44 @@ class Layer:
         if fit is not None:
             known = self.fitted.inner(self.moments.bias is not None)
             moments = replace(moments, moment=known.moment, mean=known.mean)
-            elements = from_float32(refit(self.check.weights, known, fit), self.plan.spec.dtype)
+            elements = from_float32(refit(self.check, known, fit), self.plan.spec.dtype)
         return Coded(self.plan, number, elements, moments)
 
     def choose(self) -> float | None:
         """The fit with the least error on samples held back, tried on some of the outputs."""
-        rows = sample_rows(len(self.elements), len(self.fitted.mean), 1)
-        elements, plan = self.elements[rows], self.plan
+        index = some_outputs(self.elements, len(self.fitted.mean), self.moments.axis)
+        elements, plan, rows = self.elements[index], self.plan, index[0]
+        channels = plan.view.channels * elements.shape[1] // self.elements.shape[1]
         plan = replace(
             plan,
             spec=plan.spec._replace(shape=elements.shape),
-            view=replace(plan.view, rows=len(elements)),
+            view=replace(plan.view, rows=len(elements), channels=channels),
+            method=plan.method if self.moments.axis else UNIFORM,  # which is faster
             row_scales=plan.row_scales[rows],
             row_steps=None if plan.row_steps is None else plan.row_steps[rows],
         )
         # A tensor for itself is judged by its inputs alone.
         moments = replace(self.moments, outputs=None)
-        some = Layer(elements, plan, moments, self.fitted.of(rows), self.held.of(rows))
+        some = Layer(elements, plan, moments, self.fitted.of(index[-1]), self.held.of(index[-1]))
         check, corrected = some.check, self.moments.bias is not None
         return min(FITS, key=lambda fit: check.cost_db(some.code(fit), corrected))
 
 
-def refit(weights: Floats, means: InputMeans, damping: float) -> Floats:
-    """Weights that put out the same for the new inputs, as nearly as can be, shape (R, C).
+def refit(check: Check, means: InputMeans, damping: float) -> Floats:
+    """Weights that put out the same for the new inputs, as nearly as can be, as a matrix.
 
     And what makes up for a gap, if one is known.
     ``damping`` is a part of the mean diagonal of H', above 0.
     """
     found = []
-    shares = np.split(weights.reshape(len(weights), -1).astype(np.float64), len(means.moment))
     owed = 0.0 if means.gap is None else means.gap.cross
+    shares = check.shares(check.weights)
     for part, moment, cross in zip(shares, means.moment, means.cross, strict=True):
         # Of constant inputs both are zeros, and the weights stay.
         damped = moment + (damping * np.diagonal(moment).mean() or 1.0) * np.eye(len(moment))
         lacking = part @ (cross - moment) + owed
-        found.append(part + np.linalg.solve(damped, lacking.T).T)
+        fitted = part + np.linalg.solve(damped, lacking.T).T
+        found.append(fitted if check.axis else fitted.T)
     return np.concatenate(found).astype(np.float32)
 
 
@@ -268,13 +272,11 @@ class _Sequence:
         sizes = {
             name: 48 * groups * columns * (columns + 1) + 8 * elements
             for name, (groups, columns, elements) in order.shapes.items()
-            if name not in order.tables
-            and numbers.get(name) in moments
-            and moments[numbers[name]].axis
+            if name not in order.tables and numbers.get(name) in moments
         }
         plan = stages(sizes, memory_bytes, order.sources)
         if not plan:
-            return "no layer of weights (outputs, inputs) could be followed at work"
+            return "no layer could be followed at work"
         staged = {numbers[name] for stage in plan for name in stage}
         fits = [self._quantize(number, None) for number in self._plans if number not in staged]
         runs = _Runs(self._state, order, batches, memory_bytes)

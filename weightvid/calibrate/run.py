@@ -202,12 +202,9 @@ def _across(
     Rows of a table matter wherever they are looked up. What kernels do adds up over places, which a
     product of two moments cannot tell: on ResNets nothing is gained.
     """
-    shapes = {n: state.tensors[n].shape for n in sizes if n not in order.tables}
-    found = {
-        name: 16 * shape[0] ** 2
-        for name, shape in shapes.items()
-        if len(shape) == 2 and shape[0] <= _MOST_OUTPUTS
-    }
+    matrices = (n for n in sizes if n not in order.tables and state.tensors[n].ndim == 2)
+    outputs = {name: state.tensors[name].numel() // order.shapes[name][1] for name in matrices}
+    found = {name: 16 * size**2 for name, size in outputs.items() if size <= _MOST_OUTPUTS}
     return {name: size for name, size in found.items() if sizes[name] + size <= memory_bytes}
 
 

@@ -1,8 +1,8 @@
 """Calibration statistics: what the layers of a model see at their inputs, and their file.
 
 That is a safetensors file with ``NAME#moment`` and ``NAME#mean`` of each tensor ``NAME``, for some
-also ``NAME#row_steps``; the rest
-is JSON in its metadata. It carries a hash of the tensors that it speaks of.
+also ``NAME#row_steps``; the rest is JSON in its metadata. It carries a hash of the tensors that it
+speaks of.
 """
 
 from __future__ import annotations

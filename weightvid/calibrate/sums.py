@@ -98,7 +98,7 @@ class Sums:
         self._rows, self._samples = np.zeros(groups), np.zeros(groups)
         self._pulled = seen.pulls is not None or seen.looked_up
         rows = 0 if seen.pulls is None else seen.pulls.shape[-1]
-        if self._across and rows and groups == self.axis == 1:
+        if self._across and rows and groups == 1:
             self._outputs = torch.zeros((rows, rows), dtype=torch.float64, device=device)
 
     def add(self, seen: Seen, original: Seen | None = None) -> bool:
@@ -129,7 +129,7 @@ class Sums:
                     f"the inputs of tensor {seen.name!r} hold NaN or infinity (or squares "
                     "beyond float32); look at the layer before it, or at the example inputs"
                 )
-            if original is not None and pulls is None and self.form[:2] == (1, 1):
+            if original is not None and pulls is None and self.form[:2] in ((0, 1), (1, 1)):
                 self._add_gap(seen.added, original.added, both)
             self._rows[target] += len(inputs)
             self._samples[target] += len(inputs) if pulls is None else len(pulls) * seen.samples

@@ -77,15 +77,19 @@ def fill(module: nn.Module, reader: CheckpointReader) -> list[str]:
     A CheckpointError says that the checkpoint lacks weights, or has them in another shape, or under
     other names.
     """
-    wanted, aliases = module.state_dict(), State(module).reader.contents.aliases
+    net = State(module)
+    wanted, aliases = net.tensors, net.reader.contents.aliases
     specs = dict(reader.contents.rows())
     state = {n: from_stored(reader.read(n), spec.dtype) for n, spec in specs.items() if n in wanted}
-    try:
-        missing = module.load_state_dict(state, strict=False).missing_keys
-    except RuntimeError as error:
-        raise CheckpointError(f"the network is not that of this checkpoint: {error}") from None
+    wrong = [name for name in state if state[name].shape != wanted[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"the network is not that of this checkpoint: {shorten(wrong)} has another shape there"
+        )
+    for name, values in state.items():
+        wanted[name].copy_(values)
     given = {aliases.get(name, name) for name in state}
-    lost = [name for name in missing if aliases.get(name, name) not in given]
+    lost = [name for name in wanted if aliases.get(name, name) not in given]
     lost = [name for name in lost if not name.endswith("num_batches_tracked")]
     if lost:
         raise CheckpointError(

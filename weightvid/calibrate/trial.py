@@ -22,7 +22,7 @@ from weightvid.levels.code import CodedPart, code_part, part_rows
 from weightvid.levels.stats import tensor_stats
 from weightvid.levels.steps import Moments, TensorPlan, is_codable, plan_tensor
 from weightvid.levels.trellis import entropy_bits
-from weightvid.loader import Array, Floats, TensorSpec, from_float32, to_float32
+from weightvid.loader import UNIFORM, Array, Floats, TensorSpec, from_float32, to_float32
 from weightvid.pack import PackOptions
 from weightvid.progress import Progress, Report
 from weightvid.survey import Survey, may_code, survey_checkpoint
@@ -32,7 +32,7 @@ from weightvid.workers import Workers
 _TRIAL_FACTOR: Final = 0.25
 _TRIAL_SIGMAS: Final = 0.5
 #: outputs that the trial of a single tensor is made with.
-_SAMPLE_ROWS: Final = 64
+_SAMPLE_OUTPUTS: Final = 64
 #: what a moment must gain on held-back samples to be used.
 _LEAST_GAIN_DB: Final = 0.1
 
@@ -79,9 +79,14 @@ def values_of(stored: Array, spec: TensorSpec) -> Floats:
     return to_float32(stored.reshape(-1), spec.dtype).reshape(stored.shape)
 
 
-def sample_rows(rows: int, groups: int, axis: int) -> slice:
-    """Rows of a tensor that a trial is made with: some outputs of a layer of one group."""
-    return slice(None, None, max(1, rows // _SAMPLE_ROWS) if groups == axis == 1 else 1)
+def some_outputs(tensor: Array, groups: int, axis: int) -> tuple[slice, ...]:
+    """Index of what a trial is made with: some outputs of a layer of one group, in the last place.
+
+    ``axis`` is that along which its inputs lie.
+    """
+    step = max(1, tensor.shape[1 - axis] // _SAMPLE_OUTPUTS) if groups == 1 else 1
+    some = slice(None, None, step)
+    return (some,) if axis else (slice(None), some)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +102,7 @@ class Check:
     fitted: InputMeans
     held: InputMeans
 
-    def _shares(self, weights: Floats) -> list[npt.NDArray[np.float64]]:
+    def shares(self, weights: Floats) -> list[npt.NDArray[np.float64]]:
         """Matrices of outputs by inputs, one for each group."""
         matrix = weights.reshape(len(weights), -1).astype(np.float64)
         parts = np.split(matrix, len(self.held.mean))
@@ -106,7 +111,7 @@ class Check:
     def shift(self, values: Floats) -> npt.NDArray[np.float64]:
         """By how much the mean outputs of other weights lie below, shape (outputs,)."""
         means = zip(self.fitted.original_mean, self.fitted.mean, strict=True)
-        runs = zip(self._shares(self.weights), self._shares(values), means, strict=True)
+        runs = zip(self.shares(self.weights), self.shares(values), means, strict=True)
         found = np.concatenate([w @ before - v @ after for w, v, (before, after) in runs])
         return found if self.fitted.gap is None else found + self.fitted.gap.cross[:, -1]
 
@@ -116,7 +121,7 @@ class Check:
         ``corrected``: a bias takes the shift of the means that is known from the inputs fitted to.
         """
         lost, held = 0.0, self.held
-        shares = self._shares(self.weights), self._shares(coded.values)
+        shares = self.shares(self.weights), self.shares(coded.values)
         shifts = np.split(self.shift(coded.values) * corrected, len(held.mean))
         for g, (before, after, shift) in enumerate(zip(*shares, shifts, strict=True)):
             w, v = np.column_stack([before, 0 * shift]), np.column_stack([after, shift])
@@ -144,7 +149,7 @@ def choose_damping(
     if not may_code(spec):
         return dampings[0], 0.0
     array = reader.read(name)
-    array = array[sample_rows(len(array), len(known.mean), known.axis)]
+    array = array[some_outputs(array, len(known.mean), known.axis)]
     spec = TensorSpec(name, spec.dtype, array.shape)
     stats = tensor_stats(spec, [array])
     if not is_codable(spec, stats) or packing_moments(known, spec, None) is None:
@@ -157,6 +162,7 @@ def choose_damping(
         plan = plan_tensor(stats, _TRIAL_SIGMAS * stats.typical_scale, moments=moments)
         if plan is None:
             return 0.0
+        plan = plan if known.axis else replace(plan, method=UNIFORM)  # which is faster
         corrected = moments is not None and moments.bias is not None
         return check.cost_db(Coded(plan, 0, array, moments), corrected)
 

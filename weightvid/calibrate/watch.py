@@ -173,6 +173,8 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
     def _came(self, result: Any) -> Any:
         if self._made is not None:
             self._later.add(id(result))
+            if _same_elements(result, self._made[1]):  # another view of it
+                self._made = self._made[0], result, self._made[2]
         return result
 
     def _add(self, one: Any, other: Any) -> None:
@@ -222,6 +224,14 @@ def _look(tensor: Any) -> Any:
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
         return None
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _same_elements(one: Any, other: Any) -> bool:
+    """Whether two tensors are the same elements in the same order, in any shape."""
+    places = [_look(each) for each in (one, other)]
+    if None in places or places[0][:3] != places[1][:3]:
+        return False
+    return bool(one.numel() == other.numel() and one.is_contiguous() and other.is_contiguous())
 
 
 def _version(tensor: Any) -> int | None:

@@ -31,7 +31,10 @@ def cache(
     temporary = Path(tempfile.gettempdir())
     removed = [str(path) for path in remove_remains(temporary)] if clear else []
     for name in dict.fromkeys(forget):
-        _forget(models.pop(name))
+        folder = models.pop(name)  # which has all its files, those that snapshots link to included
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            raise OSError(f"{folder} could not be removed: look at its permissions")
         removed.append(name)
     kept = [(_state(folder), name, _size(folder)) for name, folder in models.items()]
     kept += [("left by a run", str(path), _size(path)) for path in remains(temporary)]
@@ -59,13 +62,6 @@ def _hub() -> tuple[str | None, dict[str, Path]]:
     names = [p.name for p in place.iterdir()] if place.exists() else []
     models = {n[8:].replace("--", "/"): place / n for n in sorted(names) if n[:8] == "models--"}
     return str(place), models
-
-
-def _forget(folder: Path) -> None:
-    """A model's folder has all its files, those that its snapshots link to included."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        raise OSError(f"{folder} could not be removed: look at its permissions")
 
 
 def _state(folder: Path) -> str:

@@ -85,13 +85,13 @@ def parse_goal(text: str) -> Goal:
     >>> parse_goal("kl=0.02")
     Goal(measure='kl', value=0.02)
     """
-    name, equals, amount = text.partition("=")
+    name, _, amount = text.partition("=")
     try:
         value = float(amount)
     except ValueError:
         value = nan
     measure = measures().get(name)
-    if measure is None or not equals or not isfinite(value):
+    if measure is None or not isfinite(value):
         raise QuantizationError(
             f"{text!r} is no goal such as kl=0.02, cosine=0.98, metric=91.0 or sqnr=22"
         )

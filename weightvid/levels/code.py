@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from weightvid import loader
 from weightvid.levels.descent import balanced_moment, descend
-from weightvid.levels.feedback import FeedbackConfig, Method, feedback, lost_gain
+from weightvid.levels.feedback import OUTPUT_DAMPING, FeedbackConfig, Method, feedback, lost_gain
 from weightvid.levels.frames import choose_energies, to_sequence
 from weightvid.levels.rounding import balanced, uniform
 from weightvid.levels.stats import outlier_mask, row_scales
@@ -177,12 +177,22 @@ def _fed_back(
         return feedback(part, moment, config, method)
 
     first, last = rows.start or 0, (rows.start or 0) + len(scaled)
-    if moments.axis == 0:
-        moment = block_diagonal(moments.moment)[first:last, first:last]
-        moment = moment * (row_factors * row_factors[:, None])
-        turned = fed_back(np.ascontiguousarray(scaled.T), moment, "uniform")
-        return np.ascontiguousarray(turned.T), 1.0
     moment, steps = moments.moment, plan.column_steps()
+    if moments.axis == 0:
+        moment = block_diagonal(moment)[first:last, first:last]
+        moment = moment * (row_factors * row_factors[:, None])
+        if method == "uniform":
+            turned = fed_back(np.ascontiguousarray(scaled.T), moment, method)
+            return np.ascontiguousarray(turned.T), 1.0
+        # The trellis goes along the outputs, and rows make up for the errors of other inputs.
+        config, along = FeedbackConfig(across=moments.damping), moments.outputs
+        if along is None:
+            along = np.eye(scaled.shape[1], dtype=np.float32)
+        else:
+            config = replace(config, damping=OUTPUT_DAMPING)
+        levels = feedback(scaled, along * (steps * steps[:, None]), config, method, moment)
+        found = trellis_index(levels) / 4 * steps
+        return levels, lost_gain((scaled * steps).T, found.T, moment)
     share = plan.view.rows // len(moment)
     if len(moment) > 1 and len(scaled) < plan.view.rows:
         moment = moment[first // share : -(-last // share)]

@@ -73,11 +73,14 @@ class FeedbackConfig:
     dead : float
         Weights of a smaller magnitude, in steps, become zero, which the others make up for. Not
         with the trellis.
+    across : float
+        As ``damping``, of the second moment of what the rows do together; > 0.
     """
 
     damping: float = DAMPING
     lam: float = LAM
     dead: float = 0.0
+    across: float = OUTPUT_DAMPING
 
     def __post_init__(self) -> None:
         if not 0.0 < self.damping < np.inf:
@@ -150,7 +153,8 @@ def feedback(
     """
     fitted = fit(scaled, moment, config, method)
     if outputs is not None:
-        return _both_ways(scaled, fitted, factorize(outputs, OUTPUT_DAMPING, by_energy=True))
+        across = factorize(outputs, (config or FeedbackConfig()).across, by_energy=True)
+        return _both_ways(scaled, fitted, across)
     parts = np.split(scaled, len(fitted.factors))
     return np.concatenate([quantize_rows(part, fitted, g) for g, part in enumerate(parts)])
 
@@ -247,6 +251,9 @@ def factorize(moment: Moment, damping: float, by_energy: bool) -> Factor:
     if mean <= 0.0:
         return Factor(np.arange(size), np.eye(size, dtype=np.float32), np.ones(size))
     order = np.argsort(-energy, kind="stable") if by_energy else np.arange(size)
+    if np.count_nonzero(moment) == np.count_nonzero(energy > 0):  # nothing to feed back
+        cost = energy[order] / mean + damping
+        return Factor(order, np.eye(size, dtype=np.float32), cost / cost.mean(), mean * cost.mean())
     reverse = order[::-1]
     flipped = moment[np.ix_(reverse, reverse)].astype(np.float64) / mean
     for growth in (1.0, 10.0, 100.0):

@@ -86,12 +86,8 @@ def _of_best(values: Floats, metric: Floats) -> Floats:
 def _follow(values: Floats, second: npt.NDArray[np.int32]) -> Floats:
     """Hand on what survivors carry: states 2 j + w take it from state j, or j + 16 if second.
 
-    Parameters
-    ----------
-    values : ndarray of float32, shape (n, 32, lanes)
-        Selected by masks of their bits, which is faster than `np.where`.
-    second : ndarray of int32, shape (16, 2, lanes)
-        -1 or 0.
+    Values, (n, 32, lanes), are selected by masks of their bits, which is faster than `np.where`:
+    ``second``, (16, 2, lanes), is -1 or 0.
     """
     bits = values.view(np.int32)
     first = bits[:, : STATES // 2, None]

@@ -45,13 +45,9 @@ class Energies(NamedTuple):
 
 
 def choose_energies(levels: Array, kernel: int = 1) -> Energies | None:
-    """Energies of a matrix; None where an order saves too little.
+    """Energies of a matrix of int8, shape (R, kernel * C), of ``kernel`` frequencies.
 
-    Parameters
-    ----------
-    levels : ndarray of int8, shape (R, K * C)
-    kernel : int
-        K: frequencies.
+    None where an order saves too little.
     """
     magnitudes = np.abs(levels.astype(np.int16))
     mean = float(magnitudes.mean(dtype=np.float64))
@@ -153,14 +149,9 @@ def ribbon_columns(size: int) -> int:
 
 
 def choose_frame_size(columns: int, fewest: int = FEWEST_FRAMES) -> FrameSize:
-    """Frame size for a ribbon: about square, little left blank.
+    """Frame size for a ribbon of >= 0 columns: about square, little left blank.
 
-    Parameters
-    ----------
-    columns : int
-        Length of the ribbon; 0 is allowed.
-    fewest : int
-        Frames that a small model gets, if it fills them.
+    A small model gets ``fewest`` frames, if it fills them.
     """
     blocks = max(1, -(-columns // BAND))
     low, high = MIN_FRAME // BAND, MAX_FRAME // BAND
@@ -170,7 +161,6 @@ def choose_frame_size(columns: int, fewest: int = FEWEST_FRAMES) -> FrameSize:
     wide, tall = min(
         (size for size in sizes if prod(size) <= most and 0.5 <= size[0] / size[1] <= 2.0),
         key=lambda size: (frames * prod(size) - blocks, abs(size[0] - size[1])),
-        default=(960 // BAND, 1024 // BAND),
     )
     return FrameSize(wide * BAND, tall * BAND)
 

@@ -24,16 +24,9 @@ _PRIOR: Final = 4.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Classes:
-    """Classes of a matrix.
+    """Classes of a matrix, ``first`` to ``last``, by its mean magnitude.
 
-    Attributes
-    ----------
-    mean : float
-        Magnitude.
-    columns : ndarray of float32, shape (C,)
-        By how many classes magnitudes in a column lie above the mean.
-    first, last : int
-        The classes that there are.
+    ``columns``, shape (C,), are by how many classes magnitudes in a column lie above the mean.
     """
 
     mean: float

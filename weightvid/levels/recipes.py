@@ -48,15 +48,9 @@ FIDELITIES: Final = ("outputs", "weights", "integers")
 class Recipe:
     """A named quality.
 
-    Attributes
-    ----------
-    name : str
-    noise : float
-        Error of the outputs, in that of int8 per channel, as the rule forecasts it.
-    language_noise : float
-        The same of language models: their perplexity hardly minds errors that change single words.
-    mantissa_bits : int
-        That 1-D floats keep, of 23.
+    ``noise`` is the error of the outputs, in that of int8 per channel, as the rule forecasts it;
+    ``language_noise`` the same of language models, whose perplexity hardly minds errors that change
+    single words. ``mantissa_bits``, of 23, are what 1-D floats keep.
     """
 
     name: str
@@ -113,14 +107,7 @@ def recipe_factor(
 ) -> float:
     """Step factor of a recipe: the forecast of the errors is so many times that of int8.
 
-    Parameters
-    ----------
-    name : str
-        Of the recipe; an unknown one is a QuantizationError.
-    stats : sequence of TensorStats
-    units : sequence of float
-        Of the same tensors.
-    fidelity : str
+    ``units`` are of the tensors of ``stats``; an unknown name is a QuantizationError.
     """
     wanted = recipe(name)
     noise = wanted.language_noise if speaks(stats) else wanted.noise
@@ -245,15 +232,7 @@ def measured_units(
     A loss grows as ``sensitivity * step**2``, and the bits as ``n * log2(sigma / step)``, so the
     slope of loss against bits is the same everywhere if the steps go with ``sqrt(n /
     sensitivity)``. Between them the scale is chosen so that the bits stay about what they are.
-
-    Parameters
-    ----------
-    units : sequence of float
-        By the rule.
-    stats : sequence of TensorStats
-        Of the same tensors.
-    sensitivity : mapping of str to float
-        By name; tensors without one keep their unit.
+    Tensors without a sensitivity, which is by name, keep their unit.
     """
     ratios = [
         log(sqrt(s.spec.size / sensitivity[s.spec.name]) / unit)

@@ -23,18 +23,9 @@ from weightvid.loader import MAX_LEVEL, Floats
 
 
 def uniform(scaled: Floats) -> npt.NDArray[np.int32]:
-    """Nearest integers of weights in steps.
+    """Nearest integers of weights in steps, of any shape; ties to even.
 
-    Parameters
-    ----------
-    scaled : ndarray of float32, any shape
-        Weights divided by their steps.
-
-    Returns
-    -------
-    ndarray of int32, same shape
-        Rounded to nearest, ties to even; ``|level|`` at most 2**22. Else, or where a
-        weight is NaN or infinite, a QuantizationError.
+    Where a level would be beyond 2**22, or a weight is NaN or infinite: a QuantizationError.
 
     Examples
     --------
@@ -64,19 +55,10 @@ _SWEEPS: Final = 2
 
 
 def balanced(scaled: Floats, channels: int) -> npt.NDArray[np.int32]:
-    """Levels of weights in steps; the errors of the first columns nearly cancel.
+    """Levels of weights in steps, shape (R, C); the errors of the first columns nearly cancel.
 
-    A level out of range is a QuantizationError.
-
-    Parameters
-    ----------
-    scaled : ndarray of float32, shape (R, C)
-    channels : int
-        Columns 0 .. channels - 1 are balanced: those of frequency 0.
-
-    Returns
-    -------
-    ndarray of int32, shape (R, C)
+    Those are the columns 0 .. channels - 1, of frequency 0. A level out of range is a
+    QuantizationError.
     """
     levels = uniform(scaled)
     if channels < 2:

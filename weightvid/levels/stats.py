@@ -112,14 +112,9 @@ class TensorStats:
 
 
 def tensor_stats(spec: TensorSpec, blocks: Iterable[Array]) -> TensorStats:
-    """Statistics of a tensor that comes in blocks of whole rows of its matrix.
+    """Statistics of a float tensor that comes in blocks of whole rows of its matrix.
 
-    Parameters
-    ----------
-    spec : TensorSpec
-        Of a float type.
-    blocks : iterable of ndarray
-        Consecutive stored elements (BF16 as uint16 bits).
+    The blocks are consecutive stored elements (BF16 as uint16 bits).
     """
     view = view_of(spec.shape)
     scales, low, high, outliers = [], inf, -inf, 0
@@ -151,16 +146,10 @@ def tensor_stats(spec: TensorSpec, blocks: Iterable[Array]) -> TensorStats:
 
 
 def row_scales(rows: Floats, largest: Floats) -> Floats:
-    """Robust root mean square of each row.
+    """Robust root mean square of rows, (R, C), whose ``largest`` magnitudes, (R,), are known.
 
     Where one weight outweighs its row, only weights within ten scales, as the median of the
     magnitudes gives it, are counted.
-
-    Parameters
-    ----------
-    rows : ndarray of float32, shape (R, C)
-    largest : ndarray of float32, shape (R,)
-        Largest magnitude of each row.
     """
     safe = np.where(largest > 0, largest, 1)[:, None]
     # Relative to the largest weight, squares neither overflow nor vanish.

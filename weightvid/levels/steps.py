@@ -38,6 +38,8 @@ _MOST_OCTAVES: Final = 2.0
 _LEAST_BITS: Final = 0.05
 #: largest level of int8.
 INT8: Final = 127
+#: columns of matrices with the inputs along their rows that a trellis takes: moments are squares.
+_WIDEST: Final = 4096
 #: tables of tokens in models that write text, and in others; rows of a vocabulary; and the rank
 #: correlation of scale and place that tells a vocabulary in the order of frequency: 0.14 in a small
 #: language model, 0.38 in MiniLM, and a shuffled one has 0.02 at 2,048 rows.
@@ -229,8 +231,8 @@ def plan_tensor(
         frequency_steps = moments.frequency_steps
     usual = fidelity == "outputs" and moments is None
     convolution = usual and (transformed or is_pointwise(spec))
-    uniform = fidelity == "integers" or convolution or (moments is not None and moments.axis == 0)
-    method = UNIFORM if uniform else TRELLIS
+    wide = moments is not None and moments.axis == 0 and view.columns > _WIDEST
+    method = UNIFORM if fidelity == "integers" or convolution or wide else TRELLIS
     finest_row = 0 if row_steps is None else int(row_steps.min())
     unit = 2 ** (finest_row / 4) * step / 8  # of numbers listed for outliers, a gain included
     if stats.outliers and stats.absmax >= LARGEST["F32"] * min(unit, 0.999):

@@ -28,11 +28,7 @@ LONGEST_DEPTHWISE: Final = 11
 class View:
     """A tensor as a matrix: rows (outputs) by channels x kernel positions.
 
-    Attributes
-    ----------
-    rows, channels : int
-    kernel : tuple of int
-        Sizes of the kernel axes; empty for a matrix.
+    ``kernel`` are the sizes of the kernel axes; empty for a matrix.
     """
 
     rows: int

@@ -129,10 +129,7 @@ def _references(kernels: Integers, first: int) -> Integers:
 class Codebook(NamedTuple):
     """Entropy-constrained vector quantization of kernels by one codebook for each kernel size.
 
-    Attributes
-    ----------
-    entries : int
-        At most; those that nothing refers to are left out.
+    It has so many ``entries`` at most: those that nothing refers to are left out.
     """
 
     entries: int

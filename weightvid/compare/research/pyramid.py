@@ -17,11 +17,8 @@ _TAPS: Final = {3: np.array([1, 2, 1]), 5: np.array([1, 4, 6, 4, 1])}
 class Pyramid(NamedTuple):
     """A pyramid of each matrix of levels: coarse first, then what is missing, without loss.
 
-    Attributes
-    ----------
-    taps : int
-        3, 5: Burt and Adelson's Laplacian pyramid with such a kernel. 0: every second sample is
-        kept, and predicts those between (no sample is coded twice).
+    ``taps`` 3, 5: Burt and Adelson's Laplacian pyramid with such a kernel. 0: every second sample
+    is kept, and predicts those between (no sample is coded twice).
     """
 
     taps: int

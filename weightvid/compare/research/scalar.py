@@ -34,11 +34,7 @@ _HEAD: Final = struct.Struct("<II")
 def encode(symbols: Integers, contexts: Integers) -> bytes:
     """Bytes of integers, each coded in its context.
 
-    Parameters
-    ----------
-    symbols : ndarray of int, shape (n,)
-    contexts : ndarray of int, shape (n,)
-        Small numbers from 0 on; the decoder must have them.
+    Contexts are small numbers from 0 on; the decoder must have them.
     """
     groups = [symbols[contexts == number] for number in range(int(contexts.max(initial=-1)) + 1)]
     lows = np.array([own.min(initial=0) for own in groups], np.int32)
@@ -136,14 +132,9 @@ def contexts_of(views: Sequence[View], dct: bool) -> Integers:
 
 
 class Uniform(NamedTuple):
-    """Levels by rounding, entropy-coded.
+    """Levels by rounding, with ``dct`` of the kernels' coefficients, entropy-coded.
 
-    Attributes
-    ----------
-    dct : bool
-        Of the kernels' coefficients.
-    rate_aware : bool
-        A level is moved towards zero where the bits that saves outweigh the error.
+    If ``rate_aware``, a level is moved towards zero where the bits that saves outweigh the error.
     """
 
     dct: bool
@@ -244,12 +235,8 @@ def _blocks_of(count: int) -> int:
 class Lnq(NamedTuple):
     """Uniform levels, those of a block that are not zero moved to a few centres.
 
-    Attributes
-    ----------
-    clusters : int
-        A power of two.
-    entropy : bool
-        Entropy-coded; otherwise a map of zeros and indices of fixed length.
+    ``clusters`` is a power of two. Without ``entropy`` coding there are a map of zeros and indices
+    of fixed length.
     """
 
     clusters: int
