@@ -61,6 +61,21 @@ def test_pruning_refuses(torch: Any) -> None:
         prune(torch.nn.Linear(2, 2), -1)
     with pytest.raises(QuantizationError, match="no linear"):
         prune(torch.nn.ReLU(), 1)
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3))
+    with pytest.raises(QuantizationError, match="layer 'inner' computes its weight"):
+        prune(torch.nn.ModuleDict({"inner": normed}))
+
+
+def test_tied_weights_stay_tied(torch: Any) -> None:
+    from weightvid.torch import prune, pruned_state
+
+    net = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(3)))
+    net[2].weight = net[0].weight
+    prune(net)
+    state = pruned_state(net)
+    assert state["0.weight"].data_ptr() == state["2.weight"].data_ptr()
+    assert state["1.weight"].data_ptr() != state["0.weight"].data_ptr()
+    assert torch.equal(state["2.weight"], net[2].weight)
 
 
 def test_zeros_of_a_pruned_model_stay_zeros(torch: Any, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def prune(module: torch.nn.Module, factor: float = 1.0, keep: Collection[str] = 
     Raises
     ------
     QuantizationError
-        The factor is negative, or the module has no such layer.
+        The factor is negative, the module has no such layer, or one computes its weight.
 
     Notes
     -----
@@ -144,6 +144,10 @@ def prune(module: torch.nn.Module, factor: float = 1.0, keep: Collection[str] = 
     for name, layer in module.named_modules():
         if not isinstance(layer, _PRUNED) or name in keep:
             continue
+        if not {"weight", f"weight{_ORIGINAL}"} & {*layer._parameters}:
+            raise QuantizationError(
+                f"layer {name!r} computes its weight, as with weight_norm: undo that, or keep it"
+            )
         size = layer.weight.detach().abs()
         mask = size >= factor * size[size > 0].mean()
         custom_from_mask(layer, "weight", mask & (size > 0))
@@ -157,9 +161,13 @@ def prune(module: torch.nn.Module, factor: float = 1.0, keep: Collection[str] = 
 def pruned_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """State of a pruned module as the module had it before: weights with their zeros, no masks."""
     state: dict[str, torch.Tensor] = module.state_dict()
+    made: dict[int, torch.Tensor] = {}
     for weight in [n.removesuffix(_MASK) for n in state if n.endswith(_MASK)]:
         if weight + _ORIGINAL in state:  # else a mask of the module's own
-            state[weight] = state.pop(weight + _ORIGINAL) * state.pop(weight + _MASK)
+            original = state.pop(weight + _ORIGINAL)
+            pruned = original * state.pop(weight + _MASK)
+            tied = made.setdefault(original.data_ptr(), pruned)
+            state[weight] = tied if torch.equal(tied, pruned) else pruned
     return state
 
 

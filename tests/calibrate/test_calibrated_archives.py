@@ -20,11 +20,8 @@ from weightvid.workers import Workers
 
 torch = pytest.importorskip("torch", reason="needs the extra: weightvid[torch]")
 from weightvid.calibrate import layers  # noqa: E402
-from weightvid.calibrate.state import (  # noqa: E402
-    held_back,
-    look,
-    running,
-)
+from weightvid.calibrate.order import look  # noqa: E402
+from weightvid.calibrate.state import held_back, running  # noqa: E402
 from weightvid.calibrate.watch import Watch  # noqa: E402
 
 nn, fn = torch.nn, torch.nn.functional

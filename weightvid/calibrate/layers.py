@@ -28,10 +28,10 @@ import numpy as np
 import torch
 
 from weightvid.calibrate.layouts import Call, Seen
+from weightvid.calibrate.order import Order, look, pulls, stages, with_or_without
 from weightvid.calibrate.run import calibrate
 from weightvid.calibrate.state import (
     Batches,
-    Order,
     State,
     are_read,
     batches_of,
@@ -40,12 +40,8 @@ from weightvid.calibrate.state import (
     describe_change,
     first_output,
     held_back,
-    look,
-    pulls,
     running,
     samples_of,
-    stages,
-    with_or_without,
 )
 from weightvid.calibrate.stats import CalibrationConfig, CalibrationStats
 from weightvid.calibrate.sums import InputMeans, Sums

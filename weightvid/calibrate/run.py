@@ -12,21 +12,17 @@ import numpy as np
 import torch
 
 from weightvid.calibrate.layouts import Seen
+from weightvid.calibrate.order import Order, look, pulls, stages, with_or_without
 from weightvid.calibrate.state import (
     Batches,
-    Order,
     State,
     batches_of,
     count_samples,
     first_output,
     held_back,
-    look,
     nats_apart,
-    pulls,
     running,
     samples_of,
-    stages,
-    with_or_without,
 )
 from weightvid.calibrate.stats import (
     CalibrationConfig,
