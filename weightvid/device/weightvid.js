@@ -38,6 +38,16 @@ function good(response, url) {
   return response;
 }
 
+/** What WebCodecs calls a track, by its entry and configuration (ISO/IEC 14496-15; AV1's says little). */
+function codecOf(entry, config) {
+  const hex = (byte) => byte.toString(16).padStart(2, "0");
+  if (entry === "av01") return "av01.0.08M.08";
+  if (entry === "avc1") return `avc1.${[...config.subarray(1, 4)].map(hex).join("")}`;
+  let flags = 0; // of compatible profiles, the last first
+  for (let bit = 0; bit < 32; bit++) flags += ((config[2 + (bit >> 3)] >> (7 - bit % 8)) & 1) * 2 ** bit;
+  return `hvc1.${config[1] & 31}.${flags.toString(16)}.${config[1] & 32 ? "H" : "L"}${config[12]}.${hex(config[6])}`;
+}
+
 /** An archive; made by `open`. Its names and metadata are known once its header has arrived. */
 export class Archive {
   #wasm; #session; #source; #options; #external; #closed = false;
@@ -224,10 +234,9 @@ export class Archive {
     const fields = new Uint32Array(this.#wasm.memory.buffer, this.#wasm.fields(this.#session), 7);
     const [, , , config, configBytes, width, height] = fields;
     const description = new Uint8Array(this.#wasm.memory.buffer, config, configBytes).slice();
-    const entry = this.#text(this.#wasm.entry(this.#session), 4), hex = (byte) => byte.toString(16).padStart(2, "0");
-    const codec = entry === "avc1" ? `avc1.${[...description.subarray(1, 4)].map(hex).join("")}` : "av01.0.08M.08";
+    const entry = this.#text(this.#wasm.entry(this.#session), 4), codec = codecOf(entry, description);
     if (typeof VideoDecoder === "undefined") throw new Error(`this browser has no WebCodecs, which ${entry} needs`);
-    const settings = { codec, codedWidth: width, codedHeight: height, ...(entry === "avc1" ? { description } : {}) };
+    const settings = { codec, codedWidth: width, codedHeight: height, ...(entry === "av01" ? {} : { description }) };
     if (!(await VideoDecoder.isConfigSupported(settings)).supported)
       throw new Error(`this browser does not decode ${codec} of ${width} x ${height}`);
     let picture, failure;
