@@ -109,7 +109,7 @@ def test_passes_end_once_their_layers_were_seen(tmp_path: Path) -> None:
     (lambda x, y: x + y.mul_(2), False),
     (lambda x, y: (x + 1, y + x)[1], True), (lambda x, y: torch.add(y, x, alpha=2), False),
     (lambda x, y: x + y.view(-1).view(x.shape), True), (lambda x, y: x + y.T.contiguous().T, False),
-    (lambda x, y: y + y.view(x.shape), False),
+    (lambda x, y: y + y.view(x.shape), False), (lambda x, y: (y.view(-1), x + y)[1], True),
     (lambda x, y: x + y.view(-1).relu().view(x.shape), False),
 ])  # fmt: skip
 def test_what_a_result_is_added_to(forward: Any, known: bool) -> None:

@@ -14,7 +14,7 @@ from weightvid.calibrate import Calibration
 from weightvid.checkpoint import from_mapping, open_checkpoint
 from weightvid.cli.app import app
 from weightvid.errors import CheckpointError, EvaluationError
-from weightvid.loader import open_archive
+from weightvid.loader import open_archive, to_float32
 
 torch = pytest.importorskip("torch", reason="needs the extra: weightvid[torch]")
 from weightvid.calibrate import synthesis  # noqa: E402
@@ -100,7 +100,7 @@ def test_what_cannot_be_done_is_said(net: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"lacks 4\.weight"):
         Calibration.from_checkpoint(from_mapping(lacking), Images())
     other = arrays | {"9.weight": np.zeros((7, 48), np.float32)}
-    with pytest.raises(CheckpointError, match=r"9\.weight has another shape"):
+    with pytest.raises(CheckpointError, match=r"size mismatch for 9\.weight"):
         Calibration.from_checkpoint(from_mapping(other), Images())
     with pytest.raises(EvaluationError, match="calibrate with example inputs"):
         synthesis.own_inputs(nn.Linear(3, 4))
@@ -140,7 +140,7 @@ def test_transformers_read_tokens(
     monkeypatch.setattr(synthesis, "_SEQUENCES", 128)
     with open_checkpoint(folder(tmp_path / "model", config, model)) as reader:
         module = synthesis.build(reader.location)
-        synthesis.fill(module, reader)
+        synthesis.fill(synthesis.with_names_of(reader, module), reader)
         batches = synthesis.own_inputs(module).batches
         ids = [batch["input_ids"] for batch in batches]
         assert max(each.shape[1] for each in ids) == longest
@@ -154,6 +154,38 @@ def test_transformers_read_tokens(
     result = CliRunner().invoke(app, call)
     assert result.exit_code == 0, result.output
     assert "calibrat" in result.output
+
+
+def test_names_in_files_are_not_those_at_work(tmp_path: Path) -> None:
+    """Of some models in transformers; either will do."""
+    path = folder(tmp_path / "model", "GPTNeoXConfig", "GPTNeoXForCausalLM")
+    with open_checkpoint(path) as reader:
+        module = synthesis.build(reader.location)
+        filed = synthesis.with_names_of(reader, module)
+        assert filed.state_dict().keys() == dict(reader.contents.rows()).keys()
+        assert not synthesis.fill(filed, reader)
+        for name, tensor in filed.state_dict().items():
+            wanted = to_float32(reader.read(name), "BF16")
+            np.testing.assert_array_equal(tensor.float().numpy(), wanted)
+        atwork = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+        if atwork.keys() <= dict(reader.contents.rows()).keys():
+            pytest.skip("transformers before version 5 has the same names")
+        lacking = {n: to_float32(reader.read(n), "BF16") for n in dict(reader.contents.rows())}
+        del lacking["gpt_neox.embed_in.weight"]
+        with pytest.raises(CheckpointError, match=r"lacks gpt_neox\.embed_in\.weight"):
+            synthesis.fill(filed, from_mapping(lacking))
+    assert synthesis.with_names_of(from_mapping(atwork), module) is module
+    script = tmp_path / "net.py"
+    script.write_text(
+        "import torch, transformers\n"
+        "def examples():\n"
+        f"    net = transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})\n"
+        "    return net.float(), torch.randint(0, 50, (40, 12)).split(8)\n"
+    )
+    call = ["pack", str(path), "-o", str(tmp_path / "m.mp4"), "--calibrate", f"{script}:examples"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    assert "calibrated: " in result.output
 
 
 def test_english_is_read_by_tokenizers_made_for_it(

@@ -198,3 +198,19 @@ def test_inputs_along_the_rows_cost_what_they_do_along_the_columns(known: bool) 
         costs.append(np.trace((outputs if known else np.eye(96)) @ error @ moment @ error.T))
         bits.append(entropy_bits(made.samples))
     assert 10 * np.log10(costs[1] / costs[0]) + 6.02 * (bits[1] - bits[0]) < 0.5
+
+
+@pytest.mark.parametrize("inputs", [3, 8])
+def test_few_inputs_along_the_rows_make_up_for_one_another(inputs: int) -> None:
+    """As those of transposed convolutions, which have much in common and no known outputs."""
+    moment, values = 0.1 * np.eye(inputs) + 0.9, weights(7, inputs, 512)
+    stats = tensor_stats(TensorSpec("w", "F32", values.shape), [values])
+    costs = []
+    for moments in (None, Moments(moment[None], 0.01, axis=0)):
+        plan = plan_tensor(stats, 0.5 * stats.typical_scale, moments=moments)
+        assert plan is not None
+        made = code_part(values, plan, 0, 0, moments)
+        error = (values - made.stored).astype(np.float64)
+        costs.append(10 * np.log10(np.vdot(moment @ error, error)))
+        costs[-1] += 6.02 * entropy_bits(made.samples)
+    assert costs[1] < costs[0] - 3

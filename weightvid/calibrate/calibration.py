@@ -116,10 +116,11 @@ class Calibration:
             Nothing says how the network is built, transformers cannot, or no inputs can be made for
             such a network.
         """
-        from weightvid.calibrate.synthesis import build, fill, own_inputs
+        from weightvid.calibrate.synthesis import build, fill, own_inputs, with_names_of
 
         module = build(reader.location) if module is None else module
-        foreign = fill(module, reader)
+        named = with_names_of(reader, module)
+        foreign = fill(named, reader)
         try:
             inputs, what, trusted = own_inputs(module, reader.location, progress)
         except EvaluationError as error:
@@ -129,7 +130,7 @@ class Calibration:
             raise EvaluationError(f"{why} of these weights? And {error}") from None
         config = config or CalibrationConfig()
         config = replace(config, trust_inputs=trusted or config.trust_inputs)
-        found = cls.from_examples(module, inputs, config, progress)
+        found = cls.from_examples(named, inputs, config, progress)
         # Layer by layer, MiniLM errs 9 % more on English that is held back.
         return replace(found, inputs=what, examples=None if trusted else found.examples)
 

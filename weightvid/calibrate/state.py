@@ -1,8 +1,7 @@
 """A module that runs, with its own weights or for a while with those of an archive; and what on."""
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from math import inf
 from typing import Any, Final
@@ -29,7 +28,7 @@ class State:
     """A module, and other weights for it."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        state = _named(module)
+        state = module.state_dict(keep_vars=True)
         self.module = module
         self.tensors = {
             n: t.detach()
@@ -87,28 +86,6 @@ class State:
         """First output of each batch, as float64 on the CPU."""
         found = (first_output(self.run(batch)) for batch in batches)
         return [None if output is None else output.detach().double().cpu() for output in found]
-
-
-def _named(module: torch.nn.Module) -> dict[str, Any]:
-    """The state dict of a module, with the names that its files have.
-
-    Some models of transformers have other names at work. What files hold in pieces keeps its own.
-    """
-    state: dict[str, Any] = module.state_dict(keep_vars=True)
-    if not isinstance(module, getattr(sys.modules.get("transformers"), "PreTrainedModel", ())):
-        return state
-    try:
-        from transformers.core_model_loading import revert_weight_conversion as as_filed
-    except ImportError:  # before version 5
-        return state
-    named = {}
-    for name, tensor in state.items():
-        found: dict[str, Any] = {}
-        with suppress(Exception):
-            found = as_filed(module, {name: tensor})
-        names = [n for n, t in found.items() if t is tensor]
-        named[names[0] if len(names) == len(found) == 1 else name] = tensor
-    return named
 
 
 @contextmanager

@@ -11,6 +11,8 @@ Sources: Cai et al., "ZeroQ", 2020, and Jeon et al., "Genie", 2023, for the imag
 """
 
 import re
+import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -71,25 +73,67 @@ def build(folder: str | None) -> nn.Module:
         raise EvaluationError(f"transformers cannot build {folder}: {one_line(error)}") from error
 
 
+def with_names_of(reader: CheckpointReader, module: nn.Module) -> nn.Module:
+    """A module whose state dict has the names of a checkpoint.
+
+    Some models of transformers have other names at work than in their files.
+    """
+    held, own = dict(reader.contents.rows()), module.state_dict()
+    kind = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
+    if own.keys() <= held.keys() or not isinstance(module, kind):
+        return module
+    try:
+        from transformers.core_model_loading import revert_weight_conversion as as_filed
+    except ImportError:  # before version 5
+        return module
+    names = {}
+    for name, tensor in own.items():
+        found: dict[str, Any] = {}
+        with suppress(Exception):  # what files hold in pieces keeps its name
+            found = as_filed(module, {name: tensor})
+        if len(found) == 1 and tensor is next(iter(found.values())):
+            names[name] = next(iter(found))
+    better = sum(name in held for name in names.values()) > sum(name in held for name in names)
+    return _Filed(module, names) if better else module
+
+
+class _Filed(nn.Module):  # type: ignore[misc]
+    """A module whose state dict has names other than its own."""
+
+    def __init__(self, module: nn.Module, names: Mapping[str, str]) -> None:
+        super().__init__()
+        self.module, self._names = module, names
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        return self.module(*args, **more)
+
+    def state_dict(self, *args: Any, **more: Any) -> dict[str, Any]:
+        state = self.module.state_dict(*args, **more)
+        return {self._names.get(name, name): tensor for name, tensor in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **more: Any) -> Any:
+        own = {filed: name for name, filed in self._names.items()}
+        state = {own.get(name, name): tensor for name, tensor in state.items()}
+        found = self.module.load_state_dict(state, *args, **more)
+        found.missing_keys[:] = [self._names.get(name, name) for name in found.missing_keys]
+        return found
+
+
 def fill(module: nn.Module, reader: CheckpointReader) -> list[str]:
     """Give a module the weights of a checkpoint, by name; those that it has no place for.
 
     A CheckpointError says that the checkpoint lacks weights, or has them in another shape, or under
     other names.
     """
-    net = State(module)
-    wanted, aliases = net.tensors, net.reader.contents.aliases
+    wanted, aliases = module.state_dict(), State(module).reader.contents.aliases
     specs = dict(reader.contents.rows())
     state = {n: from_stored(reader.read(n), spec.dtype) for n, spec in specs.items() if n in wanted}
-    wrong = [name for name in state if state[name].shape != wanted[name].shape]
-    if wrong:
-        raise CheckpointError(
-            f"the network is not that of this checkpoint: {shorten(wrong)} has another shape there"
-        )
-    for name, values in state.items():
-        wanted[name].copy_(values)
+    try:
+        missing = module.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:
+        raise CheckpointError(f"the network is not that of this checkpoint: {error}") from None
     given = {aliases.get(name, name) for name in state}
-    lost = [name for name in wanted if aliases.get(name, name) not in given]
+    lost = [name for name in missing if aliases.get(name, name) not in given]
     lost = [name for name in lost if not name.endswith("num_batches_tracked")]
     if lost:
         raise CheckpointError(

@@ -69,7 +69,8 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         #: calls that are kept learn what their results are added to; until the next layer is
         #: called, which `Enough` waits for.
         self.sums = False
-        self._made: tuple[Call, Any, int | None] | None = None
+        #: a call; its result, and views of that; in which version.
+        self._made: tuple[Call, list[Any], int | None] | None = None
         #: ids of what came since, and may depend on that result.
         self._later = set[int]()
         #: what the call that is under way is to report.
@@ -173,19 +174,22 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
     def _came(self, result: Any) -> Any:
         if self._made is not None:
             self._later.add(id(result))
-            if _same_elements(result, self._made[1]):  # another view of it
-                self._made = self._made[0], result, self._made[2]
+            if _same_elements(result, self._made[1][0]):  # another view of it
+                self._made[1].append(result)
         return result
 
     def _add(self, one: Any, other: Any) -> None:
         """Note what the result of the last call is added to, if that is one of both."""
-        call, result, version = self._made or (None, None, None)
-        if call is None or not (one is result or other is result) or version != _version(result):
+        call, results, version = self._made or (None, [], None)
+        for result, beside in ((one, other), (other, one)):
+            if call is None or not any(result is each for each in results):
+                continue
+            if version == _version(result):
+                self._made = None
+                alike = isinstance(beside, torch.Tensor) and beside.shape == result.shape
+                if alike and beside.numel() and id(beside) not in self._later:
+                    call.added.append(beside.detach().clone())
             return
-        self._made, other = None, other if one is result else one
-        alike = isinstance(other, torch.Tensor) and other.shape == result.shape
-        if alike and other.numel() and id(other) not in self._later:
-            call.added.append(other.detach().clone())
 
     def reported(self, result: Any) -> Any:
         """The result of the call whose inputs wait, which gradients come to if they are wanted."""
@@ -205,7 +209,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
                 if not result.requires_grad:
                     result = result.detach().requires_grad_().clone()
                 result.register_hook(self.kept[-1].pulls.append)
-            self._made = (self.kept[-1], result, _version(result)) if self.sums else None
+            self._made = (self.kept[-1], [result], _version(result)) if self.sums else None
             self._later.clear()
         return result
 

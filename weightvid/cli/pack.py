@@ -221,13 +221,17 @@ def load_calibration(text: str, model: str) -> Calibration:
     if text != "auto" and (Path(text).exists() or ":" not in text):
         return Calibration.from_file(text)
     import_torch()
+    from weightvid.calibrate.synthesis import with_names_of
+
     with output.others_on_stderr():
         module, inputs = load_examples(text, "--calibrate") if text != "auto" else (None, None)
     with output.progress_bars() as report, output.others_on_stderr():
-        if module is not None and inputs is not None:
+        if inputs is not None and not Path(model).exists():
             return Calibration.from_examples(module, inputs, progress=report)
         with open_checkpoint(model, report) as reader:
-            return Calibration.from_checkpoint(reader, module, progress=report)
+            if inputs is None:
+                return Calibration.from_checkpoint(reader, module, progress=report)
+            return Calibration.from_examples(with_names_of(reader, module), inputs, progress=report)
 
 
 def _share(text: str, option: str) -> float:

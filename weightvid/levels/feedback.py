@@ -51,9 +51,8 @@ _BLOCK: Final = 64
 #: rows quantized side by side, and what their number is rounded up to.
 _LANES: Final = 512
 _ALIGN: Final = 64
-#: turns in which rows make up for others, and rows of a turn at least.
-_TURNS: Final = 96
-_LEAST_ROWS: Final = 4
+#: of the rows that are left this part, at least one, is quantized at once.
+_TURNS: Final = 16
 #: weights, and groups of rows, that prices are fitted to.
 _SAMPLE: Final = 1 << 15
 _SAMPLE_GROUPS: Final = 64
@@ -210,9 +209,11 @@ def quantize_rows(scaled: Floats, fitted: Fitted, group: int = 0) -> Integers:
 def _both_ways(scaled: Floats, fitted: Fitted, outputs: Factor) -> Integers:
     """Levels of rows that make up for the errors of others."""
     levels, error = np.empty(scaled.shape, np.int32), np.empty_like(scaled)
-    step = max(_LEAST_ROWS, -(-len(scaled) // _TURNS))
-    for first in range(0, len(scaled), step):
-        now = slice(first, first + step)
+    stop = 0
+    while stop < len(scaled):
+        # What is left makes up for the errors of a turn, so turns become smaller.
+        first, stop = stop, stop - (stop - len(scaled)) // _TURNS
+        now = slice(first, stop)
         rows, cost = outputs.order[now], outputs.cost[now].astype(np.float32)
         target = scaled[rows] + outputs.feedback[now, :first] @ error[:first]
         levels[rows], value = _quantized(target, fitted, fitted.factors[0], cost)

@@ -49,6 +49,7 @@ def search(
     decided = np.empty_like(weight)
     recent = np.empty((0, STATES, lanes), np.float32)
     branches, cells = _Branches(table), classes * table.cells_of_class
+    coupled = np.count_nonzero(feedback) > columns
     for start in range(0, columns, _BLOCK):
         stop = min(columns, start + _BLOCK)
         first = start - len(recent)
@@ -59,15 +60,17 @@ def search(
             decided[first : first + _BLOCK] = best
             first += _BLOCK
         # Of each survivor: errors in the columns of the block so far, and targets of those to come.
-        target = weight[start:stop] + feedback[start:stop, :first] @ decided[:first]
-        block = np.tensordot(feedback[start:stop, first:start], recent, axes=1)
-        block += target[:, None]
+        block = np.repeat(weight[start:stop, None], STATES, axis=1)
+        if coupled:
+            block += (feedback[start:stop, :first] @ decided[:first])[:, None]
+            block += np.tensordot(feedback[start:stop, first:start], recent, axes=1)
         origin = np.repeat(np.arange(STATES, dtype=np.float32), lanes).reshape(1, STATES, lanes)
         for at, column in enumerate(range(start, stop)):
             value, metric, second = branches.step(block[at], cells[column], metric, cost[column])
             block, origin = _follow(block, second), _follow(origin, second)
             error = np.subtract(weight[column], value, out=block[at])
-            block[at + 1 :] += feedback[column + 1 : stop, column, None, None] * error
+            if coupled:
+                block[at + 1 :] += feedback[column + 1 : stop, column, None, None] * error
         metric -= metric.min(axis=0)
         place = (origin[0].astype(np.intp) * lanes + np.arange(lanes)).ravel()
         kept = recent.reshape(len(recent), STATES * lanes).take(place, axis=1, mode="clip")
