@@ -103,7 +103,7 @@ def test_the_house_stays_small() -> None:
     """Ratchets: lower them with the code."""
     lines = {p: len(p.read_text().splitlines()) for p in (ROOT / "weightvid").rglob("*.py")}
     assert lines[ROOT / "weightvid" / "loader.py"] <= 1_494
-    assert sum(lines.values()) <= 23_482
+    assert sum(lines.values()) <= 23_410
 
 
 def test_nothing_names_where_it_was_made() -> None:

@@ -51,8 +51,8 @@ _BLOCK: Final = 64
 #: rows quantized side by side, and what their number is rounded up to.
 _LANES: Final = 512
 _ALIGN: Final = 64
-#: of the rows that are left this part, at least one, is quantized at once.
-_TURNS: Final = 16
+#: of the rows that are left one in so many, at least one, is quantized at once.
+_SHARE: Final = 16
 #: weights, and groups of rows, that prices are fitted to.
 _SAMPLE: Final = 1 << 15
 _SAMPLE_GROUPS: Final = 64
@@ -212,7 +212,7 @@ def _both_ways(scaled: Floats, fitted: Fitted, outputs: Factor) -> Integers:
     stop = 0
     while stop < len(scaled):
         # What is left makes up for the errors of a turn, so turns become smaller.
-        first, stop = stop, stop - (stop - len(scaled)) // _TURNS
+        first, stop = stop, stop - (stop - len(scaled)) // _SHARE
         now = slice(first, stop)
         rows, cost = outputs.order[now], outputs.cost[now].astype(np.float32)
         target = scaled[rows] + outputs.feedback[now, :first] @ error[:first]
